@@ -1,1 +1,282 @@
-//! DockFlare Agent.
+//! DockFlare Agent: makes a Docker host reachable through Cloudflare Tunnel, and never loses it.
+//!
+//! Four tasks run side by side and talk only through channels:
+//!
+//! ```text
+//!  master ──commands──> tunnels ──write, then publish──> [Wanted] ──> health ──plan, act──> Docker: the tunnel container
+//!    ^                                                                  │
+//!    │                                                               [View]
+//!    │                                                                  v
+//!    └──────────── one ordered sender ───────────────────────────── reports <──changes── events <──── Docker: events, listing
+//! ```
+//!
+//! - [`tunnels`] polls commands and owns what is wanted, and its file. It never touches Docker.
+//! - [`reports`] owns everything that is sent to the master, its order and its retries. It decides nothing.
+//! - [`events`] owns the inventory of labelled containers. It never talks to the master.
+//! - [`health`] owns the tunnel container and what is known of it. It never reads a command.
+//!
+//! Around them: [`config`] (the environment, checked as a whole), [`registration`] (who the agent is at its
+//! master), [`cloudflare`] (ingress rules), [`page`] (`GET /health`), and three doors, each the only one of its
+//! kind: [`master`] to the master, [`docker`] to Docker, [`state`] to the data folder. [`logging`] and the waits of
+//! `retry` are shared by all.
+//!
+//! The agent may be killed at any instant. What is wanted is on disk before it is acted upon; everything else is
+//! found out again by looking. Commands and events only change what is wanted or known and wake a loop; the loop
+//! compares and acts.
+
+use std::error::Error;
+use std::sync::{Arc, Weak};
+use std::time::Instant;
+
+use tokio::sync::{mpsc, watch};
+use tokio::task::{JoinError, JoinHandle};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+pub mod cloudflare;
+pub mod config;
+pub mod docker;
+pub mod events;
+pub mod health;
+pub mod logging;
+pub mod master;
+pub mod page;
+pub mod registration;
+pub mod reports;
+mod retry;
+pub mod state;
+pub mod tunnels;
+
+use config::{Config, OnExit};
+use state::{Found, Phase, Store, TunnelState};
+
+/// Why the agent does not run, or not any longer, though nobody asked it to stop.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The configuration is well-formed and cannot be used here.
+    #[error("{0}")]
+    Config(String),
+    /// The data folder cannot be used.
+    #[error(transparent)]
+    DataFolder(#[from] state::StateError),
+    /// A task ended that must not: a mistake in the agent.
+    #[error(
+        "the task {0} ended, which it must not: this is a mistake in the agent, please report it with the lines above"
+    )]
+    Task(&'static str),
+}
+
+impl RunError {
+    /// The exit code for it: 64 bad configuration, 73 data folder not usable, 70 a task ended.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Config(_) => 64,
+            Self::DataFolder(_) => 73,
+            Self::Task(_) => 70,
+        }
+    }
+}
+
+/// Container changes on their way to the reporter, which drains them even while it waits for the master; a burst
+/// beyond this makes the event task wait, and Docker's socket buffer with it.
+const CHANGES: usize = 256;
+
+/// Runs the agent until `shutdown`, or until its master has let go of it and its own container cannot be stopped.
+///
+/// # Errors
+/// See [`RunError`]. The tunnel container is then left as it is.
+pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunError> {
+    let store = Store::open(&config.data_dir)?;
+    let agent_id = taken(store.agent_id()?);
+    let tombstone = taken(store.tombstone()?);
+    if let Some(stone) = tombstone.as_ref().filter(|stone| stone.phase == Phase::Finalized && stone.acknowledged) {
+        warn!("{}", tunnels::epitaph(stone, store.dir()));
+        shutdown.cancelled().await;
+        return Ok(());
+    }
+    let state: TunnelState = taken(store.tunnel()?).unwrap_or_default();
+
+    let (wanted_tx, wanted) = watch::channel(tunnels::Wanted::new(&state, tombstone.as_ref()));
+    let (view_tx, view) = watch::channel(health::View::default());
+    let (inventory_tx, inventory) = watch::channel(events::Inventory::default());
+    let (changes_tx, changes) = mpsc::channel(CHANGES);
+    // One wake that waits is as good as many.
+    let (wake_tx, wake) = mpsc::channel(1);
+
+    let refused = |error: &dyn Error| RunError::Config(error_chain(error));
+    let master = Arc::new(master::Master::new(config.master).map_err(|error| refused(&error))?);
+    let docker = Arc::new(docker::Docker::new(config.docker_host));
+    let registrar =
+        Arc::new(registration::Registrar::new(master.clone(), store.clone(), agent_id, config.display_name));
+    let listener = match config.health_port {
+        None => None,
+        Some(port) => Some(page::bind(port).await.map_err(|error| {
+            RunError::Config(format!("HEALTH_CHECK_PORT={port}: cannot be listened on ({error}); use another port, or 0 to switch the page off"))
+        })?),
+    };
+    info!(
+        version = env!("CARGO_PKG_VERSION"),
+        master = %master.url(),
+        docker = %docker.host(),
+        image = %config.tunnel.image,
+        network = config.tunnel.network,
+        data = %store.dir().display(),
+        "dockflare-agent starts"
+    );
+
+    let events = {
+        let watched = [config.tunnel.container_name.clone(), config.tunnel.network.clone()];
+        let stream = events::EventStream::new(docker.clone(), inventory_tx, changes_tx, wake_tx, watched);
+        Task::spawn("events", async move { match stream.run().await {} })
+    };
+    let reports = {
+        let announces_stop = config.tunnel.on_exit == OnExit::Remove;
+        let inputs =
+            reports::Inputs { inventory: inventory.clone(), changes, tunnel: view.clone(), wanted: wanted.clone() };
+        let reporter =
+            reports::Reporter::new(master.clone(), registrar.clone(), inputs, config.report_interval, announces_stop);
+        Task::spawn("reports", reporter.run(shutdown.clone()))
+    };
+    // The tunnel goes last: what the reporter has to say of it comes first.
+    let last = CancellationToken::new();
+    let tunnel = {
+        let image = config.tunnel.clone();
+        let supervisor =
+            health::Supervisor::new(docker.clone(), image, config.hostname.clone(), wanted.clone(), wake, view_tx)
+                .map_err(|error| refused(&error))?;
+        Task::spawn("tunnel", supervisor.run(last.clone()))
+    };
+    let commands = {
+        let image = config.tunnel.image.to_string();
+        let poller = tunnels::Poller::new(
+            master.clone(),
+            registrar.clone(),
+            store,
+            config.poll_interval,
+            image,
+            wanted_tx,
+            view.clone(),
+            state,
+            tombstone,
+        );
+        Task::spawn("commands", poller.run(shutdown.clone()))
+    };
+    let page = listener.map(|listener| {
+        let tasks = [commands.pulse(), reports.pulse(), events.pulse(), tunnel.pulse()];
+        let session = registrar.watch();
+        let sources = page::Sources { master, session, wanted, view, inventory, started: Instant::now(), tasks };
+        Task::spawn("page", async move { match page::serve(listener, sources).await {} })
+    });
+
+    // Until the poller ends, nothing else may; it ends by a shutdown or by the master's last command.
+    let Task { handle: mut commands, .. } = commands;
+    let Task { handle: mut tunnel, .. } = tunnel;
+    let Task { handle: mut events, .. } = events;
+    let Task { handle: mut reports, .. } = reports;
+    let mut page = page.map(|task| task.handle);
+    let ended = tokio::select! {
+        ended = &mut commands => joined("commands", ended)?,
+        ended = &mut tunnel => return Err(broken("tunnel", ended)),
+        ended = &mut events => return Err(broken("events", ended)),
+        ended = async { match &mut page { Some(page) => page.await, None => std::future::pending().await } } => {
+            return Err(broken("page", ended));
+        }
+        ended = &mut reports, if !shutdown.is_cancelled() => match (ended, shutdown.is_cancelled()) {
+            (Ok(()), true) => joined("commands", commands.await)?,
+            (ended, _) => return Err(broken("reports", ended)),
+        },
+    };
+    if ended == tunnels::Ended::Shutdown && !reports.is_finished() {
+        joined("reports", reports.await)?;
+    }
+    events.abort();
+    last.cancel();
+    joined("tunnel", tunnel.await)?;
+    if ended == tunnels::Ended::Decommissioned {
+        stop_self(&docker, config.hostname.as_deref(), &shutdown).await;
+    }
+    info!("dockflare-agent stopped");
+    Ok(())
+}
+
+/// The end of a decommission: Docker stops the agent, so that its restart policy leaves it down.
+async fn stop_self(docker: &docker::Docker, hostname: Option<&str>, shutdown: &CancellationToken) {
+    match health::own_container(docker, hostname).await {
+        Some(own) => {
+            info!("decommissioned; stopping the agent's own container");
+            tokio::select! {
+                // Docker answers when the container is down, which is when nobody is left to read it.
+                () = shutdown.cancelled() => return,
+                stopped = docker.stop_self(&own.id) => {
+                    if let Err(error) = stopped {
+                        warn!("decommissioned; the agent's own container cannot be stopped, since Docker {error}: stop it by hand");
+                    }
+                }
+            }
+        }
+        None => info!("decommissioned; the agent cannot tell its own container for certain and idles: stop it by hand"),
+    }
+    shutdown.cancelled().await;
+}
+
+/// A task and whether it lives.
+struct Task<T> {
+    handle: JoinHandle<T>,
+    pulse: (&'static str, Weak<()>),
+}
+
+impl<T: Send + 'static> Task<T> {
+    fn spawn(name: &'static str, work: impl Future<Output = T> + Send + 'static) -> Self {
+        let pulse = Arc::new(());
+        let weak = Arc::downgrade(&pulse);
+        let handle = tokio::spawn(async move {
+            let _pulse = pulse;
+            work.await
+        });
+        Self { handle, pulse: (name, weak) }
+    }
+
+    fn pulse(&self) -> (&'static str, Weak<()>) {
+        self.pulse.clone()
+    }
+}
+
+fn joined<T>(name: &'static str, ended: Result<T, JoinError>) -> Result<T, RunError> {
+    ended.map_err(|error| broken(name, Err::<(), _>(error)))
+}
+
+fn broken<T>(name: &'static str, ended: Result<T, JoinError>) -> RunError {
+    if let Err(error) = ended {
+        error!(task = name, "{error}");
+    }
+    RunError::Task(name)
+}
+
+/// The document that was found; what had to be set aside for it is said.
+fn taken<T>(found: Found<T>) -> Option<T> {
+    if let Some(set_aside) = found.set_aside {
+        error!(
+            "{} {}; it was moved to {} and the agent goes on without it: mend it and put it back if what it says is still needed",
+            set_aside.name,
+            set_aside.problem,
+            set_aside.to.display()
+        );
+    }
+    found.document
+}
+
+/// An error with its causes, in one line.
+pub fn error_chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let cause_text = cause.to_string();
+        // Some libraries repeat their cause in their own words.
+        if !text.ends_with(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        next = cause.source();
+    }
+    text
+}

@@ -1,1 +1,81 @@
-//! Placeholder.
+//! What the engine tests and the demo share: a real Docker Engine, images made from local files, and
+//! scopes that leave nothing behind.
+//!
+//! # A test file
+//!
+//! ```no_run
+//! # // In Cargo.toml: [[test]] name = "…", harness = false
+//! use std::time::Duration;
+//! use testkit::{Scope, Spec, wait_until};
+//!
+//! async fn a_workload_ends_with_its_code() -> anyhow::Result<()> {
+//!     let scope = Scope::new(testkit::docker()?);
+//!     let id = scope.run_workload(&[("dockflare.enable", "true")], &["exit", "3"], None, false).await?;
+//!     wait_until("the end", Duration::from_secs(10), async || {
+//!         let state = scope.inspect(&id).await.ok()?.state?;
+//!         (state.exit_code == Some(3)).then_some(())
+//!     })
+//!     .await
+//! }
+//!
+//! fn main() -> std::process::ExitCode {
+//!     testkit::main(testkit::cases![a_workload_ends_with_its_code])
+//! }
+//! ```
+//!
+//! # What it promises
+//!
+//! - **Without an engine** every case is reported as ignored; with `CI=true` every case fails instead.
+//! - **Nothing is left behind**: a [`Scope`] removes what carries its label and what was registered by
+//!   name when it is dropped, also on panic; [`main`] removes the images of this process; what a killed
+//!   process left is swept at the next start. Only things with this crate's labels, or names that a
+//!   scope registered, are ever touched.
+//! - **A failure explains itself**: the logs of the scope's containers and of the [`AgentProcess`]es
+//!   are printed with it, and only then.
+//!
+//! # Parts
+//!
+//! [`main`], [`case`], [`cases!`] run tests · [`docker`], [`engine`], [`wait_until`] reach the engine ·
+//! [`Scope`] with [`Spec`] and [`Proxy`] makes containers, networks and volumes · [`images`] makes images from
+//! [`Files`] · [`binary`] builds the workspace's programs · [`AgentProcess`] runs one outside Docker ·
+//! [`token`], [`http`] talk to the `cloudflared` stand-in.
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    reason = "test support: a panic with a clear message is how it reports what cannot go on"
+)]
+
+mod agent;
+mod binaries;
+mod cleanup;
+mod containers;
+mod dockerfile;
+mod engine;
+mod files;
+mod haproxy;
+mod images;
+mod process;
+mod proxy;
+mod runner;
+mod scope;
+
+pub use agent::AgentProcess;
+pub use binaries::{binary, workspace_root};
+pub use bollard::{self, Docker, models};
+pub use cleanup::{clean_up, sweep};
+pub use cloudflared_stand_in::http;
+pub use containers::Spec;
+pub use engine::{docker, engine, wait_until};
+pub use files::Files;
+pub use images::{Images, images};
+pub use proxy::Proxy;
+pub use runner::{Case, case, main, note};
+pub use rustix::process::Signal;
+pub use scope::Scope;
+
+/// A tunnel token that the stand-in obeys: `words` as in its table (`unready`,
+/// `ready-after=500 connections=2`); none for a tunnel in good health. Each call makes another one.
+#[must_use]
+pub fn token(tunnel_id: &str, words: &str) -> String {
+    cloudflared_stand_in::token::Token::scripted(tunnel_id, words)
+}

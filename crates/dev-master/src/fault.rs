@@ -1,0 +1,151 @@
+//! Faults: ways in which the double fails its agents on purpose.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::request::Route;
+
+/// One way to fail a request. The comment of each says whether the request still has its effect.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Fault {
+    /// Answers a status instead of handling the request. No effect.
+    Status {
+        /// The HTTP status.
+        status: u16,
+        /// The `code` of a JSON body; without it the body is the HTML of some proxy.
+        #[serde(default)]
+        code: Option<String>,
+        /// The `Retry-After` header as sent: seconds or an HTTP date.
+        #[serde(default)]
+        retry_after: Option<String>,
+    },
+    /// Waits, then handles the request as usual, unless the client has hung up by then.
+    Delay {
+        /// How long to wait, in milliseconds.
+        millis: u64,
+    },
+    /// Waits until the faults are cleared, then handles the request as usual, unless the client has
+    /// hung up by then.
+    Hold,
+    /// Cuts the connection instead of handling the request. No effect.
+    CutBefore,
+    /// Handles the request, announces the whole reply, sends half of it and cuts the connection.
+    CutHalfway,
+    /// Handles the request and cuts the connection without any reply.
+    LostReply,
+    /// Handles the request and sends half of the reply as if it were the whole: broken JSON.
+    Truncated,
+    /// Answers 200 with HTML instead of handling the request. No effect.
+    NotJson,
+    /// Answers 302 to a login page, as Cloudflare Access does. No effect.
+    LoginRedirect,
+}
+
+impl Fault {
+    /// Answers `status` with the HTML of some proxy.
+    pub fn status(status: u16) -> Self {
+        Self::Status { status, code: None, retry_after: None }
+    }
+
+    /// Answers `status` with a master's JSON and its `code`.
+    pub fn code(status: u16, code: &str) -> Self {
+        Self::Status { status, code: Some(code.to_owned()), retry_after: None }
+    }
+
+    /// Adds `Retry-After`, in seconds or as an HTTP date, to a [`Fault::Status`]; other faults stay
+    /// as they are.
+    #[must_use]
+    pub fn retry_after(mut self, value: &str) -> Self {
+        if let Self::Status { retry_after, .. } = &mut self {
+            *retry_after = Some(value.to_owned());
+        }
+        self
+    }
+
+    /// Waits `delay`, rounded down to milliseconds, before handling.
+    pub fn delay(delay: Duration) -> Self {
+        Self::Delay { millis: u64::try_from(delay.as_millis()).unwrap_or(u64::MAX) }
+    }
+}
+
+/// How often a fault acts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Times {
+    /// On this many requests.
+    Count(u32),
+    /// On every request, until the faults are cleared.
+    UntilCleared,
+}
+
+impl From<u32> for Times {
+    fn from(count: u32) -> Self {
+        Self::Count(count)
+    }
+}
+
+/// The faults in force, oldest first. At most one acts on a request.
+#[derive(Debug, Default)]
+pub(crate) struct Faults {
+    set: Vec<(Route, Fault, Times)>,
+    /// How often the faults were cleared: what a held request waits for.
+    pub(crate) clearings: u64,
+}
+
+impl Faults {
+    pub(crate) fn add(&mut self, route: Route, fault: Fault, times: Times) {
+        if times != Times::Count(0) {
+            self.set.push((route, fault, times));
+        }
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.set.clear();
+        self.clearings += 1;
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.set.len()
+    }
+
+    /// Takes the fault that acts on a request on `route`, if one does.
+    pub(crate) fn take(&mut self, route: Route) -> Option<Fault> {
+        let at = self.set.iter().position(|(aim, _, _)| aim.covers(route))?;
+        let (_, fault, times) = &mut self.set[at];
+        let fault = fault.clone();
+        if let Times::Count(left) = times {
+            *left -= 1;
+            if *left == 0 {
+                self.set.remove(at);
+            }
+        }
+        Some(fault)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fault_acts_as_often_as_it_was_set_and_only_on_its_route() {
+        let mut faults = Faults::default();
+        faults.add(Route::Events, Fault::CutBefore, Times::Count(2));
+        faults.add(Route::Any, Fault::NotJson, Times::UntilCleared);
+        assert_eq!(faults.take(Route::Commands), Some(Fault::NotJson));
+        assert_eq!(faults.take(Route::Events), Some(Fault::CutBefore));
+        assert_eq!(faults.take(Route::Events), Some(Fault::CutBefore));
+        assert_eq!(faults.take(Route::Events), Some(Fault::NotJson));
+        faults.clear();
+        assert_eq!(faults.take(Route::Events), None);
+    }
+
+    #[test]
+    fn a_fault_is_readable_from_json() {
+        let read: Fault = serde_json::from_str(r#"{"kind":"status","status":503,"retry_after":"2"}"#).unwrap();
+        assert_eq!(read, Fault::status(503).retry_after("2"));
+        let read: Fault = serde_json::from_str(r#"{"kind":"delay","millis":5}"#).unwrap();
+        assert_eq!(read, Fault::delay(Duration::from_millis(5)));
+    }
+}

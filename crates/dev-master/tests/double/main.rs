@@ -1,0 +1,14 @@
+//! The double against its contract: each row of the protocol's tables, each fault, each violation.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails, in its helpers too")]
+
+mod caller;
+mod commands;
+mod decommission;
+mod events_v1;
+mod events_v2;
+mod faults;
+mod operator;
+mod program;
+mod register;
+mod waiting;

@@ -1,0 +1,279 @@
+//! The agent, or any of the workspace's programs, as a process of this host.
+
+use std::fmt::Write as _;
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout_at};
+
+use crate::runner;
+
+/// A running program, all it writes, and the secrets that it must not write.
+///
+/// Dropping it kills it. If the test fails the log is shown with it; and if a planted secret occurs in
+/// the log, the drop panics, so that the test fails for that alone.
+pub struct AgentProcess {
+    name: String,
+    child: Child,
+    log: Arc<Log>,
+    /// Hangs up when standard output and error have both ended.
+    reading: Receiver<()>,
+    secrets: Vec<String>,
+}
+
+/// Lines of both outputs, as they came.
+struct Log {
+    lines: Mutex<Vec<String>>,
+    /// The number of lines, for those who wait.
+    count: watch::Sender<usize>,
+}
+
+impl AgentProcess {
+    /// Starts `binary` with this environment and nothing else of ours, in the folder `cwd`.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn spawn(binary: &Path, env: &[(String, String)], cwd: &Path) -> Result<Self> {
+        Self::spawn_with(binary, &[], env, cwd)
+    }
+
+    /// As [`AgentProcess::spawn`], with arguments.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn spawn_with(binary: &Path, args: &[&str], env: &[(String, String)], cwd: &Path) -> Result<Self> {
+        let mut child = Command::new(binary)
+            .args(args)
+            .env_clear()
+            .envs(env.iter().map(|(name, value)| (name, value)))
+            .current_dir(cwd)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("cannot start {}", binary.display()))?;
+        let log = Arc::new(Log { lines: Mutex::default(), count: watch::Sender::new(0) });
+        let (open, reading) = channel();
+        if let (Some(stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) {
+            read_lines(stdout, log.clone(), open.clone());
+            read_lines(stderr, log.clone(), open);
+        }
+        let name = format!("{} (pid {})", binary.file_name().unwrap_or_default().display(), child.id());
+        Ok(Self { name, child, log, reading, secrets: Vec::new() })
+    }
+
+    /// From now on, and for all that was written before: this must not occur in the log.
+    pub fn plant(&mut self, secret: &str) {
+        self.secrets.push(secret.to_owned());
+    }
+
+    /// The process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// All it has written so far, standard output and error as they came.
+    #[must_use]
+    pub fn log(&self) -> String {
+        self.log.lines().join("\n")
+    }
+
+    /// How many lines it has written: a mark for [`AgentProcess::wait_for_log_after`].
+    #[must_use]
+    pub fn mark(&self) -> usize {
+        self.log.lines().len()
+    }
+
+    /// Waits for a line with this text, and gives it; one that was written already will do.
+    ///
+    /// # Errors
+    /// When `limit` is over, or the program has ended, without one.
+    pub async fn wait_for_log(&self, text: &str, limit: Duration) -> Result<String> {
+        self.wait_for_log_after(0, text, limit).await
+    }
+
+    /// As [`AgentProcess::wait_for_log`], but only lines written after the mark count.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn wait_for_log_after(&self, mark: usize, text: &str, limit: Duration) -> Result<String> {
+        let deadline = Instant::now() + limit;
+        let mut count = self.log.count.subscribe();
+        loop {
+            count.mark_unchanged();
+            // Looked at before the log: what was written until the end is in it then.
+            let ended = self.reading.try_recv() == Err(std::sync::mpsc::TryRecvError::Disconnected);
+            let found = self.log.lines().iter().skip(mark).find(|line| line.contains(text)).cloned();
+            match found {
+                Some(line) => return Ok(line),
+                None if ended => bail!("{} ended without {text:?} in its log", self.name),
+                None if Instant::now() >= deadline => bail!("{} logged no {text:?} within {limit:?}", self.name),
+                // Woken by a line, or to see whether it has ended; the deadline is looked at above.
+                None => drop(timeout_at(deadline.min(Instant::now() + LOOK_EVERY), count.changed()).await),
+            }
+        }
+    }
+
+    /// Asks it to stop.
+    ///
+    /// # Errors
+    /// When it has ended and been waited for.
+    pub fn sigterm(&self) -> Result<()> {
+        self.signal(Signal::TERM)
+    }
+
+    /// Ends it without its having a say, as a crash of the host would.
+    ///
+    /// # Errors
+    /// When it has ended and been waited for.
+    pub fn sigkill(&self) -> Result<()> {
+        self.signal(Signal::KILL)
+    }
+
+    /// Sends any signal.
+    ///
+    /// # Errors
+    /// When it has ended and been waited for.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).context("no process id")?;
+        kill_process(pid, signal).with_context(|| format!("cannot signal {}", self.name))
+    }
+
+    /// Whether it is still running.
+    ///
+    /// # Errors
+    /// When the system does not say.
+    pub fn is_running(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_none())
+    }
+
+    /// Waits for its end, and for the rest of its log.
+    ///
+    /// # Errors
+    /// When `limit` is over first.
+    pub async fn wait_exit(&mut self, limit: Duration) -> Result<ExitStatus> {
+        let deadline = Instant::now() + limit;
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                self.finish_reading();
+                return Ok(status);
+            }
+            if Instant::now() >= deadline {
+                bail!("{} still runs after {limit:?}", self.name);
+            }
+            sleep(LOOK_EVERY).await;
+        }
+    }
+
+    /// A process that inherited the pipe could keep it open for ever: this does not wait that long.
+    fn finish_reading(&self) {
+        let ended = self.reading.recv_timeout(Duration::from_secs(2));
+        debug_assert!(matches!(ended, Err(RecvTimeoutError::Disconnected | RecvTimeoutError::Timeout)));
+    }
+}
+
+/// How often the system is asked for what it does not tell by itself.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+impl Log {
+    fn lines(&self) -> std::sync::MutexGuard<'_, Vec<String>> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Reads to the end on a thread of its own; `open` is dropped there.
+fn read_lines(output: impl Read + Send + 'static, log: Arc<Log>, open: Sender<()>) {
+    std::thread::spawn(move || {
+        let mut output = BufReader::new(output);
+        let mut line = Vec::new();
+        // Not `lines()`: what is no UTF-8 would end the reading, and then block the program.
+        while output.read_until(b'\n', &mut line).is_ok_and(|length| length > 0) {
+            log.lines().push(String::from_utf8_lossy(&line).trim_end().to_owned());
+            log.count.send_modify(|count| *count += 1);
+            line.clear();
+        }
+        drop(open);
+    });
+}
+
+impl Drop for AgentProcess {
+    fn drop(&mut self) {
+        // Ended already is as good.
+        drop(self.child.kill());
+        drop(self.child.wait());
+        self.finish_reading();
+        let log = self.log();
+        let told = told_secrets(&log, &self.secrets);
+        runner::note(&self.name, &log);
+        if !told.is_empty() && !std::thread::panicking() {
+            panic!("{} wrote a secret to its log:\n{told}", self.name);
+        }
+    }
+}
+
+/// The lines that hold a secret, each with a mark where the secret was.
+fn told_secrets(log: &str, secrets: &[String]) -> String {
+    let mut told = String::new();
+    for line in log.lines() {
+        if let Some(secret) = secrets.iter().find(|secret| !secret.is_empty() && line.contains(secret.as_str())) {
+            // Writing to a `String` does not fail.
+            _ = writeln!(told, "{}", line.replace(secret.as_str(), "<THE SECRET>"));
+        }
+    }
+    told
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SOON: Duration = Duration::from_secs(10);
+
+    fn shell(script: &str) -> AgentProcess {
+        let env = [("PATH".to_owned(), std::env::var("PATH").unwrap())];
+        AgentProcess::spawn_with(Path::new("/bin/sh"), &["-c", script], &env, Path::new("/")).unwrap()
+    }
+
+    #[tokio::test]
+    async fn gathers_both_outputs_and_the_exit_code() {
+        let mut process = shell("echo out; echo err >&2; exit 3");
+        assert_eq!(process.wait_exit(SOON).await.unwrap().code(), Some(3));
+        assert!(process.log().contains("out") && process.log().contains("err"));
+        assert_eq!(process.wait_for_log("err", SOON).await.unwrap(), "err");
+        assert!(process.wait_for_log("never", SOON).await.is_err());
+        assert!(process.wait_for_log_after(process.mark(), "out", SOON).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn has_only_the_environment_it_was_given() {
+        let mut process = shell("env | cut -d= -f1 | sort | tr '\\n' ' '");
+        process.wait_exit(SOON).await.unwrap();
+        assert!(!process.log().contains("CARGO"), "{}", process.log());
+    }
+
+    #[tokio::test]
+    async fn passes_signals_on() {
+        let mut process = shell("trap 'echo asked; exit 7' TERM; echo ready; while :; do sleep 0.01; done");
+        process.wait_for_log("ready", SOON).await.unwrap();
+        assert!(process.is_running().unwrap());
+        process.sigterm().unwrap();
+        assert_eq!(process.wait_exit(SOON).await.unwrap().code(), Some(7));
+    }
+
+    #[test]
+    #[should_panic(expected = "token=<THE SECRET>")]
+    fn a_secret_in_the_log_fails_the_test_without_repeating_it() {
+        let mut process = shell("echo token=hunter2; echo done");
+        process.plant("hunter2");
+        process.child.wait().unwrap();
+        process.finish_reading();
+    }
+}

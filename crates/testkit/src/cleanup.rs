@@ -1,0 +1,207 @@
+//! Removing: a scope's things, this process's images, and what dead processes left.
+//!
+//! Every listing here filters by this crate's label, and every removal by name looks at the thing's age.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use bollard::Docker;
+use bollard::errors::Error;
+use bollard::models::NetworkDisconnectRequest;
+use bollard::query_parameters::{
+    ListContainersOptions, ListImagesOptions, ListNetworksOptions, ListVolumesOptions, RemoveContainerOptions,
+    RemoveImageOptions, RemoveVolumeOptions,
+};
+
+use crate::engine::{docker, wait_until};
+use crate::process::{self, Kind, MARK, Owned, SCOPE, is_orphan, me};
+
+/// Runs `future` on a runtime of its own.
+pub(crate) fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("no runtime")?.block_on(future)
+}
+
+/// Removes what carries the scope's label, and what it registered by name. Gives the containers' logs
+/// if they are wanted.
+pub(crate) async fn end_scope(suffix: &str, owned: &[Owned], want_logs: bool) -> Result<Vec<(String, String)>> {
+    let docker = docker()?;
+    let label = format!("{SCOPE}={suffix}");
+    let mut containers = containers(&docker, &label, |_| true).await?;
+    for owned in owned.iter().filter(|owned| owned.kind == Kind::Container) {
+        containers.extend(owned_container(&docker, owned).await);
+    }
+    let mut logs = Vec::new();
+    for id in &containers {
+        if want_logs {
+            logs.extend(tail(&docker, id).await);
+        }
+        remove_container(&docker, id).await?;
+    }
+    let mut networks = networks(&docker, &label, |_| true).await?;
+    for owned in owned.iter().filter(|owned| owned.kind == Kind::Network) {
+        networks.extend(owned_network(&docker, owned).await);
+    }
+    for id in &networks {
+        remove_network(&docker, id).await?;
+    }
+    for name in volumes(&docker, &label, |_| true).await? {
+        remove_volume(&docker, &name).await?;
+    }
+    Ok(logs)
+}
+
+/// Removes what test processes of this machine left that are no more: containers, networks, volumes and
+/// images with this crate's labels, and what they registered by name. [`main`](crate::main) calls it.
+///
+/// # Errors
+/// When the engine refuses.
+pub async fn sweep(docker: &Docker) -> Result<()> {
+    let ledgers = process::orphaned_ledgers();
+    let mut found = containers(docker, MARK, is_orphan).await?;
+    let names: Vec<_> = ledgers.iter().flat_map(|(_, owned)| owned).collect();
+    for owned in names.iter().filter(|owned| owned.kind == Kind::Container) {
+        found.extend(owned_container(docker, owned).await);
+    }
+    for id in found {
+        remove_container(docker, &id).await?;
+    }
+    let mut found = networks(docker, MARK, is_orphan).await?;
+    for owned in names.iter().filter(|owned| owned.kind == Kind::Network) {
+        found.extend(owned_network(docker, owned).await);
+    }
+    for id in found {
+        remove_network(docker, &id).await?;
+    }
+    for name in volumes(docker, MARK, is_orphan).await? {
+        remove_volume(docker, &name).await?;
+    }
+    remove_images(docker, is_orphan).await?;
+    for (path, _) in ledgers {
+        // Another process may have swept it at the same time.
+        drop(std::fs::remove_file(path));
+    }
+    Ok(())
+}
+
+/// Removes the images of this process, and what is left of its scopes. [`main`](crate::main) does it at
+/// its end; another program that used the kit calls it at its own.
+///
+/// # Errors
+/// When the engine refuses.
+pub fn clean_up() -> Result<()> {
+    block_on(async { end_process(&docker()?).await })
+}
+
+async fn end_process(docker: &Docker) -> Result<()> {
+    let mine = |labels: &HashMap<String, String>| me().owns(labels);
+    for id in containers(docker, MARK, mine).await? {
+        remove_container(docker, &id).await?;
+    }
+    for id in networks(docker, MARK, mine).await? {
+        remove_network(docker, &id).await?;
+    }
+    for name in volumes(docker, MARK, mine).await? {
+        remove_volume(docker, &name).await?;
+    }
+    remove_images(docker, mine).await?;
+    process::close_ledger();
+    Ok(())
+}
+
+type Labels = HashMap<String, String>;
+
+fn label_filter(label: &str) -> Option<HashMap<String, Vec<String>>> {
+    Some(HashMap::from([("label".to_owned(), vec![label.to_owned()])]))
+}
+
+async fn containers(docker: &Docker, label: &str, wanted: impl Fn(&Labels) -> bool) -> Result<Vec<String>> {
+    let options = ListContainersOptions { all: true, filters: label_filter(label), ..Default::default() };
+    let found = docker.list_containers(Some(options)).await?.into_iter();
+    Ok(found.filter(|c| wanted(&c.labels.clone().unwrap_or_default())).filter_map(|c| c.id).collect())
+}
+
+async fn networks(docker: &Docker, label: &str, wanted: impl Fn(&Labels) -> bool) -> Result<Vec<String>> {
+    let found = docker.list_networks(Some(ListNetworksOptions { filters: label_filter(label) })).await?.into_iter();
+    Ok(found.filter(|n| wanted(&n.labels.clone().unwrap_or_default())).filter_map(|n| n.id).collect())
+}
+
+async fn volumes(docker: &Docker, label: &str, wanted: impl Fn(&Labels) -> bool) -> Result<Vec<String>> {
+    let found = docker.list_volumes(Some(ListVolumesOptions { filters: label_filter(label) })).await?;
+    Ok(found.volumes.unwrap_or_default().into_iter().filter(|v| wanted(&v.labels)).map(|v| v.name).collect())
+}
+
+async fn remove_images(docker: &Docker, wanted: impl Fn(&Labels) -> bool) -> Result<()> {
+    let options = ListImagesOptions { filters: label_filter(MARK), ..Default::default() };
+    for image in docker.list_images(Some(options)).await?.into_iter().filter(|image| wanted(&image.labels)) {
+        let options = RemoveImageOptions { force: true, ..Default::default() };
+        tolerate_gone(docker.remove_image(&image.id, Some(options), None).await.map(drop))
+            .with_context(|| format!("cannot remove image {:?}", image.repo_tags))?;
+    }
+    Ok(())
+}
+
+/// The id of a container registered by name, unless it is older than its registration.
+async fn owned_container(docker: &Docker, owned: &Owned) -> Option<String> {
+    let found = docker.inspect_container(&owned.name, None).await.ok()?;
+    // An id's beginning finds a container too: only a name is meant.
+    let named = found.name.as_deref().map(|name| name.trim_start_matches('/')) == Some(&owned.name);
+    (named && is_since(found.created.as_deref()?, owned.since)).then_some(found.id?)
+}
+
+async fn owned_network(docker: &Docker, owned: &Owned) -> Option<String> {
+    let found = docker.inspect_network(&owned.name, None).await.ok()?;
+    let named = found.name.as_deref() == Some(&owned.name);
+    (named && is_since(found.created.as_deref()?, owned.since)).then_some(found.id?)
+}
+
+/// Whether a time of Docker's is not before ours. Their clocks are one: the engine is on this host.
+fn is_since(created: &str, since: i64) -> bool {
+    created.parse::<jiff::Timestamp>().is_ok_and(|created| created.as_millisecond() >= since)
+}
+
+/// A container's name and the end of its log.
+async fn tail(docker: &Docker, id: &str) -> Option<(String, String)> {
+    let found = docker.inspect_container(id, None).await.ok()?;
+    let state = found.state.and_then(|state| state.status).map(|status| status.to_string()).unwrap_or_default();
+    let log = crate::containers::logs(docker, id, "200").await.ok()?;
+    Some((format!("{} ({state})", found.name.unwrap_or_default().trim_start_matches('/')), log))
+}
+
+async fn remove_container(docker: &Docker, id: &str) -> Result<()> {
+    let options = RemoveContainerOptions { v: true, force: true, ..Default::default() };
+    let removed = docker.remove_container(id, Some(options)).await;
+    if let Err(Error::DockerResponseServerError { status_code: 409, .. }) = removed {
+        // Someone else is removing it, Docker itself for one with `--rm`.
+        return wait_until("a container to be gone", Duration::from_secs(10), async || {
+            let gone = docker.inspect_container(id, None).await;
+            matches!(gone, Err(Error::DockerResponseServerError { status_code: 404, .. })).then_some(())
+        })
+        .await;
+    }
+    tolerate_gone(removed).with_context(|| format!("cannot remove container {id}"))
+}
+
+async fn remove_network(docker: &Docker, id: &str) -> Result<()> {
+    // What is still attached was made by someone else, but the network is ours.
+    let attached = docker.inspect_network(id, None).await.ok().and_then(|network| network.containers);
+    for container in attached.into_iter().flatten().map(|(id, _)| id) {
+        let request = NetworkDisconnectRequest { container, force: Some(true) };
+        drop(docker.disconnect_network(id, request).await);
+    }
+    tolerate_gone(docker.remove_network(id).await).with_context(|| format!("cannot remove network {id}"))
+}
+
+async fn remove_volume(docker: &Docker, name: &str) -> Result<()> {
+    let removed = docker.remove_volume(name, Some(RemoveVolumeOptions { force: true })).await;
+    tolerate_gone(removed).with_context(|| format!("cannot remove volume {name}"))
+}
+
+/// Gone already is as good as removed.
+fn tolerate_gone(result: Result<(), Error>) -> Result<(), Error> {
+    match result {
+        Err(Error::DockerResponseServerError { status_code: 404, .. }) => Ok(()),
+        other => other,
+    }
+}

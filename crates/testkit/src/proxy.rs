@@ -1,0 +1,123 @@
+//! A running Docker socket proxy.
+
+use std::collections::HashMap;
+use std::net::{Ipv4Addr, TcpListener};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use bollard::models::{HostConfig, PortBinding};
+
+use crate::containers::Spec;
+use crate::engine::{socket_path, wait_until};
+use crate::haproxy::PORT;
+use crate::images::images;
+use crate::scope::Scope;
+
+/// A Docker socket proxy between a program and the engine, in a container of the scope.
+pub struct Proxy<'a> {
+    scope: &'a Scope,
+    container: String,
+    address: String,
+}
+
+impl Scope {
+    /// Starts a socket proxy that opens what `env` says (`[("CONTAINERS", "1"), ("POST", "1")]`; pings,
+    /// the version and events are open anyway), and waits until it answers.
+    ///
+    /// # Errors
+    /// When HAProxy is not installed, or it does not come up.
+    pub async fn socket_proxy(&self, env: &[(&str, &str)]) -> Result<Proxy<'_>> {
+        let image = images().haproxy().await?;
+        // The port is ours to choose, for it must be the same after a restart. Another process may take
+        // it before Docker does: then the next one.
+        for _ in 0..5 {
+            let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
+            let container = self.create(Spec { image: &image, env, host: host(port), ..Spec::default() }).await?;
+            match self.start(&container).await {
+                Err(error) if format!("{error:#}").contains("already allocated") => self.rm(&container).await?,
+                Err(error) => return Err(error),
+                Ok(()) => {
+                    let proxy = Proxy { scope: self, container, address: format!("127.0.0.1:{port}") };
+                    proxy.wait_for_answer().await?;
+                    return Ok(proxy);
+                }
+            }
+        }
+        bail!("no port could be had for the socket proxy")
+    }
+}
+
+fn host(port: u16) -> HostConfig {
+    let binding = PortBinding { host_ip: Some("127.0.0.1".into()), host_port: Some(port.to_string()) };
+    HostConfig {
+        binds: Some(vec![format!("{}:/var/run/docker.sock", socket_path())]),
+        port_bindings: Some(HashMap::from([(format!("{PORT}/tcp"), Some(vec![binding]))])),
+        ..HostConfig::default()
+    }
+}
+
+impl Proxy<'_> {
+    /// What a program on this host puts into `DOCKER_HOST`: `tcp://127.0.0.1:port`.
+    #[must_use]
+    pub fn host_url(&self) -> String {
+        format!("tcp://{}", self.address)
+    }
+
+    /// `127.0.0.1:port`.
+    #[must_use]
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// The container's id.
+    #[must_use]
+    pub fn container(&self) -> &str {
+        &self.container
+    }
+
+    /// Attaches it to a network of the scope, and gives what a container there puts into `DOCKER_HOST`.
+    ///
+    /// # Errors
+    /// When the engine refuses.
+    pub async fn join(&self, network: &str) -> Result<String> {
+        self.scope.connect(network, &self.container).await?;
+        // Docker resolves the beginning of an id in every network but its default one.
+        let name = self.container.get(..12).unwrap_or(&self.container);
+        Ok(format!("tcp://{name}:{PORT}"))
+    }
+
+    /// Kills it: connections are cut, new ones refused.
+    ///
+    /// # Errors
+    /// When the engine refuses.
+    pub async fn kill(&self) -> Result<()> {
+        self.scope.kill(&self.container, "SIGKILL").await?;
+        wait_until("the proxy's end", Duration::from_secs(10), async || {
+            let status = self.scope.status(&self.container).await.ok()?;
+            (status == "exited").then_some(())
+        })
+        .await
+    }
+
+    /// Starts it again, after a kill or not, at the same address, and waits until it answers.
+    ///
+    /// # Errors
+    /// When the engine refuses, or it does not come up.
+    pub async fn restart(&self) -> Result<()> {
+        self.scope.restart(&self.container, 0).await?;
+        self.wait_for_answer().await
+    }
+
+    async fn wait_for_answer(&self) -> Result<()> {
+        let waited = wait_until("the socket proxy to answer", Duration::from_secs(20), async || {
+            // Docker's own forwarder accepts before the proxy does, and cuts: only an answer counts.
+            let asked = tokio::time::timeout(Duration::from_secs(2), crate::http::get(&self.address, "/_ping"));
+            asked.await.ok()?.ok().map(drop)
+        });
+        if let Err(error) = waited.await {
+            let log = self.scope.logs(&self.container).await.unwrap_or_default();
+            return Err(error).context(log);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,165 @@
+//! Runs cases: each on a thread and runtime of its own, with a time limit, reported as `cargo test` does.
+
+use std::any::Any;
+use std::cell::RefCell;
+use std::future::Future;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
+use std::process::ExitCode;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use libtest_mimic::{Arguments, Failed, Trial};
+
+use crate::cleanup;
+use crate::engine::{docker, in_ci};
+
+/// What a case may take, unless it says otherwise: a good multiple of what the slowest takes.
+const TIME_LIMIT: Duration = Duration::from_secs(180);
+/// What a case that overran may take to clean up.
+const GRACE: Duration = Duration::from_secs(60);
+/// Cases mostly wait for Docker: more at once than there are cores.
+const THREADS: usize = 4;
+
+type Body = Box<dyn FnOnce() -> Pin<Box<dyn Future<Output = Result<()>>>> + Send>;
+
+/// One test.
+pub struct Case {
+    name: String,
+    limit: Duration,
+    body: Body,
+}
+
+/// A test called `name`. [`cases!`](crate::cases) makes them from functions.
+pub fn case<F, Fut>(name: impl Into<String>, body: F) -> Case
+where
+    F: FnOnce() -> Fut + Send + 'static,
+    Fut: Future<Output = Result<()>> + 'static,
+{
+    Case { name: name.into(), limit: TIME_LIMIT, body: Box::new(move || Box::pin(body())) }
+}
+
+impl Case {
+    /// With another time limit than 180 s.
+    #[must_use]
+    pub fn limit(mut self, limit: Duration) -> Self {
+        self.limit = limit;
+        self
+    }
+}
+
+/// Cases from `async fn() -> anyhow::Result<()>`, named after the functions.
+#[macro_export]
+macro_rules! cases {
+    ($($function:path),* $(,)?) => {
+        vec![$($crate::case(stringify!($function), $function)),*]
+    };
+}
+
+/// Runs the cases with libtest's options, and ends with libtest's last line.
+///
+/// Without an engine all are ignored; with `CI=true` they fail. Before them, what dead processes left is
+/// swept and the stand-ins are built; after them, this process's images are removed.
+#[must_use]
+pub fn main(cases: Vec<Case>) -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads.get_or_insert(THREADS);
+    if arguments.list {
+        let trials = cases.into_iter().map(|case| Trial::test(case.name, || Ok(()))).collect();
+        return libtest_mimic::run(&arguments, trials).exit_code();
+    }
+    let engine = cleanup::block_on(prepare());
+    if let Err(error) = &engine {
+        eprintln!("testkit: no Docker Engine: {error:#}");
+    }
+    let trials = cases.into_iter().map(|case| trial(case, engine.as_ref().err())).collect();
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    let cleaned = if engine.is_ok() { cleanup::clean_up() } else { Ok(()) };
+    if let Err(error) = cleaned {
+        eprintln!("testkit: may have left something behind: {error:#}");
+        return ExitCode::FAILURE;
+    }
+    conclusion.exit_code()
+}
+
+/// Fails if there is no engine, and only then.
+async fn prepare() -> Result<()> {
+    let docker = docker()?;
+    tokio::time::timeout(Duration::from_secs(10), docker.ping()).await.context("it does not answer")??;
+    if let Err(error) = cleanup::sweep(&docker).await {
+        eprintln!("testkit: cannot sweep: {error:#}");
+    }
+    // Here, so that a cold build does not count against a case. Its error is shown by who needs it.
+    drop(crate::binary("cloudflared"));
+    Ok(())
+}
+
+fn trial(case: Case, no_engine: Option<&anyhow::Error>) -> Trial {
+    match no_engine {
+        None => Trial::test(case.name.clone(), move || run(case)),
+        Some(error) => {
+            let problem = format!("no Docker Engine: {error:#}");
+            Trial::test(case.name, move || Err(Failed::from(problem))).with_ignored_flag(!in_ci())
+        }
+    }
+}
+
+/// Runs one case on its own thread, so that one that blocks for ever does not take the runner with it.
+fn run(case: Case) -> Result<(), Failed> {
+    let (report, reported) = mpsc::channel();
+    let Case { name, limit, body } = case;
+    let thread = std::thread::Builder::new().name(name.clone());
+    let spawned = thread.spawn(move || {
+        NOTES.set(Some(Vec::new()));
+        let result = catch_unwind(AssertUnwindSafe(|| attempt(limit, body)));
+        let result = result.unwrap_or_else(|panic| Err(anyhow::anyhow!("panicked: {}", panic_text(&*panic))));
+        let notes = NOTES.take().unwrap_or_default();
+        // The runner has given up on it if it does not listen.
+        drop(report.send(result.map_err(|error| format!("{error:?}\n{}", notes.concat()))));
+    });
+    spawned.map_err(|error| Failed::from(format!("no thread: {error}")))?;
+    match reported.recv_timeout(limit + GRACE) {
+        Ok(result) => result.map_err(Failed::from),
+        Err(_) => Err(Failed::from(format!("{name} hangs: it blocks its thread beyond {limit:?}"))),
+    }
+}
+
+fn attempt(limit: Duration, body: Body) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let result = tokio::time::timeout(limit, body()).await;
+        result.with_context(|| format!("not done within {limit:?}"))?
+    })
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("with something else than text")
+}
+
+thread_local! {
+    /// What will be shown if this thread's case fails; none outside of a case.
+    static NOTES: RefCell<Option<Vec<String>>> = const { RefCell::new(None) };
+}
+
+/// Something to show if the case on this thread fails, and not otherwise. Outside of a case it is shown
+/// if the thread is panicking.
+pub fn note(title: &str, text: &str) {
+    let note = format!("\n--- {title} ---\n{}\n", text.trim_end());
+    let outside = NOTES.with_borrow_mut(|notes| match notes {
+        Some(notes) => {
+            notes.push(note.clone());
+            false
+        }
+        None => true,
+    });
+    if outside && std::thread::panicking() {
+        eprintln!("{note}");
+    }
+}
+
+/// Whether a note would ever be shown.
+pub(crate) fn wants_notes() -> bool {
+    std::thread::panicking() || NOTES.with_borrow(Option::is_some)
+}

@@ -1,0 +1,592 @@
+//! What the operator asked for: read once from the environment, checked as a whole, then never changed.
+//!
+//! [`Config::load`] reads the process environment and fills what is unset from a `.env` file;
+//! [`Config::from_vars`] does the work on any list of pairs, so that tests never touch the process.
+//! Every mistake is reported at once ([`ConfigErrors`]); nothing has been started or written by then.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use jiff::tz::TimeZone;
+use reqwest::Url;
+use reqwest::header::HeaderValue;
+use secrecy::{ExposeSecret, SecretString};
+use serde::Deserialize;
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::filter::Targets;
+
+mod image;
+pub use image::ImageRef;
+
+/// The agent's whole configuration, valid by construction.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where the master is and how the agent proves who it is.
+    pub master: MasterConfig,
+    /// Where the Docker Engine, or a socket proxy before it, listens.
+    pub docker_host: DockerHost,
+    /// What the tunnel container is made of.
+    pub tunnel: TunnelConfig,
+    /// Between two complete reports; 5 s to 1 h.
+    pub report_interval: Duration,
+    /// Between two looks for commands; 1 s to 1 h, jittered by the poller.
+    pub poll_interval: Duration,
+    /// How the agent introduces itself; the master's UI may override it.
+    pub display_name: Option<String>,
+    /// Port of `GET /health` on every interface; `None` when switched off with 0.
+    pub health_port: Option<u16>,
+    /// The folder that holds identity and state.
+    pub data_dir: PathBuf,
+    /// `HOSTNAME`, which inside a container is the start of its own id.
+    pub hostname: Option<String>,
+    /// What is logged, how, and in which time zone.
+    pub log: LogConfig,
+}
+
+/// The master's address and the credentials that go with each request.
+#[derive(Debug, Clone)]
+pub struct MasterConfig {
+    /// Base address, `http` or `https`, without query, fragment or credentials; a path prefix is kept.
+    pub url: Url,
+    /// The agent key.
+    pub key: Secret,
+    /// The Cloudflare Access service token, when the master stands behind Access.
+    pub access: Option<AccessToken>,
+}
+
+/// A secret given as a value or by a file that may be replaced while the agent runs.
+#[derive(Debug, Clone)]
+pub struct Secret {
+    /// The value at start; a valid HTTP header value.
+    pub value: SecretString,
+    /// Where to read it again after a refusal.
+    pub file: Option<PathBuf>,
+}
+
+/// A Cloudflare Access service token.
+#[derive(Debug, Clone)]
+pub struct AccessToken {
+    /// `CF-Access-Client-Id`.
+    pub client_id: SecretString,
+    /// `CF-Access-Client-Secret`.
+    pub client_secret: SecretString,
+}
+
+/// What the tunnel container is made of.
+#[derive(Debug, Clone)]
+pub struct TunnelConfig {
+    /// Image of cloudflared.
+    pub image: ImageRef,
+    /// User-defined network that cloudflared and the workloads share.
+    pub network: String,
+    /// Name of the tunnel container.
+    pub container_name: String,
+    /// What becomes of the container when the agent stops.
+    pub on_exit: OnExit,
+}
+
+/// What becomes of the tunnel container when the agent stops.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnExit {
+    /// Drained, stopped and removed.
+    Remove,
+    /// Left as it is.
+    Keep,
+}
+
+/// Where the Docker Engine API is reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DockerHost {
+    /// Path of a unix socket.
+    Unix(String),
+    /// `host:port` for plain HTTP.
+    Http(String),
+}
+
+impl fmt::Display for DockerHost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) => write!(f, "unix://{path}"),
+            Self::Http(address) => write!(f, "tcp://{address}"),
+        }
+    }
+}
+
+/// What is logged, how, and in which time zone.
+#[derive(Debug, Clone)]
+pub struct LogConfig {
+    /// Levels by target; libraries that print request bodies stay at `info` or above whatever is asked.
+    pub filter: Targets,
+    /// One line of text or one JSON object for each record.
+    pub format: LogFormat,
+    /// Zone of the times in the log; the wire is always UTC.
+    pub time_zone: TimeZone,
+}
+
+/// Shape of a log record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// `2026-01-31T10:00:00+01:00  INFO sentence key=value`.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// A configuration that can be used, and what the operator should know about it.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The configuration.
+    pub config: Config,
+    /// Sentences to log as warnings once logging works.
+    pub warnings: Vec<String>,
+}
+
+/// Everything that is wrong with the configuration, one sentence each.
+#[derive(Debug, thiserror::Error)]
+#[error("the configuration has {} error(s):\n  - {}", .0.len(), .0.join("\n  - "))]
+pub struct ConfigErrors(pub Vec<String>);
+
+/// The variables as they are spelled; `envy` maps names, the rules are below.
+#[derive(Debug, Default, Deserialize)]
+struct Raw {
+    dockflare_master_url: Option<String>,
+    dockflare_api_key: Option<String>,
+    dockflare_api_key_file: Option<String>,
+    cf_access_client_id: Option<String>,
+    cf_access_client_secret: Option<String>,
+    cf_access_client_secret_file: Option<String>,
+    docker_host: Option<String>,
+    cloudflared_image: Option<String>,
+    cloudflared_network_name: Option<String>,
+    tunnel_container_name: Option<String>,
+    tunnel_on_exit: Option<String>,
+    report_interval_seconds: Option<String>,
+    command_poll_interval_seconds: Option<String>,
+    agent_display_name: Option<String>,
+    log_level: Option<String>,
+    log_format: Option<String>,
+    tz: Option<String>,
+    health_check_port: Option<String>,
+    dockflare_data_dir: Option<String>,
+    hostname: Option<String>,
+}
+
+impl Config {
+    /// Reads the process environment; a `.env` in the working folder fills what is unset there.
+    ///
+    /// # Errors
+    /// All that is wrong, at once.
+    pub fn load() -> Result<Loaded, ConfigErrors> {
+        let (vars, mut errors) = environment();
+        match Self::from_vars(vars) {
+            Ok(loaded) if errors.is_empty() => Ok(loaded),
+            Ok(_) => Err(ConfigErrors(errors)),
+            Err(ConfigErrors(more)) => {
+                errors.extend(more);
+                Err(ConfigErrors(errors))
+            }
+        }
+    }
+
+    /// Reads only the health page's port, for those who ask it.
+    ///
+    /// # Errors
+    /// When it is no port.
+    pub fn load_health_port() -> Result<Option<u16>, ConfigErrors> {
+        let (vars, _) = environment();
+        health_port(vars.get("HEALTH_CHECK_PORT").map(|port| port.trim()))
+            .map_err(|problem| ConfigErrors(vec![problem]))
+    }
+
+    /// Checks a list of variables. An empty value counts as unset.
+    pub fn from_vars(vars: impl IntoIterator<Item = (String, String)>) -> Result<Loaded, ConfigErrors> {
+        let set = vars
+            .into_iter()
+            .map(|(name, value)| (name, value.trim().to_owned()))
+            .filter(|(_, value)| !value.is_empty());
+        let raw: Raw = envy::from_iter(set).map_err(|error| ConfigErrors(vec![error.to_string()]))?;
+        let mut check = Check::default();
+
+        let url = check.required(
+            "DOCKFLARE_MASTER_URL",
+            &raw.dockflare_master_url,
+            "set it to the master's address, for example https://dockflare.example.com",
+        );
+        let url = url.and_then(|value| check.master_url(value));
+        let key = check.secret("DOCKFLARE_API_KEY", raw.dockflare_api_key, raw.dockflare_api_key_file);
+        if key.is_none() && check.errors.iter().all(|error| !error.starts_with("DOCKFLARE_API_KEY")) {
+            check.error("DOCKFLARE_API_KEY is not set: generate a key on the master's Agents page and set it, or name a file that holds it in DOCKFLARE_API_KEY_FILE");
+        }
+        let access_secret =
+            check.secret("CF_ACCESS_CLIENT_SECRET", raw.cf_access_client_secret, raw.cf_access_client_secret_file);
+        let access = match (raw.cf_access_client_id, access_secret) {
+            (None, None) => None,
+            (Some(id), Some(secret)) if HeaderValue::from_str(&id).is_ok() => {
+                Some(AccessToken { client_id: id.into(), client_secret: secret.value })
+            }
+            (Some(_), Some(_)) => {
+                check.error("CF_ACCESS_CLIENT_ID holds characters that no HTTP header can carry: copy it again from Cloudflare Access");
+                None
+            }
+            (Some(_), None) => {
+                check.error("CF_ACCESS_CLIENT_ID is set without CF_ACCESS_CLIENT_SECRET (or CF_ACCESS_CLIENT_SECRET_FILE): set both or neither");
+                None
+            }
+            (None, Some(_)) => {
+                check.error("CF_ACCESS_CLIENT_SECRET is set without CF_ACCESS_CLIENT_ID: set both or neither");
+                None
+            }
+        };
+        let docker_host = check.docker_host(raw.docker_host.as_deref().unwrap_or("unix:///var/run/docker.sock"));
+        let image = check.image(raw.cloudflared_image.as_deref().unwrap_or(DEFAULT_IMAGE));
+        let network = check.name("CLOUDFLARED_NETWORK_NAME", raw.cloudflared_network_name, "cloudflare-net");
+        if ["host", "none", "bridge", "default"].contains(&network.as_str()) {
+            check.error(format!("CLOUDFLARED_NETWORK_NAME={network}: is one of Docker's own networks, on which containers do not find each other by name; name a network of your own, for example cloudflare-net"));
+        }
+        let container_name = check.name("TUNNEL_CONTAINER_NAME", raw.tunnel_container_name, "dockflare-agent-tunnel");
+        let on_exit = check.one_of(
+            "TUNNEL_ON_EXIT",
+            raw.tunnel_on_exit.as_deref(),
+            &[("remove", OnExit::Remove), ("keep", OnExit::Keep)],
+        );
+        let report_interval = check.seconds("REPORT_INTERVAL_SECONDS", raw.report_interval_seconds, 30, 5);
+        let poll_interval = check.seconds("COMMAND_POLL_INTERVAL_SECONDS", raw.command_poll_interval_seconds, 10, 1);
+        let health_port = health_port(raw.health_check_port.as_deref()).unwrap_or_else(|problem| {
+            check.error(problem);
+            None
+        });
+        let filter = check.log_filter(raw.log_level.as_deref().unwrap_or("INFO"));
+        let format = check.one_of(
+            "LOG_FORMAT",
+            raw.log_format.as_deref(),
+            &[("text", LogFormat::Text), ("json", LogFormat::Json)],
+        );
+        let time_zone = match raw.tz.as_deref() {
+            None => TimeZone::UTC,
+            Some(name) => TimeZone::get(name.trim_start_matches(':')).unwrap_or_else(|_| {
+                check.error(format!("TZ={name}: is no IANA time zone; use a name like Europe/Berlin or UTC"));
+                TimeZone::UTC
+            }),
+        };
+
+        match (url, key, docker_host, image) {
+            (Some(url), Some(key), Some(docker_host), Some(image)) if check.errors.is_empty() => Ok(Loaded {
+                config: Config {
+                    master: MasterConfig { url, key, access },
+                    docker_host,
+                    tunnel: TunnelConfig { image, network, container_name, on_exit },
+                    report_interval,
+                    poll_interval,
+                    display_name: raw.agent_display_name,
+                    health_port,
+                    data_dir: PathBuf::from(raw.dockflare_data_dir.as_deref().unwrap_or("/app/data")),
+                    hostname: raw.hostname,
+                    log: LogConfig { filter, format, time_zone },
+                },
+                warnings: check.warnings,
+            }),
+            _ => Err(ConfigErrors(check.errors)),
+        }
+    }
+}
+
+/// The variables of the process, before them those of `.env`, and what is wrong with either.
+fn environment() -> (BTreeMap<String, String>, Vec<String>) {
+    const OURS: [&str; 3] = ["DOCKFLARE_", "CF_ACCESS_", "CLOUDFLARED_"];
+    let (mut vars, mut errors) = (BTreeMap::new(), Vec::new());
+    match dotenvy::from_path_iter(".env") {
+        Ok(lines) => {
+            for line in lines {
+                match line {
+                    Ok((name, value)) => drop(vars.insert(name, value)),
+                    // The line itself may hold a secret: only its place is told.
+                    Err(dotenvy::Error::LineParse(_, at)) => errors.push(format!(
+                        ".env: a line cannot be read as NAME=value (stopped at character {at} of it); quote values with spaces"
+                    )),
+                    Err(error) => errors.push(format!(".env: cannot be read: {error}")),
+                }
+            }
+        }
+        Err(error) if error.not_found() => {}
+        Err(error) => errors.push(format!(".env: cannot be read: {error}")),
+    }
+    for (name, value) in std::env::vars_os() {
+        let name = name.to_string_lossy().into_owned();
+        match value.into_string() {
+            Ok(value) if value.trim().is_empty() => {}
+            Ok(value) => drop(vars.insert(name, value)),
+            Err(_) if OURS.iter().any(|prefix| name.starts_with(prefix)) => {
+                errors.push(format!("{name}: is not valid UTF-8"));
+            }
+            Err(_) => {}
+        }
+    }
+    (vars, errors)
+}
+
+fn health_port(value: Option<&str>) -> Result<Option<u16>, String> {
+    match value.filter(|value| !value.is_empty()).unwrap_or("8080").parse() {
+        Ok(0) => Ok(None),
+        Ok(port) => Ok(Some(port)),
+        Err(_) => Err(format!(
+            "HEALTH_CHECK_PORT={}: is not a port; use 1 to 65535, or 0 to switch the page off",
+            value.unwrap_or_default()
+        )),
+    }
+}
+
+/// The image that a fresh installation runs.
+pub const DEFAULT_IMAGE: &str = "cloudflare/cloudflared:2025.9.0";
+
+/// Collects what is wrong or odd while the variables are read.
+#[derive(Default)]
+struct Check {
+    errors: Vec<String>,
+    warnings: Vec<String>,
+}
+
+impl Check {
+    fn error(&mut self, sentence: impl Into<String>) {
+        self.errors.push(sentence.into());
+    }
+
+    fn required<'a>(&mut self, name: &str, value: &'a Option<String>, remedy: &str) -> Option<&'a str> {
+        if value.is_none() {
+            self.error(format!("{name} is not set: {remedy}"));
+        }
+        value.as_deref()
+    }
+
+    fn master_url(&mut self, value: &str) -> Option<Url> {
+        let name = "DOCKFLARE_MASTER_URL";
+        let url = match Url::parse(value) {
+            Ok(url) => url,
+            Err(error) => {
+                self.error(format!(
+                    "{name}={value}: is not an address ({error}); use one like https://dockflare.example.com"
+                ));
+                return None;
+            }
+        };
+        if !url.username().is_empty() || url.password().is_some() {
+            // The value is not shown: it holds a password.
+            self.error(format!(
+                "{name} holds a user name or password: remove it; the agent proves itself with DOCKFLARE_API_KEY"
+            ));
+        } else if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none_or(str::is_empty) {
+            self.error(format!("{name}={value}: must begin with http:// or https:// and name a host"));
+        } else if url.query().is_some() || url.fragment().is_some() {
+            self.error(format!("{name}={value}: must end after its path; remove what follows '?' or '#'"));
+        } else {
+            if url.scheme() == "http" && !is_private(&url) {
+                self.warnings
+                    .push(format!("{name}={value} sends the agent key unencrypted over a public network: use https"));
+            }
+            return Some(url);
+        }
+        None
+    }
+
+    /// A secret from its variable or the file that `{name}_FILE` names; never both.
+    fn secret(&mut self, name: &str, value: Option<String>, file: Option<String>) -> Option<Secret> {
+        let file_name = format!("{name}_FILE");
+        let (value, file) = match (value, file) {
+            (None, None) => return None,
+            (Some(_), Some(_)) => {
+                self.error(format!("{name} and {file_name} are both set: keep one of them"));
+                return None;
+            }
+            (Some(value), None) => (value, None),
+            (None, Some(path)) => match read_secret_file(Path::new(&path)) {
+                Ok(value) => (value, Some(PathBuf::from(path))),
+                Err(problem) => {
+                    self.error(format!("{file_name}={path}: {problem}"));
+                    return None;
+                }
+            },
+        };
+        if HeaderValue::from_str(&value).is_err() {
+            self.error(format!("{name} holds characters that no HTTP header can carry: copy it again, as one line"));
+            return None;
+        }
+        Some(Secret { value: value.into(), file })
+    }
+
+    fn docker_host(&mut self, value: &str) -> Option<DockerHost> {
+        let problem = match value.split_once("://") {
+            Some(("unix", path)) if path.starts_with('/') => return Some(DockerHost::Unix(path.to_owned())),
+            Some(("unix", _)) => "needs an absolute path".to_owned(),
+            Some(("tcp" | "http", address)) => match Url::parse(&format!("http://{address}")) {
+                Ok(url) if url.path() == "/" && url.username().is_empty() && url.query().is_none() => {
+                    // Docker's port for plain HTTP is 2375, where a web address would mean 80.
+                    let host = url.host_str().unwrap_or_default();
+                    let explicit =
+                        address.trim_end_matches('/').rsplit_once(':').and_then(|(_, port)| port.parse().ok());
+                    let port: u16 = url.port().or(explicit).unwrap_or(2375);
+                    return Some(DockerHost::Http(format!("{host}:{port}")));
+                }
+                _ => "must be a host and a port, nothing behind them".to_owned(),
+            },
+            Some((scheme, _)) => format!("the scheme {scheme}:// is not supported"),
+            None => "has no scheme".to_owned(),
+        };
+        self.error(format!(
+            "DOCKER_HOST={value}: {problem}; use unix:///var/run/docker.sock or tcp://socket-proxy:2375"
+        ));
+        None
+    }
+
+    fn image(&mut self, value: &str) -> Option<ImageRef> {
+        let mut reference = value;
+        if let Some(at) = value.find(" #").or_else(|| value.find("\t#")) {
+            reference = value[..at].trim_end();
+            self.warnings.push(format!(
+                "CLOUDFLARED_IMAGE: dropped the trailing comment, using {reference}; move the comment to a line of its own"
+            ));
+        }
+        match ImageRef::from_str(reference) {
+            Ok(image) => {
+                if image.tag_was_added() {
+                    self.warnings.push(format!(
+                        "CLOUDFLARED_IMAGE={reference} names no version, using {image}: pin a tag to know what runs"
+                    ));
+                }
+                Some(image)
+            }
+            Err(problem) => {
+                self.error(format!("CLOUDFLARED_IMAGE={reference}: {problem}; use repository:tag or repository@sha256:<64 hex digits>, for example {DEFAULT_IMAGE}"));
+                None
+            }
+        }
+    }
+
+    /// A name that Docker accepts for containers and networks: `[a-zA-Z0-9][a-zA-Z0-9_.-]+`.
+    fn name(&mut self, variable: &str, value: Option<String>, default: &str) -> String {
+        let value = value.unwrap_or_else(|| default.to_owned());
+        let valid = value.len() >= 2
+            && value.len() <= 128
+            && value.starts_with(|c: char| c.is_ascii_alphanumeric())
+            && value.chars().all(|c| c.is_ascii_alphanumeric() || "_.-".contains(c));
+        if !valid {
+            self.error(format!("{variable}={value}: is no name Docker accepts; use 2 to 128 letters, digits, '_', '.' or '-', a letter or digit first, for example {default}"));
+        }
+        value
+    }
+
+    fn seconds(&mut self, name: &str, value: Option<String>, default: u64, least: u64) -> Duration {
+        const MOST: u64 = 3600;
+        let Some(value) = value else {
+            return Duration::from_secs(default);
+        };
+        match value.parse() {
+            Ok(seconds) if (least..=MOST).contains(&seconds) => Duration::from_secs(seconds),
+            _ => {
+                self.error(format!("{name}={value}: is not a whole number of seconds from {least} to {MOST}"));
+                Duration::from_secs(default)
+            }
+        }
+    }
+
+    /// One of a few words, any case; the first is the default.
+    fn one_of<T: Copy>(&mut self, name: &str, value: Option<&str>, words: &[(&str, T)]) -> T {
+        let default = words[0].1;
+        let Some(value) = value else { return default };
+        match words.iter().find(|(word, _)| word.eq_ignore_ascii_case(value)) {
+            Some((_, found)) => *found,
+            None => {
+                let list: Vec<_> = words.iter().map(|(word, _)| *word).collect();
+                self.error(format!("{name}={value}: must be one of {}", list.join(", ")));
+                default
+            }
+        }
+    }
+
+    /// Python's level names, for people who come from the Python agent, or `tracing` directives.
+    fn log_filter(&mut self, value: &str) -> Targets {
+        let level = match value.to_ascii_uppercase().as_str() {
+            "NOTSET" => Some(LevelFilter::TRACE),
+            "DEBUG" => Some(LevelFilter::DEBUG),
+            "INFO" => Some(LevelFilter::INFO),
+            "WARNING" | "WARN" => Some(LevelFilter::WARN),
+            "ERROR" | "CRITICAL" | "FATAL" => Some(LevelFilter::ERROR),
+            _ => None,
+        };
+        let asked = match level {
+            Some(level) => Targets::new().with_default(level),
+            None => Targets::from_str(value).unwrap_or_else(|_| {
+                self.error(format!("LOG_LEVEL={value}: is neither a level (DEBUG, INFO, WARNING, ERROR, CRITICAL) nor a list of directives like info,dockflare_agent::events=debug"));
+                Targets::new()
+            }),
+        };
+        // Below `info` these print addresses, headers and bodies, the tunnel token among them.
+        const LOUD: [&str; 6] = ["bollard", "h2", "hyper", "hyper_util", "reqwest", "rustls"];
+        let is_loud =
+            |target: &str| LOUD.iter().any(|loud| target == *loud || target.starts_with(&format!("{loud}::")));
+        let mut filter = Targets::new();
+        if let Some(default) = asked.default_level() {
+            filter = filter.with_default(default);
+        }
+        for (target, level) in asked.iter() {
+            let level = if is_loud(target) { level.min(LevelFilter::INFO) } else { level };
+            filter = filter.with_target(target, level);
+        }
+        for target in LOUD {
+            if asked.iter().all(|(named, _)| named != target) {
+                let level = asked.default_level().unwrap_or(LevelFilter::INFO).min(LevelFilter::INFO);
+                filter = filter.with_target(target, level);
+            }
+        }
+        filter
+    }
+}
+
+/// Reads a secret from its file; the text around it is trimmed.
+///
+/// # Errors
+/// A sentence without the content, when the file cannot be read or holds nothing.
+pub(crate) fn read_secret_file(path: &Path) -> Result<String, String> {
+    let text = std::fs::read_to_string(path).map_err(|error| format!("cannot be read: {error}"))?;
+    let text = text.trim();
+    if text.is_empty() {
+        return Err("is empty; put the secret into it, alone on one line".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
+/// Whether plain HTTP to this host stays on the machine or in a private network, as far as a name can tell.
+fn is_private(url: &Url) -> bool {
+    let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
+    match host.parse::<IpAddr>() {
+        Ok(IpAddr::V4(ip)) => ip.is_loopback() || ip.is_private() || ip.is_link_local(),
+        Ok(IpAddr::V6(ip)) => ip.is_loopback() || ip.is_unique_local() || ip.is_unicast_link_local(),
+        // A name without a dot is a container, a compose service or a host of the local network.
+        Err(_) => {
+            !host.contains('.')
+                || ["localhost", "local", "internal", "lan", "home.arpa"]
+                    .iter()
+                    .any(|zone| host.ends_with(&format!(".{zone}")))
+        }
+    }
+}
+
+impl Secret {
+    /// Reads the file again.
+    ///
+    /// # Errors
+    /// A sentence without the content, when the file is there but cannot be used.
+    pub fn reread(&self) -> Result<Option<SecretString>, String> {
+        let Some(path) = &self.file else { return Ok(None) };
+        let value = read_secret_file(path)?;
+        if HeaderValue::from_str(&value).is_err() {
+            return Err("holds characters that no HTTP header can carry".to_owned());
+        }
+        Ok(Some(value).filter(|value| value != self.value.expose_secret()).map(Into::into))
+    }
+}
+
+#[cfg(test)]
+mod tests;

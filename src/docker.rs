@@ -1,0 +1,449 @@
+//! The one door to Docker: every call the agent makes of the Engine, and no others.
+//!
+//! Nothing else imports the client library. Each call has a time limit that covers its whole answer, and each
+//! failure is sorted into what a caller does about it ([`DockerError`]); a refusal names the socket proxy's
+//! variable that would allow the call. No connection is kept for a second call, so that one that a proxy closed
+//! in the meantime is never used for a call that must not be made twice.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::future::Future;
+use std::path::Path;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use bollard::errors::Error as EngineError;
+use bollard::models;
+use bollard::query_parameters as query;
+use futures_util::{Stream, StreamExt, TryStreamExt};
+use tokio::time::timeout;
+
+use crate::config::{DockerHost, ImageRef};
+use crate::retry::Backoff;
+
+mod types;
+pub use types::{
+    Action, Container, Event, Health, Inspected, METRICS_PORT, RunState, SPEC_LABEL, STOP_GRACE_SECONDS, Spec,
+};
+
+/// A Docker Engine, or the part of it that a socket proxy lets through.
+#[derive(Debug)]
+pub struct Docker {
+    host: DockerHost,
+    /// Made at the first use, since the client library refuses a socket that is not there yet.
+    client: OnceLock<bollard::Docker>,
+}
+
+/// What a call is for and what allows it, for error texts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Call {
+    doing: &'static str,
+    /// Variables of the common socket proxy.
+    grant: &'static str,
+}
+
+const LIST: Call = Call { doing: "list containers", grant: "CONTAINERS=1" };
+const INSPECT: Call = Call { doing: "inspect the tunnel container", grant: "CONTAINERS=1" };
+const LOGS: Call = Call { doing: "read the tunnel container's log", grant: "CONTAINERS=1" };
+const EVENTS: Call = Call { doing: "listen to events", grant: "EVENTS=1" };
+const CREATE: Call = Call { doing: "create the tunnel container", grant: "CONTAINERS=1 and POST=1" };
+const START: Call = Call { doing: "start the tunnel container", grant: "CONTAINERS=1 and POST=1" };
+const STOP: Call = Call { doing: "stop the tunnel container", grant: "CONTAINERS=1 and POST=1" };
+const REMOVE: Call = Call { doing: "remove the tunnel container", grant: "CONTAINERS=1 and POST=1" };
+const SELF_STOP: Call = Call { doing: "stop the agent's own container", grant: "CONTAINERS=1 and POST=1" };
+const NETWORK: Call = Call { doing: "look for the tunnel network", grant: "NETWORKS=1" };
+const NEW_NETWORK: Call = Call { doing: "create the tunnel network", grant: "NETWORKS=1 and POST=1" };
+const IMAGE: Call = Call { doing: "look for the cloudflared image", grant: "IMAGES=1" };
+const PULL: Call = Call { doing: "pull the cloudflared image", grant: "IMAGES=1 and POST=1" };
+const VERSION: Call = Call { doing: "ask for the Engine's version", grant: "VERSION=1" };
+
+/// Why a call did not succeed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DockerError {
+    /// Nobody listens, the connection was cut or the answer was not whole.
+    #[error("cannot be reached to {}: {problem}", .call.doing)]
+    Unreachable {
+        /// The call.
+        call: Call,
+        /// What happened.
+        problem: String,
+    },
+    /// No answer within the time limit.
+    #[error("did not answer within {}s when asked to {}", .limit.as_secs(), .call.doing)]
+    TimedOut {
+        /// The call.
+        call: Call,
+        /// The limit.
+        limit: Duration,
+    },
+    /// 403: a socket proxy or an authorisation plugin refuses the call.
+    #[error("refuses to {}; the socket proxy needs {}", .call.doing, .call.grant)]
+    Forbidden {
+        /// The call.
+        call: Call,
+    },
+    /// 404: the thing named is not there.
+    #[error("cannot {}: {message}", .call.doing)]
+    NotFound {
+        /// The call.
+        call: Call,
+        /// What Docker said.
+        message: String,
+    },
+    /// 409: the name is taken or the thing is in use.
+    #[error("cannot {}: {message}", .call.doing)]
+    Conflict {
+        /// The call.
+        call: Call,
+        /// What Docker said.
+        message: String,
+    },
+    /// Anything else that Docker answered.
+    #[error("cannot {}: {message}", .call.doing)]
+    Failed {
+        /// The call.
+        call: Call,
+        /// What Docker said.
+        message: String,
+    },
+}
+
+impl DockerError {
+    /// Whether Docker itself is away, as against a call that it answered.
+    pub fn is_away(&self) -> bool {
+        matches!(self, Self::Unreachable { .. } | Self::TimedOut { .. })
+    }
+
+    /// What an operator can do, for the end of a log line.
+    pub fn remedy(&self) -> &'static str {
+        match self {
+            Self::Unreachable { .. } | Self::TimedOut { .. } => {
+                "trying again, a running tunnel is not affected; check DOCKER_HOST, the socket's permissions and the socket proxy"
+            }
+            Self::Forbidden { .. } => "trying again; set what it needs on the socket proxy and recreate it",
+            _ => "trying again",
+        }
+    }
+}
+
+type Result<T> = std::result::Result<T, DockerError>;
+
+/// For calls that read.
+const READ_LIMIT: Duration = Duration::from_secs(20);
+/// For calls that change something: a busy Engine takes its time to set up a container.
+const CHANGE_LIMIT: Duration = Duration::from_secs(60);
+/// Longest silence of a pull before it counts as stuck.
+const PULL_SILENCE: Duration = Duration::from_secs(120);
+/// Longer than any limit above, so that ours is the one that counts: theirs covers the headers only.
+const CLIENT_TIMEOUT_SECONDS: u64 = 3600;
+
+impl Docker {
+    /// Nothing is asked of Docker yet.
+    pub fn new(host: DockerHost) -> Self {
+        Self { host, client: OnceLock::new() }
+    }
+
+    /// The address, for the log.
+    pub fn host(&self) -> &DockerHost {
+        &self.host
+    }
+
+    /// The Engine's version, for people.
+    ///
+    /// # Errors
+    /// As all calls, see [`DockerError`].
+    pub async fn version(&self) -> Result<String> {
+        let docker = self.client(VERSION)?;
+        let version = limited(VERSION, READ_LIMIT, docker.version()).await?;
+        Ok(version.version.unwrap_or_else(|| "unknown".to_owned()))
+    }
+
+    /// Running containers that carry one of the two keys, whatever its value: the filter compares exactly.
+    ///
+    /// # Errors
+    /// An answer that is not whole is an error, never a short list.
+    pub async fn list_with_label_keys(&self, keys: &[&str]) -> Result<Vec<Container>> {
+        let docker = self.client(LIST)?;
+        let mut found = BTreeMap::new();
+        // Filters of one kind must all hold, so each key is a listing of its own.
+        for key in keys {
+            let filters = HashMap::from([("label".to_owned(), vec![(*key).to_owned()])]);
+            let options = query::ListContainersOptions { filters: Some(filters), ..Default::default() };
+            for container in limited(LIST, READ_LIMIT, docker.list_containers(Some(options))).await? {
+                let container = Container::from(container);
+                found.insert(container.id.clone(), container);
+            }
+        }
+        Ok(found.into_values().collect())
+    }
+
+    /// Events of containers and networks from now on, or from `since` (seconds and nanoseconds of the Engine's
+    /// clock) to bridge a gap. The stream may be silent for hours; its end and its errors mean "connect again".
+    ///
+    /// # Errors
+    /// When Docker cannot be called at all; what happens to the stream comes out of the stream.
+    pub fn events(&self, since: Option<String>) -> Result<impl Stream<Item = Result<Event>> + use<>> {
+        let docker = self.client(EVENTS)?.clone();
+        let filters = [
+            ("type", &["container", "network"][..]),
+            // Not `exec_*`, which the container's own health check would send all day.
+            (
+                "event",
+                &[
+                    "start",
+                    "die",
+                    "stop",
+                    "destroy",
+                    "rename",
+                    "pause",
+                    "unpause",
+                    "health_status",
+                    "connect",
+                    "disconnect",
+                ],
+            ),
+        ];
+        let filters = filters
+            .into_iter()
+            .map(|(kind, values)| (kind.to_owned(), values.iter().map(|value| (*value).to_owned()).collect()))
+            .collect();
+        let options = query::EventsOptions { since, until: None, filters: Some(filters) };
+        Ok(docker.events(Some(options)).map_ok(Event::from).map_err(|error| sort(EVENTS, error)))
+    }
+
+    /// A container by name or id; `None` when there is none.
+    ///
+    /// # Errors
+    /// As all calls.
+    pub async fn inspect(&self, name: &str) -> Result<Option<Inspected>> {
+        let docker = self.client(INSPECT)?;
+        let found = limited(INSPECT, READ_LIMIT, docker.inspect_container(name, None)).await;
+        Ok(absent_is_none(found)?.map(Inspected::from))
+    }
+
+    /// The first lines that a container wrote from this second on, both streams, at most `lines`.
+    ///
+    /// # Errors
+    /// As all calls.
+    pub async fn log_since(&self, name: &str, unix_seconds: i64, lines: usize) -> Result<Vec<String>> {
+        let since = i32::try_from(unix_seconds).unwrap_or_default();
+        self.log(name, query::LogsOptions { since, tail: "all".to_owned(), ..Default::default() }, lines).await
+    }
+
+    /// The last lines that a container wrote, both streams.
+    ///
+    /// # Errors
+    /// As all calls.
+    pub async fn log_tail(&self, name: &str, lines: usize) -> Result<Vec<String>> {
+        self.log(name, query::LogsOptions { tail: lines.to_string(), ..Default::default() }, lines).await
+    }
+
+    async fn log(&self, name: &str, mut options: query::LogsOptions, most: usize) -> Result<Vec<String>> {
+        (options.stdout, options.stderr) = (true, true);
+        let lines = self.client(LOGS)?.logs(name, Some(options)).take(most);
+        let lines = lines.map_ok(|line| one_line(&String::from_utf8_lossy(&line.into_bytes())));
+        limited(LOGS, READ_LIMIT, lines.try_collect()).await
+    }
+
+    /// Whether the network exists.
+    ///
+    /// # Errors
+    /// As all calls.
+    pub async fn has_network(&self, name: &str) -> Result<bool> {
+        let docker = self.client(NETWORK)?;
+        let found = limited(NETWORK, READ_LIMIT, docker.inspect_network(name, None)).await;
+        Ok(absent_is_none(found)?.is_some())
+    }
+
+    /// Creates a bridge network. Its being there already is a success.
+    ///
+    /// # Errors
+    /// As all calls.
+    pub async fn create_network(&self, name: &str, labels: &BTreeMap<String, String>) -> Result<()> {
+        let docker = self.client(NEW_NETWORK)?;
+        let request = models::NetworkCreateRequest {
+            name: name.to_owned(),
+            driver: Some("bridge".to_owned()),
+            labels: Some(labels.clone().into_iter().collect()),
+            ..Default::default()
+        };
+        match limited(NEW_NETWORK, CHANGE_LIMIT, docker.create_network(request)).await {
+            Ok(_) | Err(DockerError::Conflict { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether the image is on this host.
+    ///
+    /// # Errors
+    /// As all calls.
+    pub async fn has_image(&self, image: &ImageRef) -> Result<bool> {
+        let docker = self.client(IMAGE)?;
+        let found = limited(IMAGE, READ_LIMIT, docker.inspect_image(&image.to_string())).await;
+        Ok(absent_is_none(found)?.is_some())
+    }
+
+    /// Pulls an image, telling `progress` the bytes that came and the bytes that are known to be due.
+    ///
+    /// # Errors
+    /// As all calls; [`DockerError::TimedOut`] when nothing moves for two minutes.
+    pub async fn pull(&self, image: &ImageRef, mut progress: impl FnMut(u64, u64)) -> Result<()> {
+        let docker = self.client(PULL)?;
+        let options = query::CreateImageOptions {
+            from_image: Some(image.repository().to_owned()),
+            tag: Some(image.tag_or_digest().to_owned()),
+            ..Default::default()
+        };
+        let mut layers = HashMap::<String, (u64, u64)>::new();
+        let mut steps = std::pin::pin!(docker.create_image(Some(options), None, None));
+        loop {
+            let step = timeout(PULL_SILENCE, steps.next()).await;
+            let step = step.map_err(|_| DockerError::TimedOut { call: PULL, limit: PULL_SILENCE })?;
+            let Some(step) = step else { return Ok(()) };
+            let step = step.map_err(|error| sort(PULL, error))?;
+            if let (Some(layer), Some(detail), Some("Downloading")) =
+                (step.id, step.progress_detail, step.status.as_deref())
+            {
+                let bytes = |number: Option<i64>| number.and_then(|n| u64::try_from(n).ok()).unwrap_or_default();
+                layers.insert(layer, (bytes(detail.current), bytes(detail.total)));
+                let (come, due) = layers.values().fold((0, 0), |sum, layer| (sum.0 + layer.0, sum.1 + layer.1));
+                progress(come, due);
+            }
+        }
+    }
+
+    /// Creates a container, without starting it.
+    ///
+    /// # Errors
+    /// [`DockerError::Conflict`] when the name is taken, [`DockerError::NotFound`] when the image is missing.
+    pub async fn create(&self, name: &str, spec: &Spec) -> Result<()> {
+        let docker = self.client(CREATE)?;
+        let options = query::CreateContainerOptions { name: Some(name.to_owned()), ..Default::default() };
+        limited(CREATE, CHANGE_LIMIT, docker.create_container(Some(options), spec.body())).await.map(drop)
+    }
+
+    /// Starts a container; its running already is a success.
+    ///
+    /// # Errors
+    /// [`DockerError::NotFound`] also when its network is gone.
+    pub async fn start(&self, name: &str) -> Result<()> {
+        let docker = self.client(START)?;
+        limited(START, CHANGE_LIMIT, docker.start_container(name, None)).await
+    }
+
+    /// Stops a container, with SIGKILL after `grace`; its not running is a success, as is its not being there.
+    ///
+    /// # Errors
+    /// As all calls.
+    pub async fn stop(&self, name: &str, grace: Duration) -> Result<()> {
+        self.stop_as(STOP, name, Some(grace)).await
+    }
+
+    /// Stops the agent's own container with the time-out it was created with. Rarely returns.
+    ///
+    /// # Errors
+    /// As all calls.
+    pub async fn stop_self(&self, id: &str) -> Result<()> {
+        self.stop_as(SELF_STOP, id, None).await
+    }
+
+    async fn stop_as(&self, call: Call, name: &str, grace: Option<Duration>) -> Result<()> {
+        let docker = self.client(call)?;
+        let seconds = grace.and_then(|grace| i32::try_from(grace.as_secs()).ok());
+        let options = query::StopContainerOptions { t: seconds, ..Default::default() };
+        let limit = CHANGE_LIMIT + grace.unwrap_or_default();
+        absent_is_none(limited(call, limit, docker.stop_container(name, Some(options))).await).map(drop)
+    }
+
+    /// Removes a container, killing it when it runs; its not being there is a success.
+    ///
+    /// # Errors
+    /// As all calls.
+    pub async fn remove(&self, name: &str) -> Result<()> {
+        let docker = self.client(REMOVE)?;
+        let options = query::RemoveContainerOptions { force: true, ..Default::default() };
+        absent_is_none(limited(REMOVE, CHANGE_LIMIT, docker.remove_container(name, Some(options))).await).map(drop)
+    }
+
+    fn client(&self, call: Call) -> Result<&bollard::Docker> {
+        if let Some(client) = self.client.get() {
+            return Ok(client);
+        }
+        let version = bollard::API_DEFAULT_VERSION;
+        let made = match &self.host {
+            DockerHost::Unix(path) if !Path::new(path).exists() => {
+                return Err(DockerError::Unreachable { call, problem: format!("there is no socket at {path}") });
+            }
+            DockerHost::Unix(path) => bollard::Docker::connect_with_unix(path, CLIENT_TIMEOUT_SECONDS, version),
+            DockerHost::Http(address) => bollard::Docker::connect_with_http(address, CLIENT_TIMEOUT_SECONDS, version),
+        };
+        let made = made.map_err(|error| sort(call, error))?;
+        Ok(self.client.get_or_init(|| made))
+    }
+}
+
+/// Waits for a whole answer, up to a limit.
+async fn limited<T>(
+    call: Call,
+    limit: Duration,
+    answer: impl Future<Output = std::result::Result<T, EngineError>>,
+) -> Result<T> {
+    match timeout(limit, answer).await {
+        Ok(answer) => answer.map_err(|error| sort(call, error)),
+        Err(_) => Err(DockerError::TimedOut { call, limit }),
+    }
+}
+
+fn absent_is_none<T>(answer: Result<T>) -> Result<Option<T>> {
+    match answer {
+        Ok(found) => Ok(Some(found)),
+        Err(DockerError::NotFound { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn sort(call: Call, error: EngineError) -> DockerError {
+    match error {
+        EngineError::DockerResponseServerError { status_code, message } => {
+            let message = one_line(&message);
+            match status_code {
+                403 => DockerError::Forbidden { call },
+                404 => DockerError::NotFound { call, message },
+                409 => DockerError::Conflict { call, message },
+                502..=504 => DockerError::Unreachable { call, problem: format!("the proxy answered {status_code}") },
+                _ => DockerError::Failed { call, message: format!("{status_code} {message}") },
+            }
+        }
+        EngineError::DockerStreamError { error } => DockerError::Failed { call, message: one_line(&error) },
+        EngineError::JsonDataError { .. } | EngineError::JsonSerdeError { .. } => {
+            DockerError::Unreachable { call, problem: "the answer was not whole or not JSON".to_owned() }
+        }
+        other => DockerError::Unreachable { call, problem: last_cause(&other) },
+    }
+}
+
+/// The last cause names the matter ("Connection refused"); what is around it repeats the address.
+fn last_cause(error: &dyn std::error::Error) -> String {
+    let mut last = error;
+    while let Some(cause) = last.source() {
+        last = cause;
+    }
+    one_line(&last.to_string())
+}
+
+/// What Docker says goes into one log line, and not all of it.
+fn one_line(text: &str) -> String {
+    const MAX_CHARS: usize = 300;
+    text.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(MAX_CHARS).collect()
+}
+
+/// Waits for Docker to answer again: quick at first, since it may only have been restarted.
+pub(crate) fn reconnect_backoff() -> Backoff {
+    Backoff::new(Duration::from_millis(500), Duration::from_secs(15))
+}
+
+impl fmt::Display for Call {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.doing)
+    }
+}

@@ -1,0 +1,306 @@
+//! The inventory of labelled containers, kept true by Docker's events.
+//!
+//! Subscribe, then list: the stream is opened first, a listing then replaces the picture, and what the stream
+//! brings afterwards updates it. Everything is judged by its result: a start of a container that is already in
+//! the inventory, or the end of one that is not, changes nothing and tells nobody, so replays and repeated events
+//! (`die`, `stop`, `destroy` of one end) are harmless. A cut stream is routine: the inventory counts as unknown
+//! until the next listing has succeeded. Nothing is on disk; after a crash it starts with a listing.
+//!
+//! The reporter reads the inventory and is sent each change; the supervisor is woken by everything that happens
+//! to its container and network.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::convert::Infallible;
+use std::future::pending;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use jiff::Timestamp;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tracing::{debug, info};
+
+use crate::docker::{self, Action, Container, Docker, DockerError, Event};
+use crate::retry::Trouble;
+
+/// What may leave the host of a container's labels.
+const LABEL_PREFIXES: [&str; 2] = ["dockflare.", "cloudflare.tunnel."];
+/// A container counts when one of these says yes.
+const ENABLE_KEYS: [&str; 2] = ["dockflare.enable", "cloudflare.tunnel.enable"];
+const YES: [&str; 4] = ["true", "1", "t", "yes"];
+
+/// A stream that is silent for this long may have been cut without a word (a proxy that drops idle connections);
+/// it is opened again, which costs three small requests.
+const IDLE_LIMIT: Duration = Duration::from_secs(300);
+/// Docker answers the subscription a moment before it takes effect. A second listing after this time finds what
+/// happened in that moment.
+const SECOND_LOOK: Duration = Duration::from_secs(1);
+/// Events remembered to recognise a replay; a replay repeats those of one instant.
+const REMEMBERED: usize = 256;
+
+/// Labelled, running containers by id.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Inventory {
+    /// Whether the picture rests on a listing that succeeded and on every event since.
+    pub complete: bool,
+    /// Rises with what no [`Change`] tells: a picture that is complete again, another name.
+    pub revision: u64,
+    /// The containers, with only the labels that may leave the host.
+    pub containers: BTreeMap<String, Container>,
+}
+
+/// A container that began or ceased to be in the inventory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Change {
+    /// When, by Docker's clock where Docker told it.
+    pub at: Timestamp,
+    /// Whether it runs now.
+    pub running: bool,
+    /// Which one.
+    pub container: Container,
+}
+
+/// The event task.
+#[derive(Debug)]
+pub struct EventStream {
+    docker: Arc<Docker>,
+    inventory: watch::Sender<Inventory>,
+    changes: mpsc::Sender<Change>,
+    wake_supervisor: mpsc::Sender<()>,
+    /// Names of the tunnel container and its network, whose events wake the supervisor.
+    watched: [String; 2],
+    seen: Seen,
+    trouble: Trouble,
+}
+
+impl EventStream {
+    /// `wake_supervisor` holds one message: several wakes are one. `watched` are the names of the tunnel container
+    /// and its network.
+    pub fn new(
+        docker: Arc<Docker>,
+        inventory: watch::Sender<Inventory>,
+        changes: mpsc::Sender<Change>,
+        wake_supervisor: mpsc::Sender<()>,
+        watched: [String; 2],
+    ) -> Self {
+        let trouble = Trouble::new("Docker");
+        Self { docker, inventory, changes, wake_supervisor, watched, seen: Seen::default(), trouble }
+    }
+
+    /// Follows Docker for ever. Cancel-safe: dropped at any await, nothing is half-done.
+    pub async fn run(mut self) -> Infallible {
+        let mut backoff = docker::reconnect_backoff();
+        loop {
+            let began = Instant::now();
+            let ended = self.follow().await;
+            // Until a listing succeeds again nobody may take the picture for complete.
+            self.inventory.send_if_modified(|inventory| std::mem::take(&mut inventory.complete));
+            match &ended {
+                Ended::Idle | Ended::Closed => debug!(?ended, "event stream ended, opening it again"),
+                Ended::Failed(error) => self.trouble.failed(error, error.remedy()),
+            }
+            if began.elapsed() > Duration::from_secs(10) {
+                backoff.reset();
+            }
+            if !matches!(ended, Ended::Idle) {
+                sleep(backoff.next(None)).await;
+            }
+        }
+    }
+
+    /// One life of the stream.
+    async fn follow(&mut self) -> Ended {
+        let docker = self.docker.clone();
+        let mut stream = match docker.events(self.seen.since()) {
+            Ok(stream) => pin!(stream),
+            Err(error) => return Ended::Failed(error),
+        };
+        let mut listing = Box::pin(docker.list_with_label_keys(&ENABLE_KEYS));
+        let mut early = VecDeque::new();
+        // The stream is polled first, which sends the subscription; what it brings waits for the listing.
+        let listed = loop {
+            tokio::select! {
+                biased;
+                event = stream.next() => match event {
+                    Some(Ok(event)) => early.push_back(event),
+                    Some(Err(error)) => return Ended::Failed(error),
+                    None => return Ended::Closed,
+                },
+                listed = &mut listing => break listed,
+            }
+        };
+        match listed {
+            Ok(containers) => self.replace(containers).await,
+            Err(error) => return Ended::Failed(error),
+        }
+        if self.trouble.ended() {
+            info!(containers = self.inventory.borrow().containers.len(), "listening to Docker's events again");
+        }
+        self.wake();
+        for event in early {
+            self.take(event).await;
+        }
+        let mut second_look = Some(Instant::now() + SECOND_LOOK);
+        loop {
+            let look = async {
+                match second_look {
+                    Some(at) => sleep_until(at).await,
+                    None => pending().await,
+                }
+            };
+            tokio::select! {
+                event = timeout(IDLE_LIMIT, stream.next()) => match event {
+                    Ok(Some(Ok(event))) => self.take(event).await,
+                    Ok(Some(Err(error))) => return Ended::Failed(error),
+                    Ok(None) => return Ended::Closed,
+                    Err(_) => return Ended::Idle,
+                },
+                () = look => {
+                    second_look = None;
+                    match docker.list_with_label_keys(&ENABLE_KEYS).await {
+                        Ok(containers) => self.replace(containers).await,
+                        Err(error) => return Ended::Failed(error),
+                    }
+                }
+            }
+        }
+    }
+
+    /// Puts a listing in the place of the picture and tells the differences.
+    async fn replace(&mut self, listed: Vec<Container>) {
+        let now = Timestamp::now();
+        let listed: BTreeMap<_, _> =
+            listed.into_iter().filter_map(counted).map(|container| (container.id.clone(), container)).collect();
+        let mut changes = Vec::new();
+        self.inventory.send_if_modified(|inventory| {
+            let before = std::mem::replace(&mut inventory.containers, listed);
+            let after = &inventory.containers;
+            let gone = before.iter().filter(|(id, _)| !after.contains_key(*id)).map(|(_, c)| (false, c.clone()));
+            let new = after.iter().filter(|(id, _)| !before.contains_key(*id)).map(|(_, c)| (true, c.clone()));
+            changes.extend(gone.chain(new).map(|(running, container)| Change { at: now, running, container }));
+            let again = !std::mem::replace(&mut inventory.complete, true);
+            inventory.revision += u64::from(again);
+            again || before != inventory.containers
+        });
+        for change in changes {
+            self.tell(change).await;
+        }
+    }
+
+    /// Applies one event.
+    async fn take(&mut self, event: Event) {
+        if !self.seen.is_new(&event) {
+            return;
+        }
+        if self.watched.contains(&event.name) || event.action == Action::Rename {
+            self.wake();
+        }
+        let at = Timestamp::from_nanosecond(event.at.into()).unwrap_or_else(|_| Timestamp::now());
+        let change = match event.action {
+            Action::Start => {
+                let container = Container {
+                    id: event.id,
+                    name: event.name,
+                    labels: event.attributes,
+                    status: "running".to_owned(),
+                };
+                let Some(container) = counted(container) else { return };
+                let mut is_new = false;
+                self.inventory.send_if_modified(|inventory| {
+                    is_new = inventory.containers.insert(container.id.clone(), container.clone()).is_none();
+                    is_new
+                });
+                is_new.then_some(Change { at, running: true, container })
+            }
+            Action::End => {
+                let mut gone = None;
+                self.inventory.send_if_modified(|inventory| {
+                    gone = inventory.containers.remove(&event.id);
+                    gone.is_some()
+                });
+                gone.map(|container| Change { at, running: false, container })
+            }
+            Action::Rename => {
+                self.inventory.send_if_modified(|inventory| match inventory.containers.get_mut(&event.id) {
+                    Some(container) if container.name != event.name => {
+                        container.name = event.name;
+                        inventory.revision += 1;
+                        true
+                    }
+                    _ => false,
+                });
+                None
+            }
+            Action::Container | Action::Network => None,
+        };
+        if let Some(change) = change {
+            self.tell(change).await;
+        }
+    }
+
+    async fn tell(&self, change: Change) {
+        let sentence = if change.running { "container started" } else { "container stopped" };
+        info!(name = change.container.name, "{sentence}");
+        // The reporter outlives this task but for the moments of a shutdown, in which nobody listens any more.
+        let _ = self.changes.send(change).await;
+    }
+
+    fn wake(&self) {
+        // Full means that a wake is already waiting.
+        let _ = self.wake_supervisor.try_send(());
+    }
+}
+
+/// How a stream came to its end.
+#[derive(Debug)]
+enum Ended {
+    /// Silent for too long.
+    Idle,
+    /// Closed by the other side, as on a restart of Docker or a proxy.
+    Closed,
+    /// Never opened, cut, or the listing beside it failed.
+    Failed(DockerError),
+}
+
+/// The container with only the labels that may leave the host, when it counts at all.
+fn counted(mut container: Container) -> Option<Container> {
+    let says_yes = |value: &String| YES.iter().any(|yes| yes.eq_ignore_ascii_case(value.trim()));
+    if !ENABLE_KEYS.iter().any(|key| container.labels.get(*key).is_some_and(says_yes)) {
+        return None;
+    }
+    container.labels.retain(|key, _| LABEL_PREFIXES.iter().any(|prefix| key.starts_with(prefix)));
+    Some(container)
+}
+
+/// Recognises events that were already taken: `since` repeats those of its own instant.
+#[derive(Debug, Default)]
+struct Seen {
+    latest: i64,
+    recent: VecDeque<(i64, String, Action)>,
+}
+
+impl Seen {
+    fn is_new(&mut self, event: &Event) -> bool {
+        self.latest = self.latest.max(event.at);
+        let key = (event.at, event.id.clone(), event.action.clone());
+        // An event without a time cannot be told from another.
+        if event.at != 0 && self.recent.contains(&key) {
+            return false;
+        }
+        self.recent.push_back(key);
+        if self.recent.len() > REMEMBERED {
+            self.recent.pop_front();
+        }
+        true
+    }
+
+    /// Where to take up a cut stream: seconds and nanoseconds of the Engine's clock.
+    fn since(&self) -> Option<String> {
+        (self.latest > 0).then(|| format!("{}.{:09}", self.latest / 1_000_000_000, self.latest % 1_000_000_000))
+    }
+}
+
+#[cfg(test)]
+mod tests;

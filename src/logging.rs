@@ -1,0 +1,58 @@
+//! The log: one line for each record, times in the operator's zone, no colour codes outside a terminal.
+
+use std::fmt;
+use std::io::IsTerminal;
+
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
+use tracing_subscriber::field::MakeExt;
+use tracing_subscriber::fmt::format::{Writer, debug_fn};
+use tracing_subscriber::fmt::time::FormatTime;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
+use tracing_subscriber::{Layer, registry};
+
+use crate::config::{LogConfig, LogFormat};
+
+/// Starts logging to standard output, for the rest of the process.
+///
+/// The `log` facade is not connected: what the Docker client prints there at its lower levels holds request
+/// bodies, the tunnel token in them.
+///
+/// # Errors
+/// When something else in the process logs already.
+pub fn start(config: &LogConfig) -> Result<(), TryInitError> {
+    let clock = Clock(config.time_zone.clone());
+    let lines = tracing_subscriber::fmt::layer().with_target(false).with_timer(clock);
+    let layer = match config.format {
+        LogFormat::Text => {
+            let fields = debug_fn(|writer, field, value| write_field(writer, field.name(), value)).delimited(" ");
+            lines.with_ansi(std::io::stdout().is_terminal()).fmt_fields(fields).boxed()
+        }
+        LogFormat::Json => lines.json().flatten_event(true).with_current_span(false).with_span_list(false).boxed(),
+    };
+    registry().with(layer.with_filter(config.filter.clone())).try_init()
+}
+
+/// `key=value`; quoted only where it would not read as one word.
+fn write_field(writer: &mut Writer<'_>, name: &str, value: &dyn fmt::Debug) -> fmt::Result {
+    if name == "message" {
+        return write!(writer, "{value:?}");
+    }
+    let text = format!("{value:?}");
+    let word = text.strip_prefix('"').and_then(|text| text.strip_suffix('"'));
+    match word.filter(|word| !word.is_empty() && !word.contains([' ', '"', '=', '\\'])) {
+        Some(word) => write!(writer, "{name}={word}"),
+        None => write!(writer, "{name}={text}"),
+    }
+}
+
+/// RFC 3339 with milliseconds and the zone's offset.
+struct Clock(TimeZone);
+
+impl FormatTime for Clock {
+    fn format_time(&self, writer: &mut Writer<'_>) -> fmt::Result {
+        let now = Timestamp::now().to_zoned(self.0.clone());
+        write!(writer, "{}", now.strftime("%Y-%m-%dT%H:%M:%S%.3f%:z"))
+    }
+}

@@ -1,0 +1,439 @@
+//! The one place that speaks HTTP to the master.
+//!
+//! It adds the credentials, bounds what is read, never follows a redirect, reads a rolled key from its file, and
+//! sorts what goes wrong into the few kinds that callers treat differently ([`MasterError`]). It logs when the
+//! master goes away and when it is back, once for all callers. It keeps nothing on disk; after a crash it starts
+//! as new.
+
+use std::fmt;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, LOCATION, RETRY_AFTER};
+use reqwest::{Client, Method, Response, StatusCode, Url};
+use secrecy::{ExposeSecret, SecretString};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use crate::config::{MasterConfig, Secret};
+use crate::retry::Trouble;
+use crate::state::AgentId;
+
+pub(crate) mod wire;
+
+/// A reply larger than this is refused while it is read: no honest one comes near.
+const MAX_REPLY_BYTES: usize = 4 << 20;
+/// From the first byte sent to the last one read. A master may take half a minute to answer, and an answer with
+/// commands in it must not be given up on too early: it is sent only once.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(90);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Below the ten seconds after which common proxies close an idle connection.
+const IDLE_CONNECTION: Duration = Duration::from_secs(8);
+/// How much of a refusal's message is repeated in the log.
+const MAX_MESSAGE_CHARS: usize = 200;
+
+/// A master, of either protocol.
+#[derive(Debug)]
+pub struct Master {
+    client: Client,
+    base: Url,
+    key: Mutex<Secret>,
+    access: HeaderMap,
+    link: Mutex<Link>,
+}
+
+/// What is known of the connection.
+#[derive(Debug)]
+struct Link {
+    trouble: Trouble,
+    last_contact: Option<Instant>,
+    last_report: Option<SystemTime>,
+}
+
+/// What can go wrong with a request. Sorted by what a caller does about it.
+#[derive(Debug)]
+pub enum MasterError {
+    /// No answer, half an answer, or one that says "later": 429, 5xx. Try again with back-off.
+    Away {
+        /// What happened.
+        problem: String,
+        /// What the master asked for.
+        retry_after: Option<Duration>,
+    },
+    /// 401 or 403: the key or the id is not accepted.
+    Refused {
+        /// 401 or 403.
+        status: StatusCode,
+        /// v2's code.
+        code: String,
+        /// What the master said.
+        message: String,
+    },
+    /// Cloudflare Access stands before the master and did not let the request through.
+    Access {
+        /// What it answered.
+        status: StatusCode,
+    },
+    /// Another status that is not success.
+    Status {
+        /// The status.
+        status: StatusCode,
+        /// v2's code.
+        code: String,
+        /// What the master said.
+        message: String,
+    },
+    /// The configured client cannot be built or the address cannot be formed.
+    Client(String),
+}
+
+impl fmt::Display for MasterError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let said = |f: &mut fmt::Formatter<'_>, code: &str, message: &str| {
+            let separator = if code.is_empty() || message.is_empty() { "" } else { ": " };
+            if code.is_empty() && message.is_empty() { Ok(()) } else { write!(f, " ({code}{separator}{message})") }
+        };
+        match self {
+            Self::Away { problem, .. } => f.write_str(problem),
+            Self::Refused { status, code, message } => {
+                write!(f, "refuses the agent key with {}", status.as_u16())?;
+                said(f, code, message)
+            }
+            Self::Access { status } => {
+                write!(f, "is behind Cloudflare Access, which answered {} instead of the master", status.as_u16())
+            }
+            Self::Status { status, code, message } => {
+                write!(f, "answered {}", status.as_u16())?;
+                said(f, code, message)
+            }
+            Self::Client(problem) => f.write_str(problem),
+        }
+    }
+}
+
+impl std::error::Error for MasterError {}
+
+impl MasterError {
+    /// v2's code, or an empty string.
+    pub fn code(&self) -> &str {
+        match self {
+            Self::Refused { code, .. } | Self::Status { code, .. } => code,
+            _ => "",
+        }
+    }
+
+    /// The status, where there was an answer that counts as one.
+    pub fn status(&self) -> Option<u16> {
+        match self {
+            Self::Refused { status, .. } | Self::Status { status, .. } | Self::Access { status } => {
+                Some(status.as_u16())
+            }
+            Self::Away { .. } | Self::Client(_) => None,
+        }
+    }
+
+    /// What the master asked to wait.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Away { retry_after, .. } => *retry_after,
+            _ => None,
+        }
+    }
+
+    /// What an operator can do, for the end of a log line.
+    pub fn remedy(&self) -> &'static str {
+        match self {
+            Self::Away { .. } => "trying again, the tunnel is not touched",
+            Self::Refused { .. } => {
+                "the tunnel is not touched; set DOCKFLARE_API_KEY to a key from the master's Agents page (a key file is read again by itself)"
+            }
+            Self::Access { .. } => {
+                "set CF_ACCESS_CLIENT_ID and CF_ACCESS_CLIENT_SECRET to a service token that the Access policy admits"
+            }
+            Self::Status { .. } => {
+                "check that DOCKFLARE_MASTER_URL is the address of a DockFlare master, with its path prefix if it has one"
+            }
+            Self::Client(_) => "check the CA certificates in /etc/ssl/certs of the image",
+        }
+    }
+}
+
+impl Master {
+    /// Prepares the client; nothing is sent yet.
+    ///
+    /// # Errors
+    /// [`MasterError::Client`] when an `https` address is given and no CA certificates are found.
+    pub fn new(config: MasterConfig) -> Result<Self, MasterError> {
+        // Another part of the process may have chosen the same provider before.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let mut client = Client::builder()
+            .user_agent(concat!("dockflare-agent/", env!("CARGO_PKG_VERSION")))
+            .redirect(reqwest::redirect::Policy::none())
+            .connect_timeout(CONNECT_TIMEOUT)
+            .timeout(REQUEST_TIMEOUT)
+            .pool_idle_timeout(IDLE_CONNECTION)
+            // Retries belong to the callers: they know what may be said twice.
+            .retry(reqwest::retry::never());
+        if config.url.scheme() == "http" {
+            // A master in the next container needs no CA file.
+            client = client.tls_certs_only([]);
+        }
+        let client = client
+            .build()
+            .map_err(|error| MasterError::Client(format!("the HTTPS client cannot be set up: {}", chain(&error))))?;
+        let mut access = HeaderMap::new();
+        if let Some(token) = config.access {
+            for (name, secret) in
+                [("cf-access-client-id", token.client_id), ("cf-access-client-secret", token.client_secret)]
+            {
+                let mut value = HeaderValue::from_str(secret.expose_secret())
+                    .map_err(|_| MasterError::Client("the Access token does not fit into a header".to_owned()))?;
+                value.set_sensitive(true);
+                access.insert(name, value);
+            }
+        }
+        let link = Link { trouble: Trouble::new("the master"), last_contact: None, last_report: None };
+        Ok(Self { client, base: config.url, key: Mutex::new(config.key), access, link: Mutex::new(link) })
+    }
+
+    /// The base address, without credentials by construction.
+    pub fn url(&self) -> &Url {
+        &self.base
+    }
+
+    /// When the master last answered anything.
+    pub fn last_contact(&self) -> Option<Instant> {
+        self.link().last_contact
+    }
+
+    /// When the master last took a complete report.
+    pub fn last_report(&self) -> Option<SystemTime> {
+        self.link().last_report
+    }
+
+    /// Notes that the master took a complete report.
+    pub(crate) fn report_taken(&self) {
+        self.link().last_report = Some(SystemTime::now());
+    }
+
+    /// `POST /register`.
+    pub(crate) async fn register(&self, body: &wire::Register<'_>) -> Result<wire::Registered, MasterError> {
+        self.call(Method::POST, &["api", "v2", "agents", "register"], Some(body)).await
+    }
+
+    /// `GET /{agent}/commands`: takes the queue; what is lost from here on is lost for good.
+    pub(crate) async fn commands(&self, agent: &AgentId) -> Result<wire::Commands, MasterError> {
+        self.call(Method::GET, &["api", "v2", "agents", agent.as_str(), "commands"], None::<&()>).await
+    }
+
+    /// `POST /{agent}/events`. The reply of a success says nothing that is needed.
+    pub(crate) async fn send_event(&self, agent: &AgentId, event: &serde_json::Value) -> Result<(), MasterError> {
+        let path = ["api", "v2", "agents", agent.as_str(), "events"];
+        self.tell(Method::POST, &path, Some(event)).await
+    }
+
+    /// `POST /{agent}/decommission/{operation}/ack`.
+    pub(crate) async fn acknowledge(&self, agent: &AgentId, ack: &wire::Ack) -> Result<(), MasterError> {
+        let path = ["api", "v2", "agents", agent.as_str(), "decommission", &ack.operation_id, "ack"];
+        self.tell(Method::POST, &path, Some(ack)).await
+    }
+
+    /// `GET /accounts`.
+    pub(crate) async fn accounts(&self) -> Result<wire::Accounts, MasterError> {
+        self.call(Method::GET, &["accounts"], None::<&()>).await
+    }
+
+    /// `PUT /accounts/{account}/cfd_tunnel/{tunnel}/configurations`.
+    pub(crate) async fn put_configuration(
+        &self,
+        account: &str,
+        tunnel: &str,
+        body: &serde_json::Value,
+    ) -> Result<(), MasterError> {
+        let path = ["accounts", account, "cfd_tunnel", tunnel, "configurations"];
+        self.tell(Method::PUT, &path, Some(body)).await
+    }
+
+    /// One request whose answer is JSON.
+    async fn call<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &[&str],
+        body: Option<&impl Serialize>,
+    ) -> Result<T, MasterError> {
+        let parsed = self.try_with_key(method, path, body).await.and_then(|text| {
+            serde_json::from_slice(&text).map_err(|error| {
+                let place = format!("line {} column {}", error.line(), error.column());
+                let problem = format!("answered 200 with something else than the JSON that was due ({place})");
+                MasterError::Away { problem, retry_after: None }
+            })
+        });
+        self.note(parsed.as_ref().err());
+        parsed
+    }
+
+    /// One request of whose answer only the success matters.
+    async fn tell(&self, method: Method, path: &[&str], body: Option<&impl Serialize>) -> Result<(), MasterError> {
+        let told = self.try_with_key(method, path, body).await.map(drop);
+        self.note(told.as_ref().err());
+        told
+    }
+
+    /// One request, and a second one when the first was refused and the key file holds another key by now.
+    async fn try_with_key(
+        &self,
+        method: Method,
+        path: &[&str],
+        body: Option<&impl Serialize>,
+    ) -> Result<Vec<u8>, MasterError> {
+        let mut url = self.base.clone();
+        if let Ok(mut segments) = url.path_segments_mut() {
+            segments.pop_if_empty().extend(path);
+        }
+        let body = body
+            .map(serde_json::to_vec)
+            .transpose()
+            .map_err(|error| MasterError::Client(format!("a message cannot be written as JSON: {error}")))?;
+        let result = self.attempt(method.clone(), url.clone(), body.clone()).await;
+        match result {
+            Err(MasterError::Refused { .. }) if self.reread_key() => self.attempt(method, url, body).await,
+            result => result,
+        }
+    }
+
+    async fn attempt(&self, method: Method, url: Url, body: Option<Vec<u8>>) -> Result<Vec<u8>, MasterError> {
+        let mut request = self.client.request(method, url).headers(self.access.clone());
+        let mut authorization = {
+            let key: SecretString = lock(&self.key).value.clone();
+            HeaderValue::from_str(&format!("Bearer {}", key.expose_secret()))
+                .map_err(|_| MasterError::Client("the agent key does not fit into a header".to_owned()))?
+        };
+        authorization.set_sensitive(true);
+        request = request.header(AUTHORIZATION, authorization);
+        if let Some(body) = body {
+            request = request.header(CONTENT_TYPE, "application/json").body(body);
+        }
+        let response = request.send().await.map_err(|error| away(&error))?;
+        let (status, headers) = (response.status(), response.headers().clone());
+        let text = read_bounded(response).await?;
+        if status.is_success() { Ok(text) } else { Err(sort(status, &headers, &text)) }
+    }
+
+    /// Takes a rolled key from its file. Returns whether there is a new one.
+    fn reread_key(&self) -> bool {
+        let mut key = lock(&self.key);
+        match key.reread() {
+            Ok(Some(value)) => {
+                info!("the key file holds a new agent key, using it");
+                key.value = value;
+                true
+            }
+            Ok(None) => false,
+            Err(problem) => {
+                let file = key.file.as_deref().unwrap_or("".as_ref()).display().to_string();
+                warn!(file, "the key file {problem}; going on with the key read before");
+                false
+            }
+        }
+    }
+
+    /// Keeps what callers share: whether the master can be reached.
+    fn note(&self, error: Option<&MasterError>) {
+        let mut link = self.link();
+        match error {
+            Some(error @ (MasterError::Away { .. } | MasterError::Access { .. })) => {
+                link.trouble.failed(error, error.remedy());
+            }
+            _ => {
+                link.last_contact = Some(Instant::now());
+                link.trouble.ended();
+            }
+        }
+    }
+
+    fn link(&self) -> MutexGuard<'_, Link> {
+        lock(&self.link)
+    }
+}
+
+/// No await happens under these locks, and no panic leaves them half-changed.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn read_bounded(mut response: Response) -> Result<Vec<u8>, MasterError> {
+    let mut text = Vec::new();
+    while let Some(chunk) = response.chunk().await.map_err(|error| away(&error))? {
+        if text.len() + chunk.len() > MAX_REPLY_BYTES {
+            let problem = format!("sent a reply of more than {} MiB, which was not read", MAX_REPLY_BYTES >> 20);
+            return Err(MasterError::Away { problem, retry_after: None });
+        }
+        text.extend_from_slice(&chunk);
+    }
+    Ok(text)
+}
+
+fn away(error: &reqwest::Error) -> MasterError {
+    let kind = if error.is_timeout() {
+        "does not answer"
+    } else if error.is_connect() {
+        "cannot be reached"
+    } else {
+        "cut the connection"
+    };
+    MasterError::Away { problem: format!("{kind}: {}", chain(error)), retry_after: None }
+}
+
+/// The causes of an error without its own text, which repeats the address; the last one names the matter.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut causes = Vec::<String>::new();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        causes.push(cause.to_string());
+        next = cause.source();
+    }
+    causes.dedup();
+    if causes.is_empty() { error.to_string() } else { causes.join(": ") }
+}
+
+fn sort(status: StatusCode, headers: &HeaderMap, text: &[u8]) -> MasterError {
+    let refusal = serde_json::from_slice::<wire::Refusal>(text).ok();
+    let is_json = refusal.is_some();
+    let refusal = refusal.unwrap_or_default();
+    let code = printable(&refusal.code.unwrap_or_default());
+    let message = refusal.message.or_else(|| refusal.error.as_ref()?.as_str().map(str::to_owned));
+    let message = printable(&message.unwrap_or_default());
+    match status.as_u16() {
+        429 | 500..=599 => {
+            let separator = if code.is_empty() { "" } else { ", " };
+            MasterError::Away {
+                problem: format!("answered {status}{separator}{code}"),
+                retry_after: retry_after(headers),
+            }
+        }
+        // Access sends people to a login page and machines a page of HTML.
+        300..=399 if headers.contains_key(LOCATION) => MasterError::Access { status },
+        403 if !is_json => MasterError::Access { status },
+        401 | 403 => MasterError::Refused { status, code, message },
+        _ => MasterError::Status { status, code, message },
+    }
+}
+
+/// What another side says goes into one log line, and not all of it.
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_MESSAGE_CHARS).collect()
+}
+
+/// Seconds or an HTTP date, RFC 9110 10.2.3.
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let value = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
+    match value.parse() {
+        Ok(seconds) => Some(Duration::from_secs(seconds)),
+        Err(_) => httpdate::parse_http_date(value).ok()?.duration_since(SystemTime::now()).ok(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,146 @@
+//! What is said to a master and what it answers, as types. Unknown fields of replies are ignored.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::state::{AgentId, Phase, Token, TunnelId};
+
+/// Protocols this agent speaks, the preferred one first.
+pub(crate) const PROTOCOLS: [u32; 2] = [2, 1];
+/// What this agent can do beyond the first protocol.
+pub(crate) const CAPABILITIES: [&str; 3] = ["decommission.v1", "tunnel_stop.v1", "self_stop.v1"];
+
+/// Body of `POST /register`.
+#[derive(Debug, Serialize)]
+pub(crate) struct Register<'a> {
+    pub(crate) display_name: &'a str,
+    pub(crate) version: &'a str,
+    pub(crate) agent_version: &'a str,
+    pub(crate) supported_protocol_versions: [u32; 2],
+    pub(crate) capabilities: [&'a str; 3],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) agent_id: Option<&'a AgentId>,
+}
+
+/// Reply to it, of either protocol.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Registered {
+    pub(crate) agent_id: AgentId,
+    #[serde(default)]
+    pub(crate) protocol_version: Option<u32>,
+    #[serde(default)]
+    pub(crate) agent_session_id: Option<String>,
+    /// v1 only.
+    #[serde(default)]
+    pub(crate) agent: Option<AgentRecord>,
+}
+
+/// What a v1 master tells of the agent at registration.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct AgentRecord {
+    pub(crate) status: Option<String>,
+    pub(crate) assigned_tunnel_id: Option<String>,
+    pub(crate) assigned_tunnel_name: Option<String>,
+    assigned_tunnel_token: Option<String>,
+}
+
+impl AgentRecord {
+    /// The tunnel that was assigned, when the reply names id and token of it.
+    pub(crate) fn assignment(self) -> Option<Assignment> {
+        let given = |text: Option<String>| text.filter(|text| !text.is_empty());
+        Some(Assignment {
+            id: TunnelId(given(self.assigned_tunnel_id)?),
+            token: Token::new(given(self.assigned_tunnel_token)?),
+            name: given(self.assigned_tunnel_name),
+        })
+    }
+}
+
+/// The tunnel that a master has given to this agent.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Assignment {
+    /// The tunnel's id.
+    pub id: TunnelId,
+    /// The connector's token.
+    pub token: Token,
+    /// The tunnel's name, for people.
+    pub name: Option<String>,
+}
+
+/// Reply to `GET /commands`. Commands are looked at one by one, so that one that makes no sense costs no other.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Commands {
+    #[serde(default)]
+    pub(crate) commands: Vec<Value>,
+}
+
+/// What a refusal says: v2 has a `code`, v1 a `message`, proxies neither.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct Refusal {
+    pub(crate) code: Option<String>,
+    pub(crate) message: Option<String>,
+    pub(crate) error: Option<Value>,
+}
+
+/// Body of `POST /decommission/{operation}/ack`.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Ack {
+    pub(crate) operation_id: String,
+    pub(crate) command_id: String,
+    pub(crate) phase: AckPhase,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) agent_session_id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) tombstone_persisted: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) tunnel_container: Option<&'static str>,
+    pub(crate) self_stop_capability: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) agent_image: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) cloudflared_image: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) error_code: Option<&'static str>,
+}
+
+/// Which of the two acknowledgements it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum AckPhase {
+    Prepared,
+    ShutdownScheduled,
+}
+
+impl From<Phase> for AckPhase {
+    fn from(phase: Phase) -> Self {
+        match phase {
+            Phase::Prepared => Self::Prepared,
+            Phase::Finalized => Self::ShutdownScheduled,
+        }
+    }
+}
+
+/// A container as the master knows it; only the labels meant for it leave the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct Container {
+    pub(crate) id: String,
+    pub(crate) name: String,
+    pub(crate) labels: std::collections::BTreeMap<String, String>,
+}
+
+/// Reply to `GET /accounts`.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Accounts {
+    #[serde(default)]
+    pub(crate) success: bool,
+    #[serde(default)]
+    pub(crate) result: Vec<Account>,
+}
+
+/// A Cloudflare account.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Account {
+    pub(crate) id: String,
+}

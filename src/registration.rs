@@ -1,0 +1,216 @@
+//! Who this agent is at its master: the id, the protocol, the session, and registering again when one of them
+//! is no longer known there.
+//!
+//! The poller and the reporter share one [`Registrar`]. Whoever finds the session refused calls
+//! [`Registrar::renew`]; the first one registers, the other waits for the result. The id is on disk before the
+//! session is used, so that an agent killed in between comes back as the same one.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{Mutex, watch};
+use tokio::time::sleep;
+use tracing::{info, warn};
+
+use crate::master::wire::{Assignment, CAPABILITIES, PROTOCOLS, Register};
+use crate::master::{Master, MasterError};
+use crate::retry::{Backoff, Trouble};
+use crate::state::{AgentId, Store};
+
+/// What a master agreed to at registration.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Session {
+    /// This agent's id there.
+    pub agent_id: AgentId,
+    /// Which protocol both speak.
+    pub protocol: Protocol,
+    /// Counts the registrations of this process, from 1.
+    pub number: u64,
+    /// The tunnel that a v1 master says is this agent's: the way back to one whose command was lost.
+    pub assignment: Option<Assignment>,
+}
+
+/// The protocol of a session.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Protocol {
+    /// Masters 3.0 to 3.1: no session, no sequence numbers.
+    V1,
+    /// Newer masters: each event carries the session and a number.
+    V2 {
+        /// Id of the session.
+        session: String,
+    },
+}
+
+impl Protocol {
+    /// Its number on the wire.
+    pub fn version(&self) -> u32 {
+        match self {
+            Self::V1 => 1,
+            Self::V2 { .. } => 2,
+        }
+    }
+
+    /// The session, which the first protocol does not have.
+    pub fn session(&self) -> Option<&str> {
+        match self {
+            Self::V1 => None,
+            Self::V2 { session } => Some(session),
+        }
+    }
+}
+
+/// Registers this agent, once for all who need a session.
+#[derive(Debug)]
+pub struct Registrar {
+    master: Arc<Master>,
+    store: Store,
+    display_name: Option<String>,
+    /// Held while registering: at most one registration is under way.
+    work: Mutex<Work>,
+    session: watch::Sender<Option<Arc<Session>>>,
+}
+
+#[derive(Debug)]
+struct Work {
+    agent_id: Option<AgentId>,
+    backoff: Backoff,
+    refused: Trouble,
+    unsaved: Trouble,
+}
+
+/// A refused key is asked about again, since it may be rolled, but not often.
+const FIRST_WAIT: Duration = Duration::from_secs(1);
+const LONGEST_WAIT: Duration = Duration::from_secs(60);
+
+impl Registrar {
+    /// `agent_id` is the one on disk.
+    pub fn new(master: Arc<Master>, store: Store, agent_id: Option<AgentId>, display_name: Option<String>) -> Self {
+        let work = Work {
+            agent_id,
+            backoff: Backoff::new(FIRST_WAIT, LONGEST_WAIT),
+            refused: Trouble::new("registration:"),
+            unsaved: Trouble::new("the agent id"),
+        };
+        Self { master, store, display_name, work: Mutex::new(work), session: watch::channel(None).0 }
+    }
+
+    /// The current session and those that follow.
+    pub fn watch(&self) -> watch::Receiver<Option<Arc<Session>>> {
+        self.session.subscribe()
+    }
+
+    /// The current session, registering first when there is none. Never gives up.
+    pub async fn session(&self) -> Arc<Session> {
+        match self.current() {
+            Some(session) => session,
+            None => self.renew(None).await,
+        }
+    }
+
+    /// A session other than `stale`, registering unless somebody already has. Never gives up.
+    pub async fn renew(&self, stale: Option<&Session>) -> Arc<Session> {
+        let mut work = self.work.lock().await;
+        let known = stale.map_or(0, |session| session.number);
+        if let Some(session) = self.current().filter(|session| session.number > known) {
+            return session;
+        }
+        let number = self.current().map_or(0, |session| session.number) + 1;
+        loop {
+            match self.register(&mut work, number).await {
+                Ok(session) => {
+                    work.backoff.reset();
+                    work.refused.ended();
+                    let session = Arc::new(session);
+                    self.session.send_replace(Some(session.clone()));
+                    return session;
+                }
+                Err(error) => {
+                    if !matches!(error, MasterError::Away { .. } | MasterError::Access { .. }) {
+                        work.refused.failed(&format_args!("the master {error}"), self.remedy(&error));
+                    }
+                    let wait = work.backoff.next(error.retry_after());
+                    sleep(wait).await;
+                }
+            }
+        }
+    }
+
+    fn current(&self) -> Option<Arc<Session>> {
+        self.session.borrow().clone()
+    }
+
+    /// One registration, and on v2 a second one without the id when the first was refused because of the id.
+    async fn register(&self, work: &mut Work, number: u64) -> Result<Session, MasterError> {
+        let display_name = match (&self.display_name, &work.agent_id) {
+            (Some(name), _) => name.clone(),
+            (None, Some(id)) => format!("agent-{}", id.as_str().chars().take(8).collect::<String>()),
+            (None, None) => "dockflare-agent".to_owned(),
+        };
+        let mut request = Register {
+            display_name: &display_name,
+            version: env!("CARGO_PKG_VERSION"),
+            agent_version: env!("CARGO_PKG_VERSION"),
+            supported_protocol_versions: PROTOCOLS,
+            capabilities: CAPABILITIES,
+            agent_id: work.agent_id.as_ref(),
+        };
+        let reply = match self.master.register(&request).await {
+            // The key is bound to another id: asking without one brings the right one back.
+            Err(error) if error.code() == "agent_key_mismatch" && request.agent_id.is_some() => {
+                request.agent_id = None;
+                self.master.register(&request).await?
+            }
+            reply => reply?,
+        };
+        let protocol = match (reply.protocol_version, reply.agent_session_id) {
+            (Some(2), Some(session)) => Protocol::V2 { session },
+            (None | Some(1), _) => Protocol::V1,
+            (Some(2), None) => {
+                let problem = "agreed to protocol 2 without naming a session".to_owned();
+                return Err(MasterError::Away { problem, retry_after: None });
+            }
+            (Some(other), _) => {
+                let problem = format!("agreed to protocol {other}, which was not offered");
+                return Err(MasterError::Away { problem, retry_after: None });
+            }
+        };
+        self.keep(work, &reply.agent_id).await;
+        info!(id = %reply.agent_id, protocol = protocol.version(), name = display_name, "registered at the master");
+        let assignment = reply.agent.and_then(|agent| agent.assignment());
+        Ok(Session { agent_id: reply.agent_id, protocol, number, assignment })
+    }
+
+    /// Puts the id on disk before it is used: an id that is forgotten shows as a second agent in the master.
+    async fn keep(&self, work: &mut Work, id: &AgentId) {
+        if work.agent_id.as_ref() == Some(id) {
+            return;
+        }
+        if let Some(old) = &work.agent_id {
+            warn!(%old, new = %id, "the master gave this agent another id; using and storing the new one");
+        }
+        let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
+        while let Err(error) = self.store.save_agent_id(id).await {
+            let problem = format!("{id} cannot be stored: {}", crate::error_chain(&error));
+            work.unsaved.failed(
+                &problem,
+                "trying again, nothing is reported until then; make room or mend the permissions of the data folder",
+            );
+            sleep(backoff.next(None)).await;
+        }
+        work.unsaved.ended();
+        work.agent_id = Some(id.clone());
+    }
+
+    fn remedy(&self, error: &MasterError) -> &'static str {
+        match (error.code(), error.status()) {
+            ("agent_key_mismatch", _) => {
+                "this key belongs to an agent that was removed: generate a new key on the master's Agents page and set it; the tunnel is not touched"
+            }
+            ("", Some(403)) => {
+                "the stored id belongs to another key: set the key this agent enrolled with, or delete agent_id.txt to enrol as a new agent; the tunnel is not touched"
+            }
+            _ => error.remedy(),
+        }
+    }
+}

@@ -1,0 +1,271 @@
+//! What is still to be said to the master, and in which order. No I/O: the table of its tests is its manual.
+//!
+//! While the master takes what it is sent, every change goes out, oldest first. While it is away only the newest
+//! change of each container is kept, so the queue is never longer than the number of containers, and when it is
+//! back a complete report goes first.
+
+use std::collections::{HashSet, VecDeque};
+use std::mem;
+
+use serde_json::Value;
+
+use crate::events::Change;
+
+/// Longest queue while the master is slow but there; beyond it, older changes of a container give way as if the
+/// master were away. A change is a few hundred bytes.
+const MAX_BACKLOG: usize = 1024;
+
+/// A change of one container, and how it was sent if it already was.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Item {
+    pub(super) change: Change,
+    /// The message as it was sent, for the session of that number: a retry repeats it to the letter.
+    pub(super) sent: Option<(u64, Value)>,
+}
+
+/// What to say next.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Message {
+    /// The complete inventory.
+    Report,
+    /// That the inventory is not known (v2), or just a sign of life (v1).
+    Unknown,
+    /// How the tunnel is.
+    Status,
+    /// One container.
+    Change(Box<Item>),
+    /// A sign of life.
+    Heartbeat,
+}
+
+/// When a report goes out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+enum Due {
+    #[default]
+    No,
+    /// As soon as the inventory is complete.
+    WhenComplete,
+    /// In any case: if the inventory is not complete, that is said.
+    Now,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Outbox {
+    changes: VecDeque<Item>,
+    report: Due,
+    status: bool,
+    away: bool,
+}
+
+impl Outbox {
+    /// A container changed.
+    pub(super) fn push(&mut self, change: Change) {
+        self.changes.push_back(Item { change, sent: None });
+        if self.away || self.changes.len() > MAX_BACKLOG {
+            self.coalesce();
+        }
+    }
+
+    /// A report is due as soon as there is one to send.
+    pub(super) fn report_when_complete(&mut self) {
+        self.report = self.report.max(Due::WhenComplete);
+    }
+
+    /// The interval is over: a report is due, or the word that there is none.
+    pub(super) fn report_now(&mut self) {
+        self.report = Due::Now;
+    }
+
+    /// The tunnel's status is due.
+    pub(super) fn status(&mut self) {
+        self.status = true;
+    }
+
+    /// What to say next. What is returned is no longer in the box; [`Outbox::put_back`] returns it.
+    pub(super) fn next(&mut self, complete: bool, heartbeat_due: bool) -> Option<Message> {
+        if self.away {
+            // One message tries the way; the rest waits until it is clear.
+            self.report = Due::No;
+            return Some(if complete { Message::Report } else { Message::Unknown });
+        }
+        match self.report {
+            Due::WhenComplete | Due::Now if complete => {
+                self.report = Due::No;
+                return Some(Message::Report);
+            }
+            Due::Now => {
+                // The report itself stays due for the moment at which the inventory is complete.
+                self.report = Due::WhenComplete;
+                return Some(Message::Unknown);
+            }
+            Due::WhenComplete | Due::No => {}
+        }
+        if mem::take(&mut self.status) {
+            return Some(Message::Status);
+        }
+        if let Some(item) = self.changes.pop_front() {
+            return Some(Message::Change(Box::new(item)));
+        }
+        heartbeat_due.then_some(Message::Heartbeat)
+    }
+
+    /// The message could not be delivered and is still due.
+    pub(super) fn put_back(&mut self, message: Message) {
+        match message {
+            Message::Report | Message::Unknown => self.report_when_complete(),
+            Message::Status => self.status = true,
+            Message::Change(item) => {
+                self.changes.push_front(*item);
+                if self.away {
+                    self.coalesce();
+                }
+            }
+            // Its hour comes again by itself.
+            Message::Heartbeat => {}
+        }
+    }
+
+    /// The master has been away for more than a moment.
+    pub(super) fn went_away(&mut self) {
+        self.away = true;
+        self.coalesce();
+    }
+
+    /// The master took `message`.
+    pub(super) fn delivered(&mut self, message: &Message) {
+        if mem::take(&mut self.away) && *message != Message::Report {
+            self.report_when_complete();
+        }
+    }
+
+    /// The master knows nothing of this session yet.
+    pub(super) fn new_session(&mut self) {
+        self.report_when_complete();
+        self.status = true;
+    }
+
+    /// Forgets everything: nothing of it may be said any more.
+    pub(super) fn clear(&mut self) {
+        *self = Self::default();
+    }
+
+    /// How many changes wait.
+    #[cfg(test)]
+    fn len(&self) -> usize {
+        self.changes.len()
+    }
+
+    /// Keeps the newest change of each container, in the order in which those came.
+    fn coalesce(&mut self) {
+        let mut newest = HashSet::new();
+        let mut kept: VecDeque<Item> = VecDeque::with_capacity(self.changes.len());
+        for item in mem::take(&mut self.changes).into_iter().rev() {
+            if newest.insert(item.change.container.id.clone()) {
+                kept.push_front(item);
+            }
+        }
+        self.changes = kept;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::Timestamp;
+    use serde_json::json;
+
+    use super::*;
+    use crate::docker::Container;
+
+    fn change(id: &str, running: bool) -> Change {
+        let container = Container { id: id.into(), name: id.into(), labels: [].into(), status: "running".into() };
+        Change { at: Timestamp::UNIX_EPOCH, running, container }
+    }
+
+    /// What the box says until it is empty, as words.
+    fn said(outbox: &mut Outbox, complete: bool) -> Vec<String> {
+        let mut words = Vec::new();
+        while let Some(message) = outbox.next(complete, false) {
+            words.push(match &message {
+                Message::Change(item) => {
+                    format!("{}{}", if item.change.running { '+' } else { '-' }, item.change.container.id)
+                }
+                other => format!("{other:?}"),
+            });
+            outbox.delivered(&message);
+        }
+        words
+    }
+
+    #[test]
+    fn while_the_master_is_there_every_change_goes_out_in_order() {
+        let mut outbox = Outbox::default();
+        for running in [true, false, true] {
+            outbox.push(change("a", running));
+        }
+        assert_eq!(said(&mut outbox, true), ["+a", "-a", "+a"]);
+    }
+
+    #[test]
+    fn after_an_outage_a_report_comes_first_and_only_the_newest_of_each_container() {
+        let mut outbox = Outbox::default();
+        outbox.push(change("a", true));
+        let first = outbox.next(true, false).unwrap();
+        outbox.put_back(first);
+        outbox.went_away();
+        for (id, running) in [("b", true), ("a", false), ("b", false), ("c", true)] {
+            outbox.push(change(id, running));
+        }
+        assert_eq!(outbox.len(), 3);
+        assert_eq!(said(&mut outbox, true), ["Report", "-a", "-b", "+c"]);
+    }
+
+    #[test]
+    fn an_outage_that_ends_before_docker_is_known_is_followed_by_the_report() {
+        let mut outbox = Outbox::default();
+        outbox.went_away();
+        let probe = outbox.next(false, false).unwrap();
+        assert_eq!(probe, Message::Unknown);
+        outbox.delivered(&probe);
+        assert_eq!(outbox.next(false, false), None);
+        assert_eq!(said(&mut outbox, true), ["Report"]);
+    }
+
+    #[test]
+    fn a_retry_keeps_its_place_and_its_number() {
+        let mut outbox = Outbox::default();
+        outbox.push(change("a", true));
+        outbox.push(change("b", true));
+        let Some(Message::Change(mut item)) = outbox.next(true, false) else { panic!("a change was due") };
+        item.sent = Some((1, json!({"event_sequence": 7})));
+        outbox.put_back(Message::Change(item.clone()));
+        assert_eq!(outbox.next(true, false), Some(Message::Change(item)));
+    }
+
+    #[test]
+    fn an_incomplete_inventory_is_never_reported_and_said_once_an_interval() {
+        let mut outbox = Outbox::default();
+        outbox.new_session();
+        assert_eq!(said(&mut outbox, false), ["Status"], "the report waits for the listing");
+        outbox.report_now();
+        assert_eq!(said(&mut outbox, false), ["Unknown"]);
+        assert_eq!(said(&mut outbox, true), ["Report"], "and comes when the listing does");
+    }
+
+    #[test]
+    fn a_slow_master_cannot_make_the_queue_grow_without_bound() {
+        let mut outbox = Outbox::default();
+        for number in 0..10 * MAX_BACKLOG {
+            outbox.push(change(&format!("{}", number % 50), number % 2 == 0));
+        }
+        assert!(outbox.len() <= MAX_BACKLOG);
+    }
+
+    #[test]
+    fn a_heartbeat_is_said_only_when_nothing_else_is() {
+        let mut outbox = Outbox::default();
+        outbox.push(change("a", true));
+        assert!(matches!(outbox.next(true, true), Some(Message::Change(_))));
+        assert_eq!(outbox.next(true, true), Some(Message::Heartbeat));
+        assert_eq!(outbox.next(true, false), None);
+    }
+}

@@ -1,0 +1,153 @@
+//! Waiting before trying again, and saying so once instead of at each try.
+
+use std::fmt;
+use std::time::Duration;
+
+use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+/// Exponential back-off with full jitter: each wait is drawn evenly between a floor and a bound that doubles.
+///
+/// Full jitter spreads a thousand agents over the whole interval when their master returns. The floor keeps
+/// the luckiest of them from asking at once.
+#[derive(Debug)]
+pub(crate) struct Backoff {
+    builder: ExponentialBuilder,
+    bounds: ExponentialBackoff,
+}
+
+/// No retry comes sooner than this.
+const FLOOR: Duration = Duration::from_millis(100);
+
+impl Backoff {
+    /// Waits of up to `first`, then up to twice that and so on, never above `cap`.
+    pub(crate) fn new(first: Duration, cap: Duration) -> Self {
+        let builder = ExponentialBuilder::new().with_min_delay(first).with_max_delay(cap).without_max_times();
+        Self { bounds: builder.build(), builder }
+    }
+
+    /// The wait before the next try, at least what the other side asked for.
+    pub(crate) fn next(&mut self, asked: Option<Duration>) -> Duration {
+        let bound = self.bounds.next().unwrap_or(FLOOR).max(FLOOR);
+        let jittered = FLOOR + (bound - FLOOR).mul_f64(fastrand::f64());
+        // A master that asks for a day is not believed for longer than an hour.
+        let asked = asked.unwrap_or_default().min(Duration::from_secs(3600));
+        if asked.is_zero() { jittered } else { asked + jittered.min(asked) }
+    }
+
+    /// Starts over: the next wait is a short one again.
+    pub(crate) fn reset(&mut self) {
+        self.bounds = self.builder.build();
+    }
+}
+
+/// Something that should work and does not, for as long as that lasts.
+///
+/// Logs when it begins, at most every ten minutes while it lasts, and when it ends.
+#[derive(Debug)]
+pub(crate) struct Trouble {
+    what: &'static str,
+    since: Option<Lasting>,
+}
+
+#[derive(Debug)]
+struct Lasting {
+    began: Instant,
+    said: Instant,
+    tries: u32,
+    text: String,
+}
+
+/// How often a lasting trouble is repeated in the log.
+const REPEAT: Duration = Duration::from_secs(600);
+
+impl Trouble {
+    /// `what` is the subject of the sentences: "the master", "Docker".
+    pub(crate) fn new(what: &'static str) -> Self {
+        Self { what, since: None }
+    }
+
+    /// Notes a failure; `next` says what happens now and what the operator can do.
+    pub(crate) fn failed(&mut self, error: &dyn fmt::Display, next: &str) {
+        let (what, now, text) = (self.what, Instant::now(), error.to_string());
+        match &mut self.since {
+            None => {
+                warn!("{what} {text}; {next}");
+                self.since = Some(Lasting { began: now, said: now, tries: 1, text });
+            }
+            Some(lasting) => {
+                lasting.tries += 1;
+                let (tries, since) = (lasting.tries, Lasts(now - lasting.began));
+                // Another cause is news; the same cause is not.
+                if lasting.text != text {
+                    warn!(tries, %since, "{what} {text}; {next}");
+                } else if now - lasting.said >= REPEAT {
+                    warn!(tries, %since, "{what} still {text}; {next}");
+                } else {
+                    return;
+                }
+                lasting.said = now;
+                lasting.text = text;
+            }
+        }
+    }
+
+    /// Notes that it works. Returns whether it did not before.
+    pub(crate) fn ended(&mut self) -> bool {
+        let Some(lasting) = self.since.take() else { return false };
+        info!(tries = lasting.tries, after = %Lasts(lasting.began.elapsed()), "{} works again", self.what);
+        true
+    }
+}
+
+/// A length of time as people say it: `3.2s`, `4m10s`, `2h05m`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Lasts(pub(crate) Duration);
+
+impl fmt::Display for Lasts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let seconds = self.0.as_secs();
+        match seconds {
+            0..60 => write!(f, "{:.1}s", self.0.as_secs_f64()),
+            60..3600 => write!(f, "{}m{:02}s", seconds / 60, seconds % 60),
+            _ => write!(f, "{}h{:02}m", seconds / 3600, seconds / 60 % 60),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_are_jittered_between_the_floor_and_a_growing_bound() {
+        let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(8));
+        for round in 0..50 {
+            for bound in [1, 2, 4, 8, 8, 8] {
+                let wait = backoff.next(None);
+                assert!(wait >= FLOOR && wait <= Duration::from_secs(bound), "round {round}: {wait:?} over {bound}s");
+            }
+            backoff.reset();
+        }
+    }
+
+    #[test]
+    fn the_other_side_is_never_asked_sooner_than_it_said() {
+        let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(2));
+        let asked = Duration::from_secs(30);
+        for _ in 0..20 {
+            let wait = backoff.next(Some(asked));
+            assert!(wait >= asked && wait <= 2 * asked, "{wait:?}");
+        }
+        assert!(backoff.next(Some(Duration::from_secs(1 << 40))) <= Duration::from_secs(7200));
+    }
+
+    #[test]
+    fn lengths_read_as_people_say_them() {
+        let said = |seconds: f64| Lasts(Duration::from_secs_f64(seconds)).to_string();
+        assert_eq!(said(3.24), "3.2s");
+        assert_eq!(said(250.0), "4m10s");
+        assert_eq!(said(7_500.0), "2h05m");
+    }
+}

@@ -1,0 +1,422 @@
+//! The one place that touches the data folder.
+//!
+//! Each document is one small file, mode 0600, replaced as a whole: written beside, fsynced, renamed, and the
+//! folder fsynced, so that a crash leaves the old or the new text and nothing between. The names and keys are
+//! those of the Python agent, so that people can switch and switch back. A file that cannot be understood is
+//! set aside under another name and said so; it is never treated as if it had not been there without a word.
+
+use std::fmt;
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use atomic_write_file::unix::OpenOptionsExt as _;
+use base64::Engine as _;
+use base64::engine::DecodePaddingMode;
+use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig};
+use secrecy::{ExposeSecret, SecretString};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// Name of this agent at its master: 1 to 128 letters, digits, `_`, `.` or `-`, safe in a URL path.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct AgentId(String);
+
+impl AgentId {
+    /// The id as it is written on the wire.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for AgentId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl TryFrom<String> for AgentId {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        let fits = (1..=128).contains(&text.len())
+            && text.starts_with(|c: char| c.is_ascii_alphanumeric())
+            && text.chars().all(|c| c.is_ascii_alphanumeric() || "_.-".contains(c));
+        if fits { Ok(Self(text)) } else { Err("is not 1 to 128 letters, digits, '_', '.' or '-'") }
+    }
+}
+
+impl<'de> Deserialize<'de> for AgentId {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Self::try_from(String::deserialize(deserializer)?).map_err(serde::de::Error::custom)
+    }
+}
+
+/// Id of a Cloudflare tunnel, a UUID in practice.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct TunnelId(pub String);
+
+impl fmt::Display for TunnelId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A connector token: whoever has it can serve the tunnel's hostnames. Hidden from `Debug`.
+#[derive(Debug, Clone)]
+pub struct Token(SecretString);
+
+/// What a token says of itself, without its secret.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenClaims {
+    /// Cloudflare account that owns the tunnel.
+    pub account: String,
+    /// The tunnel.
+    pub tunnel: TunnelId,
+}
+
+impl Token {
+    /// Takes a token as it came; [`Token::claims`] tells whether cloudflared would take it.
+    pub fn new(text: impl Into<String>) -> Self {
+        Self(SecretString::from(text.into()))
+    }
+
+    /// The token itself, for the container's environment and the state file only.
+    pub fn expose(&self) -> &str {
+        self.0.expose_secret()
+    }
+
+    /// Decodes the token: base64 of a JSON object with the strings `a` (account), `t` (tunnel) and `s` (secret).
+    ///
+    /// # Errors
+    /// What is wrong, without any of the content.
+    pub fn claims(&self) -> Result<TokenClaims, &'static str> {
+        #[derive(Deserialize)]
+        struct Claims {
+            a: String,
+            t: String,
+            s: String,
+        }
+        const BASE64: GeneralPurpose = GeneralPurpose::new(
+            &base64::alphabet::STANDARD,
+            GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+        );
+        let json = BASE64.decode(self.expose().trim()).map_err(|_| "the token is not base64")?;
+        let claims: Claims = serde_json::from_slice(&json)
+            .map_err(|_| "the token does not hold the three strings a (account), t (tunnel) and s (secret)")?;
+        if claims.a.is_empty() || claims.t.is_empty() || SecretString::from(claims.s).expose_secret().is_empty() {
+            return Err("the token has an empty account, tunnel or secret");
+        }
+        Ok(TokenClaims { account: claims.a, tunnel: TunnelId(claims.t) })
+    }
+}
+
+impl PartialEq for Token {
+    fn eq(&self, other: &Self) -> bool {
+        self.expose() == other.expose()
+    }
+}
+
+/// What the master wants of the tunnel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DesiredState {
+    /// A connector runs.
+    Running,
+    /// No connector runs.
+    Stopped,
+    /// Nothing was said yet: what runs is left alone.
+    #[default]
+    Unknown,
+}
+
+/// `tunnel_state.json`: the desired state of the tunnel, and what of it is still to be done.
+///
+/// `token`, `id`, `name` and `desired_state` are the Python agent's; it ignores the rest.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct TunnelState {
+    /// The connector's token.
+    #[serde(default, serialize_with = "expose_token", deserialize_with = "take_token")]
+    pub token: Option<Token>,
+    /// The tunnel's id.
+    #[serde(default)]
+    pub id: Option<TunnelId>,
+    /// The tunnel's name, for people.
+    #[serde(default)]
+    pub name: Option<String>,
+    /// What the master wants.
+    #[serde(default)]
+    pub desired_state: DesiredState,
+    /// How many times the master asked for a new container. The container carries the number it was made for,
+    /// so that a crash between asking and doing neither skips nor repeats it.
+    #[serde(default)]
+    pub redeploys: u64,
+    /// Ingress rules that were delivered and not yet accepted by Cloudflare, as the master sent them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pending_ingress: Option<serde_json::Value>,
+    /// Keys of others, kept as they are.
+    #[serde(flatten)]
+    pub other: serde_json::Map<String, serde_json::Value>,
+}
+
+fn expose_token<S: Serializer>(token: &Option<Token>, serializer: S) -> Result<S::Ok, S::Error> {
+    token.as_ref().map(Token::expose).serialize(serializer)
+}
+
+fn take_token<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Token>, D::Error> {
+    Ok(Option::<String>::deserialize(deserializer)?.filter(|text| !text.is_empty()).map(Token::new))
+}
+
+/// How far a decommission has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// The tunnel is stopped; the master decides whether to go on.
+    Prepared,
+    /// The agent is no longer one of the master's.
+    Finalized,
+}
+
+/// `decommission.json`: this agent was told to leave, by which operation, and how far that came.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Tombstone {
+    /// Always 1.
+    pub schema_version: u32,
+    /// The master's operation.
+    pub operation_id: String,
+    /// The agent that was told.
+    pub agent_id: AgentId,
+    /// How far it came.
+    pub phase: Phase,
+    /// Always `stop`.
+    pub requested_self_action: String,
+    /// When the first phase was written, RFC 3339.
+    pub prepared_at: Option<String>,
+    /// When the second was.
+    pub finalized_at: Option<String>,
+    /// Whether the master has taken the last acknowledgement. Absent in files of the Python agent, which then
+    /// count as acknowledged.
+    #[serde(default = "yes")]
+    pub acknowledged: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// Why the data folder cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// The folder does not exist and cannot be made, or cannot be written.
+    #[error("the data folder {} cannot be written by uid {uid}{}: {source}; run: chown -R {uid} {} (on the host, on the folder or volume mounted there)",
+        .dir.display(), .owner.map(|owner| format!(" (it belongs to uid {owner})")).unwrap_or_default(), .dir.display())]
+    Folder {
+        /// The folder.
+        dir: PathBuf,
+        /// Who the agent runs as.
+        uid: u32,
+        /// Whose folder it is, where it exists.
+        owner: Option<u32>,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A file is there but cannot be read, or could not be replaced.
+    #[error("{} cannot be {doing}", .path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// `read`, `replaced` or `set aside`.
+        doing: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// The data folder. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Store {
+    dir: Arc<Path>,
+}
+
+/// A document that could not be understood and where it was put.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SetAside {
+    /// The name it had.
+    pub name: &'static str,
+    /// Where it is now.
+    pub to: PathBuf,
+    /// What is wrong with it; none of its content.
+    pub problem: String,
+}
+
+/// A document, or nothing, and what had to be set aside to say so.
+#[derive(Debug)]
+pub struct Found<T> {
+    /// The document, when there is one.
+    pub document: Option<T>,
+    /// What was there instead.
+    pub set_aside: Option<SetAside>,
+}
+
+const AGENT_ID: &str = "agent_id.txt";
+const TUNNEL: &str = "tunnel_state.json";
+/// Name of the tombstone; an operator deletes it to enrol the agent again.
+pub const TOMBSTONE: &str = "decommission.json";
+
+/// No document comes near this; whatever is larger was not written by an agent.
+const MAX_DOCUMENT_BYTES: u64 = 1 << 20;
+
+impl Store {
+    /// Opens the folder, making it when it is missing, and proves that it can be written.
+    ///
+    /// # Errors
+    /// [`StateError::Folder`] names the user, the owner and the command that mends it.
+    pub fn open(dir: &Path) -> Result<Self, StateError> {
+        let made = fs::create_dir_all(dir);
+        let store = Self { dir: dir.into() };
+        made.and_then(|()| store.replace(".writable", b"").and_then(|()| fs::remove_file(dir.join(".writable"))))
+            .map_err(|source| StateError::Folder {
+                dir: dir.to_owned(),
+                // Linux shows a process's own folder under the user it runs as.
+                uid: fs::metadata("/proc/self").map(|own| own.uid()).unwrap_or_default(),
+                owner: fs::metadata(dir).ok().map(|folder| folder.uid()),
+                source,
+            })?;
+        Ok(store)
+    }
+
+    /// Where the folder is.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Reads `agent_id.txt`: the id, nothing else.
+    ///
+    /// # Errors
+    /// When the file is there and cannot be read or set aside.
+    pub fn agent_id(&self) -> Result<Found<AgentId>, StateError> {
+        self.read(AGENT_ID, |text| {
+            let text = String::from_utf8(text).map_err(|_| "is not UTF-8".to_owned())?;
+            AgentId::try_from(text.trim().to_owned()).map_err(str::to_owned)
+        })
+    }
+
+    /// Reads `tunnel_state.json`.
+    ///
+    /// # Errors
+    /// As [`Store::agent_id`].
+    pub fn tunnel(&self) -> Result<Found<TunnelState>, StateError> {
+        self.read(TUNNEL, parse_json)
+    }
+
+    /// Reads `decommission.json`.
+    ///
+    /// # Errors
+    /// As [`Store::agent_id`].
+    pub fn tombstone(&self) -> Result<Found<Tombstone>, StateError> {
+        self.read(TOMBSTONE, |text| {
+            let tombstone: Tombstone = parse_json(text)?;
+            if tombstone.schema_version != 1 {
+                return Err(format!("has schema_version {}, this agent knows 1", tombstone.schema_version));
+            }
+            Ok(tombstone)
+        })
+    }
+
+    /// Replaces `agent_id.txt`.
+    ///
+    /// # Errors
+    /// When the disk refuses; the old file is then still whole.
+    pub async fn save_agent_id(&self, id: &AgentId) -> Result<(), StateError> {
+        self.save(AGENT_ID, id.as_str().as_bytes().to_vec()).await
+    }
+
+    /// Replaces `tunnel_state.json`.
+    ///
+    /// # Errors
+    /// As [`Store::save_agent_id`].
+    pub async fn save_tunnel(&self, state: &TunnelState) -> Result<(), StateError> {
+        self.save_json(TUNNEL, state).await
+    }
+
+    /// Replaces `decommission.json`.
+    ///
+    /// # Errors
+    /// As [`Store::save_agent_id`].
+    pub async fn save_tombstone(&self, tombstone: &Tombstone) -> Result<(), StateError> {
+        self.save_json(TOMBSTONE, tombstone).await
+    }
+
+    async fn save_json(&self, name: &'static str, document: &impl Serialize) -> Result<(), StateError> {
+        let text = serde_json::to_vec_pretty(document).map_err(|error| self.failed(name, "replaced", error.into()))?;
+        self.save(name, text).await
+    }
+
+    /// Writes on a thread of its own: a disk that hangs must not stop the events.
+    async fn save(&self, name: &'static str, text: Vec<u8>) -> Result<(), StateError> {
+        let store = self.clone();
+        let written = tokio::task::spawn_blocking(move || store.replace(name, &text)).await;
+        written.map_err(io::Error::other).flatten().map_err(|source| self.failed(name, "replaced", source))
+    }
+
+    fn replace(&self, name: &str, text: &[u8]) -> io::Result<()> {
+        let mut file = atomic_write_file::OpenOptions::new()
+            .mode(0o600)
+            .preserve_mode(false)
+            .try_preserve_owner(true)
+            .open(self.dir.join(name))?;
+        file.write_all(text)?;
+        file.commit()
+    }
+
+    fn read<T>(
+        &self,
+        name: &'static str,
+        parse: impl FnOnce(Vec<u8>) -> Result<T, String>,
+    ) -> Result<Found<T>, StateError> {
+        let path = self.dir.join(name);
+        let parsed = match fs::metadata(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(Found { document: None, set_aside: None });
+            }
+            Err(error) => return Err(self.failed(name, "read", error)),
+            Ok(file) if file.len() > MAX_DOCUMENT_BYTES => Err(format!("has {} bytes", file.len())),
+            Ok(_) => parse(fs::read(&path).map_err(|error| self.failed(name, "read", error))?),
+        };
+        match parsed {
+            Ok(document) => Ok(Found { document: Some(document), set_aside: None }),
+            Err(problem) => {
+                let to = self.free_name(name);
+                fs::rename(&path, &to).map_err(|error| self.failed(name, "set aside", error))?;
+                Ok(Found { document: None, set_aside: Some(SetAside { name, to, problem }) })
+            }
+        }
+    }
+
+    /// A name that is not taken, so that setting aside twice keeps both.
+    fn free_name(&self, name: &str) -> PathBuf {
+        let day = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%SZ");
+        let base = format!("{name}.unreadable-{day}");
+        let names = std::iter::once(base.clone()).chain((1..).map(|n| format!("{base}.{n}")));
+        names.map(|name| self.dir.join(name)).find(|path| !path.exists()).unwrap_or_else(|| self.dir.join(base))
+    }
+
+    fn failed(&self, name: &str, doing: &'static str, source: io::Error) -> StateError {
+        StateError::File { path: self.dir.join(name), doing, source }
+    }
+}
+
+/// Parses a document; the message of a failure tells the place and never the content.
+fn parse_json<T: for<'de> Deserialize<'de>>(text: Vec<u8>) -> Result<T, String> {
+    serde_json::from_slice(&text).map_err(|error| match error.classify() {
+        serde_json::error::Category::Data => {
+            format!("has a wrong value at line {} column {}", error.line(), error.column())
+        }
+        _ => format!("is not JSON at line {} column {}", error.line(), error.column()),
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,504 @@
+//! What the master wants of the tunnel: polling commands, and owning the desired state and its file.
+//!
+//! The master forgets a command when it has sent it, so a whole reply is turned into one new desired state, which
+//! is on disk before anyone acts on it (write, then publish). If the disk refuses, the state waits in memory,
+//! nothing more is fetched, and log and health say so. Ingress rules that were delivered stay in the file until
+//! Cloudflare has them. This task never touches Docker: the supervisor compares what is wanted with what is.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use crate::cloudflare::{self, Pushed};
+use crate::health::View;
+use crate::master::{Master, MasterError};
+use crate::registration::{Registrar, Session};
+use crate::retry::{Backoff, Trouble};
+use crate::state::{AgentId, DesiredState, Phase, Store, Token, Tombstone, TunnelId, TunnelState};
+
+mod commands;
+mod decommission;
+pub use commands::Refusal;
+use commands::{Command, Rejected};
+use decommission::PendingAck;
+pub(crate) use decommission::epitaph;
+
+/// What is wanted of the tunnel, as it is on disk.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Wanted {
+    /// The connector's token.
+    pub token: Option<Token>,
+    /// The tunnel's id.
+    pub id: Option<TunnelId>,
+    /// The tunnel's name, for people.
+    pub name: Option<String>,
+    /// Whether it should run.
+    pub state: DesiredState,
+    /// How many times a new container was asked for.
+    pub redeploys: u64,
+    /// The last tunnel command, when it was not carried out.
+    pub refusal: Option<Refusal>,
+    /// Set from the first phase of a decommission on: no tunnel, no events.
+    pub decommission: Option<Phase>,
+    /// What was received and cannot be stored.
+    pub unsaved: Option<String>,
+}
+
+impl Wanted {
+    /// What the files of an earlier run say.
+    pub fn new(state: &TunnelState, tombstone: Option<&Tombstone>) -> Self {
+        Self {
+            token: state.token.clone(),
+            id: state.id.clone(),
+            name: state.name.clone(),
+            state: state.desired_state,
+            redeploys: state.redeploys,
+            decommission: tombstone.map(|tombstone| tombstone.phase),
+            ..Self::default()
+        }
+    }
+}
+
+/// How the task came to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// It was asked to.
+    Shutdown,
+    /// The master has let go of this agent.
+    Decommissioned,
+}
+
+/// The command task.
+#[derive(Debug)]
+pub struct Poller {
+    master: Arc<Master>,
+    registrar: Arc<Registrar>,
+    store: Store,
+    interval: Duration,
+    cloudflared_image: String,
+    wanted: watch::Sender<Wanted>,
+    view: watch::Receiver<View>,
+    /// As on disk.
+    state: TunnelState,
+    /// As on disk.
+    tombstone: Option<Tombstone>,
+    /// Session whose assignment was looked at.
+    recovered: u64,
+    ack: Option<PendingAck>,
+    timers: Timers,
+}
+
+/// When each thing is next due, and how to wait longer.
+#[derive(Debug)]
+struct Timers {
+    poll: Instant,
+    polling: Backoff,
+    push: Instant,
+    pushing: Backoff,
+    ack: Instant,
+    acking: Backoff,
+    odd_reply: Trouble,
+    disk: Trouble,
+    no_route: bool,
+}
+
+/// A command poll that is under way when the shutdown comes may carry commands: it gets this long.
+const LAST_REPLY_LIMIT: Duration = Duration::from_secs(3);
+const FIRST_WAIT: Duration = Duration::from_secs(1);
+const LONGEST_WAIT: Duration = Duration::from_secs(60);
+
+impl Poller {
+    /// `state` and `tombstone` are what is on disk; `wanted` holds what follows from them.
+    #[allow(clippy::too_many_arguments, reason = "each is one thing that only the caller knows")]
+    pub fn new(
+        master: Arc<Master>,
+        registrar: Arc<Registrar>,
+        store: Store,
+        interval: Duration,
+        cloudflared_image: String,
+        wanted: watch::Sender<Wanted>,
+        view: watch::Receiver<View>,
+        state: TunnelState,
+        tombstone: Option<Tombstone>,
+    ) -> Self {
+        let (now, backoff) = (Instant::now(), || Backoff::new(FIRST_WAIT, LONGEST_WAIT));
+        let timers = Timers {
+            poll: now,
+            polling: backoff(),
+            push: now,
+            pushing: backoff(),
+            ack: now,
+            acking: backoff(),
+            odd_reply: Trouble::new("polling commands:"),
+            disk: Trouble::new("the data folder"),
+            no_route: false,
+        };
+        Self {
+            master,
+            registrar,
+            store,
+            interval,
+            cloudflared_image,
+            wanted,
+            view,
+            state,
+            tombstone,
+            recovered: 0,
+            ack: None,
+            timers,
+        }
+    }
+
+    /// Polls until `shutdown` or until the master has let go of this agent.
+    pub async fn run(mut self, shutdown: CancellationToken) -> Ended {
+        loop {
+            let session = tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return Ended::Shutdown,
+                // After the last phase the key may be gone, and registering would wait for ever.
+                () = std::future::ready(()), if self.is_finalized() => None,
+                session = self.registrar.session() => Some(session),
+            };
+            if let Some(session) = session.as_deref() {
+                self.recover(session, &shutdown).await;
+            }
+            let now = Instant::now();
+            if self.ack.is_some() && now >= self.timers.ack && self.acknowledge(&shutdown).await {
+                return Ended::Decommissioned;
+            }
+            if self.state.pending_ingress.is_some() && now >= self.timers.push {
+                tokio::select! {
+                    () = shutdown.cancelled() => return Ended::Shutdown,
+                    () = self.push_ingress() => {}
+                }
+            }
+            if now >= self.timers.poll && self.poll(session.as_deref(), &shutdown).await {
+                return Ended::Decommissioned;
+            }
+            let ack_at = self.ack.is_some().then_some(self.timers.ack);
+            let push_at = self.state.pending_ingress.is_some().then_some(self.timers.push);
+            let next = [Some(self.timers.poll), ack_at, push_at].into_iter().flatten().min();
+            let mut sessions = self.registrar.watch();
+            tokio::select! {
+                () = shutdown.cancelled() => return Ended::Shutdown,
+                () = sleep_until(next.unwrap_or(self.timers.poll)) => {}
+                // The acknowledgement waits for the supervisor to stop the container.
+                Ok(()) = self.view.changed(), if self.ack.is_some() => self.timers.ack = Instant::now(),
+                Ok(()) = sessions.changed(), if session.is_some() => {}
+            }
+        }
+    }
+
+    fn is_finalized(&self) -> bool {
+        self.tombstone.as_ref().is_some_and(|tombstone| tombstone.phase == Phase::Finalized)
+    }
+
+    /// One look for commands. Returns whether the master has let go of this agent.
+    async fn poll(&mut self, session: Option<&Session>, shutdown: &CancellationToken) -> bool {
+        let agent = match (session, &self.tombstone) {
+            (Some(session), _) => session.agent_id.clone(),
+            (None, Some(tombstone)) => tombstone.agent_id.clone(),
+            (None, None) => return false,
+        };
+        let reply = {
+            let master = self.master.clone();
+            let mut reply = std::pin::pin!(master.commands(&agent));
+            tokio::select! {
+                reply = &mut reply => Some(reply),
+                // What is on its way would be lost with the connection.
+                () = shutdown.cancelled() => timeout(LAST_REPLY_LIMIT, &mut reply).await.ok(),
+            }
+        };
+        let Some(reply) = reply else { return false };
+        let pause = self.interval.mul_f64(0.9 + 0.2 * fastrand::f64());
+        match reply {
+            Ok(reply) => {
+                self.timers.polling.reset();
+                self.timers.odd_reply.ended();
+                self.timers.poll = Instant::now() + pause;
+                self.carry_out(&agent, &reply.commands, shutdown).await;
+                false
+            }
+            Err(error) => {
+                let wait = self.timers.polling.next(error.retry_after());
+                self.timers.poll = Instant::now() + wait;
+                match (&error, error.status()) {
+                    (MasterError::Away { .. } | MasterError::Access { .. }, _) => false,
+                    (_, Some(401 | 403 | 404)) if self.is_finalized() => self.bury().await,
+                    (_, Some(401 | 403 | 404)) => {
+                        if error.status() == Some(404) {
+                            info!(
+                                "the master does not know this agent any more; registering again, the tunnel is not touched"
+                            );
+                        }
+                        tokio::select! {
+                            () = shutdown.cancelled() => {}
+                            _ = self.registrar.renew(session) => {}
+                        }
+                        false
+                    }
+                    _ => {
+                        let problem = format!("the master {error}");
+                        self.timers.odd_reply.failed(&problem, error.remedy());
+                        false
+                    }
+                }
+            }
+        }
+    }
+
+    /// Turns a whole reply into one new state, stores it, and only then tells anyone.
+    async fn carry_out(&mut self, agent: &AgentId, commands: &[Value], shutdown: &CancellationToken) {
+        if commands.is_empty() {
+            return;
+        }
+        let mut state = self.state.clone();
+        let mut tombstone = self.tombstone.clone();
+        let mut refusal = self.wanted.borrow().refusal.clone();
+        for value in commands {
+            let command = match Command::parse(value) {
+                Ok(command) => command,
+                Err(Rejected::NotUnderstood(what)) => {
+                    warn!("skipping {what}; update the agent if the master is newer");
+                    continue;
+                }
+                Err(Rejected::Refused(refused)) => {
+                    error!(
+                        name = refused.name.as_deref().unwrap_or("-"),
+                        "refusing a tunnel command: {}; what runs is not touched, enrol the agent again on the master's page",
+                        refused.problem
+                    );
+                    refusal = Some(refused);
+                    continue;
+                }
+            };
+            let phase = match &command {
+                Command::Prepare(_) => Phase::Prepared,
+                Command::Finalize(_) => Phase::Finalized,
+                _ if tombstone.is_some() => {
+                    warn!("ignoring {}: this agent is being decommissioned", command.name());
+                    continue;
+                }
+                _ => {
+                    info!(name = state.name.as_deref().unwrap_or("-"), "command {}", command.name());
+                    commands::apply(&mut state, &command);
+                    if !matches!(command, Command::Ingress(_)) {
+                        refusal = None;
+                    }
+                    continue;
+                }
+            };
+            let (Command::Prepare(order) | Command::Finalize(order)) = &command else { continue };
+            let (written, ack) = decommission::decide(tombstone.as_ref(), agent, state.id.as_ref(), order, phase);
+            match (&written, ack.conflict) {
+                (_, Some(code)) => warn!(operation = order.operation_id, code, "refusing {}", command.name()),
+                (Some(_), None) => warn!(
+                    operation = order.operation_id,
+                    "command {}: the tunnel stops and nothing more is reported",
+                    command.name()
+                ),
+                (None, None) => {}
+            }
+            if written.is_some() {
+                tombstone = written;
+                state.desired_state = DesiredState::Stopped;
+                if phase == Phase::Finalized {
+                    state = TunnelState { redeploys: state.redeploys, other: state.other, ..TunnelState::default() };
+                    state.desired_state = DesiredState::Stopped;
+                }
+            }
+            self.timers.ack = Instant::now();
+            self.ack = Some(ack);
+        }
+        self.commit(state, tombstone, refusal, shutdown).await;
+    }
+
+    /// Looks once at what a v1 master says at registration: the way back to a command that was lost.
+    async fn recover(&mut self, session: &Session, shutdown: &CancellationToken) {
+        if self.recovered >= session.number {
+            return;
+        }
+        self.recovered = session.number;
+        let Some(assignment) = session.assignment.as_ref().filter(|_| self.tombstone.is_none()) else { return };
+        match commands::recover(&self.state, assignment) {
+            Ok(None) => {}
+            Ok(Some(state)) => {
+                info!(
+                    name = state.name.as_deref().unwrap_or("-"),
+                    "the master has a tunnel for this agent that was not known here; starting it"
+                );
+                self.commit(state, None, None, shutdown).await;
+            }
+            Err(refusal) => {
+                error!(
+                    "refusing the tunnel that the master named at registration: {}; what runs is not touched",
+                    refusal.problem
+                );
+                self.wanted.send_if_modified(|wanted| wanted.refusal.replace(refusal.clone()) != Some(refusal));
+            }
+        }
+    }
+
+    /// Writes what changed, then publishes it. While the disk refuses this waits, since what comes next would be
+    /// lost as well; a shutdown ends the wait, and with it what is not on disk.
+    async fn commit(
+        &mut self,
+        state: TunnelState,
+        tombstone: Option<Tombstone>,
+        refusal: Option<Refusal>,
+        shutdown: &CancellationToken,
+    ) {
+        let mut backoff = Backoff::new(FIRST_WAIT, Duration::from_secs(15));
+        while let Err(error) = self.store_changes(&state, tombstone.as_ref()).await {
+            let problem = format!("refuses a command that the master has sent: {}", crate::error_chain(&error));
+            self.timers.disk.failed(&problem, "the command is kept in memory and tried again, no further ones are fetched; make room or mend the permissions");
+            self.wanted.send_if_modified(|wanted| wanted.unsaved.replace(problem.clone()) != Some(problem));
+            if shutdown.is_cancelled() {
+                error!(
+                    "stopping with a command that could not be stored: redeploy the tunnel on the master's page after the start"
+                );
+                return;
+            }
+            tokio::select! {
+                () = shutdown.cancelled() => {}
+                () = sleep_until(Instant::now() + backoff.next(None)) => {}
+            }
+        }
+        self.timers.disk.ended();
+        self.state = state;
+        self.tombstone = tombstone;
+        let wanted = Wanted { refusal, ..Wanted::new(&self.state, self.tombstone.as_ref()) };
+        self.wanted.send_if_modified(|known| std::mem::replace(known, wanted.clone()) != wanted);
+    }
+
+    async fn store_changes(
+        &self,
+        state: &TunnelState,
+        tombstone: Option<&Tombstone>,
+    ) -> Result<(), crate::state::StateError> {
+        // The tombstone first: on its own it stops the tunnel, also after a crash between the two.
+        if let Some(tombstone) = tombstone.filter(|tombstone| self.tombstone.as_ref() != Some(tombstone)) {
+            self.store.save_tombstone(tombstone).await?;
+        }
+        if *state != self.state {
+            self.store.save_tunnel(state).await?;
+        }
+        Ok(())
+    }
+
+    /// Sends the pending acknowledgement when it is known what to say. Returns whether the agent is free to go.
+    async fn acknowledge(&mut self, shutdown: &CancellationToken) -> bool {
+        let Some(ack) = self.ack.clone() else { return false };
+        // Without a session, as after a crash in the last phase, the acknowledgement needs one first.
+        let session = tokio::select! {
+            () = shutdown.cancelled() => return false,
+            session = self.registrar.session() => session,
+        };
+        let departure = self.view.borrow_and_update().departure.clone();
+        let Some(message) = ack.message(session.protocol.session(), departure.as_ref(), &self.cloudflared_image) else {
+            // Nothing to say yet; the supervisor's next word wakes this task.
+            self.timers.ack = Instant::now() + LONGEST_WAIT;
+            return false;
+        };
+        let result = tokio::select! {
+            () = shutdown.cancelled() => return false,
+            result = self.master.acknowledge(&session.agent_id, &message) => result,
+        };
+        let finalized = ack.phase == Phase::Finalized && ack.conflict.is_none();
+        match result {
+            Ok(()) => {
+                self.timers.acking.reset();
+                self.ack = None;
+                info!(operation = ack.operation_id, phase = ?ack.phase, "the master took the acknowledgement");
+                finalized && self.bury().await
+            }
+            Err(error) => {
+                self.timers.ack = Instant::now() + self.timers.acking.next(error.retry_after());
+                match (&error, error.status(), error.code()) {
+                    (MasterError::Away { .. } | MasterError::Access { .. }, ..) => false,
+                    // The first one arrived and only its answer was lost: the key and the agent are gone.
+                    (_, Some(401 | 403 | 404), _) if finalized => self.bury().await,
+                    (_, Some(401 | 403 | 404), _) | (_, Some(409), "registration_required") => {
+                        tokio::select! {
+                            () = shutdown.cancelled() => {}
+                            _ = self.registrar.renew(Some(&session)) => {}
+                        }
+                        false
+                    }
+                    _ => {
+                        warn!(
+                            operation = ack.operation_id,
+                            "the master did not take the acknowledgement and {error}; waiting for its next word"
+                        );
+                        self.ack = None;
+                        false
+                    }
+                }
+            }
+        }
+    }
+
+    /// Notes that the master has let go, so that the next start need not ask.
+    async fn bury(&mut self) -> bool {
+        if let Some(tombstone) = self.tombstone.clone() {
+            let tombstone = Tombstone { acknowledged: true, ..tombstone };
+            if let Err(error) = self.store.save_tombstone(&tombstone).await {
+                warn!(
+                    "the end of the decommission cannot be stored: {}; the next start asks the master once more",
+                    crate::error_chain(&error)
+                );
+            }
+        }
+        true
+    }
+
+    /// Pushes the ingress rules that are waiting.
+    async fn push_ingress(&mut self) {
+        let Some(Value::Object(rules)) = self.state.pending_ingress.clone() else { return };
+        let Some(tunnel) = self.state.id.clone() else {
+            warn!("dropping ingress rules: no tunnel is assigned to this agent");
+            return self.forget_ingress().await;
+        };
+        let account = self.state.token.as_ref().and_then(|token| token.claims().ok()).map(|claims| claims.account);
+        match cloudflare::push(&self.master, account, &tunnel, &rules).await {
+            Ok(Pushed::Accepted(rules)) => {
+                info!(rules, "ingress rules pushed");
+                self.forget_ingress().await;
+            }
+            Ok(Pushed::MasterDoesIt) => {
+                if !std::mem::replace(&mut self.timers.no_route, true) {
+                    info!("this master updates the ingress rules itself; the agent leaves that to it");
+                }
+                self.forget_ingress().await;
+            }
+            Err(error @ (MasterError::Away { .. } | MasterError::Access { .. } | MasterError::Refused { .. })) => {
+                self.timers.push = Instant::now() + self.timers.pushing.next(error.retry_after());
+            }
+            Err(error) => {
+                error!(
+                    "dropping ingress rules, since the master {error}; the rules in force stay, save a rule on the master's page to send them again"
+                );
+                self.forget_ingress().await;
+            }
+        }
+    }
+
+    async fn forget_ingress(&mut self) {
+        self.timers.pushing.reset();
+        let mut state = self.state.clone();
+        state.pending_ingress = None;
+        match self.store.save_tunnel(&state).await {
+            Ok(()) => self.state = state,
+            // They are pushed once more, which changes nothing.
+            Err(_) => self.timers.push = Instant::now() + self.timers.pushing.next(None),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

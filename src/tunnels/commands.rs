@@ -1,0 +1,280 @@
+//! Commands: what they are on the wire, and what each makes of the desired state. No I/O.
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use crate::master::wire::Assignment;
+use crate::state::{DesiredState, Token, TunnelId, TunnelState};
+
+/// A command that was understood.
+#[derive(Debug, PartialEq)]
+pub(super) enum Command {
+    Start(Assignment),
+    /// A new container even when nothing changed.
+    Restart(Assignment),
+    Stop,
+    Ingress(Map<String, Value>),
+    Prepare(Decommission),
+    Finalize(Decommission),
+}
+
+/// The fields of both decommission commands.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+pub(super) struct Decommission {
+    pub(super) operation_id: String,
+    pub(super) command_id: String,
+    pub(super) requested_self_action: String,
+    #[serde(default)]
+    pub(super) expected_tunnel_id: Option<String>,
+}
+
+/// A command that is not carried out, and why. The text holds nothing secret.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// The tunnel it was about, as far as it said.
+    pub name: Option<String>,
+    /// Short and stable, for the master's page: `token_malformed`, `token_mismatch`.
+    pub reason: &'static str,
+    /// For people.
+    pub problem: String,
+}
+
+/// What came in the place of a command that could be carried out.
+#[derive(Debug, PartialEq)]
+pub(super) enum Rejected {
+    /// Not known to this agent, or without the fields it needs: skipped.
+    NotUnderstood(String),
+    /// Understood and not trusted: nothing that runs is touched.
+    Refused(Refusal),
+}
+
+impl Command {
+    /// Reads one command. Others in the same reply are not affected by a failure.
+    pub(super) fn parse(value: &Value) -> Result<Self, Rejected> {
+        let skip = |problem: String| Rejected::NotUnderstood(problem);
+        let text = |key: &str| value.get(key).and_then(Value::as_str).filter(|text| !text.is_empty());
+        let action = text("action").ok_or_else(|| skip("a command without an action".to_owned()))?;
+        let decommission = || {
+            Decommission::deserialize(value)
+                .map_err(|_| skip(format!("{action} without operation_id, command_id and requested_self_action")))
+        };
+        match action {
+            "start_tunnel" => assignment(action, text, "token").map(Self::Start),
+            "restart_tunnel" => assignment(action, text, "tunnel_token").map(Self::Restart),
+            "stop_tunnel" => Ok(Self::Stop),
+            "update_tunnel_config" => match value.get("rules").and_then(Value::as_object) {
+                Some(rules) => Ok(Self::Ingress(rules.clone())),
+                None => Err(skip("update_tunnel_config without rules".to_owned())),
+            },
+            "prepare_decommission" => decommission().map(Self::Prepare),
+            "finalize_decommission" => decommission().map(Self::Finalize),
+            other => {
+                let name: String = other.chars().filter(|c| !c.is_control()).take(64).collect();
+                Err(skip(format!("the command {name}, which this agent does not know")))
+            }
+        }
+    }
+
+    /// What it is called in the log.
+    pub(super) fn name(&self) -> &'static str {
+        match self {
+            Self::Start(_) => "start_tunnel",
+            Self::Restart(_) => "restart_tunnel",
+            Self::Stop => "stop_tunnel",
+            Self::Ingress(_) => "update_tunnel_config",
+            Self::Prepare(_) => "prepare_decommission",
+            Self::Finalize(_) => "finalize_decommission",
+        }
+    }
+}
+
+/// Reads the tunnel of a command and checks its token before anything that runs is touched.
+fn assignment<'a>(
+    action: &str,
+    text: impl Fn(&str) -> Option<&'a str>,
+    token_key: &str,
+) -> Result<Assignment, Rejected> {
+    let name = text("tunnel_name").map(str::to_owned);
+    let (Some(id), Some(token)) = (text("tunnel_id"), text(token_key)) else {
+        return Err(Rejected::NotUnderstood(format!("{action} without tunnel_id and {token_key}")));
+    };
+    let assignment = Assignment { id: TunnelId(id.to_owned()), token: Token::new(token), name };
+    check(&assignment).map_err(Rejected::Refused)?;
+    Ok(assignment)
+}
+
+/// Whether cloudflared would take the token and the token is for the tunnel it came with.
+pub(super) fn check(assignment: &Assignment) -> Result<(), Refusal> {
+    let refusal = |reason, problem| Refusal { name: assignment.name.clone(), reason, problem };
+    match assignment.token.claims() {
+        Err(problem) => Err(refusal("token_malformed", problem.to_owned())),
+        Ok(claims) if claims.tunnel != assignment.id => Err(refusal(
+            "token_mismatch",
+            format!("the token is for tunnel {} and the command for tunnel {}", claims.tunnel, assignment.id),
+        )),
+        Ok(_) => Ok(()),
+    }
+}
+
+/// What the tunnel commands make of the desired state. Decommission is not among them.
+pub(super) fn apply(state: &mut TunnelState, command: &Command) {
+    match command {
+        Command::Start(assignment) => adopt(state, assignment),
+        Command::Restart(assignment) => {
+            adopt(state, assignment);
+            state.redeploys += 1;
+        }
+        Command::Stop => state.desired_state = DesiredState::Stopped,
+        Command::Ingress(rules) => state.pending_ingress = Some(Value::Object(rules.clone())),
+        Command::Prepare(_) | Command::Finalize(_) => {}
+    }
+}
+
+fn adopt(state: &mut TunnelState, assignment: &Assignment) {
+    if state.id.as_ref() != Some(&assignment.id) {
+        // Rules for another tunnel are not for this one.
+        state.pending_ingress = None;
+    }
+    state.id = Some(assignment.id.clone());
+    state.token = Some(assignment.token.clone());
+    // A command without a name does not take the name away.
+    state.name = assignment.name.clone().or_else(|| state.name.take());
+    state.desired_state = DesiredState::Running;
+}
+
+/// Takes what a v1 master says at registration as the command that may have been lost. A tunnel that is known
+/// already stays as it is, also when it was stopped.
+pub(super) fn recover(state: &TunnelState, assignment: &Assignment) -> Result<Option<TunnelState>, Refusal> {
+    let known = state.id.as_ref() == Some(&assignment.id) && state.token.as_ref() == Some(&assignment.token);
+    if known && state.desired_state != DesiredState::Unknown {
+        return Ok(None);
+    }
+    check(assignment)?;
+    let mut next = state.clone();
+    adopt(&mut next, assignment);
+    Ok(Some(next))
+}
+
+#[cfg(test)]
+mod tests {
+    use base64::Engine as _;
+    use serde_json::json;
+
+    use super::*;
+
+    fn token(tunnel: &str) -> String {
+        base64::engine::general_purpose::STANDARD.encode(json!({"a": "acc", "t": tunnel, "s": "c2VjcmV0"}).to_string())
+    }
+
+    fn after(state: &TunnelState, commands: &[Value]) -> TunnelState {
+        let mut state = state.clone();
+        for command in commands {
+            apply(&mut state, &Command::parse(command).unwrap());
+        }
+        state
+    }
+
+    fn start(tunnel: &str) -> Value {
+        json!({"action": "start_tunnel", "tunnel_name": "edge", "tunnel_id": tunnel, "token": token(tunnel)})
+    }
+
+    fn restart(tunnel: &str) -> Value {
+        json!({"action": "restart_tunnel", "tunnel_name": "edge", "tunnel_id": tunnel, "tunnel_token": token(tunnel)})
+    }
+
+    #[test]
+    fn start_makes_the_tunnel_wanted() {
+        let state = after(&TunnelState::default(), &[start("t1")]);
+        assert_eq!(state.desired_state, DesiredState::Running);
+        assert_eq!(state.id, Some(TunnelId("t1".into())));
+        assert_eq!(state.token.unwrap().expose(), token("t1"));
+        assert_eq!(state.name.as_deref(), Some("edge"));
+    }
+
+    #[test]
+    fn the_same_start_again_changes_nothing() {
+        let state = after(&TunnelState::default(), &[start("t1")]);
+        assert_eq!(after(&state, &[start("t1")]), state);
+    }
+
+    #[test]
+    fn each_restart_counts_once() {
+        let state = after(&TunnelState::default(), &[start("t1"), restart("t1"), restart("t1")]);
+        assert_eq!(state.redeploys, 2);
+        assert_eq!(state.desired_state, DesiredState::Running);
+    }
+
+    #[test]
+    fn the_last_word_wins() {
+        let stop = json!({"action": "stop_tunnel"});
+        assert_eq!(after(&TunnelState::default(), &[start("t1"), stop.clone()]).desired_state, DesiredState::Stopped);
+        let state = after(&TunnelState::default(), &[start("t1"), stop, start("t2")]);
+        assert_eq!((state.desired_state, state.id), (DesiredState::Running, Some(TunnelId("t2".into()))));
+    }
+
+    #[test]
+    fn a_stop_keeps_what_a_later_start_needs() {
+        let state = after(&TunnelState::default(), &[start("t1"), json!({"action": "stop_tunnel"})]);
+        assert!(state.token.is_some() && state.id.is_some());
+    }
+
+    #[test]
+    fn a_token_that_is_malformed_or_for_another_tunnel_is_refused() {
+        for (bad, reason) in [("%%%".to_owned(), "token_malformed"), (token("other"), "token_mismatch")] {
+            for (action, key) in [("start_tunnel", "token"), ("restart_tunnel", "tunnel_token")] {
+                let command = json!({"action": action, "tunnel_name": "edge", "tunnel_id": "t1", key: bad.clone()});
+                match Command::parse(&command) {
+                    Err(Rejected::Refused(refusal)) => {
+                        assert_eq!(refusal.reason, reason);
+                        assert!(!refusal.problem.contains(&bad));
+                    }
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn nonsense_is_skipped_with_a_word_about_it() {
+        for bad in [
+            json!({}),
+            json!("start_tunnel"),
+            json!({"action": 1}),
+            json!({"action": "explode"}),
+            json!(null),
+            json!({"action": "start_tunnel"}),
+            json!({"action": "update_tunnel_config", "rules": []}),
+            json!({"action": "prepare_decommission", "operation_id": "o"}),
+            // The other command's name for the token.
+            json!({"action": "start_tunnel", "tunnel_id": "t1", "tunnel_token": token("t1")}),
+        ] {
+            assert!(matches!(Command::parse(&bad), Err(Rejected::NotUnderstood(_))), "{bad}");
+        }
+    }
+
+    #[test]
+    fn an_assignment_at_registration_recovers_a_lost_command_and_nothing_else() {
+        let assignment = |tunnel: &str| Assignment {
+            id: TunnelId(tunnel.into()),
+            token: Token::new(token(tunnel)),
+            name: Some("edge".into()),
+        };
+        let started = after(&TunnelState::default(), &[start("t1")]);
+        let stopped = after(&started, &[json!({"action": "stop_tunnel"})]);
+        assert_eq!(recover(&TunnelState::default(), &assignment("t1")), Ok(Some(started.clone())));
+        assert_eq!(recover(&started, &assignment("t1")), Ok(None));
+        assert_eq!(recover(&stopped, &assignment("t1")), Ok(None), "a stopped tunnel stays stopped");
+        assert_eq!(recover(&stopped, &assignment("t2")).unwrap().unwrap().desired_state, DesiredState::Running);
+        let bad = Assignment { token: Token::new("%%%"), ..assignment("t1") };
+        assert!(recover(&started, &bad).is_err());
+    }
+
+    #[test]
+    fn rules_wait_until_they_are_pushed_and_do_not_survive_another_tunnel() {
+        let rules = json!({"action": "update_tunnel_config", "rules": {"r": {}}});
+        let state = after(&TunnelState::default(), &[start("t1"), rules]);
+        assert_eq!(state.pending_ingress, Some(json!({"r": {}})));
+        assert!(after(&state, &[start("t1")]).pending_ingress.is_some());
+        assert!(after(&state, &[start("t2")]).pending_ingress.is_none());
+    }
+}

@@ -1,0 +1,101 @@
+//! What the integration tests share: a host with an agent on it, and a master that it talks to.
+#![allow(dead_code, reason = "each test target uses its own part")]
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Result;
+use dockflare_dev_master::{Agent, DevMaster, Protocol};
+use testkit::{AgentProcess, Scope};
+
+/// Longest wait for anything that should take moments; the machine may be busy.
+pub(crate) const SOON: Duration = Duration::from_secs(30);
+
+/// One master, one data folder, one scope of containers, and the settings of an agent between them.
+pub(crate) struct Stage {
+    pub(crate) master: DevMaster,
+    pub(crate) scope: Scope,
+    pub(crate) data: tempfile::TempDir,
+    pub(crate) key: String,
+    pub(crate) env: Vec<(String, String)>,
+    /// Name of the tunnel container, with a random suffix.
+    pub(crate) tunnel: String,
+    pub(crate) network: String,
+}
+
+impl Stage {
+    pub(crate) async fn new(protocol: Protocol) -> Result<Self> {
+        // Long enough to be seen as a drain, short enough for a test.
+        Self::with_image(protocol, testkit::images().stand_in_with(&[("STAND_IN_DRAIN", "300")]).await?).await
+    }
+
+    /// The tunnel container runs `image`.
+    pub(crate) async fn with_image(protocol: Protocol, image: String) -> Result<Self> {
+        let master = DevMaster::builder().protocol(protocol).start().await?;
+        let scope = Scope::new(testkit::docker()?);
+        let key = master.generate_key("test");
+        let data = tempfile::tempdir()?;
+        let (tunnel, network) = (scope.name("tunnel"), scope.name("net"));
+        scope.owns_container(&tunnel);
+        scope.owns_network(&network);
+        let env = [
+            ("DOCKFLARE_MASTER_URL", master.url()),
+            ("DOCKFLARE_API_KEY", key.clone()),
+            ("DOCKFLARE_DATA_DIR", data.path().display().to_string()),
+            ("CLOUDFLARED_IMAGE", image),
+            ("CLOUDFLARED_NETWORK_NAME", network.clone()),
+            ("TUNNEL_CONTAINER_NAME", tunnel.clone()),
+            ("COMMAND_POLL_INTERVAL_SECONDS", "1".to_owned()),
+            ("REPORT_INTERVAL_SECONDS", "5".to_owned()),
+            ("HEALTH_CHECK_PORT", "0".to_owned()),
+            ("LOG_LEVEL", "DEBUG".to_owned()),
+        ];
+        let env = env.map(|(name, value)| (name.to_owned(), value)).to_vec();
+        Ok(Self { master, scope, data, key, env, tunnel, network })
+    }
+
+    /// Sets a variable of the agents started from now on; an empty value unsets it.
+    pub(crate) fn set(&mut self, name: &str, value: impl Into<String>) {
+        self.env.retain(|(known, _)| known != name);
+        self.env.push((name.to_owned(), value.into()));
+    }
+
+    /// Starts an agent. Its log must not show the agent key or a tunnel token, at whatever level.
+    pub(crate) fn agent(&self) -> Result<AgentProcess> {
+        let mut agent = AgentProcess::spawn(&agent_binary(), &self.env, self.data.path())?;
+        agent.plant(&self.key);
+        Ok(agent)
+    }
+
+    /// Waits until the master knows an agent, and returns it.
+    pub(crate) async fn enrolled_agent(&self, tunnel_name: &str) -> Result<Agent> {
+        let agent = self.master.wait_for("an agent to register", SOON, |known| known.only_agent().cloned()).await?;
+        self.master.enroll(&agent.id, tunnel_name)?;
+        Ok(agent)
+    }
+
+    /// Waits until the master is told this status of the tunnel.
+    pub(crate) async fn tunnel_is(&self, status: &str) -> Result<Agent> {
+        let what = format!("the tunnel to be reported as {status}");
+        self.master
+            .wait_for(&what, SOON, |known| {
+                known.only_agent().filter(|agent| agent.tunnel_state() == Some(status)).cloned()
+            })
+            .await
+    }
+
+    /// What the agent keeps, as text.
+    pub(crate) fn file(&self, name: &str) -> Result<String> {
+        Ok(std::fs::read_to_string(self.data.path().join(name))?)
+    }
+
+    /// What the master saw that no agent should do.
+    pub(crate) fn assert_no_violations(&self) {
+        let violations = self.master.violations();
+        assert!(violations.is_empty(), "protocol violations: {violations:#?}");
+    }
+}
+
+pub(crate) fn agent_binary() -> PathBuf {
+    Path::new(env!("CARGO_BIN_EXE_dockflare-agent")).to_owned()
+}
