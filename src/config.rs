@@ -4,11 +4,8 @@
 //! [`Config::from_vars`] does the work on any list of pairs, so that tests never touch the process.
 //! Every mistake is reported at once ([`ConfigErrors`]); nothing has been started or written by then.
 
-use std::collections::BTreeMap;
 use std::fmt;
-use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::time::Duration;
 
 use jiff::tz::TimeZone;
@@ -16,10 +13,13 @@ use reqwest::Url;
 use reqwest::header::HeaderValue;
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
-use tracing::level_filters::LevelFilter;
 use tracing_subscriber::filter::Targets;
 
+mod check;
+mod environment;
 mod image;
+use check::{Check, health_port};
+use environment::environment;
 pub use image::ImageRef;
 
 /// The agent's whole configuration, valid by construction.
@@ -294,255 +294,8 @@ impl Config {
     }
 }
 
-/// The variables of the process, before them those of `.env`, and what is wrong with either.
-fn environment() -> (BTreeMap<String, String>, Vec<String>) {
-    const OURS: [&str; 3] = ["DOCKFLARE_", "CF_ACCESS_", "CLOUDFLARED_"];
-    let (mut vars, mut errors) = (BTreeMap::new(), Vec::new());
-    match dotenvy::from_path_iter(".env") {
-        Ok(lines) => {
-            for line in lines {
-                match line {
-                    Ok((name, value)) => drop(vars.insert(name, value)),
-                    // The line itself may hold a secret: only its place is told.
-                    Err(dotenvy::Error::LineParse(_, at)) => errors.push(format!(
-                        ".env: a line cannot be read as NAME=value (stopped at character {at} of it); quote values with spaces"
-                    )),
-                    Err(error) => errors.push(format!(".env: cannot be read: {error}")),
-                }
-            }
-        }
-        Err(error) if error.not_found() => {}
-        Err(error) => errors.push(format!(".env: cannot be read: {error}")),
-    }
-    for (name, value) in std::env::vars_os() {
-        let name = name.to_string_lossy().into_owned();
-        match value.into_string() {
-            Ok(value) if value.trim().is_empty() => {}
-            Ok(value) => drop(vars.insert(name, value)),
-            Err(_) if OURS.iter().any(|prefix| name.starts_with(prefix)) => {
-                errors.push(format!("{name}: is not valid UTF-8"));
-            }
-            Err(_) => {}
-        }
-    }
-    (vars, errors)
-}
-
-fn health_port(value: Option<&str>) -> Result<Option<u16>, String> {
-    match value.filter(|value| !value.is_empty()).unwrap_or("8080").parse() {
-        Ok(0) => Ok(None),
-        Ok(port) => Ok(Some(port)),
-        Err(_) => Err(format!(
-            "HEALTH_CHECK_PORT={}: is not a port; use 1 to 65535, or 0 to switch the page off",
-            value.unwrap_or_default()
-        )),
-    }
-}
-
 /// The image that a fresh installation runs.
 pub const DEFAULT_IMAGE: &str = "cloudflare/cloudflared:2025.9.0";
-
-/// Collects what is wrong or odd while the variables are read.
-#[derive(Default)]
-struct Check {
-    errors: Vec<String>,
-    warnings: Vec<String>,
-}
-
-impl Check {
-    fn error(&mut self, sentence: impl Into<String>) {
-        self.errors.push(sentence.into());
-    }
-
-    fn required<'a>(&mut self, name: &str, value: &'a Option<String>, remedy: &str) -> Option<&'a str> {
-        if value.is_none() {
-            self.error(format!("{name} is not set: {remedy}"));
-        }
-        value.as_deref()
-    }
-
-    fn master_url(&mut self, value: &str) -> Option<Url> {
-        let name = "DOCKFLARE_MASTER_URL";
-        let url = match Url::parse(value) {
-            Ok(url) => url,
-            Err(error) => {
-                self.error(format!(
-                    "{name}={value}: is not an address ({error}); use one like https://dockflare.example.com"
-                ));
-                return None;
-            }
-        };
-        if !url.username().is_empty() || url.password().is_some() {
-            // The value is not shown: it holds a password.
-            self.error(format!(
-                "{name} holds a user name or password: remove it; the agent proves itself with DOCKFLARE_API_KEY"
-            ));
-        } else if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none_or(str::is_empty) {
-            self.error(format!("{name}={value}: must begin with http:// or https:// and name a host"));
-        } else if url.query().is_some() || url.fragment().is_some() {
-            self.error(format!("{name}={value}: must end after its path; remove what follows '?' or '#'"));
-        } else {
-            if url.scheme() == "http" && !is_private(&url) {
-                self.warnings
-                    .push(format!("{name}={value} sends the agent key unencrypted over a public network: use https"));
-            }
-            return Some(url);
-        }
-        None
-    }
-
-    /// A secret from its variable or the file that `{name}_FILE` names; never both.
-    fn secret(&mut self, name: &str, value: Option<String>, file: Option<String>) -> Option<Secret> {
-        let file_name = format!("{name}_FILE");
-        let (value, file) = match (value, file) {
-            (None, None) => return None,
-            (Some(_), Some(_)) => {
-                self.error(format!("{name} and {file_name} are both set: keep one of them"));
-                return None;
-            }
-            (Some(value), None) => (value, None),
-            (None, Some(path)) => match read_secret_file(Path::new(&path)) {
-                Ok(value) => (value, Some(PathBuf::from(path))),
-                Err(problem) => {
-                    self.error(format!("{file_name}={path}: {problem}"));
-                    return None;
-                }
-            },
-        };
-        if HeaderValue::from_str(&value).is_err() {
-            self.error(format!("{name} holds characters that no HTTP header can carry: copy it again, as one line"));
-            return None;
-        }
-        Some(Secret { value: value.into(), file })
-    }
-
-    fn docker_host(&mut self, value: &str) -> Option<DockerHost> {
-        let problem = match value.split_once("://") {
-            Some(("unix", path)) if path.starts_with('/') => return Some(DockerHost::Unix(path.to_owned())),
-            Some(("unix", _)) => "needs an absolute path".to_owned(),
-            Some(("tcp" | "http", address)) => match Url::parse(&format!("http://{address}")) {
-                Ok(url) if url.path() == "/" && url.username().is_empty() && url.query().is_none() => {
-                    // Docker's port for plain HTTP is 2375, where a web address would mean 80.
-                    let host = url.host_str().unwrap_or_default();
-                    let explicit =
-                        address.trim_end_matches('/').rsplit_once(':').and_then(|(_, port)| port.parse().ok());
-                    let port: u16 = url.port().or(explicit).unwrap_or(2375);
-                    return Some(DockerHost::Http(format!("{host}:{port}")));
-                }
-                _ => "must be a host and a port, nothing behind them".to_owned(),
-            },
-            Some((scheme, _)) => format!("the scheme {scheme}:// is not supported"),
-            None => "has no scheme".to_owned(),
-        };
-        self.error(format!(
-            "DOCKER_HOST={value}: {problem}; use unix:///var/run/docker.sock or tcp://socket-proxy:2375"
-        ));
-        None
-    }
-
-    fn image(&mut self, value: &str) -> Option<ImageRef> {
-        let mut reference = value;
-        if let Some(at) = value.find(" #").or_else(|| value.find("\t#")) {
-            reference = value[..at].trim_end();
-            self.warnings.push(format!(
-                "CLOUDFLARED_IMAGE: dropped the trailing comment, using {reference}; move the comment to a line of its own"
-            ));
-        }
-        match ImageRef::from_str(reference) {
-            Ok(image) => {
-                if image.tag_was_added() {
-                    self.warnings.push(format!(
-                        "CLOUDFLARED_IMAGE={reference} names no version, using {image}: pin a tag to know what runs"
-                    ));
-                }
-                Some(image)
-            }
-            Err(problem) => {
-                self.error(format!("CLOUDFLARED_IMAGE={reference}: {problem}; use repository:tag or repository@sha256:<64 hex digits>, for example {DEFAULT_IMAGE}"));
-                None
-            }
-        }
-    }
-
-    /// A name that Docker accepts for containers and networks: `[a-zA-Z0-9][a-zA-Z0-9_.-]+`.
-    fn name(&mut self, variable: &str, value: Option<String>, default: &str) -> String {
-        let value = value.unwrap_or_else(|| default.to_owned());
-        let valid = value.len() >= 2
-            && value.len() <= 128
-            && value.starts_with(|c: char| c.is_ascii_alphanumeric())
-            && value.chars().all(|c| c.is_ascii_alphanumeric() || "_.-".contains(c));
-        if !valid {
-            self.error(format!("{variable}={value}: is no name Docker accepts; use 2 to 128 letters, digits, '_', '.' or '-', a letter or digit first, for example {default}"));
-        }
-        value
-    }
-
-    fn seconds(&mut self, name: &str, value: Option<String>, default: u64, least: u64) -> Duration {
-        const MOST: u64 = 3600;
-        let Some(value) = value else {
-            return Duration::from_secs(default);
-        };
-        match value.parse() {
-            Ok(seconds) if (least..=MOST).contains(&seconds) => Duration::from_secs(seconds),
-            _ => {
-                self.error(format!("{name}={value}: is not a whole number of seconds from {least} to {MOST}"));
-                Duration::from_secs(default)
-            }
-        }
-    }
-
-    /// One of a few words, any case; the first is the default.
-    fn one_of<T: Copy>(&mut self, name: &str, value: Option<&str>, words: &[(&str, T)]) -> T {
-        let default = words[0].1;
-        let Some(value) = value else { return default };
-        match words.iter().find(|(word, _)| word.eq_ignore_ascii_case(value)) {
-            Some((_, found)) => *found,
-            None => {
-                let list: Vec<_> = words.iter().map(|(word, _)| *word).collect();
-                self.error(format!("{name}={value}: must be one of {}", list.join(", ")));
-                default
-            }
-        }
-    }
-
-    /// Python's level names, for people who come from the Python agent, or `tracing` directives.
-    fn log_filter(&mut self, value: &str) -> Targets {
-        let level = match value.to_ascii_uppercase().as_str() {
-            "NOTSET" => Some(LevelFilter::TRACE),
-            "DEBUG" => Some(LevelFilter::DEBUG),
-            "INFO" => Some(LevelFilter::INFO),
-            "WARNING" | "WARN" => Some(LevelFilter::WARN),
-            "ERROR" | "CRITICAL" | "FATAL" => Some(LevelFilter::ERROR),
-            _ => None,
-        };
-        let asked = match level {
-            Some(level) => Targets::new().with_default(level),
-            None => Targets::from_str(value).unwrap_or_else(|_| {
-                self.error(format!("LOG_LEVEL={value}: is neither a level (DEBUG, INFO, WARNING, ERROR, CRITICAL) nor a list of directives like info,dockflare_agent::events=debug"));
-                Targets::new()
-            }),
-        };
-        // Below `info` these print addresses, headers and bodies, the tunnel token among them.
-        const LOUD: [&str; 6] = ["bollard", "h2", "hyper", "hyper_util", "reqwest", "rustls"];
-        let is_loud =
-            |target: &str| LOUD.iter().any(|loud| target == *loud || target.starts_with(&format!("{loud}::")));
-        let mut filter = Targets::new();
-        if let Some(default) = asked.default_level() {
-            filter = filter.with_default(default);
-        }
-        for (target, level) in asked.iter() {
-            let level = if is_loud(target) { level.min(LevelFilter::INFO) } else { level };
-            filter = filter.with_target(target, level);
-        }
-        for target in LOUD {
-            if asked.iter().all(|(named, _)| named != target) {
-                let level = asked.default_level().unwrap_or(LevelFilter::INFO).min(LevelFilter::INFO);
-                filter = filter.with_target(target, level);
-            }
-        }
-        filter
-    }
-}
 
 /// Reads a secret from its file; the text around it is trimmed.
 ///
@@ -555,22 +308,6 @@ pub(crate) fn read_secret_file(path: &Path) -> Result<String, String> {
         return Err("is empty; put the secret into it, alone on one line".to_owned());
     }
     Ok(text.to_owned())
-}
-
-/// Whether plain HTTP to this host stays on the machine or in a private network, as far as a name can tell.
-fn is_private(url: &Url) -> bool {
-    let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
-    match host.parse::<IpAddr>() {
-        Ok(IpAddr::V4(ip)) => ip.is_loopback() || ip.is_private() || ip.is_link_local(),
-        Ok(IpAddr::V6(ip)) => ip.is_loopback() || ip.is_unique_local() || ip.is_unicast_link_local(),
-        // A name without a dot is a container, a compose service or a host of the local network.
-        Err(_) => {
-            !host.contains('.')
-                || ["localhost", "local", "internal", "lan", "home.arpa"]
-                    .iter()
-                    .any(|zone| host.ends_with(&format!(".{zone}")))
-        }
-    }
 }
 
 impl Secret {

@@ -2,6 +2,8 @@ use std::os::unix::fs::PermissionsExt;
 
 use serde_json::json;
 
+use base64::Engine as _;
+
 use super::*;
 
 fn store() -> (tempfile::TempDir, Store) {

@@ -1,0 +1,196 @@
+//! What the files hold: identity, desired state, tombstone. Names and keys are the Python agent's.
+
+use std::fmt;
+
+use base64::Engine as _;
+use base64::engine::DecodePaddingMode;
+use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig};
+use secrecy::{ExposeSecret, SecretString};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// Name of this agent at its master: 1 to 128 letters, digits, `_`, `.` or `-`, safe in a URL path.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct AgentId(String);
+
+impl AgentId {
+    /// The id as it is written on the wire.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for AgentId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl TryFrom<String> for AgentId {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        let fits = (1..=128).contains(&text.len())
+            && text.starts_with(|c: char| c.is_ascii_alphanumeric())
+            && text.chars().all(|c| c.is_ascii_alphanumeric() || "_.-".contains(c));
+        if fits { Ok(Self(text)) } else { Err("is not 1 to 128 letters, digits, '_', '.' or '-'") }
+    }
+}
+
+impl<'de> Deserialize<'de> for AgentId {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Self::try_from(String::deserialize(deserializer)?).map_err(serde::de::Error::custom)
+    }
+}
+
+/// Id of a Cloudflare tunnel, a UUID in practice.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct TunnelId(pub String);
+
+impl fmt::Display for TunnelId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A connector token: whoever has it can serve the tunnel's hostnames. Hidden from `Debug`.
+#[derive(Debug, Clone)]
+pub struct Token(SecretString);
+
+/// What a token says of itself, without its secret.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenClaims {
+    /// Cloudflare account that owns the tunnel.
+    pub account: String,
+    /// The tunnel.
+    pub tunnel: TunnelId,
+}
+
+impl Token {
+    /// Takes a token as it came; [`Token::claims`] tells whether cloudflared would take it.
+    pub fn new(text: impl Into<String>) -> Self {
+        Self(SecretString::from(text.into()))
+    }
+
+    /// The token itself, for the container's environment and the state file only.
+    pub fn expose(&self) -> &str {
+        self.0.expose_secret()
+    }
+
+    /// Decodes the token: base64 of a JSON object with the strings `a` (account), `t` (tunnel) and `s` (secret).
+    ///
+    /// # Errors
+    /// What is wrong, without any of the content.
+    pub fn claims(&self) -> Result<TokenClaims, &'static str> {
+        #[derive(Deserialize)]
+        struct Claims {
+            a: String,
+            t: String,
+            s: String,
+        }
+        const BASE64: GeneralPurpose = GeneralPurpose::new(
+            &base64::alphabet::STANDARD,
+            GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+        );
+        let json = BASE64.decode(self.expose().trim()).map_err(|_| "the token is not base64")?;
+        let claims: Claims = serde_json::from_slice(&json)
+            .map_err(|_| "the token does not hold the three strings a (account), t (tunnel) and s (secret)")?;
+        if claims.a.is_empty() || claims.t.is_empty() || SecretString::from(claims.s).expose_secret().is_empty() {
+            return Err("the token has an empty account, tunnel or secret");
+        }
+        Ok(TokenClaims { account: claims.a, tunnel: TunnelId(claims.t) })
+    }
+}
+
+impl PartialEq for Token {
+    fn eq(&self, other: &Self) -> bool {
+        self.expose() == other.expose()
+    }
+}
+
+/// What the master wants of the tunnel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DesiredState {
+    /// A connector runs.
+    Running,
+    /// No connector runs.
+    Stopped,
+    /// Nothing was said yet: what runs is left alone.
+    #[default]
+    Unknown,
+}
+
+/// `tunnel_state.json`: the desired state of the tunnel, and what of it is still to be done.
+///
+/// `token`, `id`, `name` and `desired_state` are the Python agent's; it ignores the rest.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct TunnelState {
+    /// The connector's token.
+    #[serde(default, serialize_with = "expose_token", deserialize_with = "take_token")]
+    pub token: Option<Token>,
+    /// The tunnel's id.
+    #[serde(default)]
+    pub id: Option<TunnelId>,
+    /// The tunnel's name, for people.
+    #[serde(default)]
+    pub name: Option<String>,
+    /// What the master wants.
+    #[serde(default)]
+    pub desired_state: DesiredState,
+    /// How many times the master asked for a new container. The container carries the number it was made for,
+    /// so that a crash between asking and doing neither skips nor repeats it.
+    #[serde(default)]
+    pub redeploys: u64,
+    /// Ingress rules that were delivered and not yet accepted by Cloudflare, as the master sent them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pending_ingress: Option<serde_json::Value>,
+    /// Keys of others, kept as they are.
+    #[serde(flatten)]
+    pub other: serde_json::Map<String, serde_json::Value>,
+}
+
+fn expose_token<S: Serializer>(token: &Option<Token>, serializer: S) -> Result<S::Ok, S::Error> {
+    token.as_ref().map(Token::expose).serialize(serializer)
+}
+
+fn take_token<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Token>, D::Error> {
+    Ok(Option::<String>::deserialize(deserializer)?.filter(|text| !text.is_empty()).map(Token::new))
+}
+
+/// How far a decommission has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// The tunnel is stopped; the master decides whether to go on.
+    Prepared,
+    /// The agent is no longer one of the master's.
+    Finalized,
+}
+
+/// `decommission.json`: this agent was told to leave, by which operation, and how far that came.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Tombstone {
+    /// Always 1.
+    pub schema_version: u32,
+    /// The master's operation.
+    pub operation_id: String,
+    /// The agent that was told.
+    pub agent_id: AgentId,
+    /// How far it came.
+    pub phase: Phase,
+    /// Always `stop`.
+    pub requested_self_action: String,
+    /// When the first phase was written, RFC 3339.
+    pub prepared_at: Option<String>,
+    /// When the second was.
+    pub finalized_at: Option<String>,
+    /// Whether the master has taken the last acknowledgement. Absent in files of the Python agent, which then
+    /// count as acknowledged.
+    #[serde(default = "yes")]
+    pub acknowledged: bool,
+}
+
+fn yes() -> bool {
+    true
+}
