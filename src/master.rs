@@ -288,10 +288,7 @@ impl Master {
         path: &[&str],
         body: Option<&impl Serialize>,
     ) -> Result<Vec<u8>, MasterError> {
-        let mut url = self.base.clone();
-        if let Ok(mut segments) = url.path_segments_mut() {
-            segments.pop_if_empty().extend(path);
-        }
+        let url = route(&self.base, path);
         let body = body
             .map(serde_json::to_vec)
             .transpose()
@@ -356,6 +353,15 @@ impl Master {
     fn link(&self) -> MutexGuard<'_, Link> {
         lock(&self.link)
     }
+}
+
+/// The address of a route: the base's own path, with or without a slash at its end, stays before it.
+fn route(base: &Url, path: &[&str]) -> Url {
+    let mut url = base.clone();
+    if let Ok(mut segments) = url.path_segments_mut() {
+        segments.pop_if_empty().extend(path);
+    }
+    url
 }
 
 /// No await happens under these locks, and no panic leaves them half-changed.

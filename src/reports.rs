@@ -60,7 +60,7 @@ pub struct Reporter {
     announces_stop: bool,
     outbox: Outbox,
     session: Option<Arc<Session>>,
-    numbers: Numbers,
+    streams: Streams,
     /// The master said that this agent is being decommissioned: nothing more in this session.
     quiet: bool,
     /// An inventory that the master found too large; it is not sent again as it is.
@@ -70,11 +70,19 @@ pub struct Reporter {
     refused: Trouble,
 }
 
-/// The two counters of a v2 session. Each number is used for one message, which a retry repeats.
+/// The two streams of a session. On v2 each counts from 1, and a number is used for one message only.
 #[derive(Debug, Default)]
-struct Numbers {
-    event: u64,
-    report: u64,
+struct Streams {
+    events: Numbered,
+    reports: Numbered,
+}
+
+#[derive(Debug, Default)]
+struct Numbered {
+    last: u64,
+    /// The message under that number while it is not answered, and what it says: whoever wants to say the same
+    /// repeats it to the letter.
+    unanswered: Option<(Value, Value)>,
 }
 
 /// What became of a message.
@@ -107,7 +115,7 @@ impl Reporter {
             announces_stop,
             outbox: Outbox::default(),
             session: None,
-            numbers: Numbers::default(),
+            streams: Streams::default(),
             quiet: false,
             too_large: None,
             revision: 0,
@@ -140,14 +148,18 @@ impl Reporter {
                 self.wait_for_news(&shutdown, next_report.min(heartbeat_at)).await;
                 continue;
             };
-            let (message, payload) = self.write(message, &session);
+            let payload = self.write(&message, &session);
             let master = self.master.clone();
             let Some(result) = self.meanwhile(&shutdown, master.send_event(&session.agent_id, &payload)).await else {
                 // Under way when the shutdown came: the flush repeats it, and v2 masters know the number.
                 self.outbox.put_back(message);
                 break;
             };
-            match self.judge(result, &message) {
+            let sent = self.judge(result, &message);
+            if !matches!(sent, Sent::Later(_)) {
+                self.answered(&payload);
+            }
+            match sent {
                 Sent::Yes => {
                     failures = 0;
                     backoff.reset();
@@ -198,10 +210,11 @@ impl Reporter {
             self.outbox.push(change);
         }
         while let Some(message) = self.outbox.next(self.can_report(), false) {
-            let (message, payload) = self.write(message, &session);
+            let payload = self.write(&message, &session);
             if self.master.send_event(&session.agent_id, &payload).await.is_err() {
                 return;
             }
+            self.answered(&payload);
             self.outbox.delivered(&message);
         }
         if self.announces_stop {
@@ -246,7 +259,7 @@ impl Reporter {
             return;
         }
         self.session = Some(session.clone());
-        self.numbers = Numbers::default();
+        self.streams = Streams::default();
         self.quiet = false;
         self.too_large = None;
         self.outbox.new_session();
@@ -312,34 +325,20 @@ impl Reporter {
         }
     }
 
-    /// Puts a message into the session's words. A change that was sent before in this session is repeated.
-    fn write(&mut self, message: Message, session: &Session) -> (Message, Value) {
+    /// Puts a message into the session's words.
+    fn write(&mut self, message: &Message, session: &Session) -> Value {
         match message {
-            Message::Change(mut item) => {
-                let payload = match item.sent.take() {
-                    Some((number, payload)) if number == session.number => payload,
-                    _ => self.change(&item.change, session),
-                };
-                item.sent = Some((session.number, payload.clone()));
-                (Message::Change(item), payload)
-            }
-            Message::Report => {
-                let payload = self.report(session);
-                (message, payload)
-            }
+            Message::Change(change) => self.change(change, session),
+            Message::Report => self.report(session),
             Message::Unknown if session.protocol != Protocol::V1 => {
-                let payload = self.envelope(
-                    "status_report",
-                    json!({ "inventory_complete": false, "inventory_scope": SCOPE }),
-                    session,
-                );
-                (message, payload)
+                let fields = json!({ "inventory_complete": false, "inventory_scope": SCOPE });
+                self.envelope(REPORT, fields, session)
             }
             Message::Status => {
                 let fields = self.inputs.tunnel.borrow_and_update().fields();
-                (message, self.envelope("tunnel_status", fields, session))
+                self.envelope("tunnel_status", fields, session)
             }
-            Message::Heartbeat | Message::Unknown => (message, self.envelope("heartbeat", json!({}), session)),
+            Message::Heartbeat | Message::Unknown => self.envelope("heartbeat", json!({}), session),
         }
     }
 
@@ -357,35 +356,48 @@ impl Reporter {
             listed.map(|c| json!({ "id": c.id, "name": c.name, "labels": c.labels, "status": c.status })).collect()
         };
         match session.protocol {
-            Protocol::V1 => {
-                self.envelope("status_report", json!({ "container": { "containers": containers } }), session)
-            }
+            Protocol::V1 => self.envelope(REPORT, json!({ "container": { "containers": containers } }), session),
             Protocol::V2 { .. } => {
                 let fields = json!({ "inventory_complete": true, "inventory_scope": SCOPE, "containers": containers });
-                self.envelope("status_report", fields, session)
+                self.envelope(REPORT, fields, session)
             }
         }
     }
 
-    /// Type, time and, on v2, session and number around `fields`, which win.
-    fn envelope(&mut self, kind: &str, fields: Value, session: &Session) -> Value {
+    /// Type, time and, on v2, session and number around `fields`, which win. What was sent and not answered is
+    /// repeated to the letter.
+    fn envelope(&mut self, kind: &'static str, fields: Value, session: &Session) -> Value {
+        let stream = self.stream(kind);
+        let says = json!([kind, fields]);
+        if let Some((_, message)) = stream.unanswered.as_ref().filter(|(said, _)| *said == says) {
+            return message.clone();
+        }
         let mut message = json!({ "type": kind, "timestamp": jiff::Timestamp::now().to_string() });
         if let Some(id) = session.protocol.session() {
+            stream.last += 1;
             message["protocol_version"] = json!(session.protocol.version());
             message["agent_session_id"] = json!(id);
-            let (name, counter) = match kind {
-                "status_report" => ("report_sequence", &mut self.numbers.report),
-                _ => ("event_sequence", &mut self.numbers.event),
-            };
-            *counter += 1;
-            message[name] = json!(*counter);
+            message[if kind == REPORT { "report_sequence" } else { "event_sequence" }] = json!(stream.last);
         }
         if let (Value::Object(message), Value::Object(fields)) = (&mut message, fields) {
             message.extend(fields);
         }
+        stream.unanswered = Some((says, message.clone()));
         message
     }
+
+    fn stream(&mut self, kind: &str) -> &mut Numbered {
+        if kind == REPORT { &mut self.streams.reports } else { &mut self.streams.events }
+    }
+
+    /// The master has answered: the next message is another one, even if it says the same.
+    fn answered(&mut self, payload: &Value) {
+        self.stream(payload["type"].as_str().unwrap_or_default()).unanswered = None;
+    }
 }
+
+/// The one type of message that has a stream of its own.
+const REPORT: &str = "status_report";
 
 /// What a complete inventory covers, in the words of v2.
 const SCOPE: &str = "dockflare_enabled_running";
@@ -395,9 +407,9 @@ fn describe(message: &Message) -> String {
         Message::Report | Message::Unknown => "the report".to_owned(),
         Message::Status => "the tunnel's status".to_owned(),
         Message::Heartbeat => "a heartbeat".to_owned(),
-        Message::Change(item) => {
-            let what = if item.change.running { "start" } else { "stop" };
-            format!("the {what} of {}", item.change.container.name)
+        Message::Change(change) => {
+            let what = if change.running { "start" } else { "stop" };
+            format!("the {what} of {}", change.container.name)
         }
     }
 }

@@ -7,21 +7,11 @@
 use std::collections::{HashSet, VecDeque};
 use std::mem;
 
-use serde_json::Value;
-
 use crate::events::Change;
 
 /// Longest queue while the master is slow but there; beyond it, older changes of a container give way as if the
 /// master were away. A change is a few hundred bytes.
 const MAX_BACKLOG: usize = 1024;
-
-/// A change of one container, and how it was sent if it already was.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct Item {
-    pub(super) change: Change,
-    /// The message as it was sent, for the session of that number: a retry repeats it to the letter.
-    pub(super) sent: Option<(u64, Value)>,
-}
 
 /// What to say next.
 #[derive(Debug, Clone, PartialEq)]
@@ -33,7 +23,7 @@ pub(super) enum Message {
     /// How the tunnel is.
     Status,
     /// One container.
-    Change(Box<Item>),
+    Change(Box<Change>),
     /// A sign of life.
     Heartbeat,
 }
@@ -51,7 +41,9 @@ enum Due {
 
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
-    changes: VecDeque<Item>,
+    /// What was sent and not answered: it goes out again before anything new of its stream.
+    retry: Option<Message>,
+    changes: VecDeque<Change>,
     report: Due,
     status: bool,
     away: bool,
@@ -60,7 +52,7 @@ pub(super) struct Outbox {
 impl Outbox {
     /// A container changed.
     pub(super) fn push(&mut self, change: Change) {
-        self.changes.push_back(Item { change, sent: None });
+        self.changes.push_back(change);
         if self.away || self.changes.len() > MAX_BACKLOG {
             self.coalesce();
         }
@@ -100,11 +92,14 @@ impl Outbox {
             }
             Due::WhenComplete | Due::No => {}
         }
+        if let Some(message) = self.retry.take() {
+            return Some(message);
+        }
         if mem::take(&mut self.status) {
             return Some(Message::Status);
         }
-        if let Some(item) = self.changes.pop_front() {
-            return Some(Message::Change(Box::new(item)));
+        if let Some(change) = self.changes.pop_front() {
+            return Some(Message::Change(Box::new(change)));
         }
         heartbeat_due.then_some(Message::Heartbeat)
     }
@@ -113,9 +108,8 @@ impl Outbox {
     pub(super) fn put_back(&mut self, message: Message) {
         match message {
             Message::Report | Message::Unknown => self.report_when_complete(),
-            Message::Status => self.status = true,
-            Message::Change(item) => {
-                self.changes.push_front(*item);
+            Message::Status | Message::Change(_) => {
+                self.retry = Some(message);
                 if self.away {
                     self.coalesce();
                 }
@@ -158,20 +152,21 @@ impl Outbox {
     /// Keeps the newest change of each container, in the order in which those came.
     fn coalesce(&mut self) {
         let mut newest = HashSet::new();
-        let mut kept: VecDeque<Item> = VecDeque::with_capacity(self.changes.len());
-        for item in mem::take(&mut self.changes).into_iter().rev() {
-            if newest.insert(item.change.container.id.clone()) {
-                kept.push_front(item);
+        let mut kept = VecDeque::with_capacity(self.changes.len());
+        for change in mem::take(&mut self.changes).into_iter().rev() {
+            if newest.insert(change.container.id.clone()) {
+                kept.push_front(change);
             }
         }
         self.changes = kept;
+        self.retry
+            .take_if(|message| matches!(message, Message::Change(change) if newest.contains(&change.container.id)));
     }
 }
 
 #[cfg(test)]
 mod tests {
     use jiff::Timestamp;
-    use serde_json::json;
 
     use super::*;
     use crate::docker::Container;
@@ -186,8 +181,8 @@ mod tests {
         let mut words = Vec::new();
         while let Some(message) = outbox.next(complete, false) {
             words.push(match &message {
-                Message::Change(item) => {
-                    format!("{}{}", if item.change.running { '+' } else { '-' }, item.change.container.id)
+                Message::Change(change) => {
+                    format!("{}{}", if change.running { '+' } else { '-' }, change.container.id)
                 }
                 other => format!("{other:?}"),
             });
@@ -231,14 +226,14 @@ mod tests {
     }
 
     #[test]
-    fn a_retry_keeps_its_place_and_its_number() {
+    fn a_retry_comes_before_anything_new() {
         let mut outbox = Outbox::default();
         outbox.push(change("a", true));
-        outbox.push(change("b", true));
-        let Some(Message::Change(mut item)) = outbox.next(true, false) else { panic!("a change was due") };
-        item.sent = Some((1, json!({"event_sequence": 7})));
-        outbox.put_back(Message::Change(item.clone()));
-        assert_eq!(outbox.next(true, false), Some(Message::Change(item)));
+        outbox.push(change("a", false));
+        let first = outbox.next(true, false).unwrap();
+        outbox.put_back(first);
+        outbox.status();
+        assert_eq!(said(&mut outbox, true), ["+a", "Status", "-a"]);
     }
 
     #[test]
