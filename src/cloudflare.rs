@@ -79,31 +79,28 @@ fn text<'a>(rule: &'a Map<String, Value>, key: &str) -> &'a str {
     rule.get(key).and_then(Value::as_str).unwrap_or_default()
 }
 
-/// Pushes the rules as the configuration of `tunnel`.
+/// Pushes the rules as the configuration of `tunnel`, in the token's `account` where the master has several.
 ///
 /// # Errors
 /// As any request to the master; a 404 is [`Pushed::MasterDoesIt`].
 pub async fn push(
     master: &Master,
-    account: Option<String>,
+    account: Option<&str>,
     tunnel: &TunnelId,
     rules: &Map<String, Value>,
 ) -> Result<Pushed, MasterError> {
     let pushed = async {
-        let account = match account {
-            Some(account) => account,
-            None => {
-                let accounts = master.accounts().await?;
-                let first = accounts.result.into_iter().next().filter(|_| accounts.success);
-                first.map(|account| account.id).ok_or_else(|| MasterError::Away {
-                    problem: "names no Cloudflare account".to_owned(),
-                    retry_after: None,
-                })?
-            }
-        };
+        let accounts = master.accounts().await?;
+        let listed = accounts.result.iter().filter(|_| accounts.success).map(|account| account.id.as_str());
+        // The token knows its own account; a master with one account has no choice anyway.
+        let account = listed.clone().find(|id| Some(*id) == account).or_else(|| listed.clone().next());
+        let account = account.ok_or_else(|| MasterError::Away {
+            problem: "names no Cloudflare account".to_owned(),
+            retry_after: None,
+        })?;
         let ingress = ingress(rules);
         let count = ingress.as_array().map_or(0, |list| list.len().saturating_sub(1));
-        master.put_configuration(&account, &tunnel.0, &json!({ "config": { "ingress": ingress } })).await?;
+        master.put_configuration(account, &tunnel.0, &json!({ "config": { "ingress": ingress } })).await?;
         Ok::<_, MasterError>(Pushed::Accepted(count))
     };
     match pushed.await {

@@ -17,7 +17,7 @@ use tracing::{error, info, warn};
 use crate::cloudflare::{self, Pushed};
 use crate::health::View;
 use crate::master::{Master, MasterError};
-use crate::registration::{Registrar, Session};
+use crate::registration::{Protocol, Registrar, Session};
 use crate::retry::{Backoff, Trouble};
 use crate::state::{AgentId, DesiredState, Phase, Store, Token, Tombstone, TunnelId, TunnelState};
 
@@ -89,6 +89,8 @@ pub struct Poller {
     tombstone: Option<Tombstone>,
     /// Session whose assignment was looked at.
     recovered: u64,
+    /// A reply may have been lost, and commands with it, of which a v1 registration tells the tunnel.
+    reply_lost: bool,
     ack: Option<PendingAck>,
     timers: Timers,
 }
@@ -149,6 +151,7 @@ impl Poller {
             state,
             tombstone,
             recovered: 0,
+            reply_lost: false,
             ack: None,
             timers,
         }
@@ -222,11 +225,19 @@ impl Poller {
                 self.timers.odd_reply.ended();
                 self.timers.poll = Instant::now() + pause;
                 self.carry_out(&agent, &reply.commands, shutdown).await;
+                let lost = std::mem::take(&mut self.reply_lost);
+                if let Some(session) = session.filter(|session| lost && session.protocol == Protocol::V1) {
+                    tokio::select! {
+                        () = shutdown.cancelled() => {}
+                        session = self.registrar.renew(Some(session)) => self.recover(&session, shutdown).await,
+                    }
+                }
                 false
             }
             Err(error) => {
                 let wait = self.timers.polling.next(error.retry_after());
                 self.timers.poll = Instant::now() + wait;
+                self.reply_lost |= matches!(error, MasterError::Away { .. });
                 match (&error, error.status()) {
                     (MasterError::Away { .. } | MasterError::Access { .. }, _) => false,
                     (_, Some(401 | 403 | 404)) if self.is_finalized() => self.bury().await,
@@ -465,7 +476,7 @@ impl Poller {
             return self.forget_ingress().await;
         };
         let account = self.state.token.as_ref().and_then(|token| token.claims().ok()).map(|claims| claims.account);
-        match cloudflare::push(&self.master, account, &tunnel, &rules).await {
+        match cloudflare::push(&self.master, account.as_deref(), &tunnel, &rules).await {
             Ok(Pushed::Accepted(rules)) => {
                 info!(rules, "ingress rules pushed");
                 self.forget_ingress().await;
