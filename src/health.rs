@@ -61,6 +61,8 @@ pub struct Supervisor {
     /// No attempt before this; the last one failed.
     not_before: Option<Instant>,
     problem: Option<Problem>,
+    /// Docker was asked to stop the container and has not answered yet.
+    draining: bool,
     attempts: Trouble,
     unready: Trouble,
 }
@@ -112,6 +114,7 @@ impl Supervisor {
             backoff: Backoff::new(Duration::from_secs(1), Duration::from_secs(60)),
             not_before: None,
             problem: None,
+            draining: false,
             attempts: Trouble::new("the tunnel:"),
             unready: Trouble::new("the tunnel"),
         })
@@ -224,17 +227,37 @@ impl Supervisor {
                 }
                 (Action::Stop, _) => {
                     let grace = Duration::from_secs(STOP_GRACE_SECONDS.into());
-                    said_while_long("waiting for cloudflared to drain its requests", self.docker.stop(name, grace))
-                        .await
+                    self.draining = true;
+                    let stopped = self.docker.stop(name, grace);
+                    let stopped = said_while_long("waiting for cloudflared to drain its requests", stopped).await;
+                    self.draining = false;
+                    stopped
                 }
                 (Action::Remove, _) => self.docker.remove(name).await,
                 (Action::Create, Some(spec)) => self.docker.create(name, spec).await,
                 (Action::Create, None) => Ok(()),
                 (Action::Start, _) => self.docker.start(name).await,
             };
-            done.map_err(|error| problem_of(*step, &error))?;
+            if let Err(error) = done {
+                return Err(self.why_not(*step, &error).await);
+            }
         }
         Ok(())
+    }
+
+    /// As [`problem_of`]; that an image is missing which nobody may look for is said with what would allow it.
+    async fn why_not(&self, step: Action, error: &DockerError) -> Problem {
+        let image = &self.config.image;
+        if let (Action::Create, DockerError::NotFound { .. }) = (step, error)
+            && let Err(refusal @ DockerError::Forbidden { .. }) = self.docker.has_image(image).await
+        {
+            return Problem {
+                reason: "image_unavailable".to_owned(),
+                text: format!("the image {image} is not on this host and Docker {refusal}"),
+                next: refusal.remedy(),
+            };
+        }
+        problem_of(step, error)
     }
 
     async fn see_to_network(&self) -> Result<(), Problem> {
@@ -490,7 +513,10 @@ impl Supervisor {
         if let Readiness::Ready(connections) = readiness {
             view.connections = Some(connections);
         } else {
-            self.attempts.failed(&format_args!("cannot be looked after: Docker {error}"), error.remedy());
+            // That Docker is away is said once, by the event task.
+            if !error.is_away() {
+                self.attempts.failed(&format_args!("cannot be looked after: Docker {error}"), error.remedy());
+            }
             view = View {
                 status: Status::Error,
                 reason: Some(reason_of(error).to_owned()),
@@ -502,6 +528,18 @@ impl Supervisor {
         }
         self.view.send_if_modified(|known| std::mem::replace(known, view.clone()) != view);
         self.backoff.next(None).clamp(EAGER, CALM)
+    }
+
+    /// Waits for the end of a container that was asked to stop, up to `limit`.
+    async fn see_it_end(&self, name: &str, limit: Duration) -> Result<(), DockerError> {
+        let deadline = Instant::now() + limit;
+        while Instant::now() < deadline {
+            match self.docker.inspect(name).await? {
+                Some(found) if found.state == RunState::Running => sleep(EAGER).await,
+                _ => break,
+            }
+        }
+        Ok(())
     }
 
     /// What the acknowledgement of a decommission can say by now.
@@ -539,8 +577,14 @@ impl Supervisor {
         let grace = Duration::from_secs(STOP_GRACE_SECONDS.into());
         let removed = async {
             if found.state == RunState::Running {
-                said_while_long("waiting for cloudflared to drain its requests", self.docker.stop(&name, grace))
-                    .await?;
+                let stopped = async {
+                    match self.draining {
+                        // Asked already, by a pass that the shutdown ended: a second signal would cut the drain short.
+                        true => self.see_it_end(&name, grace).await,
+                        false => self.docker.stop(&name, grace).await,
+                    }
+                };
+                said_while_long("waiting for cloudflared to drain its requests", stopped).await?;
             }
             self.docker.remove(&name).await
         };

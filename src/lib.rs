@@ -17,8 +17,8 @@
 //!
 //! Around them: [`config`] (the environment, checked as a whole), [`registration`] (who the agent is at its
 //! master), [`cloudflare`] (ingress rules), [`page`] (`GET /health`), and three doors, each the only one of its
-//! kind: [`master`] to the master, [`docker`] to Docker, [`state`] to the data folder. [`logging`] and the waits of
-//! `retry` are shared by all.
+//! kind: [`master`] to the master, [`docker`] to Docker, [`state`] to the data folder. [`logging`], the waits of
+//! `retry` and the set-up of `http` are shared by all.
 //!
 //! The agent may be killed at any instant. What is wanted is on disk before it is acted upon; everything else is
 //! found out again by looking. Commands and events only change what is wanted or known and wake a loop; the loop
@@ -38,6 +38,7 @@ pub mod config;
 pub mod docker;
 pub mod events;
 pub mod health;
+mod http;
 pub mod logging;
 pub mod master;
 pub mod page;

@@ -18,6 +18,7 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use crate::config::{MasterConfig, Secret};
+use crate::http;
 use crate::retry::Trouble;
 use crate::state::AgentId;
 
@@ -166,9 +167,7 @@ impl Master {
     /// # Errors
     /// [`MasterError::Client`] when an `https` address is given and no CA certificates are found.
     pub fn new(config: MasterConfig) -> Result<Self, MasterError> {
-        // Another part of the process may have chosen the same provider before.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let mut client = Client::builder()
+        let mut client = http::client()
             .user_agent(concat!("dockflare-agent/", env!("CARGO_PKG_VERSION")))
             .redirect(reqwest::redirect::Policy::none())
             .connect_timeout(CONNECT_TIMEOUT)

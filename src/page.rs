@@ -21,6 +21,7 @@ use tracing::warn;
 
 use crate::events::Inventory;
 use crate::health::{Status, View};
+use crate::http;
 use crate::master::Master;
 use crate::registration::Session;
 use crate::tunnels::Wanted;
@@ -160,7 +161,7 @@ pub async fn check(port: Option<u16>) -> Result<String, String> {
     let Some(port) = port else {
         return Ok("the health page is switched off (HEALTH_CHECK_PORT=0), nothing can be asked".to_owned());
     };
-    let client = reqwest::Client::builder().no_proxy().tls_certs_only([]).timeout(Duration::from_secs(4)).build();
+    let client = http::neighbour(Duration::from_secs(4));
     let ask = async {
         let response = client?.get(format!("http://127.0.0.1:{port}/health")).send().await?.error_for_status()?;
         response.bytes().await

@@ -21,8 +21,8 @@ pub use documents::{AgentId, DesiredState, Phase, Token, TokenClaims, Tombstone,
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     /// The folder does not exist and cannot be made, or cannot be written.
-    #[error("the data folder {} cannot be written by uid {uid}{}: {source}; run: chown -R {uid} {} (on the host, on the folder or volume mounted there)",
-        .dir.display(), .owner.map(|owner| format!(" (it belongs to uid {owner})")).unwrap_or_default(), .dir.display())]
+    #[error("the data folder {} cannot be written by uid {uid}{}: {problem}; {}", .dir.display(),
+        .owner.map(|owner| format!(" (it belongs to uid {owner})")).unwrap_or_default(), remedy(.problem, *.uid, .dir))]
     Folder {
         /// The folder.
         dir: PathBuf,
@@ -31,7 +31,7 @@ pub enum StateError {
         /// Whose folder it is, where it exists.
         owner: Option<u32>,
         /// What the system said.
-        source: io::Error,
+        problem: io::Error,
     },
     /// A file is there but cannot be read, or could not be replaced.
     #[error("{} cannot be {doing}", .path.display())]
@@ -43,6 +43,16 @@ pub enum StateError {
         /// What the system said.
         source: io::Error,
     },
+}
+
+/// What an operator can do about a folder that cannot be written.
+fn remedy(problem: &io::Error, uid: u32, dir: &Path) -> String {
+    let dir = dir.display();
+    match problem.kind() {
+        io::ErrorKind::ReadOnlyFilesystem => format!("mount a volume or a folder that can be written at {dir}"),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "make room on its disk".to_owned(),
+        _ => format!("run: chown -R {uid} {dir} (on the host, on the folder or volume mounted there)"),
+    }
 }
 
 /// The data folder. Cheap to clone.
@@ -88,12 +98,12 @@ impl Store {
         let made = fs::create_dir_all(dir);
         let store = Self { dir: dir.into() };
         made.and_then(|()| store.replace(".writable", b"").and_then(|()| fs::remove_file(dir.join(".writable"))))
-            .map_err(|source| StateError::Folder {
+            .map_err(|problem| StateError::Folder {
                 dir: dir.to_owned(),
                 // Linux shows a process's own folder under the user it runs as.
                 uid: fs::metadata("/proc/self").map(|own| own.uid()).unwrap_or_default(),
                 owner: fs::metadata(dir).ok().map(|folder| folder.uid()),
-                source,
+                problem,
             })?;
         Ok(store)
     }

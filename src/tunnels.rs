@@ -315,10 +315,11 @@ impl Poller {
                 ),
                 (None, None) => {}
             }
-            if written.is_some() {
-                tombstone = written;
+            if ack.conflict.is_none() {
+                // The state again with a tombstone that was there: a crash may have come between the two.
+                tombstone = written.or(tombstone);
                 state.desired_state = DesiredState::Stopped;
-                if phase == Phase::Finalized {
+                if tombstone.as_ref().is_some_and(|tombstone| tombstone.phase == Phase::Finalized) {
                     state = TunnelState { redeploys: state.redeploys, other: state.other, ..TunnelState::default() };
                     state.desired_state = DesiredState::Stopped;
                 }

@@ -6,6 +6,7 @@ use reqwest::{Client, StatusCode};
 use serde::Deserialize;
 
 use crate::docker::METRICS_PORT;
+use crate::http;
 
 /// What cloudflared says of itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,9 +31,7 @@ pub(super) struct Probe {
 
 impl Probe {
     pub(super) fn new() -> Result<Self, reqwest::Error> {
-        // Plain HTTP to a neighbour: no certificates and never through a proxy meant for the master.
-        let client =
-            Client::builder().no_proxy().tls_certs_only([]).timeout(LIMIT).pool_max_idle_per_host(0).build()?;
+        let client = http::neighbour(LIMIT)?;
         Ok(Self { client })
     }
 

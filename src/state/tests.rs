@@ -162,3 +162,11 @@ fn an_unusable_folder_names_the_owner_and_the_command() {
     let error = Store::open(&path).unwrap_err().to_string();
     assert!(error.contains("chown -R") && error.contains("belongs to uid"), "{error}");
 }
+
+#[test]
+fn the_remedy_fits_what_is_wrong_with_the_folder() {
+    let said = |kind| remedy(&io::Error::from(kind), 65532, Path::new("/app/data"));
+    assert!(said(io::ErrorKind::PermissionDenied).contains("chown -R 65532 /app/data"));
+    assert!(said(io::ErrorKind::ReadOnlyFilesystem).contains("mount"));
+    assert!(said(io::ErrorKind::StorageFull).contains("make room"));
+}
