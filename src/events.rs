@@ -22,6 +22,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::{debug, info};
 
+use crate::channels::{Change, Inventory};
 use crate::docker::{self, Action, Container, Docker, DockerError, Event};
 use crate::retry::Trouble;
 
@@ -39,28 +40,6 @@ const IDLE_LIMIT: Duration = Duration::from_secs(300);
 const SECOND_LOOK: Duration = Duration::from_secs(1);
 /// Events remembered to recognise a replay; a replay repeats those of one instant.
 const REMEMBERED: usize = 256;
-
-/// Labelled, running containers by id.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Inventory {
-    /// Whether the picture rests on a listing that succeeded and on every event since.
-    pub complete: bool,
-    /// Rises with what no [`Change`] tells: a picture that is complete again, another name.
-    pub revision: u64,
-    /// The containers, with only the labels that may leave the host.
-    pub containers: BTreeMap<String, Container>,
-}
-
-/// A container that began or ceased to be in the inventory.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Change {
-    /// When, by Docker's clock where Docker told it.
-    pub at: Timestamp,
-    /// Whether it runs now.
-    pub running: bool,
-    /// Which one.
-    pub container: Container,
-}
 
 /// The event task.
 #[derive(Debug)]

@@ -16,18 +16,16 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use crate::channels::{Departure, OwnContainer, Status, View, Wanted};
 use crate::config::{OnExit, TunnelConfig};
 use crate::docker::{Docker, DockerError, Health, Inspected, RunState, STOP_GRACE_SECONDS, Spec};
 use crate::retry::{Backoff, Lasts, Trouble};
 use crate::state::{DesiredState, Token};
-use crate::tunnels::Wanted;
 
 mod plan;
 mod probe;
-mod view;
 use plan::{Action, Goal, Owner};
 use probe::{Probe, Readiness};
-pub use view::{Departure, OwnContainer, Status, View};
 
 /// Label that says whose the container and the network are.
 const OWNER_LABEL: (&str, &str) = ("com.dockflare.agent.owner", "dockflare-agent");
@@ -43,6 +41,8 @@ const EAGER: Duration = Duration::from_millis(250);
 const PATIENT: Duration = Duration::from_secs(5);
 /// A connector that is not ready after this has a problem.
 const START_LIMIT: Duration = Duration::from_secs(30);
+/// How long a container may take to appear that was asked for when the shutdown came.
+const LATE_LIMIT: Duration = Duration::from_secs(3);
 /// Lines in which cloudflared has told its version.
 const START_LINES: usize = 50;
 
@@ -61,8 +61,8 @@ pub struct Supervisor {
     /// No attempt before this; the last one failed.
     not_before: Option<Instant>,
     problem: Option<Problem>,
-    /// Docker was asked to stop the container and has not answered yet.
-    draining: bool,
+    /// What Docker was asked for and has not answered. A shutdown may end the pass that waits; Docker goes on.
+    asked: Option<Action>,
     attempts: Trouble,
     unready: Trouble,
 }
@@ -114,7 +114,7 @@ impl Supervisor {
             backoff: Backoff::new(Duration::from_secs(1), Duration::from_secs(60)),
             not_before: None,
             problem: None,
-            draining: false,
+            asked: None,
             attempts: Trouble::new("the tunnel:"),
             unready: Trouble::new("the tunnel"),
         })
@@ -219,6 +219,7 @@ impl Supervisor {
     async fn act(&mut self, steps: &[Action], spec: Option<&Spec>) -> Result<(), Problem> {
         let name = &self.config.container_name;
         for step in steps {
+            self.asked = Some(*step);
             let done = match (step, spec) {
                 (Action::Prepare, _) => {
                     self.see_to_network().await?;
@@ -227,17 +228,15 @@ impl Supervisor {
                 }
                 (Action::Stop, _) => {
                     let grace = Duration::from_secs(STOP_GRACE_SECONDS.into());
-                    self.draining = true;
-                    let stopped = self.docker.stop(name, grace);
-                    let stopped = said_while_long("waiting for cloudflared to drain its requests", stopped).await;
-                    self.draining = false;
-                    stopped
+                    said_while_long("waiting for cloudflared to drain its requests", self.docker.stop(name, grace))
+                        .await
                 }
                 (Action::Remove, _) => self.docker.remove(name).await,
                 (Action::Create, Some(spec)) => self.docker.create(name, spec).await,
                 (Action::Create, None) => Ok(()),
                 (Action::Start, _) => self.docker.start(name).await,
             };
+            self.asked = None;
             if let Err(error) = done {
                 return Err(self.why_not(*step, &error).await);
             }
@@ -530,6 +529,18 @@ impl Supervisor {
         self.backoff.next(None).clamp(EAGER, CALM)
     }
 
+    /// The container, also one that Docker is still making.
+    async fn last_look(&self, name: &str) -> Result<Option<Inspected>, DockerError> {
+        let deadline = Instant::now() + LATE_LIMIT;
+        loop {
+            let found = self.docker.inspect(name).await?;
+            if found.is_some() || self.asked != Some(Action::Create) || Instant::now() >= deadline {
+                return Ok(found);
+            }
+            sleep(EAGER).await;
+        }
+    }
+
     /// Waits for the end of a container that was asked to stop, up to `limit`.
     async fn see_it_end(&self, name: &str, limit: Duration) -> Result<(), DockerError> {
         let deadline = Instant::now() + limit;
@@ -560,7 +571,7 @@ impl Supervisor {
     async fn leave(&mut self) {
         let wanted = self.wanted.borrow().clone();
         let name = self.config.container_name.clone();
-        let found = match self.docker.inspect(&name).await {
+        let found = match self.last_look(&name).await {
             Ok(Some(found)) if plan::owner(&found) == Owner::Agent => found,
             Ok(_) => return,
             Err(error) => {
@@ -578,10 +589,10 @@ impl Supervisor {
         let removed = async {
             if found.state == RunState::Running {
                 let stopped = async {
-                    match self.draining {
-                        // Asked already, by a pass that the shutdown ended: a second signal would cut the drain short.
-                        true => self.see_it_end(&name, grace).await,
-                        false => self.docker.stop(&name, grace).await,
+                    match self.asked {
+                        // A second signal would cut the drain short.
+                        Some(Action::Stop) => self.see_it_end(&name, grace).await,
+                        _ => self.docker.stop(&name, grace).await,
                     }
                 };
                 said_while_long("waiting for cloudflared to drain its requests", stopped).await?;

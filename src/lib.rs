@@ -15,6 +15,8 @@
 //! - [`events`] owns the inventory of labelled containers. It never talks to the master.
 //! - [`health`] owns the tunnel container and what is known of it. It never reads a command.
 //!
+//! The tasks do not know each other, only what travels between them: [`channels`].
+//!
 //! Around them: [`config`] (the environment, checked as a whole), [`registration`] (who the agent is at its
 //! master), [`cloudflare`] (ingress rules), [`page`] (`GET /health`), and three doors, each the only one of its
 //! kind: [`master`] to the master, [`docker`] to Docker, [`state`] to the data folder. [`logging`], the waits of
@@ -33,6 +35,7 @@ use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
+pub mod channels;
 pub mod cloudflare;
 pub mod config;
 pub mod docker;
@@ -48,6 +51,7 @@ mod retry;
 pub mod state;
 pub mod tunnels;
 
+use channels::{Inventory, View, Wanted};
 use config::{Config, OnExit};
 use state::{Found, Phase, Store, TunnelState};
 
@@ -97,9 +101,9 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunE
     }
     let state: TunnelState = taken(store.tunnel()?).unwrap_or_default();
 
-    let (wanted_tx, wanted) = watch::channel(tunnels::Wanted::new(&state, tombstone.as_ref()));
-    let (view_tx, view) = watch::channel(health::View::default());
-    let (inventory_tx, inventory) = watch::channel(events::Inventory::default());
+    let (wanted_tx, wanted) = watch::channel(Wanted::new(&state, tombstone.as_ref()));
+    let (view_tx, view) = watch::channel(View::default());
+    let (inventory_tx, inventory) = watch::channel(Inventory::default());
     let (changes_tx, changes) = mpsc::channel(CHANGES);
     // One wake that waits is as good as many.
     let (wake_tx, wake) = mpsc::channel(1);

@@ -19,12 +19,10 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 use tracing::warn;
 
-use crate::events::Inventory;
-use crate::health::{Status, View};
+use crate::channels::{Inventory, Status, View, Wanted};
 use crate::http;
 use crate::master::Master;
 use crate::registration::Session;
-use crate::tunnels::Wanted;
 
 /// Connections served at once; further ones wait in the system's queue.
 const MAX_CONNECTIONS: usize = 16;

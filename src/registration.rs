@@ -210,6 +210,10 @@ impl Registrar {
             ("", Some(403)) => {
                 "the stored id belongs to another key: set the key this agent enrolled with, or delete agent_id.txt to enrol as a new agent; the tunnel is not touched"
             }
+            ("unsupported_protocol", _) => {
+                "agent and master have no protocol in common: update the older of the two; the tunnel is not touched"
+            }
+            ("payload_too_large", _) => "set a shorter AGENT_DISPLAY_NAME; the tunnel is not touched",
             _ => error.remedy(),
         }
     }

@@ -16,13 +16,11 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
+use crate::channels::{Change, Inventory, View, Wanted};
 use crate::docker::Container;
-use crate::events::{Change, Inventory};
-use crate::health::View;
 use crate::master::{Master, MasterError, wire};
 use crate::registration::{Protocol, Registrar, Session};
 use crate::retry::{Backoff, Trouble};
-use crate::tunnels::Wanted;
 
 mod outbox;
 use outbox::{Message, Outbox};

@@ -14,55 +14,18 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
+use crate::channels::{Refusal, View, Wanted};
 use crate::cloudflare::{self, Pushed};
-use crate::health::View;
 use crate::master::{Master, MasterError};
 use crate::registration::{Protocol, Registrar, Session};
 use crate::retry::{Backoff, Trouble};
-use crate::state::{AgentId, DesiredState, Phase, Store, Token, Tombstone, TunnelId, TunnelState};
+use crate::state::{AgentId, DesiredState, Phase, Store, Tombstone, TunnelState};
 
 mod commands;
 mod decommission;
-pub use commands::Refusal;
 use commands::{Command, Rejected};
 use decommission::PendingAck;
 pub(crate) use decommission::epitaph;
-
-/// What is wanted of the tunnel, as it is on disk.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Wanted {
-    /// The connector's token.
-    pub token: Option<Token>,
-    /// The tunnel's id.
-    pub id: Option<TunnelId>,
-    /// The tunnel's name, for people.
-    pub name: Option<String>,
-    /// Whether it should run.
-    pub state: DesiredState,
-    /// How many times a new container was asked for.
-    pub redeploys: u64,
-    /// The last tunnel command, when it was not carried out.
-    pub refusal: Option<Refusal>,
-    /// Set from the first phase of a decommission on: no tunnel, no events.
-    pub decommission: Option<Phase>,
-    /// What was received and cannot be stored.
-    pub unsaved: Option<String>,
-}
-
-impl Wanted {
-    /// What the files of an earlier run say.
-    pub fn new(state: &TunnelState, tombstone: Option<&Tombstone>) -> Self {
-        Self {
-            token: state.token.clone(),
-            id: state.id.clone(),
-            name: state.name.clone(),
-            state: state.desired_state,
-            redeploys: state.redeploys,
-            decommission: tombstone.map(|tombstone| tombstone.phase),
-            ..Self::default()
-        }
-    }
-}
 
 /// How the task came to its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -7,7 +7,7 @@
 use std::collections::{HashSet, VecDeque};
 use std::mem;
 
-use crate::events::Change;
+use crate::channels::Change;
 
 /// Longest queue while the master is slow but there; beyond it, older changes of a container give way as if the
 /// master were away. A change is a few hundred bytes.

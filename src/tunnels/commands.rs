@@ -3,6 +3,7 @@
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use crate::channels::Refusal;
 use crate::master::wire::Assignment;
 use crate::state::{DesiredState, Token, TunnelId, TunnelState};
 
@@ -26,17 +27,6 @@ pub(super) struct Decommission {
     pub(super) requested_self_action: String,
     #[serde(default)]
     pub(super) expected_tunnel_id: Option<String>,
-}
-
-/// A command that is not carried out, and why. The text holds nothing secret.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Refusal {
-    /// The tunnel it was about, as far as it said.
-    pub name: Option<String>,
-    /// Short and stable, for the master's page: `token_malformed`, `token_mismatch`.
-    pub reason: &'static str,
-    /// For people.
-    pub problem: String,
 }
 
 /// What came in the place of a command that could be carried out.

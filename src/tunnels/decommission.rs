@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 
 use super::commands::Decommission;
-use crate::health::Departure;
+use crate::channels::Departure;
 use crate::master::wire::{Ack, AckPhase};
 use crate::state::{AgentId, Phase, TOMBSTONE, Tombstone, TunnelId};
 
@@ -125,7 +125,7 @@ pub(crate) fn epitaph(tombstone: &Tombstone, data: &std::path::Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::health::OwnContainer;
+    use crate::channels::OwnContainer;
 
     fn agent() -> AgentId {
         AgentId::try_from("agent-1".to_owned()).unwrap()

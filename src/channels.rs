@@ -1,8 +1,84 @@
-//! What is known of the tunnel, for the master, the health page and the acknowledgement of a decommission.
+//! What the tasks tell each other, and nothing of how they find it out: one type for each channel.
+//!
+//! [`Wanted`] goes from the command poller to all others, [`View`] from the supervisor, [`Inventory`] and
+//! [`Change`] from the event task. The tasks know these types and not each other.
 
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use crate::state::TunnelId;
+use crate::docker::Container;
+use crate::state::{DesiredState, Phase, Token, Tombstone, TunnelId, TunnelState};
+
+/// What is wanted of the tunnel, as it is on disk.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Wanted {
+    /// The connector's token.
+    pub token: Option<Token>,
+    /// The tunnel's id.
+    pub id: Option<TunnelId>,
+    /// The tunnel's name, for people.
+    pub name: Option<String>,
+    /// Whether it should run.
+    pub state: DesiredState,
+    /// How many times a new container was asked for.
+    pub redeploys: u64,
+    /// The last tunnel command, when it was not carried out.
+    pub refusal: Option<Refusal>,
+    /// Set from the first phase of a decommission on: no tunnel, no events.
+    pub decommission: Option<Phase>,
+    /// What was received and cannot be stored.
+    pub unsaved: Option<String>,
+}
+
+impl Wanted {
+    /// What the files of an earlier run say.
+    pub fn new(state: &TunnelState, tombstone: Option<&Tombstone>) -> Self {
+        Self {
+            token: state.token.clone(),
+            id: state.id.clone(),
+            name: state.name.clone(),
+            state: state.desired_state,
+            redeploys: state.redeploys,
+            decommission: tombstone.map(|tombstone| tombstone.phase),
+            ..Self::default()
+        }
+    }
+}
+
+/// A command that is not carried out, and why. The text holds nothing secret.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// The tunnel it was about, as far as it said.
+    pub name: Option<String>,
+    /// Short and stable, for the master's page: `token_malformed`, `token_mismatch`.
+    pub reason: &'static str,
+    /// For people.
+    pub problem: String,
+}
+
+/// Labelled, running containers by id.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Inventory {
+    /// Whether the picture rests on a listing that succeeded and on every event since.
+    pub complete: bool,
+    /// Rises with what no [`Change`] tells: a picture that is complete again, another name.
+    pub revision: u64,
+    /// The containers, with only the labels that may leave the host.
+    pub containers: BTreeMap<String, Container>,
+}
+
+/// A container that began or ceased to be in the inventory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Change {
+    /// When, by Docker's clock where Docker told it.
+    pub at: Timestamp,
+    /// Whether it runs now.
+    pub running: bool,
+    /// Which one.
+    pub container: Container,
+}
 
 /// How the tunnel is, in the master's words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
