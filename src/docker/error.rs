@@ -1,0 +1,140 @@
+//! The calls, each with what allows it, and how what goes wrong with them is sorted.
+
+use std::fmt;
+use std::time::Duration;
+
+use bollard::errors::Error as EngineError;
+
+/// What a call is for and what allows it, for error texts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Call {
+    doing: &'static str,
+    /// Variables of the common socket proxy.
+    grant: &'static str,
+}
+
+pub(super) const LIST: Call = Call { doing: "list containers", grant: "CONTAINERS=1" };
+pub(super) const INSPECT: Call = Call { doing: "inspect the tunnel container", grant: "CONTAINERS=1" };
+pub(super) const LOGS: Call = Call { doing: "read the tunnel container's log", grant: "CONTAINERS=1" };
+pub(super) const EVENTS: Call = Call { doing: "listen to events", grant: "EVENTS=1" };
+pub(super) const CREATE: Call = Call { doing: "create the tunnel container", grant: "CONTAINERS=1 and POST=1" };
+pub(super) const START: Call = Call { doing: "start the tunnel container", grant: "CONTAINERS=1 and POST=1" };
+pub(super) const STOP: Call = Call { doing: "stop the tunnel container", grant: "CONTAINERS=1 and POST=1" };
+pub(super) const REMOVE: Call = Call { doing: "remove the tunnel container", grant: "CONTAINERS=1 and POST=1" };
+pub(super) const SELF_STOP: Call = Call { doing: "stop the agent's own container", grant: "CONTAINERS=1 and POST=1" };
+pub(super) const NETWORK: Call = Call { doing: "look for the tunnel network", grant: "NETWORKS=1" };
+pub(super) const NEW_NETWORK: Call = Call { doing: "create the tunnel network", grant: "NETWORKS=1 and POST=1" };
+pub(super) const IMAGE: Call = Call { doing: "look for the cloudflared image", grant: "IMAGES=1" };
+pub(super) const PULL: Call = Call { doing: "pull the cloudflared image", grant: "IMAGES=1 and POST=1" };
+pub(super) const VERSION: Call = Call { doing: "ask for the Engine's version", grant: "VERSION=1" };
+
+/// Why a call did not succeed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DockerError {
+    /// Nobody listens, the connection was cut or the answer was not whole.
+    #[error("cannot be reached to {}: {problem}", .call.doing)]
+    Unreachable {
+        /// The call.
+        call: Call,
+        /// What happened.
+        problem: String,
+    },
+    /// No answer within the time limit.
+    #[error("did not answer within {}s when asked to {}", .limit.as_secs(), .call.doing)]
+    TimedOut {
+        /// The call.
+        call: Call,
+        /// The limit.
+        limit: Duration,
+    },
+    /// 403: a socket proxy or an authorisation plugin refuses the call.
+    #[error("refuses to {}; the socket proxy needs {}", .call.doing, .call.grant)]
+    Forbidden {
+        /// The call.
+        call: Call,
+    },
+    /// 404: the thing named is not there.
+    #[error("cannot {}: {message}", .call.doing)]
+    NotFound {
+        /// The call.
+        call: Call,
+        /// What Docker said.
+        message: String,
+    },
+    /// 409: the name is taken or the thing is in use.
+    #[error("cannot {}: {message}", .call.doing)]
+    Conflict {
+        /// The call.
+        call: Call,
+        /// What Docker said.
+        message: String,
+    },
+    /// Anything else that Docker answered.
+    #[error("cannot {}: {message}", .call.doing)]
+    Failed {
+        /// The call.
+        call: Call,
+        /// What Docker said.
+        message: String,
+    },
+}
+
+impl DockerError {
+    /// Whether Docker itself is away, as against a call that it answered.
+    pub fn is_away(&self) -> bool {
+        matches!(self, Self::Unreachable { .. } | Self::TimedOut { .. })
+    }
+
+    /// What an operator can do, for the end of a log line.
+    pub fn remedy(&self) -> &'static str {
+        match self {
+            Self::Unreachable { .. } | Self::TimedOut { .. } => {
+                "trying again, a running tunnel is not affected; check DOCKER_HOST, the socket's permissions and the socket proxy"
+            }
+            Self::Forbidden { .. } => "trying again; set what it needs on the socket proxy and recreate it",
+            _ => "trying again",
+        }
+    }
+}
+
+/// Sorts what the client library says.
+pub(super) fn sort(call: Call, error: EngineError) -> DockerError {
+    match error {
+        EngineError::DockerResponseServerError { status_code, message } => {
+            let message = one_line(&message);
+            match status_code {
+                403 => DockerError::Forbidden { call },
+                404 => DockerError::NotFound { call, message },
+                409 => DockerError::Conflict { call, message },
+                502..=504 => DockerError::Unreachable { call, problem: format!("the proxy answered {status_code}") },
+                _ => DockerError::Failed { call, message: format!("{status_code} {message}") },
+            }
+        }
+        EngineError::DockerStreamError { error } => DockerError::Failed { call, message: one_line(&error) },
+        EngineError::JsonDataError { .. } | EngineError::JsonSerdeError { .. } => {
+            DockerError::Unreachable { call, problem: "the answer was not whole or not JSON".to_owned() }
+        }
+        other => DockerError::Unreachable { call, problem: last_cause(&other) },
+    }
+}
+
+/// The last cause names the matter ("Connection refused"); what is around it repeats the address.
+fn last_cause(error: &dyn std::error::Error) -> String {
+    let mut last = error;
+    while let Some(cause) = last.source() {
+        last = cause;
+    }
+    one_line(&last.to_string())
+}
+
+/// What Docker says goes into one log line, and not all of it.
+pub(super) fn one_line(text: &str) -> String {
+    const MAX_CHARS: usize = 300;
+    text.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(MAX_CHARS).collect()
+}
+
+impl fmt::Display for Call {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.doing)
+    }
+}
