@@ -12,7 +12,7 @@ use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue};
 use reqwest::{Client, Method, Response, Url};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Serialize;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
@@ -154,20 +154,16 @@ impl Master {
         path: &[&str],
         body: Option<&impl Serialize>,
     ) -> Result<T, MasterError> {
-        let parsed = self.try_with_key(method, path, body).await.and_then(|text| {
-            serde_json::from_slice(&text).map_err(|error| {
-                let place = format!("line {} column {}", error.line(), error.column());
-                let problem = format!("answered 200 with something else than the JSON that was due ({place})");
-                MasterError::Away { problem, retry_after: None }
-            })
-        });
+        let parsed = self.try_with_key(method, path, body).await.and_then(|text| read(&text));
         self.note(parsed.as_ref().err());
         parsed
     }
 
-    /// One request of whose answer only the success matters.
+    /// One request of whose answer only the success matters, and that it is a master's: something in between may
+    /// answer 200 with a page of its own.
     async fn tell(&self, method: Method, path: &[&str], body: Option<&impl Serialize>) -> Result<(), MasterError> {
-        let told = self.try_with_key(method, path, body).await.map(drop);
+        let told = self.try_with_key(method, path, body).await;
+        let told = told.and_then(|text| if text.is_empty() { Ok(()) } else { read::<IgnoredAny>(&text).map(drop) });
         self.note(told.as_ref().err());
         told
     }
@@ -258,6 +254,14 @@ fn route(base: &Url, path: &[&str]) -> Url {
 /// No await happens under these locks, and no panic leaves them half-changed.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn read<T: DeserializeOwned>(text: &[u8]) -> Result<T, MasterError> {
+    serde_json::from_slice(text).map_err(|error| {
+        let place = format!("line {} column {}", error.line(), error.column());
+        let problem = format!("answered 200 with something else than the JSON that was due ({place})");
+        MasterError::Away { problem, retry_after: None }
+    })
 }
 
 async fn read_bounded(mut response: Response) -> Result<Vec<u8>, MasterError> {

@@ -80,6 +80,11 @@ pub enum DockerError {
 }
 
 impl DockerError {
+    /// For a caller that gave up sooner than the call itself would have.
+    pub(crate) fn silent() -> Self {
+        Self::Unreachable { call: INSPECT, problem: "no answer in time".to_owned() }
+    }
+
     /// Whether Docker itself is away, as against a call that it answered.
     pub fn is_away(&self) -> bool {
         matches!(self, Self::Unreachable { .. } | Self::TimedOut { .. })
