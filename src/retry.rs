@@ -59,6 +59,8 @@ struct Lasting {
     text: String,
 }
 
+/// How often another cause of the same trouble is told.
+const NEWS: Duration = Duration::from_secs(30);
 /// How often a lasting trouble is repeated in the log.
 const REPEAT: Duration = Duration::from_secs(600);
 
@@ -79,8 +81,8 @@ impl Trouble {
             Some(lasting) => {
                 lasting.tries += 1;
                 let (tries, since) = (lasting.tries, Lasts(now - lasting.began));
-                // Another cause is news; the same cause is not.
-                if lasting.text != text {
+                // Another cause is news, the same one is not; causes that take turns are news now and then.
+                if lasting.text != text && now - lasting.said >= NEWS {
                     warn!(tries, %since, "{what} {text}; {next}");
                 } else if now - lasting.said >= REPEAT {
                     warn!(tries, %since, "{what} still {text}; {next}");

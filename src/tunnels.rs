@@ -259,8 +259,8 @@ impl Poller {
                     continue;
                 }
                 _ => {
-                    info!(name = state.name.as_deref().unwrap_or("-"), "command {}", command.name());
                     commands::apply(&mut state, &command);
+                    info!(name = state.name.as_deref().unwrap_or("-"), "command {}", command.name());
                     if !matches!(command, Command::Ingress(_)) {
                         refusal = None;
                     }

@@ -97,6 +97,10 @@ impl DockerError {
                 "trying again, a running tunnel is not affected; check DOCKER_HOST, the socket's permissions and the socket proxy"
             }
             Self::Forbidden { .. } => "trying again; set what it needs on the socket proxy and recreate it",
+            // Up to Engine 24 two who create a network at the same moment get one each.
+            Self::Failed { message, .. } if message.contains("ambiguous") => {
+                "trying again; several networks have this name, remove all but one: docker network ls, docker network rm with the id"
+            }
             _ => "trying again",
         }
     }
