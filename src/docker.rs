@@ -58,16 +58,6 @@ impl Docker {
         &self.host
     }
 
-    /// The Engine's version, for people.
-    ///
-    /// # Errors
-    /// As all calls, see [`DockerError`].
-    pub async fn version(&self) -> Result<String> {
-        let docker = self.client(VERSION)?;
-        let version = limited(VERSION, READ_LIMIT, docker.version()).await?;
-        Ok(version.version.unwrap_or_else(|| "unknown".to_owned()))
-    }
-
     /// Running containers that carry one of the two keys, whatever its value: the filter compares exactly.
     ///
     /// # Errors

@@ -147,11 +147,14 @@ impl EventStream {
         }
     }
 
-    /// Puts a listing in the place of the picture and tells the differences.
+    /// Puts a listing in the place of the picture and tells the differences. The first one tells every container:
+    /// a master that takes nothing from reports, as one that agreed to a lower protocol, then knows them too.
     async fn replace(&mut self, listed: Vec<Container>) {
         let now = Timestamp::now();
+        // Between two runs a container is listed as well; its next start is an event.
+        let running = listed.into_iter().filter(|container| container.status != "restarting");
         let listed: BTreeMap<_, _> =
-            listed.into_iter().filter_map(counted).map(|container| (container.id.clone(), container)).collect();
+            running.into_iter().filter_map(counted).map(|container| (container.id.clone(), container)).collect();
         let mut changes = Vec::new();
         self.inventory.send_if_modified(|inventory| {
             let before = std::mem::replace(&mut inventory.containers, listed);

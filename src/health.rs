@@ -25,7 +25,7 @@ mod own;
 mod plan;
 mod probe;
 mod problem;
-use act::owner_labels;
+use act::{Came, owner_labels};
 use look::{EAGER, Known};
 pub(crate) use own::own_container;
 use plan::{Goal, Owner};
@@ -138,12 +138,15 @@ impl Supervisor {
             } else if self.not_before.is_none_or(|at| Instant::now() >= at) {
                 // A further attempt after a failed one is no news: the status stays what it is until it succeeds.
                 if self.problem.is_none() {
-                    self.publish(&wanted, container.as_ref(), None, matches!(goal, Goal::Run { .. })).await;
+                    if container.as_ref().is_none_or(|container| container.state != RunState::Running) {
+                        self.publish(&wanted, container.as_ref(), None, matches!(goal, Goal::Run { .. })).await;
+                    }
                     self.announce(goal, container.as_ref());
                 }
                 let spec = self.spec(&wanted);
                 match self.act(&steps, spec.as_ref(), stop).await {
-                    Ok(()) => self.settle(),
+                    Ok(Came::ToTheEnd) => self.settle(),
+                    Ok(Came::Interrupted) => {}
                     Err(problem) => self.fail(problem),
                 }
                 found = self.docker.inspect(&name).await;

@@ -94,11 +94,6 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunE
     let store = Store::open(&config.data_dir)?;
     let agent_id = taken(store.agent_id()?);
     let tombstone = taken(store.tombstone()?);
-    if let Some(stone) = tombstone.as_ref().filter(|stone| stone.phase == Phase::Finalized && stone.acknowledged) {
-        warn!("{}", tunnels::epitaph(stone, store.dir()));
-        shutdown.cancelled().await;
-        return Ok(());
-    }
     let state: TunnelState = taken(store.tunnel()?).unwrap_or_default();
 
     let (wanted_tx, wanted) = watch::channel(Wanted::new(&state, tombstone.as_ref()));
@@ -119,6 +114,21 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunE
             RunError::Config(format!("HEALTH_CHECK_PORT={port}: cannot be listened on ({error}); use another port, or 0 to switch the page off"))
         })?),
     };
+    let mut sources = page::Sources {
+        master: master.clone(),
+        session: registrar.watch(),
+        wanted: wanted.clone(),
+        view: view.clone(),
+        inventory: inventory.clone(),
+        started: Instant::now(),
+        tasks: Vec::new(),
+    };
+    if let Some(stone) = tombstone.as_ref().filter(|stone| stone.phase == Phase::Finalized && stone.acknowledged) {
+        warn!("{}", tunnels::epitaph(stone, store.dir()));
+        let _page = listener.map(|listener| tokio::spawn(page::serve(listener, sources)));
+        shutdown.cancelled().await;
+        return Ok(());
+    }
     info!(
         version = env!("CARGO_PKG_VERSION"),
         master = %master.url(),
@@ -145,10 +155,9 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunE
     // The tunnel goes last: what the reporter has to say of it comes first.
     let last = CancellationToken::new();
     let tunnel = {
-        let image = config.tunnel.clone();
-        let supervisor =
-            health::Supervisor::new(docker.clone(), image, config.hostname.clone(), wanted.clone(), wake, view_tx)
-                .map_err(|error| refused(&error))?;
+        let (made_of, own_name) = (config.tunnel.clone(), config.hostname.clone());
+        let supervisor = health::Supervisor::new(docker.clone(), made_of, own_name, wanted.clone(), wake, view_tx)
+            .map_err(|error| refused(&error))?;
         Task::spawn("tunnel", supervisor.run(last.clone()))
     };
     let commands = {
@@ -166,12 +175,9 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunE
         );
         Task::spawn("commands", poller.run(shutdown.clone()))
     };
-    let page = listener.map(|listener| {
-        let tasks = [commands.pulse(), reports.pulse(), events.pulse(), tunnel.pulse()];
-        let session = registrar.watch();
-        let sources = page::Sources { master, session, wanted, view, inventory, started: Instant::now(), tasks };
-        Task::spawn("page", async move { match page::serve(listener, sources).await {} })
-    });
+    sources.tasks = vec![commands.pulse(), reports.pulse(), events.pulse(), tunnel.pulse()];
+    let page =
+        listener.map(|listener| Task::spawn("page", async move { match page::serve(listener, sources).await {} }));
 
     // Until the poller ends, nothing else may; it ends by a shutdown or by the master's last command.
     let Task { handle: mut commands, .. } = commands;

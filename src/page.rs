@@ -23,6 +23,7 @@ use crate::channels::{Inventory, Status, View, Wanted};
 use crate::http;
 use crate::master::Master;
 use crate::registration::Session;
+use crate::state::Phase;
 
 /// Connections served at once; further ones wait in the system's queue.
 const MAX_CONNECTIONS: usize = 16;
@@ -45,7 +46,7 @@ pub struct Sources {
     /// When the agent started.
     pub started: Instant,
     /// The tasks by name, and whether each lives.
-    pub tasks: [(&'static str, Weak<()>); 4],
+    pub tasks: Vec<(&'static str, Weak<()>)>,
 }
 
 /// Opens the port on every interface; inside a container nothing is published by that.
@@ -109,7 +110,9 @@ impl Sources {
         let since_contact = self.master.last_contact().map(|contact| contact.elapsed().as_secs());
         let last_report = self.master.last_report().and_then(|at| jiff::Timestamp::try_from(at).ok());
         let mut problems: Vec<String> = wanted.unsaved.iter().cloned().collect();
-        if session.is_none() {
+        if wanted.decommission == Some(Phase::Finalized) {
+            problems.push("this agent was decommissioned and does nothing".to_owned());
+        } else if session.is_none() {
             problems.push("not registered at the master".to_owned());
         } else if since_contact.is_some_and(|seconds| seconds > 60) {
             problems.push("no contact with the master for more than a minute".to_owned());

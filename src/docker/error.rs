@@ -26,7 +26,6 @@ pub(super) const NETWORK: Call = Call { doing: "look for the tunnel network", gr
 pub(super) const NEW_NETWORK: Call = Call { doing: "create the tunnel network", grant: "NETWORKS=1 and POST=1" };
 pub(super) const IMAGE: Call = Call { doing: "look for the cloudflared image", grant: "IMAGES=1" };
 pub(super) const PULL: Call = Call { doing: "pull the cloudflared image", grant: "IMAGES=1 and POST=1" };
-pub(super) const VERSION: Call = Call { doing: "ask for the Engine's version", grant: "VERSION=1" };
 
 /// Why a call did not succeed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -17,6 +17,14 @@ use crate::retry::Lasts;
 /// Label that says whose the container and the network are.
 const OWNER_LABEL: (&str, &str) = ("com.dockflare.agent.owner", "dockflare-agent");
 
+/// How far a plan was carried out without a failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Came {
+    ToTheEnd,
+    /// By a shutdown or new orders: the next pass looks and plans anew.
+    Interrupted,
+}
+
 impl Supervisor {
     /// Says what is about to happen, and why.
     pub(super) fn announce(&self, goal: &Goal, found: Option<&Inspected>) {
@@ -40,20 +48,20 @@ impl Supervisor {
         steps: &[Action],
         spec: Option<&Spec>,
         stop: &CancellationToken,
-    ) -> Result<(), Problem> {
+    ) -> Result<Came, Problem> {
         let name = self.config.container_name.clone();
         // Has seen what this pass has seen.
         let mut orders = self.wanted.clone();
         for step in steps {
             if stop.is_cancelled() || orders.has_changed().unwrap_or(false) {
-                return Ok(());
+                return Ok(Came::Interrupted);
             }
             let done = match (step, spec) {
                 (Action::Prepare, _) => tokio::select! {
                     // A pull may take minutes, and what it is for may no longer be wanted.
-                    () = stop.cancelled() => return Ok(()),
-                    Ok(()) = orders.changed() => return Ok(()),
-                    prepared = self.prepare() => {
+                    () = stop.cancelled() => return Ok(Came::Interrupted),
+                    Ok(()) = orders.changed() => return Ok(Came::Interrupted),
+                    prepared = self.prepare(steps.contains(&Action::Stop)) => {
                         prepared?;
                         Ok(())
                     }
@@ -68,12 +76,13 @@ impl Supervisor {
                 return Err(self.why_not(*step, &error).await);
             }
         }
-        Ok(())
+        Ok(Came::ToTheEnd)
     }
 
-    async fn prepare(&self) -> Result<(), Problem> {
+    /// `replaces`: something runs that must not be given up for what cannot be had.
+    async fn prepare(&self, replaces: bool) -> Result<(), Problem> {
         self.see_to_network().await?;
-        self.see_to_image().await
+        self.see_to_image(replaces).await
     }
 
     /// Stops the container and waits for cloudflared's drain, which a shutdown must not cut short: a second signal
@@ -124,13 +133,13 @@ impl Supervisor {
         }
     }
 
-    async fn see_to_image(&self) -> Result<(), Problem> {
+    async fn see_to_image(&self, replaces: bool) -> Result<(), Problem> {
         let image = &self.config.image;
         match self.docker.has_image(image).await {
             Ok(true) => return Ok(()),
             Ok(false) => {}
             // Not allowed to look: creating the container tells as well.
-            Err(DockerError::Forbidden { .. }) => return Ok(()),
+            Err(DockerError::Forbidden { .. }) if !replaces => return Ok(()),
             Err(error) => return Err(problem_of(Action::Prepare, &error)),
         }
         info!(image = %image, "pulling the cloudflared image");

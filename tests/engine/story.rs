@@ -1,6 +1,6 @@
 //! The main job from beginning to end.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use dockflare_dev_master::Protocol;
 use testkit::Case;
 
@@ -24,7 +24,7 @@ async fn from_enrolment_to_sigterm(protocol: Protocol) -> Result<()> {
     stage.enrolled_agent("edge").await?;
     agent.wait_for_log("tunnel ready", SOON).await?;
     let known = stage.tunnel_is("running").await?;
-    let status = known.tunnel_status.unwrap();
+    let status = known.tunnel_status.context("no status")?;
     assert_eq!((status.name.as_deref(), status.version.as_deref()), (Some("edge"), Some("2025.9.0")));
 
     let id = stage.scope.run_workload(&[("dockflare.enable", "true"), ("secret", "s")], &[], None, false).await?;

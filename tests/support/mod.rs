@@ -8,6 +8,8 @@ use anyhow::Result;
 use dockflare_dev_master::{Agent, DevMaster, Protocol};
 use testkit::{AgentProcess, Scope};
 
+pub(crate) mod relay;
+
 /// Longest wait for anything that should take moments; the machine may be busy.
 pub(crate) const SOON: Duration = Duration::from_secs(30);
 

@@ -1,0 +1,210 @@
+//! Pulling the image of cloudflared, from a registry of the test's own: Docker asks registries on the loopback
+//! address without TLS.
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::io::Read;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use dockflare_dev_master::Protocol;
+use futures_util::TryStreamExt;
+use http_body_util::Full;
+use hyper::body::{Bytes, Incoming};
+use hyper::service::service_fn;
+use hyper::{Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use ring::digest;
+use serde_json::{Value, json};
+use testkit::bollard::query_parameters::{RemoveImageOptions, TagImageOptions};
+use testkit::{AgentProcess, Case};
+use tokio::net::TcpListener;
+
+use crate::support::{SOON, Stage};
+
+pub(crate) fn cases() -> Vec<Case> {
+    testkit::cases![
+        a_missing_image_is_pulled_by_its_tag,
+        a_missing_image_is_pulled_by_its_digest,
+        an_image_that_appears_while_its_pull_fails_is_used,
+    ]
+}
+
+/// How the registry answers when it is asked for the manifest.
+#[derive(Clone, Copy, PartialEq)]
+enum Mood {
+    Serves,
+    /// Fails, after it has seen to it that the image is there all the same.
+    FailsButTags,
+}
+
+/// A registry with one image: the stand-in.
+struct Registry {
+    /// `127.0.0.1:port/cloudflared`.
+    repository: String,
+    manifest_digest: String,
+    docker: testkit::Docker,
+    _server: tokio::task::JoinHandle<()>,
+}
+
+struct Content {
+    blobs: HashMap<String, (String, Bytes)>,
+    mood: Mood,
+    docker: testkit::Docker,
+    stand_in: String,
+    repository: String,
+}
+
+const MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
+const CONFIG: &str = "application/vnd.docker.container.image.v1+json";
+const LAYER: &str = "application/vnd.docker.image.rootfs.diff.tar.gzip";
+
+fn sha256(bytes: &[u8]) -> String {
+    let hex: String =
+        digest::digest(&digest::SHA256, bytes).as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("sha256:{hex}")
+}
+
+impl Registry {
+    async fn new(mood: Mood) -> Result<Self> {
+        let docker = testkit::docker()?;
+        let stand_in = testkit::images().stand_in_with(&[("STAND_IN_DRAIN", "300")]).await?;
+        let saved: Vec<Bytes> = docker.export_image(&stand_in).try_collect().await?;
+        let mut files = HashMap::new();
+        for entry in tar::Archive::new(saved.concat().as_slice()).entries()? {
+            let mut entry = entry?;
+            let mut content = Vec::new();
+            entry.read_to_end(&mut content)?;
+            files.insert(entry.path()?.display().to_string(), Bytes::from(content));
+        }
+        let index: Value = serde_json::from_slice(files.get("manifest.json").context("no manifest.json")?)?;
+        let file = |name: &Value| files.get(name.as_str().unwrap_or_default()).cloned().context("a file is missing");
+        let config = file(&index[0]["Config"])?;
+        let layers = index[0]["Layers"].as_array().context("no layers")?;
+        let layers: Vec<Bytes> = layers.iter().map(file).collect::<Result<_>>()?;
+        let describe =
+            |kind: &str, bytes: &Bytes| json!({ "mediaType": kind, "size": bytes.len(), "digest": sha256(bytes) });
+        let manifest = json!({
+            "schemaVersion": 2,
+            "mediaType": MANIFEST,
+            "config": describe(CONFIG, &config),
+            "layers": layers.iter().map(|layer| describe(LAYER, layer)).collect::<Vec<_>>(),
+        });
+        let manifest = Bytes::from(manifest.to_string());
+        let manifest_digest = sha256(&manifest);
+        let mut blobs = HashMap::from([
+            ("latest-test".to_owned(), (MANIFEST.to_owned(), manifest.clone())),
+            (manifest_digest.clone(), (MANIFEST.to_owned(), manifest)),
+            (sha256(&config), (CONFIG.to_owned(), config)),
+        ]);
+        blobs.extend(layers.into_iter().map(|layer| (sha256(&layer), (LAYER.to_owned(), layer))));
+
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let repository = format!("{}/cloudflared", listener.local_addr()?);
+        let content = Content { blobs, mood, docker: docker.clone(), stand_in, repository: repository.clone() };
+        let server = tokio::spawn(serve(listener, Arc::new(content)));
+        Ok(Self { repository, manifest_digest, docker, _server: server })
+    }
+
+    fn tagged(&self) -> String {
+        format!("{}:latest-test", self.repository)
+    }
+
+    fn digested(&self) -> String {
+        format!("{}@{}", self.repository, self.manifest_digest)
+    }
+
+    /// Takes away what was pulled.
+    async fn forget(&self) {
+        for reference in [self.tagged(), self.digested()] {
+            let options = RemoveImageOptions { force: true, ..Default::default() };
+            // Most tests make one of the two only.
+            let _ = self.docker.remove_image(&reference, Some(options), None).await;
+        }
+    }
+}
+
+async fn serve(listener: TcpListener, content: Arc<Content>) {
+    while let Ok((stream, _)) = listener.accept().await {
+        let content = content.clone();
+        tokio::spawn(async move {
+            let service = service_fn(move |request| answer(request, content.clone()));
+            // Docker hangs up as it likes.
+            let _ = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+        });
+    }
+}
+
+async fn answer(request: Request<Incoming>, content: Arc<Content>) -> Result<Response<Full<Bytes>>, Infallible> {
+    let path = request.uri().path();
+    let wanted = path.rsplit('/').next().unwrap_or_default();
+    let mut response = Response::new(Full::default());
+    if path.contains("/manifests/") {
+        match content.mood {
+            Mood::Serves => {}
+            Mood::FailsButTags => {
+                let options =
+                    TagImageOptions { repo: Some(content.repository.clone()), tag: Some("latest-test".to_owned()) };
+                // Without the tag the test does not come to its end, which says enough.
+                let _ = content.docker.tag_image(&content.stand_in, Some(options)).await;
+                *response.status_mut() = StatusCode::FORBIDDEN;
+                return Ok(response);
+            }
+        }
+    }
+    match content.blobs.get(wanted) {
+        Some((kind, bytes)) => {
+            let headers = response.headers_mut();
+            headers.extend(
+                [("content-type", kind.as_str()), ("docker-content-digest", &sha256(bytes))].into_iter().filter_map(
+                    |(name, value)| Some((hyper::header::HeaderName::from_static(name), value.parse().ok()?)),
+                ),
+            );
+            *response.body_mut() = Full::new(bytes.clone());
+        }
+        None if path.ends_with("/v2/") => {}
+        None => *response.status_mut() = StatusCode::NOT_FOUND,
+    }
+    Ok(response)
+}
+
+/// An agent whose image this registry has; what was pulled is gone afterwards, also after a failure.
+async fn with_agent(
+    mood: Mood,
+    reference: impl Fn(&Registry) -> String,
+    story: impl AsyncFnOnce(Stage, AgentProcess) -> Result<()>,
+) -> Result<()> {
+    let registry = Registry::new(mood).await?;
+    let stage = Stage::with_image(Protocol::V2, reference(&registry)).await?;
+    let agent = stage.agent()?;
+    let told = story(stage, agent).await;
+    registry.forget().await;
+    told
+}
+
+async fn pulled(reference: impl Fn(&Registry) -> String) -> Result<()> {
+    with_agent(Mood::Serves, reference, async |stage, agent| {
+        stage.enrolled_agent("edge").await?;
+        agent.wait_for_log("pulling the cloudflared image", SOON).await?;
+        agent.wait_for_log("pulled the cloudflared image", SOON).await?;
+        agent.wait_for_log("tunnel ready", SOON).await?;
+        stage.tunnel_is("running").await.map(drop)
+    })
+    .await
+}
+
+async fn a_missing_image_is_pulled_by_its_tag() -> Result<()> {
+    pulled(Registry::tagged).await
+}
+
+async fn a_missing_image_is_pulled_by_its_digest() -> Result<()> {
+    pulled(Registry::digested).await
+}
+
+async fn an_image_that_appears_while_its_pull_fails_is_used() -> Result<()> {
+    with_agent(Mood::FailsButTags, Registry::tagged, async |stage, agent| {
+        stage.enrolled_agent("edge").await?;
+        agent.wait_for_log("tunnel ready", SOON).await.map(drop)
+    })
+    .await
+}

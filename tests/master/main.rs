@@ -1,0 +1,13 @@
+//! The agent and its master, as two programs on one host without Docker: what each row of the protocol says.
+#![allow(clippy::unwrap_used, reason = "what a test shares with another is test as well")]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod desk;
+mod key;
+mod outages;
+mod program;
+mod registration;
+mod secrets;
+mod session;

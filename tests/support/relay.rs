@@ -1,0 +1,115 @@
+//! A door before the Docker Engine that a test can move, shut, or make lie, at one address all the while.
+
+use std::net::{Ipv4Addr, SocketAddr};
+
+use anyhow::Result;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, copy_bidirectional};
+use tokio::net::{TcpListener, TcpStream, UnixStream};
+use tokio::sync::watch;
+use tokio::task::{JoinHandle, JoinSet};
+
+/// Where a connection leads.
+#[derive(Clone, Debug)]
+pub(crate) enum Way {
+    /// To the Engine itself.
+    Engine,
+    /// To a socket proxy at this `host:port`.
+    Proxy(String),
+    /// To the Engine; but a request with `line` in its first line is answered with these bytes.
+    Answer { line: &'static str, with: &'static str },
+}
+
+/// What a socket proxy answers to what it does not let through.
+pub(crate) const REFUSAL: &str =
+    "HTTP/1.0 403 Forbidden\r\nConnection: close\r\nContent-Type: text/html\r\n\r\n<html>403 Forbidden</html>\n";
+
+/// The relay; dropped, it cuts all connections.
+pub(crate) struct Relay {
+    address: SocketAddr,
+    way: watch::Sender<Way>,
+    /// How many requests were answered here.
+    answered: watch::Receiver<u64>,
+    server: JoinHandle<()>,
+}
+
+impl Relay {
+    pub(crate) async fn start(way: Way) -> Result<Self> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+        let address = listener.local_addr()?;
+        let (way, ways) = watch::channel(way);
+        let (count, answered) = watch::channel(0);
+        let server = tokio::spawn(async move {
+            let mut connections = JoinSet::new();
+            while let Ok((client, _)) = listener.accept().await {
+                connections.spawn(serve(client, ways.clone(), count.clone()));
+            }
+        });
+        Ok(Self { address, way, answered, server })
+    }
+
+    /// What an agent puts into `DOCKER_HOST`.
+    pub(crate) fn host_url(&self) -> String {
+        format!("tcp://{}", self.address)
+    }
+
+    /// Cuts all connections; new ones go another way.
+    pub(crate) fn switch(&self, way: Way) {
+        self.way.send_replace(way);
+    }
+
+    /// Goes this way, and waits until a request was answered here.
+    pub(crate) async fn answer_one(&mut self, way: Way) -> Result<()> {
+        self.answered.mark_unchanged();
+        self.switch(way);
+        Ok(tokio::time::timeout(super::SOON, self.answered.changed()).await??)
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.server.abort();
+    }
+}
+
+async fn serve(mut client: TcpStream, mut ways: watch::Receiver<Way>, answered: watch::Sender<u64>) {
+    let way = ways.borrow_and_update().clone();
+    // Both arms may be dropped half-way: that is what a cut is.
+    tokio::select! {
+        _ = ways.changed() => {}
+        _ = forward(&mut client, way, &answered) => {}
+    }
+}
+
+async fn forward(client: &mut TcpStream, way: Way, answered: &watch::Sender<u64>) -> Result<()> {
+    match way {
+        Way::Proxy(address) => join(client, TcpStream::connect(address).await?, &[]).await,
+        Way::Engine => join(client, engine().await?, &[]).await,
+        Way::Answer { line, with } => {
+            let mut head = Vec::new();
+            while !head.windows(2).any(|two| two == b"\r\n") {
+                if client.read_buf(&mut head).await? == 0 {
+                    return Ok(());
+                }
+            }
+            let first = String::from_utf8_lossy(&head);
+            if first.lines().next().is_some_and(|first| first.contains(line)) {
+                client.write_all(with.as_bytes()).await?;
+                client.shutdown().await?;
+                answered.send_modify(|count| *count += 1);
+                return Ok(());
+            }
+            join(client, engine().await?, &head).await
+        }
+    }
+}
+
+async fn join(client: &mut TcpStream, mut other: impl AsyncRead + AsyncWrite + Unpin, first: &[u8]) -> Result<()> {
+    other.write_all(first).await?;
+    copy_bidirectional(client, &mut other).await?;
+    Ok(())
+}
+
+async fn engine() -> Result<UnixStream> {
+    let host = std::env::var("DOCKER_HOST").unwrap_or_default();
+    Ok(UnixStream::connect(host.strip_prefix("unix://").unwrap_or("/var/run/docker.sock")).await?)
+}
