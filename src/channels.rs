@@ -115,6 +115,8 @@ impl Status {
 /// What is known of the tunnel. Two views that are equal need no second message.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct View {
+    /// Whether the supervisor has looked yet; before that nothing here is known.
+    pub looked: bool,
     /// How it is.
     pub status: Status,
     /// Why, short and stable; absent while all is well.

@@ -38,6 +38,8 @@ const IDLE_LIMIT: Duration = Duration::from_secs(300);
 /// Docker answers the subscription a moment before it takes effect. A second listing after this time finds what
 /// happened in that moment.
 const SECOND_LOOK: Duration = Duration::from_secs(1);
+/// Docker may list a container as it was before its last event: the event is right for this long.
+const EVENTS_WIN: Duration = Duration::from_secs(2);
 /// Events remembered to recognise a replay; a replay repeats those of one instant.
 const REMEMBERED: usize = 256;
 
@@ -51,6 +53,8 @@ pub struct EventStream {
     /// Names of the tunnel container and its network, whose events wake the supervisor.
     watched: [String; 2],
     seen: Seen,
+    /// When each container last started or ended, for as long as that counts more than a listing.
+    fresh: BTreeMap<String, Instant>,
     trouble: Trouble,
 }
 
@@ -65,7 +69,16 @@ impl EventStream {
         watched: [String; 2],
     ) -> Self {
         let trouble = Trouble::new("Docker");
-        Self { docker, inventory, changes, wake_supervisor, watched, seen: Seen::default(), trouble }
+        Self {
+            docker,
+            inventory,
+            changes,
+            wake_supervisor,
+            watched,
+            seen: Seen::default(),
+            fresh: BTreeMap::new(),
+            trouble,
+        }
     }
 
     /// Follows Docker for ever. Cancel-safe: dropped at any await, nothing is half-done.
@@ -111,7 +124,10 @@ impl EventStream {
             }
         };
         match listed {
-            Ok(containers) => self.replace(containers).await,
+            // The second look comes anyway.
+            Ok(containers) => {
+                self.replace(containers).await;
+            }
             Err(error) => return Ended::Failed(error),
         }
         if self.trouble.ended() {
@@ -137,9 +153,11 @@ impl EventStream {
                     Err(_) => return Ended::Idle,
                 },
                 () = look => {
-                    second_look = None;
                     match docker.list_with_label_keys(&ENABLE_KEYS).await {
-                        Ok(containers) => self.replace(containers).await,
+                        Ok(containers) => {
+                            let agreed = self.replace(containers).await;
+                            second_look = (!agreed).then(|| Instant::now() + EVENTS_WIN);
+                        }
                         Err(error) => return Ended::Failed(error),
                     }
                 }
@@ -149,15 +167,29 @@ impl EventStream {
 
     /// Puts a listing in the place of the picture and tells the differences. The first one tells every container:
     /// a master that takes nothing from reports, as one that agreed to a lower protocol, then knows them too.
-    async fn replace(&mut self, listed: Vec<Container>) {
-        let now = Timestamp::now();
+    ///
+    /// Returns false when it contradicted a fresh event, which then won: somebody should look again.
+    async fn replace(&mut self, listed: Vec<Container>) -> bool {
+        let (now, asked) = (Timestamp::now(), Instant::now());
+        self.fresh.retain(|_, at| asked - *at < EVENTS_WIN);
         // Between two runs a container is listed as well; its next start is an event.
         let running = listed.into_iter().filter(|container| container.status != "restarting");
-        let listed: BTreeMap<_, _> =
-            running.into_iter().filter_map(counted).map(|container| (container.id.clone(), container)).collect();
-        let mut changes = Vec::new();
+        let mut after: BTreeMap<_, _> =
+            running.filter_map(counted).map(|container| (container.id.clone(), container)).collect();
+        let (fresh, mut agreed, mut changes) = (&self.fresh, true, Vec::new());
         self.inventory.send_if_modified(|inventory| {
-            let before = std::mem::replace(&mut inventory.containers, listed);
+            for id in fresh.keys() {
+                let known = inventory.containers.get(id);
+                if known.is_some() == after.contains_key(id) {
+                    continue;
+                }
+                agreed = false;
+                match known {
+                    Some(container) => drop(after.insert(id.clone(), container.clone())),
+                    None => drop(after.remove(id)),
+                }
+            }
+            let before = std::mem::replace(&mut inventory.containers, after);
             let after = &inventory.containers;
             let gone = before.iter().filter(|(id, _)| !after.contains_key(*id)).map(|(_, c)| (false, c.clone()));
             let new = after.iter().filter(|(id, _)| !before.contains_key(*id)).map(|(_, c)| (true, c.clone()));
@@ -169,6 +201,7 @@ impl EventStream {
         for change in changes {
             self.tell(change).await;
         }
+        agreed
     }
 
     /// Applies one event.
@@ -178,6 +211,11 @@ impl EventStream {
         }
         if self.watched.contains(&event.name) || event.action == Action::Rename {
             self.wake();
+        }
+        if matches!(event.action, Action::Start | Action::End) {
+            let now = Instant::now();
+            self.fresh.insert(event.id.clone(), now);
+            self.fresh.retain(|_, at| now - *at < EVENTS_WIN);
         }
         let at = Timestamp::from_nanosecond(event.at.into()).unwrap_or_else(|_| Timestamp::now());
         let change = match event.action {

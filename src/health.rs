@@ -138,9 +138,7 @@ impl Supervisor {
             } else if self.not_before.is_none_or(|at| Instant::now() >= at) {
                 // A further attempt after a failed one is no news: the status stays what it is until it succeeds.
                 if self.problem.is_none() {
-                    if container.as_ref().is_none_or(|container| container.state != RunState::Running) {
-                        self.publish(&wanted, container.as_ref(), None, matches!(goal, Goal::Run { .. })).await;
-                    }
+                    self.publish(&wanted, container.as_ref(), None, matches!(goal, Goal::Run { .. })).await;
                     self.announce(goal, container.as_ref());
                 }
                 let spec = self.spec(&wanted);
@@ -246,6 +244,7 @@ impl Supervisor {
                 self.attempts.failed(&format_args!("cannot be looked after: Docker {error}"), error.remedy());
             }
             view = View {
+                looked: true,
                 status: Status::Error,
                 reason: Some(reason_of(error).to_owned()),
                 name: wanted.name.clone(),

@@ -260,7 +260,11 @@ impl Reporter {
         self.streams = Streams::default();
         self.quiet = false;
         self.too_large = None;
-        self.outbox.new_session();
+        self.outbox.report_when_complete();
+        // Before the supervisor's first look there is nothing to say, and its first word is a change.
+        if self.inputs.tunnel.borrow_and_update().looked {
+            self.outbox.status();
+        }
     }
 
     /// Takes note of what changed in the inventory and the tunnel while nobody waited for it.

@@ -56,11 +56,12 @@ struct Lasting {
     began: Instant,
     said: Instant,
     tries: u32,
-    text: String,
+    /// The causes that were told; each is news once.
+    told: Vec<String>,
 }
 
-/// How often another cause of the same trouble is told.
-const NEWS: Duration = Duration::from_secs(30);
+/// How many causes of one trouble are told as news; a text that never repeats itself must not fill the log.
+const MOST_CAUSES: usize = 5;
 /// How often a lasting trouble is repeated in the log.
 const REPEAT: Duration = Duration::from_secs(600);
 
@@ -76,21 +77,20 @@ impl Trouble {
         match &mut self.since {
             None => {
                 warn!("{what} {text}; {next}");
-                self.since = Some(Lasting { began: now, said: now, tries: 1, text });
+                self.since = Some(Lasting { began: now, said: now, tries: 1, told: vec![text] });
             }
             Some(lasting) => {
                 lasting.tries += 1;
                 let (tries, since) = (lasting.tries, Lasts(now - lasting.began));
-                // Another cause is news, the same one is not; causes that take turns are news now and then.
-                if lasting.text != text && now - lasting.said >= NEWS {
-                    warn!(tries, %since, "{what} {text}; {next}");
-                } else if now - lasting.said >= REPEAT {
+                if now - lasting.said >= REPEAT {
                     warn!(tries, %since, "{what} still {text}; {next}");
+                } else if lasting.told.len() < MOST_CAUSES && !lasting.told.contains(&text) {
+                    warn!(tries, %since, "{what} {text}; {next}");
+                    lasting.told.push(text);
                 } else {
                     return;
                 }
                 lasting.said = now;
-                lasting.text = text;
             }
         }
     }

@@ -46,6 +46,7 @@ impl Supervisor {
     ) -> Duration {
         let found = found.filter(|found| plan::owner(found) != Owner::Foreign);
         let mut view = View {
+            looked: true,
             name: wanted.name.clone(),
             tunnel_id: wanted.id.clone(),
             container_running: found.is_some_and(|found| found.state == RunState::Running),
@@ -171,6 +172,11 @@ impl Supervisor {
     async fn last_words(&self, token: Option<&Token>) -> String {
         let lines = self.docker.log_tail(&self.config.container_name, 1).await.unwrap_or_default();
         let last = lines.last().map(String::as_str).unwrap_or("(none)");
+        // The time at its beginning would make each line another one.
+        let last = match last.split_once(' ') {
+            Some((time, rest)) if time.parse::<Timestamp>().is_ok() => rest,
+            _ => last,
+        };
         match token {
             Some(token) => last.replace(token.expose(), "<token>"),
             None => last.to_owned(),

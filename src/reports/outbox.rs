@@ -132,12 +132,6 @@ impl Outbox {
         }
     }
 
-    /// The master knows nothing of this session yet.
-    pub(super) fn new_session(&mut self) {
-        self.report_when_complete();
-        self.status = true;
-    }
-
     /// Forgets everything: nothing of it may be said any more.
     pub(super) fn clear(&mut self) {
         *self = Self::default();
@@ -239,8 +233,8 @@ mod tests {
     #[test]
     fn an_incomplete_inventory_is_never_reported_and_said_once_an_interval() {
         let mut outbox = Outbox::default();
-        outbox.new_session();
-        assert_eq!(said(&mut outbox, false), ["Status"], "the report waits for the listing");
+        outbox.report_when_complete();
+        assert_eq!(said(&mut outbox, false), Vec::<String>::new(), "the report waits for the listing");
         outbox.report_now();
         assert_eq!(said(&mut outbox, false), ["Unknown"]);
         assert_eq!(said(&mut outbox, true), ["Report"], "and comes when the listing does");
