@@ -109,6 +109,7 @@ impl EventStream {
             Ok(stream) => pin!(stream),
             Err(error) => return Ended::Failed(error),
         };
+        let asked = Instant::now();
         let mut listing = Box::pin(docker.list_with_label_keys(&ENABLE_KEYS));
         let mut early = VecDeque::new();
         // The stream is polled first, which sends the subscription; what it brings waits for the listing.
@@ -126,7 +127,7 @@ impl EventStream {
         match listed {
             // The second look comes anyway.
             Ok(containers) => {
-                self.replace(containers).await;
+                self.replace(containers, asked).await;
             }
             Err(error) => return Ended::Failed(error),
         }
@@ -153,9 +154,10 @@ impl EventStream {
                     Err(_) => return Ended::Idle,
                 },
                 () = look => {
+                    let asked = Instant::now();
                     match docker.list_with_label_keys(&ENABLE_KEYS).await {
                         Ok(containers) => {
-                            let agreed = self.replace(containers).await;
+                            let agreed = self.replace(containers, asked).await;
                             second_look = (!agreed).then(|| Instant::now() + EVENTS_WIN);
                         }
                         Err(error) => return Ended::Failed(error),
@@ -168,9 +170,9 @@ impl EventStream {
     /// Puts a listing in the place of the picture and tells the differences. The first one tells every container:
     /// a master that takes nothing from reports, as one that agreed to a lower protocol, then knows them too.
     ///
-    /// Returns false when it contradicted a fresh event, which then won: somebody should look again.
-    async fn replace(&mut self, listed: Vec<Container>) -> bool {
-        let (now, asked) = (Timestamp::now(), Instant::now());
+    /// `asked` is when it was asked for. Returns false when it contradicted a fresh event, which then won: somebody should look again.
+    async fn replace(&mut self, listed: Vec<Container>, asked: Instant) -> bool {
+        let now = Timestamp::now();
         self.fresh.retain(|_, at| asked - *at < EVENTS_WIN);
         // Between two runs a container is listed as well; its next start is an event.
         let running = listed.into_iter().filter(|container| container.status != "restarting");
