@@ -1,1 +1,38 @@
-fn main() {}
+//! The project's own commands.
+//!
+//! - [`mod@test`]: `cargo xtask test`, every check there is, with one line of sums at the end.
+//! - [`demo`]: `cargo xtask demo`, the main job on this machine without a master or a Cloudflare account.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+mod demo;
+mod test;
+
+/// The project's own commands.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Check format, lints, tests and documentation; the last line is `N passed, N failed, N skipped`.
+    ///
+    /// What needs a Docker Engine is skipped where none answers, but fails under CI=true.
+    Test,
+    /// Watch the agent work on this machine: no DockFlare master, no Cloudflare account, nothing pulled.
+    ///
+    /// Exit codes: 0 all steps seen, 1 one was not, 69 no Docker Engine answers.
+    Demo(demo::Arguments),
+}
+
+fn main() -> ExitCode {
+    match Arguments::parse().command {
+        Command::Test => test::run(),
+        Command::Demo(arguments) => demo::run(&arguments),
+    }
+}

@@ -12,8 +12,8 @@ use serde_json::Value;
 /// The programs whose package is called otherwise.
 const PACKAGES: [(&str, &str); 2] = [("cloudflared", "cloudflared-stand-in"), ("workload", "cloudflared-stand-in")];
 
-/// Built already, by this process.
-static BUILT: Mutex<Option<HashMap<String, PathBuf>>> = Mutex::new(None);
+/// Built already, by this process; true is the release profile.
+static BUILT: Mutex<Option<HashMap<(String, bool), PathBuf>>> = Mutex::new(None);
 
 /// The workspace's folder.
 ///
@@ -32,35 +32,62 @@ pub fn workspace_root() -> PathBuf {
 /// # Errors
 /// When there is no such program or it does not compile.
 pub fn binary(name: &str) -> Result<PathBuf> {
+    remembered(name, false)
+}
+
+/// As [`binary`], in the release profile: the program that is shipped.
+///
+/// # Errors
+/// As there.
+pub fn release_binary(name: &str) -> Result<PathBuf> {
+    remembered(name, true)
+}
+
+fn remembered(name: &str, release: bool) -> Result<PathBuf> {
     // Held while building: who wants the same program waits for it, who wants another would wait for
     // Cargo's lock anyway.
     let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
     let built = built.get_or_insert_default();
-    if let Some(path) = built.get(name) {
+    let key = (name.to_owned(), release);
+    if let Some(path) = built.get(&key) {
         return Ok(path.clone());
     }
-    let path = build(name).with_context(|| format!("cannot build {name}"))?;
-    built.insert(name.to_owned(), path.clone());
+    let path = build(name, release).with_context(|| format!("cannot build {name}"))?;
+    built.insert(key, path.clone());
     Ok(path)
 }
 
-fn build(name: &str) -> Result<PathBuf> {
-    let package = PACKAGES.iter().find(|(binary, _)| *binary == name).map_or(name, |(_, package)| package);
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| env!("CARGO").into());
-    let mut command = Command::new(cargo);
-    command
-        .args(["build", "--quiet", "--message-format=json-render-diagnostics", "-p", package, "--bin", name])
-        .current_dir(workspace_root())
-        .stdin(Stdio::null())
-        .stderr(Stdio::inherit());
-    for (variable, _) in std::env::vars_os().filter(|(variable, _)| is_cargos_own(variable)) {
-        command.env_remove(variable);
-    }
+fn build(name: &str, release: bool) -> Result<PathBuf> {
+    let mut command = cargo_build(name, release);
+    command.args(["--quiet", "--message-format=json-render-diagnostics"]).stderr(Stdio::inherit());
     let output = command.output().context("cannot run cargo")?;
-    ensure!(output.status.success(), "cargo build -p {package} --bin {name}: {}", output.status);
+    ensure!(output.status.success(), "cargo build --bin {name}: {}", output.status);
     let messages = String::from_utf8_lossy(&output.stdout);
     let path = messages.lines().filter_map(|line| executable(line, name)).next_back();
     path.context("cargo named no executable")
+}
+
+/// The command that builds one of the workspace's programs as [`binary`] and [`release_binary`] do, but
+/// shows Cargo's progress: run it before them where somebody watches.
+#[must_use]
+pub fn cargo_build(name: &str, release: bool) -> Command {
+    let package = PACKAGES.iter().find(|(binary, _)| *binary == name).map_or(name, |(_, package)| package);
+    let mut command = cargo();
+    command.args(["build", "-p", package, "--bin", name]).args(release.then_some("--release"));
+    command
+}
+
+/// Cargo in the workspace's folder, as a person would call it there: without the variables that it sets
+/// for the process it runs, and without standard input.
+#[must_use]
+pub fn cargo() -> Command {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| env!("CARGO").into());
+    let mut command = Command::new(cargo);
+    command.current_dir(workspace_root()).stdin(Stdio::null());
+    for (variable, _) in std::env::vars_os().filter(|(variable, _)| is_cargos_own(variable)) {
+        command.env_remove(variable);
+    }
+    command
 }
 
 /// Where one line of Cargo's report says that the program is.

@@ -28,7 +28,7 @@ pub(crate) fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> 
 pub(crate) async fn end_scope(suffix: &str, owned: &[Owned], want_logs: bool) -> Result<Vec<(String, String)>> {
     let docker = docker()?;
     let label = format!("{SCOPE}={suffix}");
-    let mut containers = containers(&docker, &label, |_| true).await?;
+    let mut containers = ids(containers(&docker, &label, |_| true).await?);
     for owned in owned.iter().filter(|owned| owned.kind == Kind::Container) {
         containers.extend(owned_container(&docker, owned).await);
     }
@@ -39,7 +39,7 @@ pub(crate) async fn end_scope(suffix: &str, owned: &[Owned], want_logs: bool) ->
         }
         remove_container(&docker, id).await?;
     }
-    let mut networks = networks(&docker, &label, |_| true).await?;
+    let mut networks = ids(networks(&docker, &label, |_| true).await?);
     for owned in owned.iter().filter(|owned| owned.kind == Kind::Network) {
         networks.extend(owned_network(&docker, owned).await);
     }
@@ -54,35 +54,32 @@ pub(crate) async fn end_scope(suffix: &str, owned: &[Owned], want_logs: bool) ->
 
 /// Removes what test processes of this machine left that are no more: containers, networks, volumes and
 /// images with this crate's labels, and what they registered by name. [`main`](crate::main) calls it.
+/// Gives what it removed, each like `container web-abcdefgh`.
 ///
 /// # Errors
 /// When the engine refuses.
-pub async fn sweep(docker: &Docker) -> Result<()> {
+pub async fn sweep(docker: &Docker) -> Result<Vec<String>> {
     let ledgers = process::orphaned_ledgers();
-    let mut found = containers(docker, MARK, is_orphan).await?;
-    let names: Vec<_> = ledgers.iter().flat_map(|(_, owned)| owned).collect();
-    for owned in names.iter().filter(|owned| owned.kind == Kind::Container) {
-        found.extend(owned_container(docker, owned).await);
+    let mut removed = remove_all(docker, MARK, is_orphan).await?;
+    for owned in ledgers.iter().flat_map(|(_, owned)| owned) {
+        if remove_owned(docker, owned).await? {
+            removed.push(format!("{} {}", owned.kind, owned.name));
+        }
     }
-    for id in found {
-        remove_container(docker, &id).await?;
-    }
-    let mut found = networks(docker, MARK, is_orphan).await?;
-    for owned in names.iter().filter(|owned| owned.kind == Kind::Network) {
-        found.extend(owned_network(docker, owned).await);
-    }
-    for id in found {
-        remove_network(docker, &id).await?;
-    }
-    for name in volumes(docker, MARK, is_orphan).await? {
-        remove_volume(docker, &name).await?;
-    }
-    remove_images(docker, is_orphan).await?;
     for (path, _) in ledgers {
         // Another process may have swept it at the same time.
         drop(std::fs::remove_file(path));
     }
-    Ok(())
+    Ok(removed)
+}
+
+/// Removes every container, network, volume and image with this label (`key` or `key=value`), by force.
+/// Gives what it removed, as [`sweep`] does.
+///
+/// # Errors
+/// When the engine refuses.
+pub async fn remove_labelled(docker: &Docker, label: &str) -> Result<Vec<String>> {
+    remove_all(docker, label, |_| true).await
 }
 
 /// Removes the images of this process, and what is left of its scopes. [`main`](crate::main) does it at
@@ -95,36 +92,55 @@ pub fn clean_up() -> Result<()> {
 }
 
 async fn end_process(docker: &Docker) -> Result<()> {
-    let mine = |labels: &HashMap<String, String>| me().owns(labels);
-    for id in containers(docker, MARK, mine).await? {
-        remove_container(docker, &id).await?;
-    }
-    for id in networks(docker, MARK, mine).await? {
-        remove_network(docker, &id).await?;
-    }
-    for name in volumes(docker, MARK, mine).await? {
-        remove_volume(docker, &name).await?;
-    }
-    remove_images(docker, mine).await?;
+    remove_all(docker, MARK, |labels| me().owns(labels)).await?;
     process::close_ledger();
     Ok(())
 }
 
 type Labels = HashMap<String, String>;
 
+/// What has the label and is wanted, in the order in which it can be removed.
+async fn remove_all(docker: &Docker, label: &str, wanted: impl Fn(&Labels) -> bool) -> Result<Vec<String>> {
+    let mut removed = Vec::new();
+    for (id, name) in containers(docker, label, &wanted).await? {
+        remove_container(docker, &id).await?;
+        removed.push(format!("container {name}"));
+    }
+    for (id, name) in networks(docker, label, &wanted).await? {
+        remove_network(docker, &id).await?;
+        removed.push(format!("network {name}"));
+    }
+    for name in volumes(docker, label, &wanted).await? {
+        remove_volume(docker, &name).await?;
+        removed.push(format!("volume {name}"));
+    }
+    removed.extend(remove_images(docker, label, &wanted).await?);
+    Ok(removed)
+}
+
 fn label_filter(label: &str) -> Option<HashMap<String, Vec<String>>> {
     Some(HashMap::from([("label".to_owned(), vec![label.to_owned()])]))
 }
 
-async fn containers(docker: &Docker, label: &str, wanted: impl Fn(&Labels) -> bool) -> Result<Vec<String>> {
+/// Ids and names.
+async fn containers(docker: &Docker, label: &str, wanted: impl Fn(&Labels) -> bool) -> Result<Vec<(String, String)>> {
     let options = ListContainersOptions { all: true, filters: label_filter(label), ..Default::default() };
     let found = docker.list_containers(Some(options)).await?.into_iter();
-    Ok(found.filter(|c| wanted(&c.labels.clone().unwrap_or_default())).filter_map(|c| c.id).collect())
+    let found = found.filter(|container| wanted(&container.labels.clone().unwrap_or_default()));
+    let named = found.filter_map(|container| {
+        let id = container.id?;
+        let names = container.names.unwrap_or_default();
+        let name = names.first().map_or(id.as_str(), |name| name.trim_start_matches('/')).to_owned();
+        Some((id, name))
+    });
+    Ok(named.collect())
 }
 
-async fn networks(docker: &Docker, label: &str, wanted: impl Fn(&Labels) -> bool) -> Result<Vec<String>> {
+/// Ids and names.
+async fn networks(docker: &Docker, label: &str, wanted: impl Fn(&Labels) -> bool) -> Result<Vec<(String, String)>> {
     let found = docker.list_networks(Some(ListNetworksOptions { filters: label_filter(label) })).await?.into_iter();
-    Ok(found.filter(|n| wanted(&n.labels.clone().unwrap_or_default())).filter_map(|n| n.id).collect())
+    let found = found.filter(|network| wanted(&network.labels.clone().unwrap_or_default()));
+    Ok(found.filter_map(|network| Some((network.id?, network.name.unwrap_or_default()))).collect())
 }
 
 async fn volumes(docker: &Docker, label: &str, wanted: impl Fn(&Labels) -> bool) -> Result<Vec<String>> {
@@ -132,14 +148,34 @@ async fn volumes(docker: &Docker, label: &str, wanted: impl Fn(&Labels) -> bool)
     Ok(found.volumes.unwrap_or_default().into_iter().filter(|v| wanted(&v.labels)).map(|v| v.name).collect())
 }
 
-async fn remove_images(docker: &Docker, wanted: impl Fn(&Labels) -> bool) -> Result<()> {
-    let options = ListImagesOptions { filters: label_filter(MARK), ..Default::default() };
+async fn remove_images(docker: &Docker, label: &str, wanted: impl Fn(&Labels) -> bool) -> Result<Vec<String>> {
+    let options = ListImagesOptions { filters: label_filter(label), ..Default::default() };
+    let mut removed = Vec::new();
     for image in docker.list_images(Some(options)).await?.into_iter().filter(|image| wanted(&image.labels)) {
         let options = RemoveImageOptions { force: true, ..Default::default() };
         tolerate_gone(docker.remove_image(&image.id, Some(options), None).await.map(drop))
             .with_context(|| format!("cannot remove image {:?}", image.repo_tags))?;
+        removed.push(format!("image {}", image.repo_tags.first().unwrap_or(&image.id)));
     }
-    Ok(())
+    Ok(removed)
+}
+
+fn ids(found: Vec<(String, String)>) -> Vec<String> {
+    found.into_iter().map(|(id, _)| id).collect()
+}
+
+/// Removes a thing registered by name; false if it is not there, or not ours.
+async fn remove_owned(docker: &Docker, owned: &Owned) -> Result<bool> {
+    let found = match owned.kind {
+        Kind::Container => owned_container(docker, owned).await,
+        Kind::Network => owned_network(docker, owned).await,
+    };
+    let Some(id) = found else { return Ok(false) };
+    match owned.kind {
+        Kind::Container => remove_container(docker, &id).await?,
+        Kind::Network => remove_network(docker, &id).await?,
+    }
+    Ok(true)
 }
 
 /// The id of a container registered by name, unless it is older than its registration.

@@ -276,7 +276,10 @@ impl Scope {
 }
 
 /// The last `tail` lines of a container's log, or `all`.
-pub(crate) async fn logs(docker: &Docker, container: &str, tail: &str) -> Result<String> {
+///
+/// # Errors
+/// When there is no such container.
+pub async fn logs(docker: &Docker, container: &str, tail: &str) -> Result<String> {
     let options = LogsOptions { stdout: true, stderr: true, tail: tail.to_owned(), ..Default::default() };
     let mut chunks = docker.logs(container, Some(options));
     let mut log = Vec::new();

@@ -33,13 +33,15 @@ pub async fn engine() -> Option<Docker> {
     docker.filter(|_| answers)
 }
 
-/// Whether this run may not skip.
-pub(crate) fn in_ci() -> bool {
+/// Whether this run may not skip what needs an engine: `CI=true`.
+#[must_use]
+pub fn in_ci() -> bool {
     matches!(std::env::var("CI").as_deref(), Ok("true" | "1"))
 }
 
-/// The engine's socket, as a path on the engine's own host.
-pub(crate) fn socket_path() -> String {
+/// The engine's socket, as a path on the engine's own host: for a mount.
+#[must_use]
+pub fn socket_path() -> String {
     let host = std::env::var("DOCKER_HOST").unwrap_or_default();
     host.strip_prefix("unix://").unwrap_or("/var/run/docker.sock").to_owned()
 }

@@ -1,6 +1,6 @@
 //! Images made from local files, once per process, for engines that can pull nothing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
@@ -23,11 +23,23 @@ const NONROOT: &str = "USER 65532:65532";
 /// Where a distribution keeps the authorities that it trusts.
 const CA_BUNDLE: &str = "/etc/ssl/certs/ca-certificates.crt";
 
-/// The images of this process. [`main`](crate::main) removes them; without it, the next sweep does.
+/// Images, each made once. Those of [`images`] are removed by [`main`](crate::main); without it, by the next
+/// sweep.
 #[derive(Default)]
 pub struct Images {
+    owner: Owner,
     /// A std mutex: no await happens under it. The cell makes who comes second wait for the first.
     made: Mutex<BTreeMap<String, Arc<OnceCell<String>>>>,
+}
+
+/// What the images are called, and by what they are found to be removed.
+#[derive(Default)]
+enum Owner {
+    /// Names and labels that no other process has.
+    #[default]
+    Process,
+    /// See [`Images::named`].
+    Named { repository: String, label: (String, String) },
 }
 
 /// The images of this process.
@@ -38,6 +50,15 @@ pub fn images() -> &'static Images {
 }
 
 impl Images {
+    /// Images called `<repository>/<what>:local` with this label, for something that outlives the process.
+    /// Nobody removes them but who calls [`remove_labelled`](crate::remove_labelled); a later one takes the
+    /// name of an earlier one.
+    #[must_use]
+    pub fn named(repository: &str, label: (&str, &str)) -> Self {
+        let label = (label.0.to_owned(), label.1.to_owned());
+        Self { owner: Owner::Named { repository: repository.to_owned(), label }, made: Mutex::default() }
+    }
+
     /// The `cloudflared` stand-in, in an image like the real one.
     ///
     /// # Errors
@@ -133,18 +154,20 @@ impl Images {
     pub async fn from_last_stage(&self, prefix: &str, file: &Path, sources: &[(&str, &Path)]) -> Result<String> {
         let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
         let stage = dockerfile::last_stage(&text, sources).with_context(|| file.display().to_string())?;
-        let mut context = Files::new().bytes("Dockerfile", stage.dockerfile, 0o644, ROOT);
+        // At the top, so that what an interrupted build leaves has them too.
+        let labels = self.labels().into_iter().map(|(key, value)| format!("LABEL {key}={value:?}\n"));
+        let text = stage.dockerfile.replacen('\n', &format!("\n{}", labels.collect::<String>()), 1);
+        let mut context = Files::new().bytes("Dockerfile", text, 0o644, ROOT);
         for (path, local, mode) in &stage.copies {
             context = match mode {
                 Some(mode) => context.copy(path, local, *mode, ROOT)?,
                 None => context.copy_all(path, local)?,
             };
         }
-        let image = self.free_name(prefix);
+        let image = self.name(prefix);
         let options = BuildImageOptions {
             dockerfile: "Dockerfile".into(),
             t: Some(image.clone()),
-            labels: Some(me().labels()),
             // Steps shared with another process's build could be removed under it.
             nocache: true,
             rm: true,
@@ -163,9 +186,9 @@ impl Images {
     /// # Errors
     /// When the engine refuses.
     pub async fn image_from(&self, prefix: &str, files: &Files, changes: &[String]) -> Result<String> {
-        let image = self.free_name(prefix);
+        let image = self.name(prefix);
         let (repository, tag) = image.rsplit_once(':').context("an image name has a tag")?;
-        let labels = me().labels().into_iter().map(|(key, value)| format!("LABEL {key}={value}"));
+        let labels = self.labels().into_iter().map(|(key, value)| format!("LABEL {key}={value:?}"));
         let options = CreateImageOptions {
             from_src: Some("-".into()),
             repo: Some(repository.to_owned()),
@@ -178,11 +201,23 @@ impl Images {
         Ok(image)
     }
 
-    /// `dockflare-test/<prefix>:<process>-<n>`
-    fn free_name(&self, prefix: &str) -> String {
+    /// `dockflare-test/<prefix>:<process>-<n>`, or as [`Images::named`] says.
+    fn name(&self, prefix: &str) -> String {
         static COUNT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(1);
-        let n = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        format!("dockflare-test/{prefix}:{}-{n}", me().suffix)
+        match &self.owner {
+            Owner::Process => {
+                let n = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                format!("dockflare-test/{prefix}:{}-{n}", me().suffix)
+            }
+            Owner::Named { repository, .. } => format!("{repository}/{prefix}:local"),
+        }
+    }
+
+    fn labels(&self) -> HashMap<String, String> {
+        match &self.owner {
+            Owner::Process => me().labels(),
+            Owner::Named { label: (key, value), .. } => HashMap::from([(key.clone(), value.clone())]),
+        }
     }
 
     /// The image made under this key, or makes it.

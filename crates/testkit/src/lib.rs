@@ -60,16 +60,16 @@ mod runner;
 mod scope;
 
 pub use agent::AgentProcess;
-pub use binaries::{binary, workspace_root};
+pub use binaries::{binary, cargo, cargo_build, release_binary, workspace_root};
 pub use bollard::{self, Docker, models};
-pub use cleanup::{clean_up, sweep};
+pub use cleanup::{clean_up, remove_labelled, sweep};
 pub use cloudflared_stand_in::http;
-pub use containers::Spec;
-pub use engine::{docker, engine, wait_until};
+pub use containers::{Spec, logs};
+pub use engine::{docker, engine, in_ci, socket_path, wait_until};
 pub use files::Files;
 pub use images::{Images, images};
 pub use proxy::Proxy;
-pub use runner::{Case, case, main, note};
+pub use runner::{Case, SWEPT, case, main, note};
 pub use rustix::process::Signal;
 pub use scope::Scope;
 

@@ -1,6 +1,7 @@
 //! Who owns a thing: this test process, told apart from others and from dead ones.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -92,17 +93,22 @@ pub(crate) enum Kind {
     Network,
 }
 
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Container => "container",
+            Self::Network => "network",
+        })
+    }
+}
+
 impl Owned {
     pub(crate) fn now(kind: Kind, name: &str) -> Self {
         Self { kind, name: name.to_owned(), since: Timestamp::now().as_millisecond() }
     }
 
     fn line(&self) -> String {
-        let kind = match self.kind {
-            Kind::Container => "container",
-            Kind::Network => "network",
-        };
-        format!("{kind} {} {}\n", self.since, self.name)
+        format!("{} {} {}\n", self.kind, self.since, self.name)
     }
 
     fn parse(line: &str) -> Option<Self> {

@@ -22,6 +22,10 @@ const GRACE: Duration = Duration::from_secs(60);
 /// Cases mostly wait for Docker: more at once than there are cores.
 const THREADS: usize = 4;
 
+/// What a line on standard error begins with that names something which a dead process left, and which
+/// was removed at the start of a run.
+pub const SWEPT: &str = "testkit: swept ";
+
 type Body = Box<dyn FnOnce() -> Pin<Box<dyn Future<Output = Result<()>>>> + Send>;
 
 /// One test.
@@ -87,8 +91,10 @@ pub fn main(cases: Vec<Case>) -> ExitCode {
 async fn prepare() -> Result<()> {
     let docker = docker()?;
     tokio::time::timeout(Duration::from_secs(10), docker.ping()).await.context("it does not answer")??;
-    if let Err(error) = cleanup::sweep(&docker).await {
-        eprintln!("testkit: cannot sweep: {error:#}");
+    match cleanup::sweep(&docker).await {
+        // `cargo xtask test` looks for this.
+        Ok(swept) => swept.iter().for_each(|thing| eprintln!("{SWEPT}{thing}")),
+        Err(error) => eprintln!("testkit: cannot sweep: {error:#}"),
     }
     // Here, so that a cold build does not count against a case. Its error is shown by who needs it.
     drop(crate::binary("cloudflared"));

@@ -13,7 +13,7 @@ use testkit::bollard::models::{ContainerCreateBody, HealthConfig, HostConfig, Ne
 use testkit::bollard::query_parameters::{
     CreateContainerOptions, ListContainersOptions, ListImagesOptions, ListNetworksOptions, ListVolumesOptions,
 };
-use testkit::{Docker, Scope, Spec, docker, images, token, wait_until};
+use testkit::{Docker, Images, Scope, Spec, docker, images, token, wait_until};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 const SOON: Duration = Duration::from_secs(20);
@@ -34,6 +34,7 @@ fn main() -> ExitCode {
         the_proxy_refuses_what_is_not_open,
         the_proxy_comes_back_at_the_same_address,
         a_last_stage_is_built_from_local_files,
+        named_images_stay_until_their_label_is_removed,
         a_scope_leaves_nothing_behind,
         a_scope_leaves_nothing_behind_after_a_panic,
         a_scope_leaves_alone_what_was_there_before,
@@ -209,6 +210,21 @@ async fn a_last_stage_is_built_from_local_files() -> Result<()> {
     let id = scope.run(Spec { image: &image, args: &["exit", "4"], ..Spec::default() }).await?;
     wait_until("its end", SOON, async || (scope.status(&id).await.ok()? == "exited").then_some(())).await?;
     ensure!(scope.inspect(&id).await?.state.and_then(|state| state.exit_code) == Some(4));
+    Ok(())
+}
+
+async fn named_images_stay_until_their_label_is_removed() -> Result<()> {
+    let scope = Scope::new(docker()?);
+    let (repository, label) = (scope.name("dockflare-test-named"), scope.name("dockflare-test.named"));
+    let image = Images::named(&repository, (&label, "1")).workload().await?;
+    ensure!(image == format!("{repository}/workload:local"), "{image}");
+    testkit::sweep(&docker()?).await?;
+    // A container has its image's labels.
+    let id = scope.run(Spec { image: &image, name: &repository, ..Spec::default() }).await?;
+    let removed = testkit::remove_labelled(&docker()?, &format!("{label}=1")).await?;
+    ensure!(removed == [format!("container {repository}"), format!("image {image}")], "{removed:?}");
+    ensure!(scope.status(&id).await? == "gone");
+    ensure!(testkit::remove_labelled(&docker()?, &label).await?.is_empty());
     Ok(())
 }
 

@@ -1,0 +1,275 @@
+//! The demo's images, networks and containers.
+
+use std::collections::HashMap;
+use std::os::unix::fs::MetadataExt;
+
+use anyhow::{Context, Result, ensure};
+use testkit::bollard::models::{
+    ContainerCreateBody, HealthConfig, HostConfig, NetworkConnectRequest, NetworkCreateRequest, PortBinding,
+    VolumeCreateRequest,
+};
+use testkit::bollard::query_parameters::CreateContainerOptions;
+use testkit::{Docker, Images};
+
+use super::Protocol;
+use super::master::{self, Master};
+use super::story::Story;
+
+/// The containers.
+pub(crate) const AGENT: &str = "dockflare-demo-agent";
+/// Made by the agent.
+pub(crate) const TUNNEL: &str = "dockflare-demo-tunnel";
+pub(crate) const WEB: &str = "dockflare-demo-web";
+const MASTER: &str = "dockflare-demo-master";
+const PROXY: &str = "dockflare-demo-socket-proxy";
+/// Shared by the tunnel and what it serves, and the agent's way to the master.
+pub(crate) const NETWORK: &str = "dockflare-demo-net";
+/// Between the agent and the socket proxy, with no way out.
+const SOCKET_NETWORK: &str = "dockflare-demo-docker-api";
+const VOLUME: &str = "dockflare-demo-data";
+/// Images are called `dockflare-demo/<what>:local`.
+const REPOSITORY: &str = "dockflare-demo";
+
+/// On everything, images included, and so on the containers that the agent makes of them.
+const LABEL: (&str, &str) = ("dockflare-demo", "1");
+/// On the agent's container besides.
+pub(crate) const AGENT_LABEL: &str = "dockflare-demo.agent";
+/// What the agent puts on what it makes itself.
+pub(crate) const AGENTS_OWN: &str = "com.dockflare.agent.owner";
+
+/// Where the master listens in its container.
+const MASTER_PORT: &str = "5000/tcp";
+/// What the agent is allowed, as in the compose file.
+const PROXY_OPENS: [&str; 7] = ["CONTAINERS", "EVENTS", "IMAGES", "NETWORKS", "PING", "POST", "VERSION"];
+const WEB_LABELS: [(&str, &str); 3] = [
+    ("dockflare.enable", "true"),
+    ("dockflare.hostname", "web.example.com"),
+    ("dockflare.service", "http://dockflare-demo-web:8080"),
+];
+
+/// The label as a filter wants it.
+pub(crate) fn label() -> String {
+    format!("{}={}", LABEL.0, LABEL.1)
+}
+
+/// The workload's labels, readable.
+pub(crate) fn web_labels() -> String {
+    WEB_LABELS.map(|(key, value)| format!("{key}={value}")).join(" ")
+}
+
+fn labels<'a>(more: impl IntoIterator<Item = (&'a str, &'a str)>) -> Option<HashMap<String, String>> {
+    let all = [LABEL].into_iter().chain(more);
+    Some(all.map(|(key, value)| (key.to_owned(), value.to_owned())).collect())
+}
+
+/// Builds the programs, with Cargo's progress to watch.
+pub(crate) fn build() -> Result<()> {
+    let programs =
+        [("dockflare-agent", true), ("dockflare-dev-master", false), ("cloudflared", false), ("workload", false)];
+    for (name, release) in programs {
+        let status = testkit::cargo_build(name, release).status().context("cannot run cargo")?;
+        ensure!(status.success(), "cannot build {name}: {status}");
+    }
+    Ok(())
+}
+
+/// Images and networks, ready for the containers.
+pub(crate) struct Scene {
+    docker: Docker,
+    agent: String,
+    cloudflared: String,
+    master: String,
+    web: String,
+    /// None where the agent has to use the socket itself.
+    proxy: Option<String>,
+}
+
+impl Scene {
+    /// Makes images, networks and the volume.
+    pub(crate) async fn prepare(docker: &Docker, story: &Story, socket: bool) -> Result<Self> {
+        let images = Images::named(REPOSITORY, LABEL);
+        let agent = images.agent(&testkit::release_binary("dockflare-agent")?).await?;
+        // A drain as long as the real one's 30 s would only make `docker stop` of the agent slow.
+        let cloudflared = images.stand_in_with(&[("STAND_IN_DRAIN", "1000")]).await?;
+        let (master, web) = (images.dev_master().await?, images.workload().await?);
+        let proxy = if socket { None } else { proxy_image(&images, story).await };
+        let size = docker.inspect_image(&agent).await?.size.unwrap_or_default();
+        let megabytes = size as f64 / 1e6;
+        story.say("docker", format_args!("images made from local files; the agent's has {megabytes:.1} MB"));
+        for (name, internal) in [(NETWORK, false), (SOCKET_NETWORK, true)] {
+            let request = NetworkCreateRequest {
+                name: name.to_owned(),
+                labels: labels([]),
+                internal: Some(internal),
+                ..NetworkCreateRequest::default()
+            };
+            if !internal || proxy.is_some() {
+                docker.create_network(request).await.with_context(|| format!("cannot create network {name}"))?;
+            }
+        }
+        let volume = VolumeCreateRequest { name: Some(VOLUME.to_owned()), labels: labels([]), ..Default::default() };
+        docker.create_volume(volume).await.context("cannot create the data volume")?;
+        Ok(Self { docker: docker.clone(), agent, cloudflared, master, web, proxy })
+    }
+
+    /// Whether the agent reaches Docker through a socket proxy.
+    pub(crate) fn has_proxy(&self) -> bool {
+        self.proxy.is_some()
+    }
+
+    /// Starts the master, its port published on 127.0.0.1; 0 is any free one.
+    pub(crate) async fn start_master(&self, protocol: Protocol, port: u16) -> Result<Master> {
+        let binding = PortBinding { host_ip: Some("127.0.0.1".into()), host_port: Some(port.to_string()) };
+        let host = HostConfig {
+            network_mode: Some(NETWORK.into()),
+            port_bindings: Some(HashMap::from([(MASTER_PORT.to_owned(), Some(vec![binding]))])),
+            ..confined()
+        };
+        let body = ContainerCreateBody {
+            image: Some(self.master.clone()),
+            exposed_ports: Some(vec![MASTER_PORT.to_owned()]),
+            env: environment([("DEV_MASTER_PROTOCOL", protocol.as_str()), ("DEV_MASTER_MASTER_KEY", master::KEY)]),
+            host_config: Some(host),
+            labels: labels([]),
+            ..ContainerCreateBody::default()
+        };
+        self.create(MASTER, body).await?;
+        self.start(MASTER).await?;
+        let network = self.docker.inspect_container(MASTER, None).await?.network_settings.context("no network")?;
+        let mut bindings = network.ports.and_then(|mut ports| ports.remove(MASTER_PORT)?).unwrap_or_default();
+        let port =
+            bindings.pop().and_then(|binding| binding.host_port).context("the master's port is not published")?;
+        Ok(Master::new(port.parse().context("the master's port")?))
+    }
+
+    /// Starts the agent as its compose file does, the socket proxy before it.
+    pub(crate) async fn start_agent(&self, key: &str) -> Result<()> {
+        let master = format!("http://{MASTER}:5000");
+        let mut variables = vec![
+            ("DOCKFLARE_MASTER_URL", master.as_str()),
+            ("DOCKFLARE_API_KEY", key),
+            ("CLOUDFLARED_IMAGE", &self.cloudflared),
+            ("CLOUDFLARED_NETWORK_NAME", NETWORK),
+            ("TUNNEL_CONTAINER_NAME", TUNNEL),
+            ("AGENT_DISPLAY_NAME", "dockflare-demo"),
+            // Below the default, since somebody is watching.
+            ("COMMAND_POLL_INTERVAL_SECONDS", "2"),
+        ];
+        let mut host = HostConfig {
+            network_mode: Some(NETWORK.into()),
+            binds: Some(vec![format!("{VOLUME}:/app/data")]),
+            ..confined()
+        };
+        let url = format!("tcp://{PROXY}:2375");
+        match &self.proxy {
+            Some(image) => {
+                self.start_proxy(image).await?;
+                variables.push(("DOCKER_HOST", &url));
+            }
+            None => {
+                host.binds.get_or_insert_default().push(format!("{}:/var/run/docker.sock:ro", testkit::socket_path()));
+                host.group_add = Some(vec![self.socket_group().await?.to_string()]);
+            }
+        }
+        let body = ContainerCreateBody {
+            image: Some(self.agent.clone()),
+            env: environment(variables),
+            host_config: Some(host),
+            labels: labels([(AGENT_LABEL, "1")]),
+            // The image's own check, but more often.
+            healthcheck: Some(HealthConfig { interval: Some(2_000_000_000), ..HealthConfig::default() }),
+            stop_timeout: Some(60),
+            ..ContainerCreateBody::default()
+        };
+        self.create(AGENT, body).await?;
+        if self.proxy.is_some() {
+            self.connect(SOCKET_NETWORK, AGENT).await?;
+        }
+        self.start(AGENT).await
+    }
+
+    /// Starts the labelled container, and gives its id.
+    pub(crate) async fn start_web(&self) -> Result<String> {
+        let body = ContainerCreateBody {
+            image: Some(self.web.clone()),
+            host_config: Some(HostConfig { network_mode: Some(NETWORK.into()), ..confined() }),
+            labels: labels(WEB_LABELS),
+            ..ContainerCreateBody::default()
+        };
+        let id = self.create(WEB, body).await?;
+        self.start(WEB).await?;
+        Ok(id)
+    }
+
+    async fn start_proxy(&self, image: &str) -> Result<()> {
+        let host = HostConfig {
+            network_mode: Some(SOCKET_NETWORK.into()),
+            binds: Some(vec![format!("{}:/var/run/docker.sock:ro", testkit::socket_path())]),
+            security_opt: Some(vec!["no-new-privileges".into()]),
+            ..HostConfig::default()
+        };
+        let body = ContainerCreateBody {
+            image: Some(image.to_owned()),
+            env: environment(PROXY_OPENS.map(|name| (name, "1"))),
+            host_config: Some(host),
+            labels: labels([]),
+            ..ContainerCreateBody::default()
+        };
+        self.create(PROXY, body).await?;
+        self.start(PROXY).await
+    }
+
+    /// The group that may use the socket, as seen in a container.
+    async fn socket_group(&self) -> Result<u32> {
+        let options = self.docker.info().await?.security_options.unwrap_or_default();
+        if options.iter().any(|option| option == "name=rootless") {
+            // The user who runs the engine is root in its containers, and the socket is theirs.
+            return Ok(0);
+        }
+        let socket = testkit::socket_path();
+        Ok(std::fs::metadata(&socket).with_context(|| format!("cannot look at {socket}"))?.gid())
+    }
+
+    async fn create(&self, name: &str, body: ContainerCreateBody) -> Result<String> {
+        let options = CreateContainerOptions { name: Some(name.to_owned()), ..Default::default() };
+        let created = self.docker.create_container(Some(options), body).await;
+        Ok(created.with_context(|| format!("cannot create {name}"))?.id)
+    }
+
+    async fn connect(&self, network: &str, name: &str) -> Result<()> {
+        let request = NetworkConnectRequest { container: name.to_owned(), ..Default::default() };
+        let connected = self.docker.connect_network(network, request).await;
+        connected.with_context(|| format!("cannot connect {name} to {network}"))
+    }
+
+    async fn start(&self, name: &str) -> Result<()> {
+        self.docker.start_container(name, None).await.with_context(|| format!("cannot start {name}"))
+    }
+}
+
+/// The image of a socket proxy, where HAProxy is installed to be put into one.
+async fn proxy_image(images: &Images, story: &Story) -> Option<String> {
+    match images.haproxy().await {
+        Ok(image) => Some(image),
+        Err(error) => {
+            let why = format!("{error:#}").split_whitespace().collect::<Vec<_>>().join(" ");
+            let what = "no socket proxy: the agent gets the Docker socket, and with it the whole engine";
+            story.say("demo", format_args!("{what} ({why})"));
+            None
+        }
+    }
+}
+
+/// No rights but to run.
+fn confined() -> HostConfig {
+    HostConfig {
+        readonly_rootfs: Some(true),
+        cap_drop: Some(vec!["ALL".into()]),
+        security_opt: Some(vec!["no-new-privileges".into()]),
+        ..HostConfig::default()
+    }
+}
+
+fn environment<'a>(variables: impl IntoIterator<Item = (&'a str, &'a str)>) -> Option<Vec<String>> {
+    Some(variables.into_iter().map(|(name, value)| format!("{name}={value}")).collect())
+}
