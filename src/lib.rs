@@ -161,18 +161,10 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunE
         Task::spawn("tunnel", supervisor.run(last.clone()))
     };
     let commands = {
-        let image = config.tunnel.image.to_string();
-        let poller = tunnels::Poller::new(
-            master.clone(),
-            registrar.clone(),
-            store,
-            config.poll_interval,
-            image,
-            wanted_tx,
-            view.clone(),
-            state,
-            tombstone,
-        );
+        let disk = tunnels::OnDisk { store, state, tombstone };
+        let (interval, image) = (config.poll_interval, config.tunnel.image.to_string());
+        let poller =
+            tunnels::Poller::new(master.clone(), registrar.clone(), disk, interval, image, wanted_tx, view.clone());
         Task::spawn("commands", poller.run(shutdown.clone()))
     };
     sources.tasks = vec![commands.pulse(), reports.pulse(), events.pulse(), tunnel.pulse()];

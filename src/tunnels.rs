@@ -15,7 +15,6 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::channels::{Refusal, View, Wanted};
-use crate::cloudflare::{self, Pushed};
 use crate::master::{Master, MasterError};
 use crate::registration::{Protocol, Registrar, Session};
 use crate::retry::{Backoff, Trouble};
@@ -23,6 +22,7 @@ use crate::state::{AgentId, DesiredState, Phase, Store, Tombstone, TunnelState};
 
 mod commands;
 mod decommission;
+mod ingress;
 use commands::{Command, Rejected};
 use decommission::PendingAck;
 pub(crate) use decommission::epitaph;
@@ -36,20 +36,27 @@ pub enum Ended {
     Decommissioned,
 }
 
+/// What is kept, as it is on disk at this moment.
+#[derive(Debug)]
+pub struct OnDisk {
+    /// The data folder.
+    pub store: Store,
+    /// `tunnel_state.json`.
+    pub state: TunnelState,
+    /// `decommission.json`.
+    pub tombstone: Option<Tombstone>,
+}
+
 /// The command task.
 #[derive(Debug)]
 pub struct Poller {
     master: Arc<Master>,
     registrar: Arc<Registrar>,
-    store: Store,
+    disk: OnDisk,
     interval: Duration,
     cloudflared_image: String,
     wanted: watch::Sender<Wanted>,
     view: watch::Receiver<View>,
-    /// As on disk.
-    state: TunnelState,
-    /// As on disk.
-    tombstone: Option<Tombstone>,
     /// Session whose assignment was looked at.
     recovered: u64,
     /// A reply may have been lost, and commands with it, of which a v1 registration tells the tunnel.
@@ -78,18 +85,15 @@ const FIRST_WAIT: Duration = Duration::from_secs(1);
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
 
 impl Poller {
-    /// `state` and `tombstone` are what is on disk; `wanted` holds what follows from them.
-    #[allow(clippy::too_many_arguments, reason = "each is one thing that only the caller knows")]
+    /// `wanted` holds what follows from `disk`.
     pub fn new(
         master: Arc<Master>,
         registrar: Arc<Registrar>,
-        store: Store,
+        disk: OnDisk,
         interval: Duration,
         cloudflared_image: String,
         wanted: watch::Sender<Wanted>,
         view: watch::Receiver<View>,
-        state: TunnelState,
-        tombstone: Option<Tombstone>,
     ) -> Self {
         let (now, backoff) = (Instant::now(), || Backoff::new(FIRST_WAIT, LONGEST_WAIT));
         let timers = Timers {
@@ -106,13 +110,11 @@ impl Poller {
         Self {
             master,
             registrar,
-            store,
+            disk,
             interval,
             cloudflared_image,
             wanted,
             view,
-            state,
-            tombstone,
             recovered: 0,
             reply_lost: false,
             ack: None,
@@ -137,7 +139,7 @@ impl Poller {
             if self.ack.is_some() && now >= self.timers.ack && self.acknowledge(&shutdown).await {
                 return Ended::Decommissioned;
             }
-            if self.state.pending_ingress.is_some() && now >= self.timers.push {
+            if self.disk.state.pending_ingress.is_some() && now >= self.timers.push {
                 tokio::select! {
                     () = shutdown.cancelled() => return Ended::Shutdown,
                     () = self.push_ingress() => {}
@@ -147,7 +149,7 @@ impl Poller {
                 return Ended::Decommissioned;
             }
             let ack_at = self.ack.is_some().then_some(self.timers.ack);
-            let push_at = self.state.pending_ingress.is_some().then_some(self.timers.push);
+            let push_at = self.disk.state.pending_ingress.is_some().then_some(self.timers.push);
             let next = [Some(self.timers.poll), ack_at, push_at].into_iter().flatten().min();
             let mut sessions = self.registrar.watch();
             tokio::select! {
@@ -161,12 +163,12 @@ impl Poller {
     }
 
     fn is_finalized(&self) -> bool {
-        self.tombstone.as_ref().is_some_and(|tombstone| tombstone.phase == Phase::Finalized)
+        self.disk.tombstone.as_ref().is_some_and(|tombstone| tombstone.phase == Phase::Finalized)
     }
 
     /// One look for commands. Returns whether the master has let go of this agent.
     async fn poll(&mut self, session: Option<&Session>, shutdown: &CancellationToken) -> bool {
-        let agent = match (session, &self.tombstone) {
+        let agent = match (session, &self.disk.tombstone) {
             (Some(session), _) => session.agent_id.clone(),
             (None, Some(tombstone)) => tombstone.agent_id.clone(),
             (None, None) => return false,
@@ -231,8 +233,8 @@ impl Poller {
         if commands.is_empty() {
             return;
         }
-        let mut state = self.state.clone();
-        let mut tombstone = self.tombstone.clone();
+        let mut state = self.disk.state.clone();
+        let mut tombstone = self.disk.tombstone.clone();
         let mut refusal = self.wanted.borrow().refusal.clone();
         for value in commands {
             let command = match Command::parse(value) {
@@ -299,8 +301,8 @@ impl Poller {
             return;
         }
         self.recovered = session.number;
-        let Some(assignment) = session.assignment.as_ref().filter(|_| self.tombstone.is_none()) else { return };
-        match commands::recover(&self.state, assignment) {
+        let Some(assignment) = session.assignment.as_ref().filter(|_| self.disk.tombstone.is_none()) else { return };
+        match commands::recover(&self.disk.state, assignment) {
             Ok(None) => {}
             Ok(Some(state)) => {
                 info!(
@@ -345,9 +347,9 @@ impl Poller {
             }
         }
         self.timers.disk.ended();
-        self.state = state;
-        self.tombstone = tombstone;
-        let wanted = Wanted { refusal, ..Wanted::new(&self.state, self.tombstone.as_ref()) };
+        self.disk.state = state;
+        self.disk.tombstone = tombstone;
+        let wanted = Wanted { refusal, ..Wanted::new(&self.disk.state, self.disk.tombstone.as_ref()) };
         self.wanted.send_if_modified(|known| std::mem::replace(known, wanted.clone()) != wanted);
     }
 
@@ -357,121 +359,13 @@ impl Poller {
         tombstone: Option<&Tombstone>,
     ) -> Result<(), crate::state::StateError> {
         // The tombstone first: on its own it stops the tunnel, also after a crash between the two.
-        if let Some(tombstone) = tombstone.filter(|tombstone| self.tombstone.as_ref() != Some(tombstone)) {
-            self.store.save_tombstone(tombstone).await?;
+        if let Some(tombstone) = tombstone.filter(|tombstone| self.disk.tombstone.as_ref() != Some(tombstone)) {
+            self.disk.store.save_tombstone(tombstone).await?;
         }
-        if *state != self.state {
-            self.store.save_tunnel(state).await?;
+        if *state != self.disk.state {
+            self.disk.store.save_tunnel(state).await?;
         }
         Ok(())
-    }
-
-    /// Sends the pending acknowledgement when it is known what to say. Returns whether the agent is free to go.
-    async fn acknowledge(&mut self, shutdown: &CancellationToken) -> bool {
-        let Some(ack) = self.ack.clone() else { return false };
-        // Without a session, as after a crash in the last phase, the acknowledgement needs one first.
-        let session = tokio::select! {
-            () = shutdown.cancelled() => return false,
-            session = self.registrar.session() => session,
-        };
-        let departure = self.view.borrow_and_update().departure.clone();
-        let Some(message) = ack.message(session.protocol.session(), departure.as_ref(), &self.cloudflared_image) else {
-            // Nothing to say yet; the supervisor's next word wakes this task.
-            self.timers.ack = Instant::now() + LONGEST_WAIT;
-            return false;
-        };
-        let result = tokio::select! {
-            () = shutdown.cancelled() => return false,
-            result = self.master.acknowledge(&session.agent_id, &message) => result,
-        };
-        let finalized = ack.phase == Phase::Finalized && ack.conflict.is_none();
-        match result {
-            Ok(()) => {
-                self.timers.acking.reset();
-                self.ack = None;
-                info!(operation = ack.operation_id, phase = ?ack.phase, "the master took the acknowledgement");
-                finalized && self.bury().await
-            }
-            Err(error) => {
-                self.timers.ack = Instant::now() + self.timers.acking.next(error.retry_after());
-                match (&error, error.status(), error.code()) {
-                    (MasterError::Away { .. } | MasterError::Access { .. }, ..) => false,
-                    // The first one arrived and only its answer was lost: the key and the agent are gone.
-                    (_, Some(401 | 403 | 404), _) if finalized => self.bury().await,
-                    (_, Some(401 | 403 | 404), _) | (_, Some(409), "registration_required") => {
-                        tokio::select! {
-                            () = shutdown.cancelled() => {}
-                            _ = self.registrar.renew(Some(&session)) => {}
-                        }
-                        false
-                    }
-                    _ => {
-                        warn!(
-                            operation = ack.operation_id,
-                            "the master did not take the acknowledgement and {error}; waiting for its next word"
-                        );
-                        self.ack = None;
-                        false
-                    }
-                }
-            }
-        }
-    }
-
-    /// Notes that the master has let go, so that the next start need not ask.
-    async fn bury(&mut self) -> bool {
-        if let Some(tombstone) = self.tombstone.clone() {
-            let tombstone = Tombstone { acknowledged: true, ..tombstone };
-            if let Err(error) = self.store.save_tombstone(&tombstone).await {
-                warn!(
-                    "the end of the decommission cannot be stored: {}; the next start asks the master once more",
-                    crate::error_chain(&error)
-                );
-            }
-        }
-        true
-    }
-
-    /// Pushes the ingress rules that are waiting.
-    async fn push_ingress(&mut self) {
-        let Some(Value::Object(rules)) = self.state.pending_ingress.clone() else { return };
-        let Some(tunnel) = self.state.id.clone() else {
-            warn!("dropping ingress rules: no tunnel is assigned to this agent");
-            return self.forget_ingress().await;
-        };
-        let account = self.state.token.as_ref().and_then(|token| token.claims().ok()).map(|claims| claims.account);
-        match cloudflare::push(&self.master, account.as_deref(), &tunnel, &rules).await {
-            Ok(Pushed::Accepted(rules)) => {
-                info!(rules, "ingress rules pushed");
-                self.forget_ingress().await;
-            }
-            Ok(Pushed::MasterDoesIt) => {
-                if !std::mem::replace(&mut self.timers.no_route, true) {
-                    info!("this master updates the ingress rules itself; the agent leaves that to it");
-                }
-                self.forget_ingress().await;
-            }
-            Err(error @ (MasterError::Away { .. } | MasterError::Access { .. } | MasterError::Refused { .. })) => {
-                self.timers.push = Instant::now() + self.timers.pushing.next(error.retry_after());
-            }
-            Err(error) => {
-                error!(
-                    "dropping ingress rules, since the master {error}; the rules in force stay, save a rule on the master's page to send them again"
-                );
-                self.forget_ingress().await;
-            }
-        }
-    }
-
-    async fn forget_ingress(&mut self) {
-        self.timers.pushing.reset();
-        let mut state = self.state.clone();
-        state.pending_ingress = None;
-        match self.store.save_tunnel(&state).await {
-            Ok(()) => self.state = state,
-            // They are pushed once more, which changes nothing.
-            Err(_) => self.timers.push = Instant::now() + self.timers.pushing.next(None),
-        }
     }
 }
 

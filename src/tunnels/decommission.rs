@@ -2,8 +2,14 @@
 
 use jiff::Timestamp;
 
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
 use super::commands::Decommission;
+use super::{LONGEST_WAIT, Poller};
 use crate::channels::Departure;
+use crate::master::MasterError;
 use crate::master::wire::{Ack, AckPhase};
 use crate::state::{AgentId, Phase, TOMBSTONE, Tombstone, TunnelId};
 
@@ -110,6 +116,74 @@ pub(super) fn decide(
         tombstone
     });
     (written, PendingAck::new(command, phase, None))
+}
+
+impl Poller {
+    /// Sends the pending acknowledgement when it is known what to say. Returns whether the agent is free to go.
+    pub(super) async fn acknowledge(&mut self, shutdown: &CancellationToken) -> bool {
+        let Some(ack) = self.ack.clone() else { return false };
+        // Without a session, as after a crash in the last phase, the acknowledgement needs one first.
+        let session = tokio::select! {
+            () = shutdown.cancelled() => return false,
+            session = self.registrar.session() => session,
+        };
+        let departure = self.view.borrow_and_update().departure.clone();
+        let Some(message) = ack.message(session.protocol.session(), departure.as_ref(), &self.cloudflared_image) else {
+            // Nothing to say yet; the supervisor's next word wakes this task.
+            self.timers.ack = Instant::now() + LONGEST_WAIT;
+            return false;
+        };
+        let result = tokio::select! {
+            () = shutdown.cancelled() => return false,
+            result = self.master.acknowledge(&session.agent_id, &message) => result,
+        };
+        let finalized = ack.phase == Phase::Finalized && ack.conflict.is_none();
+        match result {
+            Ok(()) => {
+                self.timers.acking.reset();
+                self.ack = None;
+                info!(operation = ack.operation_id, phase = ?ack.phase, "the master took the acknowledgement");
+                finalized && self.bury().await
+            }
+            Err(error) => {
+                self.timers.ack = Instant::now() + self.timers.acking.next(error.retry_after());
+                match (&error, error.status(), error.code()) {
+                    (MasterError::Away { .. } | MasterError::Access { .. }, ..) => false,
+                    // The first one arrived and only its answer was lost: the key and the agent are gone.
+                    (_, Some(401 | 403 | 404), _) if finalized => self.bury().await,
+                    (_, Some(401 | 403 | 404), _) | (_, Some(409), "registration_required") => {
+                        tokio::select! {
+                            () = shutdown.cancelled() => {}
+                            _ = self.registrar.renew(Some(&session)) => {}
+                        }
+                        false
+                    }
+                    _ => {
+                        warn!(
+                            operation = ack.operation_id,
+                            "the master did not take the acknowledgement and {error}; waiting for its next word"
+                        );
+                        self.ack = None;
+                        false
+                    }
+                }
+            }
+        }
+    }
+
+    /// Notes that the master has let go, so that the next start need not ask.
+    pub(super) async fn bury(&mut self) -> bool {
+        if let Some(tombstone) = self.disk.tombstone.clone() {
+            let tombstone = Tombstone { acknowledged: true, ..tombstone };
+            if let Err(error) = self.disk.store.save_tombstone(&tombstone).await {
+                warn!(
+                    "the end of the decommission cannot be stored: {}; the next start asks the master once more",
+                    crate::error_chain(&error)
+                );
+            }
+        }
+        true
+    }
 }
 
 /// What an agent says that was decommissioned in an earlier run.

@@ -1,0 +1,53 @@
+//! Handing delivered ingress rules on to Cloudflare. They stay on disk until it has them.
+
+use serde_json::Value;
+use tokio::time::Instant;
+use tracing::{error, info, warn};
+
+use super::Poller;
+use crate::cloudflare::{self, Pushed};
+use crate::master::MasterError;
+
+impl Poller {
+    /// Pushes the ingress rules that are waiting.
+    pub(super) async fn push_ingress(&mut self) {
+        let Some(Value::Object(rules)) = self.disk.state.pending_ingress.clone() else { return };
+        let Some(tunnel) = self.disk.state.id.clone() else {
+            warn!("dropping ingress rules: no tunnel is assigned to this agent");
+            return self.forget_ingress().await;
+        };
+        let account = self.disk.state.token.as_ref().and_then(|token| token.claims().ok()).map(|claims| claims.account);
+        match cloudflare::push(&self.master, account.as_deref(), &tunnel, &rules).await {
+            Ok(Pushed::Accepted(rules)) => {
+                info!(rules, "ingress rules pushed");
+                self.forget_ingress().await;
+            }
+            Ok(Pushed::MasterDoesIt) => {
+                if !std::mem::replace(&mut self.timers.no_route, true) {
+                    info!("this master updates the ingress rules itself; the agent leaves that to it");
+                }
+                self.forget_ingress().await;
+            }
+            Err(error @ (MasterError::Away { .. } | MasterError::Access { .. } | MasterError::Refused { .. })) => {
+                self.timers.push = Instant::now() + self.timers.pushing.next(error.retry_after());
+            }
+            Err(error) => {
+                error!(
+                    "dropping ingress rules, since the master {error}; the rules in force stay, save a rule on the master's page to send them again"
+                );
+                self.forget_ingress().await;
+            }
+        }
+    }
+
+    async fn forget_ingress(&mut self) {
+        self.timers.pushing.reset();
+        let mut state = self.disk.state.clone();
+        state.pending_ingress = None;
+        match self.disk.store.save_tunnel(&state).await {
+            Ok(()) => self.disk.state = state,
+            // They are pushed once more, which changes nothing.
+            Err(_) => self.timers.push = Instant::now() + self.timers.pushing.next(None),
+        }
+    }
+}
