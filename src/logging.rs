@@ -12,6 +12,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
 use tracing_subscriber::{Layer, registry};
 
+use crate::RunError;
 use crate::config::{LogConfig, LogFormat};
 
 /// Starts logging to standard output, for the rest of the process.
@@ -32,6 +33,18 @@ pub fn start(config: &LogConfig) -> Result<(), TryInitError> {
         LogFormat::Json => lines.json().flatten_event(true).with_current_span(false).with_span_list(false).boxed(),
     };
     registry().with(layer.with_filter(config.filter.clone())).try_init()
+}
+
+/// Makes a panic anywhere the end of the process, said in one line, with the exit code for a task that ended.
+///
+/// A task that is gone while the others go on would be the worst of all states: nobody would notice.
+pub fn end_on_panic() {
+    std::panic::set_hook(Box::new(|panic| {
+        let place = panic.location().map(ToString::to_string).unwrap_or_default();
+        let text = panic.payload_as_str().unwrap_or("no message");
+        tracing::error!(place, "{}: {text}", RunError::Task("that panicked"));
+        std::process::exit(RunError::Task("").exit_code().into());
+    }));
 }
 
 /// `key=value`; quoted only where it would not read as one word.

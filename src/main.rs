@@ -39,12 +39,9 @@ async fn main() -> anyhow::Result<ExitCode> {
     match arguments.command.unwrap_or(Command::Run) {
         Command::Run => start().await,
         Command::Healthcheck => {
-            let answer = match Config::load_health_port() {
-                Ok(port) => page::check(port).await,
-                Err(error) => Err(error.to_string()),
-            };
-            println!("{}", answer.as_deref().unwrap_or_else(|problem| problem));
-            Ok(ExitCode::from(u8::from(answer.is_err())))
+            let healthy = page::check(Config::load_health_port()).await;
+            println!("{}", healthy.as_ref().unwrap_or_else(|problem| problem));
+            Ok(ExitCode::from(u8::from(healthy.is_err())))
         }
     }
 }
@@ -58,6 +55,7 @@ async fn start() -> anyhow::Result<ExitCode> {
         }
     };
     logging::start(&loaded.config.log)?;
+    logging::end_on_panic();
     for warning in loaded.warnings {
         warn!("{warning}");
     }

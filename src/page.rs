@@ -20,6 +20,7 @@ use tokio::time::timeout;
 use tracing::warn;
 
 use crate::channels::{Inventory, Status, View, Wanted};
+use crate::config::ConfigErrors;
 use crate::http;
 use crate::master::Master;
 use crate::registration::Session;
@@ -158,8 +159,8 @@ impl Sources {
 ///
 /// # Errors
 /// One line that says why the agent does not count as healthy.
-pub async fn check(port: Option<u16>) -> Result<String, String> {
-    let Some(port) = port else {
+pub async fn check(port: Result<Option<u16>, ConfigErrors>) -> Result<String, String> {
+    let Some(port) = port.map_err(|errors| errors.to_string())? else {
         return Ok("the health page is switched off (HEALTH_CHECK_PORT=0), nothing can be asked".to_owned());
     };
     let client = http::neighbour(Duration::from_secs(4));
