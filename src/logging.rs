@@ -69,3 +69,40 @@ impl FormatTime for Clock {
         write!(writer, "{}", now.strftime("%Y-%m-%dT%H:%M:%S%.3f%:z"))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    #[test]
+    fn a_panic_in_a_task_ends_the_process_with_70() {
+        const ROLE: &str = "DOCKFLARE_TEST_PANICS";
+        if std::env::var_os(ROLE).is_some() {
+            super::end_on_panic();
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            let task = async { tokio::spawn(async { panic!("a mistake") }).await };
+            // Tokio would catch it here, and the others would go on.
+            let _ = runtime.block_on(task);
+            return;
+        }
+        // Itself once more, in a process of its own.
+        let test = ["--exact", "logging::tests::a_panic_in_a_task_ends_the_process_with_70"];
+        let ended = Command::new(std::env::current_exe().unwrap()).args(test).env(ROLE, "1").output().unwrap();
+        assert_eq!(ended.status.code(), Some(70), "{ended:?}");
+    }
+
+    #[test]
+    fn words_are_not_quoted_and_everything_else_is() {
+        let written = |value: &dyn std::fmt::Debug| {
+            let mut text = String::new();
+            let mut writer = tracing_subscriber::fmt::format::Writer::new(&mut text);
+            super::write_field(&mut writer, "name", value).unwrap();
+            text
+        };
+        assert_eq!(written(&"edge-1"), "name=edge-1");
+        assert_eq!(written(&4), "name=4");
+        assert_eq!(written(&"two words"), "name=\"two words\"");
+        assert_eq!(written(&"line\nbreak"), "name=\"line\\nbreak\"");
+        assert_eq!(written(&""), "name=\"\"");
+    }
+}
