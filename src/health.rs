@@ -1,6 +1,6 @@
 //! The tunnel supervisor: one container, kept as it is wanted, and what is known of it.
 //!
-//! Each pass looks (inspection), compares ([`plan`]), acts, asks cloudflared whether it is ready, and publishes a
+//! Each pass looks (inspection), compares (`plan`), acts, asks cloudflared whether it is ready, and publishes a
 //! [`View`]. Nothing is remembered that the next pass could not find out again, so the agent may be killed
 //! between any two steps: whatever it left is one of the states the plan starts from. A pass is woken by the
 //! desired state, by Docker's events, or by a timer; after a failed attempt further ones wait for a back-off.

@@ -1,7 +1,7 @@
 //! Everything that is sent to the master as an event: container changes, complete reports, the tunnel's status
 //! and heartbeats; their order, their numbers and their retries.
 //!
-//! One task, one message in flight. What is due is kept in the [`outbox`]; what the tunnel and the inventory are
+//! One task, one message in flight. What is due is kept in the `outbox`; what the tunnel and the inventory are
 //! is read from their owners at the moment of sending, so a message is never older than its retry. Nothing is on
 //! disk: after a crash a new session begins with a complete report, which says all that matters.
 
