@@ -126,8 +126,11 @@ impl Reporter {
         let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
         let mut failures = 0;
         let mut next_report = Instant::now() + self.interval;
+        let mut sessions = self.registrar.watch();
         while !shutdown.is_cancelled() {
             let registrar = self.registrar.clone();
+            // One that comes after this look wakes the wait below.
+            sessions.mark_unchanged();
             let Some(session) = self.meanwhile(&shutdown, registrar.session()).await else { break };
             self.adopt(&session);
             self.notice();
@@ -138,12 +141,12 @@ impl Reporter {
             }
             if self.is_silenced() {
                 self.outbox.clear();
-                self.wait_for_news(&shutdown, next_report).await;
+                self.wait_for_news(&shutdown, next_report, &mut sessions).await;
                 continue;
             }
             let heartbeat_at = self.master.last_contact().map_or(now, |contact| contact + HEARTBEAT_AFTER);
             let Some(message) = self.outbox.next(self.can_report(), now >= heartbeat_at) else {
-                self.wait_for_news(&shutdown, next_report.min(heartbeat_at)).await;
+                self.wait_for_news(&shutdown, next_report.min(heartbeat_at), &mut sessions).await;
                 continue;
             };
             let payload = self.write(&message, &session);
@@ -237,9 +240,12 @@ impl Reporter {
     }
 
     /// Waits until something is due. All arms are cancel-safe: they only wait for news.
-    async fn wait_for_news(&mut self, shutdown: &CancellationToken, deadline: Instant) {
-        let mut session = self.registrar.watch();
-        session.mark_unchanged();
+    async fn wait_for_news(
+        &mut self,
+        shutdown: &CancellationToken,
+        deadline: Instant,
+        sessions: &mut watch::Receiver<Option<Arc<Session>>>,
+    ) {
         tokio::select! {
             () = shutdown.cancelled() => {}
             () = sleep_until(deadline) => {}
@@ -247,7 +253,7 @@ impl Reporter {
             Ok(()) = self.inputs.inventory.changed() => {}
             Ok(()) = self.inputs.tunnel.changed() => self.outbox.status(),
             Ok(()) = self.inputs.wanted.changed() => {}
-            Ok(()) = session.changed() => {}
+            Ok(()) = sessions.changed() => {}
         }
     }
 

@@ -124,7 +124,10 @@ impl Poller {
 
     /// Polls until `shutdown` or until the master has let go of this agent.
     pub async fn run(mut self, shutdown: CancellationToken) -> Ended {
+        let mut sessions = self.registrar.watch();
         loop {
+            // One that comes after this look, as while a poll is under way, wakes the wait below.
+            sessions.mark_unchanged();
             let session = tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return Ended::Shutdown,
@@ -151,7 +154,6 @@ impl Poller {
             let ack_at = self.ack.is_some().then_some(self.timers.ack);
             let push_at = self.disk.state.pending_ingress.is_some().then_some(self.timers.push);
             let next = [Some(self.timers.poll), ack_at, push_at].into_iter().flatten().min();
-            let mut sessions = self.registrar.watch();
             tokio::select! {
                 () = shutdown.cancelled() => return Ended::Shutdown,
                 () = sleep_until(next.unwrap_or(self.timers.poll)) => {}
