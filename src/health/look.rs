@@ -32,6 +32,10 @@ pub(super) struct Known {
     began: Option<Instant>,
     pub(super) address: Option<String>,
     pub(super) was_ready: bool,
+    /// It can be asked from here: it has answered.
+    answers: bool,
+    /// How often in a row it did not.
+    silences: u32,
     version: Option<String>,
 }
 
@@ -110,6 +114,10 @@ impl Supervisor {
         self.known.address = address.cloned();
         let Some(address) = address else { return Readiness::Silent };
         let readiness = self.probe.readiness(address).await;
+        match readiness {
+            Readiness::Silent => self.known.silences += 1,
+            _ => (self.known.answers, self.known.silences) = (true, 0),
+        }
         if self.known.version.is_none() && readiness != Readiness::Silent {
             self.known.version = self.probe.version(address).await;
         }
@@ -125,8 +133,12 @@ impl Supervisor {
                 view.connections = Some(connections);
                 (Status::Running, CALM)
             }
+            // Once is a busy machine; twice in a row is one that hangs.
+            (Readiness::Silent, _) if self.known.was_ready && self.known.answers && self.known.silences < 2 => {
+                (Status::Running, EAGER)
+            }
             // It cannot be asked from here, so Docker's own check has the word.
-            (Readiness::Silent, Some(Health::Healthy)) => (Status::Running, CALM),
+            (Readiness::Silent, Some(Health::Healthy)) if !self.known.answers => (Status::Running, CALM),
             (Readiness::Silent, Some(Health::Unhealthy)) => (Status::Degraded, PATIENT),
             _ if !self.known.was_ready && age < START_LIMIT => (Status::Starting, waiting),
             (Readiness::NotReady, _) => {
