@@ -3,7 +3,7 @@
 //! [`Wanted`] goes from the command poller to all others, [`View`] from the supervisor, [`Inventory`] and
 //! [`Change`] from the event task. The tasks know these types and not each other.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 use serde_json::{Value, json};
@@ -133,6 +133,27 @@ pub struct View {
     pub container_running: bool,
     /// Set while the agent is being decommissioned, once it is known what became of the container.
     pub departure: Option<Departure>,
+}
+
+/// What is known of the ways from the tunnel container to the labelled containers.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Ways {
+    /// Labelled containers, by id, that visitors cannot be led to.
+    pub unreachable: BTreeMap<String, Unreachable>,
+    /// User-defined networks that the tunnel container should be on besides its own. Empty unless
+    /// `AUTO_CONNECT_NETWORKS` is set.
+    pub networks: BTreeSet<String>,
+}
+
+/// A labelled container that the tunnel cannot reach.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unreachable {
+    /// The container's name.
+    pub name: String,
+    /// What stands in the way.
+    pub problem: String,
+    /// The command, or the change of a label, that mends it.
+    pub remedy: String,
 }
 
 /// What the acknowledgement of a decommission says of this host.

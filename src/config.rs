@@ -4,6 +4,7 @@
 //! [`Config::from_vars`] does the work on any list of pairs, so that tests never touch the process.
 //! Every mistake is reported at once ([`ConfigErrors`]); nothing has been started or written by then.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -16,6 +17,7 @@ use serde::Deserialize;
 use tracing_subscriber::filter::Targets;
 
 mod check;
+mod connector;
 mod environment;
 mod image;
 use check::{Check, health_port};
@@ -87,6 +89,10 @@ pub struct TunnelConfig {
     pub container_name: String,
     /// What becomes of the container when the agent stops.
     pub on_exit: OnExit,
+    /// Further variables of cloudflared, by the names that it knows them by.
+    pub options: BTreeMap<&'static str, String>,
+    /// Whether the tunnel container is connected to networks of labelled containers that share none with it.
+    pub auto_connect: bool,
 }
 
 /// What becomes of the tunnel container when the agent stops.
@@ -164,6 +170,12 @@ struct Raw {
     cloudflared_network_name: Option<String>,
     tunnel_container_name: Option<String>,
     tunnel_on_exit: Option<String>,
+    auto_connect_networks: Option<String>,
+    cloudflared_protocol: Option<String>,
+    cloudflared_region: Option<String>,
+    cloudflared_edge_ip_version: Option<String>,
+    cloudflared_post_quantum: Option<String>,
+    cloudflared_loglevel: Option<String>,
     report_interval_seconds: Option<String>,
     command_poll_interval_seconds: Option<String>,
     agent_display_name: Option<String>,
@@ -253,6 +265,14 @@ impl Config {
             raw.tunnel_on_exit.as_deref(),
             &[("remove", OnExit::Remove), ("keep", OnExit::Keep)],
         );
+        let auto_connect = check.yes_or_no("AUTO_CONNECT_NETWORKS", raw.auto_connect_networks.as_deref());
+        let options = check.connector_options(&[
+            ("CLOUDFLARED_PROTOCOL", raw.cloudflared_protocol),
+            ("CLOUDFLARED_REGION", raw.cloudflared_region),
+            ("CLOUDFLARED_EDGE_IP_VERSION", raw.cloudflared_edge_ip_version),
+            ("CLOUDFLARED_POST_QUANTUM", raw.cloudflared_post_quantum),
+            ("CLOUDFLARED_LOGLEVEL", raw.cloudflared_loglevel),
+        ]);
         let report_interval = check.seconds("REPORT_INTERVAL_SECONDS", raw.report_interval_seconds, 30, 5);
         let poll_interval = check.seconds("COMMAND_POLL_INTERVAL_SECONDS", raw.command_poll_interval_seconds, 10, 1);
         let health_port = health_port(raw.health_check_port.as_deref()).unwrap_or_else(|problem| {
@@ -278,7 +298,7 @@ impl Config {
                 config: Config {
                     master: MasterConfig { url, key, access },
                     docker_host,
-                    tunnel: TunnelConfig { image, network, container_name, on_exit },
+                    tunnel: TunnelConfig { image, network, container_name, on_exit, options, auto_connect },
                     report_interval,
                     poll_interval,
                     display_name: raw.agent_display_name,

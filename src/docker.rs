@@ -21,12 +21,12 @@ use crate::config::{DockerHost, ImageRef};
 use crate::retry::Backoff;
 
 mod error;
+mod spec;
 mod types;
 pub use error::DockerError;
 use error::*;
-pub use types::{
-    Action, Container, Event, Health, Inspected, METRICS_PORT, RunState, SPEC_LABEL, STOP_GRACE_SECONDS, Spec,
-};
+pub use spec::{METRICS_PORT, SPEC_LABEL, STOP_GRACE_SECONDS, Spec};
+pub use types::{Action, Container, Endpoint, Event, Health, Inspected, LastCheck, RunState};
 
 /// A Docker Engine, or the part of it that a socket proxy lets through.
 #[derive(Debug)]
@@ -75,6 +75,27 @@ impl Docker {
             }
         }
         Ok(found.into_values().collect())
+    }
+
+    /// All running containers, whosever they are.
+    ///
+    /// # Errors
+    /// An answer that is not whole is an error, never a short list.
+    pub async fn list_running(&self) -> Result<Vec<Container>> {
+        let docker = self.client(LIST)?;
+        let options = query::ListContainersOptions::default();
+        let listed = limited(LIST, READ_LIMIT, docker.list_containers(Some(options))).await?;
+        Ok(listed.into_iter().map(Container::from).collect())
+    }
+
+    /// Whether this is Docker Desktop, in whose containers `host.docker.internal` is known without being asked for.
+    ///
+    /// # Errors
+    /// As all calls.
+    pub async fn is_desktop(&self) -> Result<bool> {
+        let docker = self.client(VERSION)?;
+        let version = limited(VERSION, READ_LIMIT, docker.version()).await?;
+        Ok(version.platform.is_some_and(|platform| platform.name.contains("Docker Desktop")))
     }
 
     /// Events of containers and networks from now on, or from `since` (seconds and nanoseconds of the Engine's
@@ -253,6 +274,44 @@ impl Docker {
         let options = query::StopContainerOptions { t: seconds, ..Default::default() };
         let limit = CHANGE_LIMIT + grace.unwrap_or_default();
         absent_is_none(limited(call, limit, docker.stop_container(name, Some(options))).await).map(drop)
+    }
+
+    /// Restarts a container, with SIGKILL after `grace`.
+    ///
+    /// # Errors
+    /// As all calls.
+    pub async fn restart(&self, name: &str, grace: Duration) -> Result<()> {
+        let docker = self.client(RESTART)?;
+        let options = query::RestartContainerOptions { t: i32::try_from(grace.as_secs()).ok(), ..Default::default() };
+        limited(RESTART, CHANGE_LIMIT + grace, docker.restart_container(name, Some(options))).await
+    }
+
+    /// Gives a container another name.
+    ///
+    /// # Errors
+    /// [`DockerError::Conflict`] when the name is taken.
+    pub async fn rename(&self, name: &str, to: &str) -> Result<()> {
+        let docker = self.client(RENAME)?;
+        let options = query::RenameContainerOptions { name: to.to_owned() };
+        limited(RENAME, CHANGE_LIMIT, docker.rename_container(name, options)).await
+    }
+
+    /// Connects a container to one more network; its being there already is a success.
+    ///
+    /// # Errors
+    /// [`DockerError::NotFound`] when one of the two is gone.
+    pub async fn connect(&self, network: &str, container: &str) -> Result<()> {
+        let docker = self.client(CONNECT)?;
+        let request = models::NetworkConnectRequest { container: container.to_owned(), ..Default::default() };
+        match limited(CONNECT, CHANGE_LIMIT, docker.connect_network(network, request)).await {
+            // Docker itself says 403 as well: "endpoint with name … already exists in network …".
+            Err(DockerError::Forbidden { .. }) if self.is_on(container, network).await => Ok(()),
+            connected => connected,
+        }
+    }
+
+    async fn is_on(&self, container: &str, network: &str) -> bool {
+        matches!(self.inspect(container).await, Ok(Some(found)) if found.networks.contains_key(network))
     }
 
     /// Removes a container, killing it when it runs; its not being there is a success.

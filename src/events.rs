@@ -222,11 +222,13 @@ impl EventStream {
         let at = Timestamp::from_nanosecond(event.at.into()).unwrap_or_else(|_| Timestamp::now());
         let change = match event.action {
             Action::Start => {
+                let image = event.attributes.get("image").cloned().unwrap_or_default();
                 let container = Container {
                     id: event.id,
                     name: event.name,
                     labels: event.attributes,
                     status: "running".to_owned(),
+                    image,
                 };
                 let Some(container) = counted(container) else { return };
                 let mut is_new = false;

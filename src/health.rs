@@ -195,6 +195,7 @@ impl Supervisor {
             image: self.config.image.to_string(),
             network: self.config.network.clone(),
             token: wanted.token.clone()?,
+            options: self.config.options.clone(),
             labels,
         })
     }

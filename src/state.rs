@@ -240,4 +240,15 @@ fn parse_json<T: for<'de> Deserialize<'de>>(text: Vec<u8>) -> Result<T, String> 
 }
 
 #[cfg(test)]
+pub(crate) mod testing {
+    use base64::Engine as _;
+
+    /// A token that cloudflared would take, for this tunnel.
+    pub(crate) fn token(tunnel: &str) -> String {
+        let json = serde_json::json!({ "a": "acc", "t": tunnel, "s": "c2VjcmV0" });
+        base64::engine::general_purpose::STANDARD.encode(json.to_string())
+    }
+}
+
+#[cfg(test)]
 mod tests;

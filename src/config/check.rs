@@ -175,6 +175,12 @@ impl Check {
         }
     }
 
+    /// A switch, off when it is not set.
+    pub(super) fn yes_or_no(&mut self, name: &str, value: Option<&str>) -> bool {
+        let words = [("false", false), ("true", true), ("0", false), ("1", true), ("no", false), ("yes", true)];
+        self.one_of(name, value, &words)
+    }
+
     /// Python's level names, for people who come from the Python agent, or `tracing` directives.
     pub(super) fn log_filter(&mut self, value: &str) -> Targets {
         let level = match value.to_ascii_uppercase().as_str() {

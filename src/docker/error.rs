@@ -14,13 +14,18 @@ pub struct Call {
 }
 
 pub(super) const LIST: Call = Call { doing: "list containers", grant: "CONTAINERS=1" };
-pub(super) const INSPECT: Call = Call { doing: "inspect the tunnel container", grant: "CONTAINERS=1" };
+pub(super) const INSPECT: Call = Call { doing: "inspect a container", grant: "CONTAINERS=1" };
 pub(super) const LOGS: Call = Call { doing: "read the tunnel container's log", grant: "CONTAINERS=1" };
 pub(super) const EVENTS: Call = Call { doing: "listen to events", grant: "EVENTS=1" };
 pub(super) const CREATE: Call = Call { doing: "create the tunnel container", grant: "CONTAINERS=1 and POST=1" };
 pub(super) const START: Call = Call { doing: "start the tunnel container", grant: "CONTAINERS=1 and POST=1" };
 pub(super) const STOP: Call = Call { doing: "stop the tunnel container", grant: "CONTAINERS=1 and POST=1" };
 pub(super) const REMOVE: Call = Call { doing: "remove the tunnel container", grant: "CONTAINERS=1 and POST=1" };
+pub(super) const RESTART: Call = Call { doing: "restart the tunnel container", grant: "CONTAINERS=1 and POST=1" };
+pub(super) const RENAME: Call = Call { doing: "rename the tunnel container", grant: "CONTAINERS=1 and POST=1" };
+pub(super) const CONNECT: Call =
+    Call { doing: "connect the tunnel container to a network", grant: "NETWORKS=1 and POST=1" };
+pub(super) const VERSION: Call = Call { doing: "tell its version", grant: "VERSION=1" };
 pub(super) const SELF_STOP: Call = Call { doing: "stop the agent's own container", grant: "CONTAINERS=1 and POST=1" };
 pub(super) const NETWORK: Call = Call { doing: "look for the tunnel network", grant: "NETWORKS=1" };
 pub(super) const NEW_NETWORK: Call = Call { doing: "create the tunnel network", grant: "NETWORKS=1 and POST=1" };

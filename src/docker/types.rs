@@ -1,11 +1,10 @@
 //! What the agent knows of containers, in its own words, and how that is read from and written for the Engine.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use bollard::models;
-use ring::digest;
 
-use crate::state::Token;
+use crate::state::{Token, TunnelId};
 
 /// A running container from a listing.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,6 +17,8 @@ pub struct Container {
     pub labels: BTreeMap<String, String>,
     /// `running`, `paused`, …
     pub status: String,
+    /// Reference of the image it was created from.
+    pub image: String,
 }
 
 impl From<models::ContainerSummary> for Container {
@@ -30,6 +31,7 @@ impl From<models::ContainerSummary> for Container {
             name: name.unwrap_or_default().to_owned(),
             labels: summary.labels.unwrap_or_default().into_iter().collect(),
             status: summary.state.map(|state| state.to_string()).unwrap_or_default(),
+            image: summary.image.unwrap_or_default(),
         }
     }
 }
@@ -95,20 +97,69 @@ pub struct Inspected {
     pub started_at: String,
     /// How it last ended; 0 while it never did.
     pub exit_code: i64,
+    /// Whether the kernel ended it for want of memory.
+    pub out_of_memory: bool,
+    /// How often Docker's restart policy has started it again; a start by hand sets it back to 0.
+    pub restarts: u64,
     /// What Docker says of a start that failed.
     pub error: String,
     /// What its own health check says.
     pub health: Option<Health>,
+    /// How the health check's last try ended.
+    pub last_check: Option<LastCheck>,
     /// Reference of the image it was created from.
     pub image: String,
-    /// Entrypoint and command together.
+    /// Entrypoint and command together, without the values of options that may be secret.
     pub command: Vec<String>,
     /// Names of the variables it was given; the values may be secrets and are not kept.
     pub env_names: Vec<String>,
+    /// The tunnel whose connector it is, where a token in its environment or its command says so.
+    pub serves: Option<TunnelId>,
     /// Its labels.
     pub labels: HashMap<String, String>,
-    /// Its address by network; empty while it does not run.
-    pub networks: BTreeMap<String, String>,
+    /// Where it is reached, by network.
+    pub networks: BTreeMap<String, Endpoint>,
+    /// `host`, `none`, `container:<id>`, or the name of the network it began on.
+    pub network_mode: String,
+    /// The TCP ports that its image or whoever made it declares.
+    pub ports: BTreeSet<u16>,
+}
+
+/// A container's place on a network.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Endpoint {
+    /// Its address; empty while it does not run.
+    pub address: String,
+    /// The host's address there; empty while it does not run.
+    pub gateway: String,
+    /// What it is called there besides its own name, as Docker's DNS has it.
+    pub aliases: Vec<String>,
+}
+
+/// How a try of the health check ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LastCheck {
+    /// cloudflared answered that it is ready.
+    Ready,
+    /// It answered that it is not.
+    NotReady,
+    /// It did not answer in time.
+    TimedOut,
+    /// The check itself could not be run.
+    Broken,
+}
+
+impl LastCheck {
+    /// `tunnel ready` exits 0 or 1; Docker notes a time-out as exit code -1 and says so (Engine 20.10 to 29).
+    fn of(result: &models::HealthcheckResult) -> Self {
+        let output = result.output.as_deref().unwrap_or_default();
+        match result.exit_code.unwrap_or(-1) {
+            0 => Self::Ready,
+            1 => Self::NotReady,
+            _ if output.contains("exceeded timeout") => Self::TimedOut,
+            _ => Self::Broken,
+        }
+    }
 }
 
 /// What a container is doing.
@@ -146,8 +197,9 @@ impl From<models::ContainerInspectResponse> for Inspected {
         let state = response.state.unwrap_or_default();
         let config = response.config.unwrap_or_default();
         let networks = response.network_settings.and_then(|settings| settings.networks).unwrap_or_default();
-        let command = config.entrypoint.into_iter().chain(config.cmd).flatten().collect();
+        let command: Vec<String> = config.entrypoint.into_iter().chain(config.cmd).flatten().collect();
         let env = config.env.unwrap_or_default();
+        let health = state.health.unwrap_or_default();
         Self {
             id: response.id.unwrap_or_default(),
             name: response.name.unwrap_or_default().trim_start_matches('/').to_owned(),
@@ -161,156 +213,126 @@ impl From<models::ContainerInspectResponse> for Inspected {
             },
             started_at: state.started_at.unwrap_or_default(),
             exit_code: state.exit_code.unwrap_or_default(),
+            out_of_memory: state.oom_killed.unwrap_or_default(),
+            restarts: response.restart_count.and_then(|count| u64::try_from(count).ok()).unwrap_or_default(),
             error: state.error.unwrap_or_default(),
-            health: state.health.and_then(|health| health.status).and_then(|status| match status {
+            health: health.status.and_then(|status| match status {
                 HealthStatus::STARTING => Some(Health::Starting),
                 HealthStatus::HEALTHY => Some(Health::Healthy),
                 HealthStatus::UNHEALTHY => Some(Health::Unhealthy),
                 HealthStatus::EMPTY | HealthStatus::NONE => None,
             }),
+            last_check: health.log.and_then(|tries| tries.last().map(LastCheck::of)),
             image: config.image.unwrap_or_default(),
-            command,
+            serves: tunnel_of(&env, &command),
+            command: without_tokens(command),
             env_names: env.iter().filter_map(|entry| Some(entry.split_once('=')?.0.to_owned())).collect(),
             labels: config.labels.unwrap_or_default(),
-            networks: networks
-                .into_iter()
-                .map(|(name, endpoint)| (name, endpoint.ip_address.unwrap_or_default()))
+            networks: networks.into_iter().map(|(name, endpoint)| (name, Endpoint::from(endpoint))).collect(),
+            network_mode: response.host_config.and_then(|host| host.network_mode).unwrap_or_default(),
+            ports: config
+                .exposed_ports
+                .unwrap_or_default()
+                .iter()
+                .filter_map(|port| port.strip_suffix("/tcp")?.parse().ok())
                 .collect(),
         }
     }
 }
 
-/// Everything a tunnel container is made of. Two specs with the same [`Spec::hash`] make the same container.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Spec {
-    /// Reference of the image.
-    pub image: String,
-    /// The one network it is on.
-    pub network: String,
-    /// The connector's token.
-    pub token: Token,
-    /// Labels that say whose it is.
-    pub labels: BTreeMap<String, String>,
-}
-
-/// Label whose value is the hash of the spec.
-pub const SPEC_LABEL: &str = "com.dockflare.agent.spec";
-
-/// cloudflared's drain is 30 s unless told otherwise; a shorter time-out kills it in the middle.
-pub const STOP_GRACE_SECONDS: u16 = 35;
-
-/// Where cloudflared serves `/ready` and `/metrics`. Pinned, since left alone it moves when the port is taken.
-pub const METRICS_PORT: u16 = 20241;
-
-impl Spec {
-    /// SHA-256 over everything that the container is made of, the token included, as lower-case hex.
-    pub fn hash(&self) -> String {
-        let plain = serde_json::to_string(&serde_json::to_value(self.plain_body()).unwrap_or_default());
-        let digest = digest::digest(&digest::SHA256, plain.unwrap_or_default().as_bytes());
-        digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
-    }
-
-    /// The body of the create call.
-    pub(super) fn body(&self) -> models::ContainerCreateBody {
-        let mut body = self.plain_body();
-        body.labels.get_or_insert_default().insert(SPEC_LABEL.to_owned(), self.hash());
-        body
-    }
-
-    fn plain_body(&self) -> models::ContainerCreateBody {
-        let words = |list: &[&str]| Some(list.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>());
-        let seconds = |n: i64| Some(n * 1_000_000_000);
-        models::ContainerCreateBody {
-            image: Some(self.image.clone()),
-            cmd: words(&["tunnel", "--no-autoupdate", "run"]),
-            env: Some(vec![
-                format!("TUNNEL_TOKEN={}", self.token.expose()),
-                format!("TUNNEL_METRICS=0.0.0.0:{METRICS_PORT}"),
-            ]),
-            labels: Some(self.labels.clone().into_iter().collect()),
-            stop_timeout: Some(STOP_GRACE_SECONDS.into()),
-            // Docker asks cloudflared itself, so nobody needs the right to execute anything in the container.
-            healthcheck: Some(models::HealthConfig {
-                test: words(&[
-                    "CMD",
-                    "cloudflared",
-                    "tunnel",
-                    "--metrics",
-                    &format!("127.0.0.1:{METRICS_PORT}"),
-                    "ready",
-                ]),
-                interval: seconds(15),
-                timeout: seconds(5),
-                start_period: seconds(15),
-                retries: Some(3),
-                ..Default::default()
-            }),
-            host_config: Some(models::HostConfig {
-                network_mode: Some(self.network.clone()),
-                restart_policy: Some(models::RestartPolicy {
-                    name: Some(models::RestartPolicyNameEnum::UNLESS_STOPPED),
-                    ..Default::default()
-                }),
-                log_config: Some(models::HostConfigLogConfig {
-                    typ: Some("json-file".to_owned()),
-                    config: Some([("max-size", "10m"), ("max-file", "3")].map(|(k, v)| (k.into(), v.into())).into()),
-                }),
-                cap_drop: words(&["ALL"]),
-                security_opt: words(&["no-new-privileges:true"]),
-                readonly_rootfs: Some(true),
-                // Threads count: Go makes one for each call that blocks.
-                pids_limit: Some(512),
-                ..Default::default()
-            }),
-            ..Default::default()
+impl From<models::EndpointSettings> for Endpoint {
+    fn from(settings: models::EndpointSettings) -> Self {
+        let mut aliases = settings.aliases.unwrap_or_default();
+        // From Engine 25 on this is the whole list, the container's own name and host name included.
+        aliases.extend(settings.dns_names.unwrap_or_default());
+        aliases.sort_unstable();
+        aliases.dedup();
+        Self {
+            address: settings.ip_address.unwrap_or_default(),
+            gateway: settings.gateway.unwrap_or_default(),
+            aliases,
         }
     }
+}
+
+/// The tunnel that a token in the environment, or behind `--token` of the command, is for.
+fn tunnel_of(env: &[String], command: &[String]) -> Option<TunnelId> {
+    let in_env = env.iter().find_map(|entry| entry.strip_prefix("TUNNEL_TOKEN="));
+    let in_command = || {
+        let mut words = command.iter().map(String::as_str);
+        words
+            .by_ref()
+            .find_map(|word| if word == "--token" { Some("") } else { word.strip_prefix("--token=") })
+            .and_then(|text| if text.is_empty() { words.next() } else { Some(text) })
+    };
+    let text = in_command().or(in_env)?;
+    Token::new(text).claims().ok().map(|claims| claims.tunnel)
+}
+
+/// The command with nothing of a token in it.
+fn without_tokens(command: Vec<String>) -> Vec<String> {
+    let mut hide = false;
+    let hidden = command.into_iter().map(|word| {
+        let hidden = std::mem::replace(&mut hide, word == "--token");
+        if hidden || word.starts_with("--token=") { "<token>".to_owned() } else { word }
+    });
+    hidden.collect()
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+    use crate::state::testing::token;
 
-    fn spec() -> Spec {
-        Spec {
-            image: "cloudflare/cloudflared:1".into(),
-            network: "net".into(),
-            token: Token::new("s3cret"),
-            // Enough of them that an order left to chance would show.
-            labels: ('a'..='p').map(|key| (key.to_string(), "1".to_owned())).collect(),
-        }
+    fn inspected(response: serde_json::Value) -> Inspected {
+        Inspected::from(serde_json::from_value::<models::ContainerInspectResponse>(response).unwrap())
     }
 
     #[test]
-    fn the_hash_changes_with_every_part_and_with_nothing_else() {
-        let base = spec().hash();
-        assert_eq!(base, spec().hash());
-        assert_eq!(base.len(), 64);
-        let changes: [fn(&mut Spec); 4] = [
-            |spec| spec.image.push('2'),
-            |spec| spec.network.push('2'),
-            |spec| spec.token = Token::new("other"),
-            |spec| drop(spec.labels.insert("z".into(), "3".into())),
+    fn the_tunnel_of_a_connector_is_read_from_its_environment_or_its_command_and_the_token_is_not_kept() {
+        let token = token("t1");
+        let commands = [
+            (json!(["tunnel", "run"]), json!([format!("TUNNEL_TOKEN={token}")])),
+            (json!(["tunnel", "run", "--token", token]), json!([])),
+            (json!(["tunnel", "run", format!("--token={token}")]), json!(["TUNNEL_TOKEN=other"])),
         ];
-        for (number, change) in changes.into_iter().enumerate() {
-            let mut changed = spec();
-            change(&mut changed);
-            assert_ne!(changed.hash(), base, "change {number}");
+        for (command, env) in commands {
+            let seen = inspected(json!({ "Config": { "Entrypoint": ["cloudflared"], "Cmd": command, "Env": env } }));
+            assert_eq!(seen.serves, Some(TunnelId("t1".into())), "{command}");
+            assert!(!format!("{seen:?}").contains(&token), "{command}");
+        }
+        let other = inspected(json!({ "Config": { "Cmd": ["tunnel", "run", "--token"], "Env": ["TUNNEL_TOKEN=%"] } }));
+        assert_eq!(other.serves, None);
+    }
+
+    #[test]
+    fn the_last_try_of_a_health_check_tells_a_refusal_from_a_silence() {
+        for (code, output, expected) in [
+            (0, "", LastCheck::Ready),
+            (1, "endpoint returned status code 503", LastCheck::NotReady),
+            (-1, "Health check exceeded timeout (5s)", LastCheck::TimedOut),
+            (-1, "OCI runtime exec failed: executable file not found in $PATH", LastCheck::Broken),
+        ] {
+            let log = json!([{ "ExitCode": 0, "Output": "" }, { "ExitCode": code, "Output": output }]);
+            let seen = inspected(json!({ "State": { "Health": { "Status": "unhealthy", "Log": log } } }));
+            assert_eq!((seen.health, seen.last_check), (Some(Health::Unhealthy), Some(expected)), "{output}");
         }
     }
 
     #[test]
-    fn the_container_can_do_as_little_as_cloudflared_needs() {
-        let body = serde_json::to_value(spec().body()).unwrap();
-        let host = &body["HostConfig"];
-        assert_eq!(host["CapDrop"], serde_json::json!(["ALL"]));
-        assert_eq!(host["SecurityOpt"], serde_json::json!(["no-new-privileges:true"]));
-        assert_eq!(host["ReadonlyRootfs"], true);
-        assert_eq!(host["RestartPolicy"]["Name"], "unless-stopped");
-        assert_eq!(body["Cmd"], serde_json::json!(["tunnel", "--no-autoupdate", "run"]));
-        for dangerous in ["Binds", "Mounts", "Privileged", "Devices", "CapAdd", "PidMode", "PortBindings"] {
-            assert!(host.get(dangerous).is_none(), "{dangerous}");
-        }
-        assert_eq!(body["Labels"][SPEC_LABEL], spec().hash());
+    fn places_on_networks_and_declared_ports_are_read() {
+        let seen = inspected(json!({
+            "HostConfig": { "NetworkMode": "net" },
+            "Config": { "ExposedPorts": { "80/tcp": {}, "53/udp": {} } },
+            "NetworkSettings": { "Networks": { "net": {
+                "IPAddress": "172.18.0.3", "Gateway": "172.18.0.1", "Aliases": ["web"], "DNSNames": ["web", "web-1"],
+            } } },
+        }));
+        let place = &seen.networks["net"];
+        assert_eq!((place.address.as_str(), place.gateway.as_str()), ("172.18.0.3", "172.18.0.1"));
+        assert_eq!(place.aliases, ["web", "web-1"]);
+        assert_eq!((seen.network_mode.as_str(), seen.ports), ("net", BTreeSet::from([80])));
     }
 }

@@ -110,7 +110,8 @@ impl Supervisor {
             let now = Instant::now();
             self.known = Known { life, began: Some(now.checked_sub(age).unwrap_or(now)), ..Known::default() };
         }
-        let address = found.networks.get(&self.config.network).filter(|address| !address.is_empty());
+        let place = found.networks.get(&self.config.network);
+        let address = place.map(|place| &place.address).filter(|address| !address.is_empty());
         self.known.address = address.cloned();
         let Some(address) = address else { return Readiness::Silent };
         let readiness = self.probe.readiness(address).await;

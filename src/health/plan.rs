@@ -91,10 +91,11 @@ pub(super) fn plan(goal: &Goal, found: Option<&Inspected>) -> Vec<Action> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::{BTreeMap, HashMap};
+    use std::collections::{BTreeMap, BTreeSet, HashMap};
 
     use super::Action::{Create, Prepare, Remove, Start, Stop};
     use super::*;
+    use crate::docker::Endpoint;
 
     fn container(state: RunState, hash: Option<&str>) -> Inspected {
         Inspected {
@@ -103,13 +104,19 @@ mod tests {
             state,
             started_at: String::new(),
             exit_code: 0,
+            out_of_memory: false,
+            restarts: 0,
             error: String::new(),
             health: None,
+            last_check: None,
             image: "cloudflare/cloudflared:1".into(),
             command: ["cloudflared", "--no-autoupdate", "tunnel", "run"].map(str::to_owned).into(),
             env_names: vec!["TUNNEL_TOKEN".into()],
+            serves: None,
             labels: hash.map(|hash| HashMap::from([(SPEC_LABEL.into(), hash.into())])).unwrap_or_default(),
-            networks: BTreeMap::from([("net".into(), "172.18.0.2".into())]),
+            networks: BTreeMap::from([("net".into(), Endpoint::default())]),
+            network_mode: "net".into(),
+            ports: BTreeSet::new(),
         }
     }
 

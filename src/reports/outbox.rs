@@ -166,7 +166,13 @@ mod tests {
     use crate::docker::Container;
 
     fn change(id: &str, running: bool) -> Change {
-        let container = Container { id: id.into(), name: id.into(), labels: [].into(), status: "running".into() };
+        let container = Container {
+            id: id.into(),
+            name: id.into(),
+            labels: [].into(),
+            status: "running".into(),
+            image: "web:1".into(),
+        };
         Change { at: Timestamp::UNIX_EPOCH, running, container }
     }
 

@@ -147,14 +147,10 @@ pub(super) fn recover(state: &TunnelState, assignment: &Assignment) -> Result<Op
 
 #[cfg(test)]
 mod tests {
-    use base64::Engine as _;
     use serde_json::json;
 
     use super::*;
-
-    fn token(tunnel: &str) -> String {
-        base64::engine::general_purpose::STANDARD.encode(json!({"a": "acc", "t": tunnel, "s": "c2VjcmV0"}).to_string())
-    }
+    use crate::state::testing::token;
 
     fn after(state: &TunnelState, commands: &[Value]) -> TunnelState {
         let mut state = state.clone();

@@ -1,0 +1,45 @@
+//! The options of cloudflared that may be set: a closed list, since some of its variables redirect traffic or write
+//! files. What each may be was read in cloudflared's documentation and source (2025.9).
+
+use std::collections::BTreeMap;
+
+use super::check::Check;
+
+/// One option: our variable, cloudflared's, and the values it takes.
+struct Choice {
+    ours: &'static str,
+    theirs: &'static str,
+    values: &'static [&'static str],
+}
+
+const CHOICES: [Choice; 5] = [
+    Choice { ours: "CLOUDFLARED_PROTOCOL", theirs: "TUNNEL_TRANSPORT_PROTOCOL", values: &["auto", "quic", "http2"] },
+    // The only region there is; without it cloudflared uses all.
+    Choice { ours: "CLOUDFLARED_REGION", theirs: "TUNNEL_REGION", values: &["us"] },
+    Choice { ours: "CLOUDFLARED_EDGE_IP_VERSION", theirs: "TUNNEL_EDGE_IP_VERSION", values: &["auto", "4", "6"] },
+    Choice { ours: "CLOUDFLARED_POST_QUANTUM", theirs: "TUNNEL_POST_QUANTUM", values: &["true", "false"] },
+    Choice {
+        ours: "CLOUDFLARED_LOGLEVEL",
+        theirs: "TUNNEL_LOGLEVEL",
+        values: &["debug", "info", "warn", "error", "fatal"],
+    },
+];
+
+impl Check {
+    /// cloudflared's variables for what is set of ours, any case; what is unset is left to cloudflared.
+    pub(super) fn connector_options(&mut self, given: &[(&str, Option<String>)]) -> BTreeMap<&'static str, String> {
+        let mut options = BTreeMap::new();
+        for choice in &CHOICES {
+            let value = given.iter().find(|(name, _)| *name == choice.ours).and_then(|(_, value)| value.as_deref());
+            if value.is_some() {
+                let words: Vec<_> = choice.values.iter().map(|value| (*value, *value)).collect();
+                options.insert(choice.theirs, self.one_of(choice.ours, value, &words).to_owned());
+            }
+        }
+        let is = |name: &str, value: &str| options.get(name).is_some_and(|set| set == value);
+        if is("TUNNEL_POST_QUANTUM", "true") && is("TUNNEL_TRANSPORT_PROTOCOL", "http2") {
+            self.error("CLOUDFLARED_POST_QUANTUM=true needs QUIC and CLOUDFLARED_PROTOCOL=http2 forbids it: set the protocol to quic or auto, or drop one of the two");
+        }
+        options
+    }
+}

@@ -1,0 +1,148 @@
+//! What a tunnel container is made of, and the hash by which one that is there is compared with it.
+
+use std::collections::BTreeMap;
+
+use bollard::models;
+use ring::digest;
+
+use crate::state::Token;
+
+/// Everything a tunnel container is made of. Two specs with the same [`Spec::hash`] make the same container.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Spec {
+    /// Reference of the image.
+    pub image: String,
+    /// The one network it is on.
+    pub network: String,
+    /// The connector's token.
+    pub token: Token,
+    /// Further variables of cloudflared, by name.
+    pub options: BTreeMap<&'static str, String>,
+    /// Labels that say whose it is.
+    pub labels: BTreeMap<String, String>,
+}
+
+/// Label whose value is the hash of the spec.
+pub const SPEC_LABEL: &str = "com.dockflare.agent.spec";
+
+/// cloudflared's drain is 30 s unless told otherwise; a shorter time-out kills it in the middle.
+pub const STOP_GRACE_SECONDS: u16 = 35;
+
+/// Where cloudflared serves `/ready` and `/metrics`. Pinned, since left alone it moves when the port is taken.
+pub const METRICS_PORT: u16 = 20241;
+
+impl Spec {
+    /// SHA-256 over everything that the container is made of, the token included, as lower-case hex.
+    pub fn hash(&self) -> String {
+        let plain = serde_json::to_string(&serde_json::to_value(self.plain_body()).unwrap_or_default());
+        let digest = digest::digest(&digest::SHA256, plain.unwrap_or_default().as_bytes());
+        digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// The body of the create call.
+    pub(super) fn body(&self) -> models::ContainerCreateBody {
+        let mut body = self.plain_body();
+        body.labels.get_or_insert_default().insert(SPEC_LABEL.to_owned(), self.hash());
+        body
+    }
+
+    fn plain_body(&self) -> models::ContainerCreateBody {
+        let words = |list: &[&str]| Some(list.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>());
+        let seconds = |n: i64| Some(n * 1_000_000_000);
+        let mut env =
+            vec![format!("TUNNEL_TOKEN={}", self.token.expose()), format!("TUNNEL_METRICS=0.0.0.0:{METRICS_PORT}")];
+        env.extend(self.options.iter().map(|(name, value)| format!("{name}={value}")));
+        models::ContainerCreateBody {
+            image: Some(self.image.clone()),
+            cmd: words(&["tunnel", "--no-autoupdate", "run"]),
+            env: Some(env),
+            labels: Some(self.labels.clone().into_iter().collect()),
+            stop_timeout: Some(STOP_GRACE_SECONDS.into()),
+            // Docker asks cloudflared itself, so nobody needs the right to execute anything in the container.
+            healthcheck: Some(models::HealthConfig {
+                test: words(&[
+                    "CMD",
+                    "cloudflared",
+                    "tunnel",
+                    "--metrics",
+                    &format!("127.0.0.1:{METRICS_PORT}"),
+                    "ready",
+                ]),
+                interval: seconds(15),
+                timeout: seconds(5),
+                start_period: seconds(15),
+                // From Engine 25 on: each second until it is first ready. Older ones do not know it.
+                start_interval: seconds(1),
+                retries: Some(3),
+            }),
+            host_config: Some(models::HostConfig {
+                network_mode: Some(self.network.clone()),
+                restart_policy: Some(models::RestartPolicy {
+                    name: Some(models::RestartPolicyNameEnum::UNLESS_STOPPED),
+                    ..Default::default()
+                }),
+                log_config: Some(models::HostConfigLogConfig {
+                    typ: Some("json-file".to_owned()),
+                    config: Some([("max-size", "10m"), ("max-file", "3")].map(|(k, v)| (k.into(), v.into())).into()),
+                }),
+                cap_drop: words(&["ALL"]),
+                security_opt: words(&["no-new-privileges:true"]),
+                readonly_rootfs: Some(true),
+                // Threads count: Go makes one for each call that blocks.
+                pids_limit: Some(512),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> Spec {
+        Spec {
+            image: "cloudflare/cloudflared:1".into(),
+            network: "net".into(),
+            token: Token::new("s3cret"),
+            options: BTreeMap::from([("TUNNEL_REGION", "us".to_owned())]),
+            // Enough of them that an order left to chance would show.
+            labels: ('a'..='p').map(|key| (key.to_string(), "1".to_owned())).collect(),
+        }
+    }
+
+    #[test]
+    fn the_hash_changes_with_every_part_and_with_nothing_else() {
+        let base = spec().hash();
+        assert_eq!(base, spec().hash());
+        assert_eq!(base.len(), 64);
+        let changes: [fn(&mut Spec); 5] = [
+            |spec| spec.image.push('2'),
+            |spec| spec.network.push('2'),
+            |spec| spec.token = Token::new("other"),
+            |spec| drop(spec.options.insert("TUNNEL_LOGLEVEL", "debug".into())),
+            |spec| drop(spec.labels.insert("z".into(), "3".into())),
+        ];
+        for (number, change) in changes.into_iter().enumerate() {
+            let mut changed = spec();
+            change(&mut changed);
+            assert_ne!(changed.hash(), base, "change {number}");
+        }
+    }
+
+    #[test]
+    fn the_container_can_do_as_little_as_cloudflared_needs() {
+        let body = serde_json::to_value(spec().body()).unwrap();
+        let host = &body["HostConfig"];
+        assert_eq!(host["CapDrop"], serde_json::json!(["ALL"]));
+        assert_eq!(host["SecurityOpt"], serde_json::json!(["no-new-privileges:true"]));
+        assert_eq!(host["ReadonlyRootfs"], true);
+        assert_eq!(host["RestartPolicy"]["Name"], "unless-stopped");
+        assert_eq!(body["Cmd"], serde_json::json!(["tunnel", "--no-autoupdate", "run"]));
+        for dangerous in ["Binds", "Mounts", "Privileged", "Devices", "CapAdd", "PidMode", "PortBindings"] {
+            assert!(host.get(dangerous).is_none(), "{dangerous}");
+        }
+        assert_eq!(body["Labels"][SPEC_LABEL], spec().hash());
+    }
+}
