@@ -7,6 +7,9 @@ use clap::{Parser, Subcommand};
 use jiff::SignedDuration;
 use serde::Deserialize;
 
+use crate::log::{Level, Log};
+use crate::transport::Transport;
+
 /// The original refuses a longer drain.
 const LONGEST_GRACE: Duration = Duration::from_secs(180);
 
@@ -73,8 +76,16 @@ pub struct TunnelEnv {
     pub grace_period: Option<String>,
     /// `TUNNEL_LOG_OUTPUT`: `json` or the default text.
     pub log_output: Option<String>,
-    /// `TUNNEL_TRANSPORT_PROTOCOL`: only shown in the log.
+    /// `TUNNEL_LOGLEVEL`: `debug`, `info`, `warn`, `error` or `fatal`.
+    pub loglevel: Option<String>,
+    /// `TUNNEL_TRANSPORT_PROTOCOL`: `auto`, `quic` or `http2`.
     pub transport_protocol: Option<String>,
+    /// `TUNNEL_POST_QUANTUM`, a boolean: quic and nothing else.
+    pub post_quantum: Option<String>,
+    /// `TUNNEL_REGION`: only shown in the log.
+    pub region: Option<String>,
+    /// `TUNNEL_EDGE_IP_VERSION`: only shown in the log.
+    pub edge_ip_version: Option<String>,
 }
 
 impl TunnelEnv {
@@ -99,10 +110,40 @@ impl TunnelEnv {
         Ok(period)
     }
 
-    /// Whether the log is JSON.
+    /// The log as it is wanted.
+    ///
+    /// # Errors
+    /// At an unknown level.
+    pub fn log(&self) -> Result<Log> {
+        let least = self.loglevel.as_deref().map_or(Ok(Level::default()), Level::parse)?;
+        Ok(Log::new(self.log_output.as_deref() == Some("json"), least))
+    }
+
+    /// The protocol as it is wanted.
+    ///
+    /// # Errors
+    /// As [`Transport::choose`].
+    pub fn transport(&self) -> Result<Transport> {
+        Transport::choose(self.transport_protocol.as_deref(), self.post_quantum.as_deref())
+    }
+
+    /// What was set, by the original's flags, as it shows them: `map[protocol:quic token:*****]`.
     #[must_use]
-    pub fn json_log(&self) -> bool {
-        self.log_output.as_deref() == Some("json")
+    pub fn settings(&self) -> String {
+        let flags = [
+            ("edge-ip-version", self.edge_ip_version.as_deref()),
+            ("grace-period", self.grace_period.as_deref()),
+            ("loglevel", self.loglevel.as_deref()),
+            ("metrics", self.metrics.as_deref()),
+            ("output", self.log_output.as_deref()),
+            ("post-quantum", self.post_quantum.as_deref()),
+            ("protocol", self.transport_protocol.as_deref()),
+            ("region", self.region.as_deref()),
+            ("token", self.token.as_deref().map(|_| "*****")),
+            ("token-file", self.token_file.as_deref()),
+        ];
+        let set = flags.iter().filter_map(|(flag, value)| Some(format!("{flag}:{}", (*value)?)));
+        format!("map[{}]", set.collect::<Vec<_>>().join(" "))
     }
 }
 
@@ -133,6 +174,24 @@ mod tests {
         for wrong in ["4m", "30", "-5s", "soon"] {
             assert!(period(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn shows_its_settings_and_never_the_token() {
+        let env = TunnelEnv {
+            token: Some("hunter2".into()),
+            region: Some("us".into()),
+            edge_ip_version: Some("6".into()),
+            ..TunnelEnv::default()
+        };
+        assert_eq!(env.settings(), "map[edge-ip-version:6 region:us token:*****]");
+        assert_eq!(TunnelEnv::default().settings(), "map[]");
+    }
+
+    #[test]
+    fn an_unknown_log_level_is_an_error() {
+        assert!(TunnelEnv { loglevel: Some("loud".into()), ..TunnelEnv::default() }.log().is_err());
+        assert!(TunnelEnv { loglevel: Some("warn".into()), ..TunnelEnv::default() }.log().is_ok());
     }
 
     #[test]

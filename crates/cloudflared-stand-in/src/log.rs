@@ -2,30 +2,55 @@
 
 use std::fmt;
 
+use anyhow::{Result, bail};
 use jiff::Timestamp;
 
 /// How bad it is.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
+    /// `DBG`
+    Debug,
     /// `INF`
+    #[default]
     Info,
     /// `WRN`
     Warn,
     /// `ERR`
     Error,
+    /// `FTL`: never said here, but a log may show nothing less.
+    Fatal,
+}
+
+impl Level {
+    /// What `TUNNEL_LOGLEVEL` says.
+    ///
+    /// # Errors
+    /// When it is none of the original's levels.
+    pub fn parse(text: &str) -> Result<Self> {
+        Ok(match text {
+            "debug" => Self::Debug,
+            "info" => Self::Info,
+            "warn" => Self::Warn,
+            "error" => Self::Error,
+            "fatal" => Self::Fatal,
+            other => bail!("not a valid log level: {other:?}"),
+        })
+    }
 }
 
 /// The log. Never given a token, and so never shows one.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Log {
     json: bool,
+    least: Level,
 }
 
 impl Log {
-    /// A log in text (`2025-09-01T10:00:00Z INF message key=value`) or in JSON.
+    /// A log in text (`2025-09-01T10:00:00Z INF message key=value`) or in JSON, without the lines that
+    /// are less than `least`.
     #[must_use]
-    pub fn new(json: bool) -> Self {
-        Self { json }
+    pub fn new(json: bool, least: Level) -> Self {
+        Self { json, least }
     }
 
     /// One line with a message alone.
@@ -35,6 +60,9 @@ impl Log {
 
     /// One line with fields after the message.
     pub fn line(self, level: Level, message: impl fmt::Display, fields: &[(&str, &dyn fmt::Display)]) {
+        if level < self.least {
+            return;
+        }
         let time = Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
         let line = if self.json { json(level, &time, &message, fields) } else { text(level, &time, &message, fields) };
         eprintln!("{line}");
@@ -43,9 +71,11 @@ impl Log {
 
 fn text(level: Level, time: &str, message: &dyn fmt::Display, fields: &[(&str, &dyn fmt::Display)]) -> String {
     let level = match level {
+        Level::Debug => "DBG",
         Level::Info => "INF",
         Level::Warn => "WRN",
         Level::Error => "ERR",
+        Level::Fatal => "FTL",
     };
     let mut line = format!("{time} {level} {message}");
     for (name, value) in fields {
@@ -61,9 +91,11 @@ fn text(level: Level, time: &str, message: &dyn fmt::Display, fields: &[(&str, &
 
 fn json(level: Level, time: &str, message: &dyn fmt::Display, fields: &[(&str, &dyn fmt::Display)]) -> String {
     let level = match level {
+        Level::Debug => "debug",
         Level::Info => "info",
         Level::Warn => "warn",
         Level::Error => "error",
+        Level::Fatal => "fatal",
     };
     let mut line = serde_json::Map::new();
     line.insert("level".into(), level.into());
@@ -87,6 +119,14 @@ mod tests {
             line,
             r#"2025-09-01T10:00:00Z ERR Register tunnel error connIndex=0 error="Unauthorized: Tunnel not found""#
         );
+    }
+
+    #[test]
+    fn a_level_shows_itself_and_what_is_worse() {
+        assert!(Level::parse("debug").expect("debug") < Level::default());
+        assert_eq!(Level::parse("info").expect("info"), Level::default());
+        assert!(Level::Warn < Level::Error && Level::Error < Level::parse("fatal").expect("fatal"));
+        assert!(Level::parse("loud").is_err());
     }
 
     #[test]

@@ -35,7 +35,10 @@ fn execute(cli: Cli) -> Result<i32> {
             if token.is_some() || token_file.is_some() {
                 (env.token, env.token_file) = (token, token_file);
             }
-            runtime.block_on(run::run(env, script))
+            let code = runtime.block_on(run::run(env, script));
+            // Not waiting for an edge's name that is still being looked up.
+            runtime.shutdown_background();
+            code
         }
         TunnelCommand::Ready => runtime.block_on(ready(&env))?,
     })

@@ -15,6 +15,7 @@ use tokio::net::TcpListener;
 
 use crate::connector::Connector;
 use crate::log::Level;
+use crate::transport::Protocol;
 
 /// The ports the original tries in turn when it was not told one; then any.
 const DEFAULT_PORTS: std::ops::RangeInclusive<u16> = 20241..=20245;
@@ -57,9 +58,7 @@ pub async fn serve(listener: TcpListener, connector: Arc<Connector>) -> std::io:
 
 /// Holds a request for as long as the script says `hang`.
 async fn hang(State(connector): Shared, request: Request, next: Next) -> Response {
-    let mut script = connector.script.subscribe();
-    // An error would mean that the sender is gone, and it lives in `connector`.
-    drop(script.wait_for(|script| !script.behaviour().hang).await);
+    connector.no_hang().await;
     next.run(request).await
 }
 
@@ -81,9 +80,11 @@ async fn config(State(connector): Shared) -> Json<Value> {
 
 async fn diag(State(connector): Shared) -> Json<Value> {
     // The original's protocol is a number: 0 for http2, 1 for quic; and it leaves out what is zero.
-    let quic = connector.protocol == "quic";
-    let connections: Vec<Value> = (0..)
-        .zip(connector.shown().connections)
+    let shown = connector.shown();
+    let quic = shown.protocol == Protocol::Quic;
+    let connections: Vec<Value> = shown
+        .connections
+        .into_iter()
         .map(|(index, connection)| {
             let mut fields = json!({"isConnected": true, "edgeAddress": connection.ip});
             if quic {
@@ -110,7 +111,7 @@ async fn metrics(State(connector): Shared) -> Response {
     // The trap: the original says 1 here with no connection at all.
     family(&mut page, "cloudflared_tunnel_ha_connections", "gauge", &[(String::new(), 1)]);
     let count = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
-    let (requests, errors) = (count(behaviour.requests), count(behaviour.errors));
+    let (requests, errors) = (count(behaviour.requests.saturating_add(shown.served)), count(behaviour.errors));
     family(&mut page, "cloudflared_tunnel_request_errors", "counter", &[(String::new(), errors)]);
     family(&mut page, "cloudflared_tunnel_total_requests", "counter", &[(String::new(), requests)]);
     let codes = [
@@ -122,7 +123,6 @@ async fn metrics(State(connector): Shared) -> Response {
     let locations: Vec<_> = shown
         .connections
         .iter()
-        .enumerate()
         .map(|(i, connection)| (format!(r#"{{connection_id="{i}",edge_location="{}"}}"#, connection.location), 1))
         .collect();
     family(&mut page, "cloudflared_tunnel_server_locations", "gauge", &locations);

@@ -9,11 +9,13 @@ use tokio::time::sleep;
 
 use crate::cli::TunnelEnv;
 use crate::connector::Connector;
+use crate::events;
 use crate::log::{Level, Log};
 use crate::metrics;
 use crate::script::Script;
 use crate::token::Token;
 use crate::tunnel;
+use crate::uplink::Uplinks;
 
 /// The original's exit code for a command that cannot be carried out as given.
 const USAGE: i32 = 255;
@@ -23,7 +25,10 @@ const CUT_SHORT: i32 = 143;
 /// Runs the tunnel to its end and returns the exit code. `env` has the command line's options merged
 /// in already.
 pub async fn run(env: TunnelEnv, script: Script) -> i32 {
-    let log = Log::new(env.json_log());
+    let log = match env.log() {
+        Ok(log) => log,
+        Err(error) => return fail(Log::default(), &format!("{error:#}"), 1),
+    };
     // First of all: as PID 1 a process without handlers ignores SIGTERM.
     let signals = match Signals::listen() {
         Ok(signals) => signals,
@@ -53,9 +58,12 @@ pub async fn run(env: TunnelEnv, script: Script) -> i32 {
         Ok(grace) => grace,
         Err(error) => return fail(log, &format!("{error:#}"), 1),
     };
-    let protocol = env.transport_protocol.filter(|protocol| protocol != "auto").unwrap_or_else(|| "quic".into());
-    let connector = Arc::new(Connector::new(log, token.tunnel(), &protocol, script));
-    introduce(&connector);
+    let transport = match env.transport() {
+        Ok(transport) => transport,
+        Err(error) => return fail(log, &format!("{error:#}"), 1),
+    };
+    let connector = Arc::new(Connector::new(log, token.tunnel(), transport, script));
+    introduce(&connector, &env);
     let listener = match metrics::listen(env.metrics.as_deref()).await {
         Ok(listener) => listener,
         Err(error) => return fail(log, &format!("Error opening metrics server listener: {error:#}"), 1),
@@ -82,14 +90,21 @@ fn token_text(env: &TunnelEnv) -> std::io::Result<Option<String>> {
 }
 
 /// Follows the script until it crashes or a signal comes, and then drains.
-async fn serve(connector: &Connector, mut signals: Signals, grace: Duration) -> i32 {
+async fn serve(connector: &Arc<Connector>, mut signals: Signals, grace: Duration) -> i32 {
+    // Outlives the script: what is in flight at a signal is answered during the drain.
+    let mut uplinks = Uplinks::new();
     tokio::select! {
-        code = tunnel::follow_script(connector) => return code,
+        code = tunnel::follow_script(connector, &mut uplinks) => return code,
         () = asked_to_stop(connector, &mut signals) => {}
     }
     let drain = connector.behaviour().drain.map_or(grace, Duration::from_millis);
     // Unregistered before the drain: `/ready` says 503 while requests in flight still end.
-    if connector.disconnect() > 0 {
+    let registered = connector.disconnect();
+    uplinks.unregister();
+    for index in &registered {
+        events::unregistered(connector, *index);
+    }
+    if !registered.is_empty() {
         tokio::select! {
             () = sleep(drain) => {}
             _ = signals.next() => return CUT_SHORT,
@@ -112,15 +127,16 @@ async fn asked_to_stop(connector: &Connector, signals: &mut Signals) {
 }
 
 /// The lines the original begins with.
-fn introduce(connector: &Connector) {
+fn introduce(connector: &Connector, env: &TunnelEnv) {
     let log = connector.log;
     let version = connector.behaviour().version;
     log.line(Level::Info, "Starting tunnel", &[("tunnelID", &connector.tunnel_id)]);
     log.say(Level::Info, format_args!("Version {version} (Checksum {:064x})", 0x57a2_d191_u64));
     let arch = std::env::consts::ARCH.replace("x86_64", "amd64").replace("aarch64", "arm64");
     log.say(Level::Info, format_args!("GOOS: linux, GOVersion: go1.24.4, GoArch: {arch}"));
+    log.say(Level::Info, format_args!("Settings: {}", env.settings()));
     log.say(Level::Info, format_args!("Generated Connector ID: {}", connector.id));
-    log.say(Level::Info, format_args!("Initial protocol {}", connector.protocol));
+    log.say(Level::Info, format_args!("Initial protocol {}", connector.protocol()));
 }
 
 fn fail(log: Log, problem: &str, code: i32) -> i32 {

@@ -30,6 +30,12 @@ pub struct Behaviour {
     #[serde(deserialize_with = "flag")]
     pub unauthorized: bool,
     #[serde(deserialize_with = "flag")]
+    pub unreachable: bool,
+    #[serde(deserialize_with = "flag")]
+    pub udp_blocked: bool,
+    #[serde(deserialize_with = "address")]
+    pub edge: Option<String>,
+    #[serde(deserialize_with = "flag")]
     pub hang: bool,
     pub exit: Option<i32>,
     pub exit_after: u64,
@@ -44,6 +50,7 @@ pub struct Behaviour {
     pub config_version: i64,
     pub requests: u64,
     pub errors: u64,
+    pub eat: usize,
 }
 
 impl Default for Behaviour {
@@ -53,6 +60,9 @@ impl Default for Behaviour {
             ready_after: 200,
             connections: 4,
             unauthorized: false,
+            unreachable: false,
+            udp_blocked: false,
+            edge: None,
             hang: false,
             exit: None,
             exit_after: 0,
@@ -64,6 +74,7 @@ impl Default for Behaviour {
             config_version: 1,
             requests: 0,
             errors: 0,
+            eat: 0,
         }
     }
 }
@@ -141,6 +152,15 @@ fn flag<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
     }
 }
 
+/// `host:port`; whether there is such a host only dialling tells.
+fn address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    match text.rsplit_once(':') {
+        Some((host, port)) if !host.is_empty() && port.parse::<u16>().is_ok() => Ok(Some(text)),
+        _ => Err(D::Error::custom(format!("{text:?} is not host:port"))),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -166,10 +186,20 @@ mod tests {
     }
 
     #[test]
+    fn an_edge_is_a_host_and_a_port() {
+        let script = Script::default().with(vars(&[("edge", "[::1]:7844")])).expect("edge");
+        assert_eq!(script.behaviour().edge.as_deref(), Some("[::1]:7844"));
+        assert_eq!(script.with_json(&json!({"edge": null})).expect("null").behaviour().edge, None);
+    }
+
+    #[test]
     fn a_typing_mistake_is_an_error_in_every_place() {
         assert!(Script::from_vars(vars(&[("STAND_IN_UNREDY", "1")])).is_err());
         assert!(Script::from_vars(vars(&[("STAND_IN_UNREADY", "perhaps")])).is_err());
         assert!(Script::default().with(vars(&[("drain", "soon")])).is_err());
+        for not_an_edge in ["", "host", "host:", ":7844", "host:port", "host:70000"] {
+            assert!(Script::default().with(vars(&[("edge", not_an_edge)])).is_err(), "{not_an_edge}");
+        }
         assert!(Script::default().with_json(&json!({"hangs": true})).is_err());
         assert!(Script::default().with_json(&json!(["hang"])).is_err());
     }

@@ -2,12 +2,18 @@
 #![allow(clippy::expect_used, reason = "tests; clippy spares only the test functions themselves")]
 
 use std::path::Path;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use cloudflared_stand_in::http::{Answer, get, post};
 use serde_json::{Value, json};
 use testkit::{AgentProcess, token, wait_until};
+use tokio::task::JoinSet;
+
+mod edge;
+mod environment;
+mod outside;
 
 const SOON: Duration = Duration::from_secs(10);
 

@@ -1,0 +1,94 @@
+//! Which protocol carries the connections, and whether another may take its place.
+
+use std::fmt;
+
+use anyhow::{Context, Result, bail, ensure};
+
+/// Begins as the original's list does.
+const AVAILABLE: &str = "Available protocols: 'auto', the default; 'quic', over UDP; 'http2', over TCP";
+
+/// A protocol. `Display` gives the name it has in the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protocol {
+    /// Over UDP.
+    Quic,
+    /// Over TCP.
+    Http2,
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Quic => "quic",
+            Self::Http2 => "http2",
+        })
+    }
+}
+
+/// What was chosen at start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Transport {
+    /// The protocol to begin with.
+    pub first: Protocol,
+    /// Whether http2 may take the place of quic. Never where the user chose.
+    pub may_fall_back: bool,
+}
+
+impl Transport {
+    /// What `TUNNEL_TRANSPORT_PROTOCOL` and `TUNNEL_POST_QUANTUM` come to.
+    ///
+    /// # Errors
+    /// As the original's: an unknown protocol, no boolean, or a protocol without post-quantum.
+    pub fn choose(protocol: Option<&str>, post_quantum: Option<&str>) -> Result<Self> {
+        let post_quantum = post_quantum.map_or(Ok(false), go_bool).context("TUNNEL_POST_QUANTUM")?;
+        let protocol = protocol.unwrap_or("auto");
+        if post_quantum {
+            ensure!(matches!(protocol, "auto" | "quic"), "post-quantum is only supported with the quic transport");
+            return Ok(Self { first: Protocol::Quic, may_fall_back: false });
+        }
+        match protocol {
+            "auto" => Ok(Self { first: Protocol::Quic, may_fall_back: true }),
+            "quic" => Ok(Self { first: Protocol::Quic, may_fall_back: false }),
+            "http2" => Ok(Self { first: Protocol::Http2, may_fall_back: false }),
+            other => bail!("unknown protocol {other}, {AVAILABLE}"),
+        }
+    }
+}
+
+/// What Go's flags take for a boolean.
+fn go_bool(text: &str) -> Result<bool> {
+    match text {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
+        "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
+        other => bail!("could not parse {other:?} as bool value"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_protocol_that_nobody_chose_may_change() {
+        let chosen = |protocol, post_quantum| {
+            let transport = Transport::choose(protocol, post_quantum).expect("known");
+            (transport.first, transport.may_fall_back)
+        };
+        assert_eq!(chosen(None, None), (Protocol::Quic, true));
+        assert_eq!(chosen(Some("auto"), Some("false")), (Protocol::Quic, true));
+        assert_eq!(chosen(Some("quic"), None), (Protocol::Quic, false));
+        assert_eq!(chosen(Some("http2"), Some("0")), (Protocol::Http2, false));
+        assert_eq!(chosen(Some("auto"), Some("true")), (Protocol::Quic, false));
+        assert_eq!(chosen(None, Some("1")), (Protocol::Quic, false));
+    }
+
+    #[test]
+    fn refuses_what_the_original_refuses() {
+        let refusal = |protocol, post_quantum| {
+            format!("{:#}", Transport::choose(Some(protocol), post_quantum).expect_err("refused"))
+        };
+        assert!(refusal("h3", None).starts_with("unknown protocol h3, Available protocols: 'auto'"));
+        assert_eq!(refusal("http2", Some("true")), "post-quantum is only supported with the quic transport");
+        assert!(refusal("quic", Some("perhaps")).contains("could not parse"));
+    }
+}
