@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
+use crate::cause::Cause;
 use crate::docker::Container;
 use crate::state::{DesiredState, Phase, Token, Tombstone, TunnelId, TunnelState};
 
@@ -52,8 +53,8 @@ impl Wanted {
 pub struct Refusal {
     /// The tunnel it was about, as far as it said.
     pub name: Option<String>,
-    /// Short and stable, for the master's page: `token_malformed`, `token_mismatch`.
-    pub reason: &'static str,
+    /// Why, for the master's page.
+    pub cause: Cause,
     /// For people.
     pub problem: String,
 }
@@ -112,15 +113,39 @@ impl Status {
     }
 }
 
-/// What is known of the tunnel. Two views that are equal need no second message.
+/// What cloudflared says of itself.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Connector {
+    /// Its connector id, another one after each start.
+    pub id: Option<String>,
+    /// Version of the remote configuration; -1 until it has arrived.
+    pub config_version: Option<i64>,
+    /// How it is connected: `quic` or `http2`.
+    pub protocol: Option<&'static str>,
+    /// What it has carried since it was started.
+    pub traffic: Traffic,
+}
+
+/// Requests that a connector has carried since it was started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// All of them.
+    pub requests: u64,
+    /// Those that its origin did not answer.
+    pub errors: u64,
+}
+
+/// What is known of the tunnel. Two views between which there is no [`View::is_news`] need no second message.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct View {
     /// Whether the supervisor has looked yet; before that nothing here is known.
     pub looked: bool,
     /// How it is.
     pub status: Status,
-    /// Why, short and stable; absent while all is well.
-    pub reason: Option<String>,
+    /// When this status began.
+    pub since: Option<Timestamp>,
+    /// Why, short and stable: one of [`Cause`], `no_tunnel_assigned` or `agent_stopped`; absent while all is well.
+    pub reason: Option<&'static str>,
     /// The tunnel's name, for people.
     pub name: Option<String>,
     /// The tunnel's id.
@@ -129,6 +154,10 @@ pub struct View {
     pub version: Option<String>,
     /// Connections to the edge that are ready; `None` where that cannot be read.
     pub connections: Option<u32>,
+    /// What else cloudflared says of itself, where it can be asked.
+    pub connector: Connector,
+    /// How often the connector was started again, by Docker's restart policy or the agent, since it was made.
+    pub restarts: u64,
     /// Whether the container runs, ready or not.
     pub container_running: bool,
     /// Set while the agent is being decommissioned, once it is known what became of the container.
@@ -180,20 +209,56 @@ pub struct OwnContainer {
     pub image: String,
 }
 
+impl Connector {
+    /// What was carried since `before`. A connector with another id began to count anew.
+    pub fn carried_since(&self, before: &Self) -> Traffic {
+        let (now, then) = (self.traffic, before.traffic);
+        let is_same = self.id == before.id && now.requests >= then.requests && now.errors >= then.errors;
+        if !is_same {
+            return now;
+        }
+        Traffic { requests: now.requests - then.requests, errors: now.errors - then.errors }
+    }
+}
+
 impl View {
-    /// The fields of a `tunnel_status`; both kinds of master read them at the top level.
-    pub fn fields(&self) -> Value {
+    /// Whether it says anything that `before` did not. What was carried in the meantime is no news: it is told with
+    /// the next message.
+    pub fn is_news(&self, before: &Self) -> bool {
+        let quiet = |view: &Self| {
+            let connector = Connector { traffic: Traffic::default(), ..view.connector.clone() };
+            Self { connector, ..view.clone() }
+        };
+        quiet(self) != quiet(before)
+    }
+
+    /// The fields of a `tunnel_status`; both kinds of master read them at the top level. `carried` is the traffic
+    /// since the last one.
+    pub fn fields(&self, carried: Traffic) -> Value {
         let mut fields = json!({
             "status": self.status.as_str(),
             "name": self.name,
             "version": self.version,
             "tunnel_id": self.tunnel_id,
+            "restarts": self.restarts,
         });
-        if let Some(reason) = &self.reason {
-            fields["reason"] = json!(reason);
-        }
-        if let Some(connections) = self.connections {
-            fields["ready_connections"] = json!(connections);
+        let since = self.since.map(|since| since.to_string());
+        let connector = &self.connector;
+        let known = [
+            ("since", since.map(Value::from)),
+            ("reason", self.reason.map(Value::from)),
+            ("ready_connections", self.connections.map(Value::from)),
+            ("connector_id", connector.id.clone().map(Value::from)),
+            ("config_version", connector.config_version.map(Value::from)),
+            ("protocol", connector.protocol.map(Value::from)),
+            // Without a connector there is nothing to count.
+            ("requests", connector.id.as_ref().map(|_| carried.requests.into())),
+            ("errors", connector.id.as_ref().map(|_| carried.errors.into())),
+        ];
+        for (name, value) in known {
+            if let Some(value) = value {
+                fields[name] = value;
+            }
         }
         fields
     }
@@ -202,8 +267,10 @@ impl View {
     pub fn stopped_with_agent(&self) -> Self {
         Self {
             status: Status::Stopped,
-            reason: Some("agent_stopped".to_owned()),
+            since: Some(Timestamp::now()),
+            reason: Some("agent_stopped"),
             connections: None,
+            connector: Connector::default(),
             container_running: false,
             ..self.clone()
         }

@@ -142,25 +142,25 @@ impl Docker {
         Ok(absent_is_none(found)?.map(Inspected::from))
     }
 
-    /// The first lines that a container wrote from this second on, both streams, at most `lines`.
+    /// The first lines that a container wrote from this second of 1970 on, both streams, at most `lines`.
     ///
     /// # Errors
     /// As all calls.
-    pub async fn log_since(&self, name: &str, unix_seconds: i64, lines: usize) -> Result<Vec<String>> {
-        let since = i32::try_from(unix_seconds).unwrap_or_default();
-        self.log(name, query::LogsOptions { since, tail: "all".to_owned(), ..Default::default() }, lines).await
+    pub async fn log_start(&self, name: &str, since: i64, lines: usize) -> Result<Vec<String>> {
+        self.log(name, since, "all".to_owned(), lines).await
     }
 
-    /// The last lines that a container wrote, both streams.
+    /// The last of them, at most `lines`.
     ///
     /// # Errors
     /// As all calls.
-    pub async fn log_tail(&self, name: &str, lines: usize) -> Result<Vec<String>> {
-        self.log(name, query::LogsOptions { tail: lines.to_string(), ..Default::default() }, lines).await
+    pub async fn log_tail(&self, name: &str, since: i64, lines: usize) -> Result<Vec<String>> {
+        self.log(name, since, lines.to_string(), lines).await
     }
 
-    async fn log(&self, name: &str, mut options: query::LogsOptions, most: usize) -> Result<Vec<String>> {
-        (options.stdout, options.stderr) = (true, true);
+    async fn log(&self, name: &str, since: i64, tail: String, most: usize) -> Result<Vec<String>> {
+        let since = i32::try_from(since).unwrap_or_default();
+        let options = query::LogsOptions { stdout: true, stderr: true, since, tail, ..Default::default() };
         let lines = self.client(LOGS)?.logs(name, Some(options)).take(most);
         let lines = lines.map_ok(|line| one_line(&String::from_utf8_lossy(&line.into_bytes())));
         limited(LOGS, READ_LIMIT, lines.try_collect()).await

@@ -50,8 +50,8 @@ pub struct EventStream {
     inventory: watch::Sender<Inventory>,
     changes: mpsc::Sender<Change>,
     wake_supervisor: mpsc::Sender<()>,
-    /// Names of the tunnel container and its network, whose events wake the supervisor.
-    watched: [String; 2],
+    /// Names of the tunnel container, its successor and its network, whose events wake the supervisor.
+    watched: [String; 3],
     seen: Seen,
     /// When each container last started or ended, for as long as that counts more than a listing.
     fresh: BTreeMap<String, Instant>,
@@ -59,14 +59,14 @@ pub struct EventStream {
 }
 
 impl EventStream {
-    /// `wake_supervisor` holds one message: several wakes are one. `watched` are the names of the tunnel container
-    /// and its network.
+    /// `wake_supervisor` holds one message: several wakes are one. `watched` are the names of the tunnel
+    /// container, its successor and its network.
     pub fn new(
         docker: Arc<Docker>,
         inventory: watch::Sender<Inventory>,
         changes: mpsc::Sender<Change>,
         wake_supervisor: mpsc::Sender<()>,
-        watched: [String; 2],
+        watched: [String; 3],
     ) -> Self {
         let trouble = Trouble::new("Docker");
         Self {

@@ -1,8 +1,10 @@
-//! The tunnel supervisor: one container, kept as it is wanted, and what is known of it.
+//! The tunnel supervisor: one connector, kept as it is wanted, and what is known of it.
 //!
-//! Each pass looks (inspection), compares (`plan`), acts, asks cloudflared whether it is ready, and publishes a
-//! [`View`]. Nothing is remembered that the next pass could not find out again, so the agent may be killed
-//! between any two steps: whatever it left is one of the states the plan starts from. A pass is woken by the
+//! Each pass looks at the tunnel's container and at its successor, where there is one (`look`), makes a verdict of
+//! all looks so far (`course`), compares with what is wanted (`plan`), acts (`act`), and publishes a [`View`]. What
+//! is wrong has one name each, [`Cause`], and is answered by what helps against it: mostly by waiting, by a restart
+//! only where it hangs. Nothing is remembered that the next pass could not find out again, so the agent may be
+//! killed between any two steps: whatever it left is one of the states the plan starts from. A pass is woken by the
 //! desired state, by Docker's events, or by a timer; after a failed attempt further ones wait for a back-off.
 
 use std::sync::Arc;
@@ -13,24 +15,28 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::channels::{Status, View, Wanted};
+use crate::cause::Cause;
+use crate::channels::{Status, View, Wanted, Ways};
 use crate::config::{OnExit, TunnelConfig};
-use crate::docker::{Docker, DockerError, Inspected, RunState, Spec};
+use crate::docker::{Docker, DockerError, RunState, Spec};
 use crate::retry::{Backoff, Trouble};
-use crate::state::DesiredState;
+use crate::state::{DesiredState, Phase};
 
 mod act;
+mod course;
+mod host;
 mod look;
 mod own;
 mod plan;
 mod probe;
 mod problem;
 use act::{Came, owner_labels};
-use look::{EAGER, Known};
+use host::{Host, Machine};
+use look::{EAGER, Known, Sight};
 pub(crate) use own::own_container;
-use plan::{Goal, Owner};
-use probe::{Probe, Readiness};
-use problem::{Problem, reason_of};
+use plan::{Goal, Owner, Progress, Scene, Slot, Step};
+use probe::Readiness;
+use problem::Problem;
 
 /// Labels with what the container was made for.
 const TUNNEL_LABEL: &str = "com.dockflare.agent.tunnel-id";
@@ -40,63 +46,119 @@ const REDEPLOY_LABEL: &str = "com.dockflare.agent.redeploy";
 const CALM: Duration = Duration::from_secs(15);
 /// What a shutdown allows a step that is under way, or a look, to Docker: it kills the agent itself after 10 s.
 const LAST_STEP_LIMIT: Duration = Duration::from_secs(3);
+/// Pauses between restarts of a connector that hangs again, and between replacements that fail.
+const FIRST_PAUSE: Duration = Duration::from_secs(60);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1800);
+/// A connector that was ready for this long without a break is well: the next hang is a new one.
+const WELL_AFTER: Duration = Duration::from_secs(600);
+
+/// What the successor of the tunnel container is called while it takes over.
+pub(crate) fn successor_name(container: &str) -> String {
+    format!("{container}-next")
+}
+
 /// The supervisor task.
 #[derive(Debug)]
-pub struct Supervisor {
-    docker: Arc<Docker>,
+pub(crate) struct Supervisor<H = Machine> {
+    host: H,
     config: TunnelConfig,
     hostname: Option<String>,
-    wanted: watch::Receiver<Wanted>,
-    wake: mpsc::Receiver<()>,
+    inputs: Inputs,
     view: watch::Sender<View>,
-    probe: Probe,
-    known: Known,
+    main: Known,
+    next: Known,
+    /// Waits after a step that failed, and the end of the present one.
     backoff: Backoff,
-    /// No attempt before this; the last one failed.
     not_before: Option<Instant>,
     problem: Option<Problem>,
+    /// Hash of the spec whose successor could not become ready because of its token: another token must come.
+    given_up: Option<String>,
+    /// What Docker refused lately. Asked again for each replacement.
+    refused: Refused,
+    restarts: Restarts,
+    /// Waits after a successor that did not become ready.
+    replacing: Backoff,
     /// Whether cloudflared is draining, which takes as long as it takes.
     draining: watch::Sender<bool>,
     attempts: Trouble,
-    unready: Trouble,
+    sick: Trouble,
+    connecting: Trouble,
+}
+
+/// What the supervisor reads.
+#[derive(Debug)]
+pub(crate) struct Inputs {
+    /// What is wanted.
+    pub(crate) wanted: watch::Receiver<Wanted>,
+    /// Networks that the container should be on besides its own.
+    pub(crate) ways: watch::Receiver<Ways>,
+    /// Rung by Docker's events.
+    pub(crate) wake: mpsc::Receiver<()>,
+}
+
+/// The ways of replacing that Docker refuses, and for which spec that was found out.
+#[derive(Debug, Default)]
+struct Refused {
+    hash: String,
+    second: bool,
+    rename: bool,
+}
+
+/// Restarts of a connector that hangs.
+#[derive(Debug)]
+struct Restarts {
+    pauses: Backoff,
+    not_before: Option<Instant>,
+    /// Which container, and how often.
+    done: (String, u64),
 }
 
 impl Supervisor {
-    /// `hostname` is the agent's own `HOSTNAME`; `wake` is rung by Docker's events.
+    /// `hostname` is the agent's own `HOSTNAME`.
     ///
     /// # Errors
     /// When no HTTP client can be set up.
-    pub fn new(
+    pub(crate) fn new(
         docker: Arc<Docker>,
         config: TunnelConfig,
         hostname: Option<String>,
-        wanted: watch::Receiver<Wanted>,
-        wake: mpsc::Receiver<()>,
+        inputs: Inputs,
         view: watch::Sender<View>,
     ) -> Result<Self, reqwest::Error> {
-        Ok(Self {
-            docker,
+        Ok(Self::on(Machine::new(docker)?, config, hostname, inputs, view))
+    }
+}
+
+impl<H: Host> Supervisor<H> {
+    fn on(host: H, config: TunnelConfig, hostname: Option<String>, inputs: Inputs, view: watch::Sender<View>) -> Self {
+        let pauses = || Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        Self {
+            host,
             config,
             hostname,
-            wanted,
-            wake,
+            inputs,
             view,
-            probe: Probe::new()?,
-            known: Known::default(),
+            main: Known::default(),
+            next: Known::default(),
             backoff: Backoff::new(Duration::from_secs(1), Duration::from_secs(60)),
             not_before: None,
             problem: None,
+            given_up: None,
+            refused: Refused::default(),
+            restarts: Restarts { pauses: pauses(), not_before: None, done: (String::new(), 0) },
+            replacing: pauses(),
             draining: watch::channel(false).0,
-            attempts: Trouble::new("the tunnel:"),
-            unready: Trouble::new("the tunnel"),
-        })
+            attempts: Trouble::new("the tunnel"),
+            sick: Trouble::new("the tunnel"),
+            connecting: Trouble::new("connecting the tunnel to a container's network:"),
+        }
     }
 
     /// Keeps the tunnel as it is wanted until `stop`, then leaves it as the configuration says.
     ///
     /// A step that is under way is finished, within seconds unless it is cloudflared's drain. One that is dropped
     /// has left a state that the next start begins with.
-    pub async fn run(mut self, stop: CancellationToken) {
+    pub(crate) async fn run(mut self, stop: CancellationToken) {
         let mut draining = self.draining.subscribe();
         while !stop.is_cancelled() {
             let overdue = async {
@@ -110,15 +172,18 @@ impl Supervisor {
                 pause = self.pass(&stop) => pause,
                 () = overdue => break,
             };
+            let Inputs { wanted, ways, wake } = &mut self.inputs;
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
-                Ok(()) = self.wanted.changed() => {
+                Ok(()) = wanted.changed() => {
                     // New orders are not to wait for the failures of old ones.
-                    self.not_before = None;
+                    (self.problem, self.not_before) = (None, None);
                     self.backoff.reset();
+                    self.replacing.reset();
                 }
-                Some(()) = self.wake.recv() => {}
+                Ok(()) = ways.changed() => {}
+                Some(()) = wake.recv() => {}
                 () = sleep(pause) => {}
             }
         }
@@ -127,40 +192,53 @@ impl Supervisor {
 
     /// Looks, acts where needed, and publishes. Returns how long nothing needs to be looked at.
     async fn pass(&mut self, stop: &CancellationToken) -> Duration {
-        let wanted = self.wanted.borrow_and_update().clone();
+        let wanted = self.inputs.wanted.borrow_and_update().clone();
         let goal = self.goal(&wanted);
-        let name = self.config.container_name.clone();
-        let mut found = self.docker.inspect(&name).await;
-        if let (Ok(container), Ok(goal)) = (&found, &goal) {
-            let steps = plan::plan(goal, container.as_ref());
-            if steps.is_empty() {
-                self.settled(container.as_ref(), goal);
-            } else if self.not_before.is_none_or(|at| Instant::now() >= at) {
-                // A further attempt after a failed one is no news: the status stays what it is until it succeeds.
-                if self.problem.is_none() {
-                    self.publish(&wanted, container.as_ref(), None, matches!(goal, Goal::Run { .. })).await;
-                    self.announce(goal, container.as_ref());
-                }
-                let spec = self.spec(&wanted);
-                match self.act(&steps, spec.as_ref(), stop).await {
-                    Ok(Came::ToTheEnd) => self.settle(),
-                    Ok(Came::Interrupted) => {}
-                    Err(problem) => self.fail(problem),
-                }
-                found = self.docker.inspect(&name).await;
+        let mut sight = match self.look().await {
+            Ok(sight) => sight,
+            Err(error) => return self.docker_is_silent(&wanted, &error).await,
+        };
+        let goal = match goal {
+            Ok(goal) => goal,
+            Err(problem) => {
+                self.attempts.failed(&problem, problem.cause.next());
+                return self.publish(&wanted, &sight, Some(&problem), false).await;
             }
+        };
+        let mut pause = CALM;
+        let scene = self.scene(&sight, &goal);
+        let steps = plan::plan(&goal, &scene);
+        if steps.is_empty() {
+            let is_replacing = scene.next.is_some() || scene.given_up;
+            self.settled(&sight, &goal, is_replacing).await;
+        } else if self.not_before.is_none_or(|at| Instant::now() >= at) {
+            // A further attempt after a failed one is no news: the status stays what it is until it succeeds.
+            if self.problem.is_none() {
+                let lost = self.lost_network(&sight, &goal);
+                self.publish(&wanted, &sight, lost.as_ref(), matches!(goal, Goal::Run { .. })).await;
+            }
+            self.announce(&goal, &sight, &steps);
+            let failed = scene.progress == Progress::Failed && steps.contains(&Step::Remove(Slot::Next));
+            let failure = self.next.failure().filter(|_| failed);
+            let spec = self.spec(&wanted);
+            match self.act(&steps, spec.as_ref(), stop).await {
+                Ok(Came::ToTheEnd) => match failure {
+                    Some(cause) => self.successor_failed(cause, &goal),
+                    // Whether it becomes ready is still to be seen.
+                    None if steps.contains(&Step::Create(Slot::Next)) => {}
+                    None => self.settle(),
+                },
+                Ok(Came::Interrupted) => {}
+                Ok(Came::Otherwise) => pause = EAGER,
+                Err(problem) => self.fail(problem),
+            }
+            sight = match self.look().await {
+                Ok(sight) => sight,
+                Err(error) => return self.docker_is_silent(&wanted, &error).await,
+            };
         }
-        match (found, goal) {
-            (Err(error), _) => self.docker_is_silent(&wanted, &error).await,
-            (Ok(container), Err(problem)) => {
-                self.attempts.failed(&problem.text, problem.next);
-                self.publish(&wanted, container.as_ref(), Some(&problem), false).await
-            }
-            (Ok(container), Ok(_)) => {
-                let problem = self.problem.clone();
-                self.publish(&wanted, container.as_ref(), problem.as_ref(), false).await
-            }
-        }
+        let problem = self.problem.clone();
+        self.publish(&wanted, &sight, problem.as_ref(), false).await.min(pause)
     }
 
     /// What the container should be. A token that cloudflared would not take is a problem, not a goal.
@@ -170,19 +248,12 @@ impl Supervisor {
         }
         match (wanted.state, &wanted.token) {
             (DesiredState::Unknown, _) => Ok(Goal::Leave),
+            (DesiredState::Stopped, None) if wanted.id.is_none() => Ok(Goal::Remove),
             (DesiredState::Stopped, _) => Ok(Goal::Stop),
-            (DesiredState::Running, None) => Err(Problem {
-                reason: "token_missing".to_owned(),
-                text: "should run and there is no token for it".to_owned(),
-                next: "enrol the agent again on the master's page",
-            }),
+            (DesiredState::Running, None) => Err(Problem::new(Cause::TokenMissing, "")),
             (DesiredState::Running, Some(token)) => match (token.claims(), self.spec(wanted)) {
                 (Ok(_), Some(spec)) => Ok(Goal::Run { hash: spec.hash(), network: self.config.network.clone() }),
-                (problem, _) => Err(Problem {
-                    reason: "token_malformed".to_owned(),
-                    text: format!("cannot start: {}", problem.err().unwrap_or("the token cannot be used")),
-                    next: "enrol the agent again on the master's page",
-                }),
+                (problem, _) => Err(Problem::new(Cause::TokenMalformed, problem.err().unwrap_or_default())),
             },
         }
     }
@@ -200,79 +271,148 @@ impl Supervisor {
         })
     }
 
-    /// Nothing to do: either all is well or the container is not ours.
-    fn settled(&mut self, found: Option<&Inspected>, goal: &Goal) {
-        match found {
-            Some(found) if plan::owner(found) == Owner::Foreign && matches!(goal, Goal::Run { .. }) => {
-                let name = &self.config.container_name;
-                let problem = Problem {
-                    reason: "name_taken".to_owned(),
-                    text: format!("a container that is not the agent's has the name {name}, it is not touched"),
-                    next: "remove it with docker rm, or set TUNNEL_CONTAINER_NAME to another name",
-                };
-                self.attempts.failed(&problem.text, problem.next);
+    /// What the plan must know of what was seen.
+    fn scene<'a>(&self, sight: &'a Sight, goal: &Goal) -> Scene<'a> {
+        let now = Instant::now();
+        let hash = match goal {
+            Goal::Run { hash, .. } => hash.as_str(),
+            Goal::Leave | Goal::Stop | Goal::Remove => "",
+        };
+        let is_known = self.refused.hash == hash;
+        Scene {
+            main: sight.main.as_ref(),
+            next: sight.next.as_ref(),
+            progress: self.progress(sight, now),
+            main_ready: self.main.serves(now) || self.main.is_surely_ready() && !self.next.is_ready(),
+            restart: self.main.needs_restart(now) && self.restarts.not_before.is_none_or(|at| now >= at),
+            bad_token: self.main.is_sick_of(Cause::TokenMalformed),
+            given_up: self.given_up.as_deref() == Some(hash),
+            no_second: is_known && self.refused.second,
+            no_rename: is_known && self.refused.rename,
+        }
+    }
+
+    /// Nothing to do: all is well, it takes time, or the container is not ours.
+    async fn settled(&mut self, sight: &Sight, goal: &Goal, is_replacing: bool) {
+        let Goal::Run { .. } = goal else { return self.settle() };
+        match &sight.main {
+            Some(main) if plan::owner(main) == Owner::Foreign => {
+                let problem = Problem::new(Cause::NameTaken, &self.config.container_name);
+                self.attempts.failed(&problem, problem.cause.next());
                 self.problem = Some(problem);
             }
-            _ => self.settle(),
+            // A successor is under way, or was given up: what was said of that stays true.
+            Some(_) if is_replacing => {}
+            Some(main) => {
+                self.settle();
+                if self.main.is_well(Instant::now()) {
+                    self.restarts.not_before = None;
+                    self.restarts.pauses.reset();
+                    self.replacing.reset();
+                }
+                if main.state == RunState::Running {
+                    self.join_networks(Slot::Main, main.networks.keys().map(String::as_str)).await;
+                }
+            }
+            None => self.settle(),
         }
+    }
+
+    /// A container that runs and is not on its network, which was removed, or from which it was taken.
+    fn lost_network(&self, sight: &Sight, goal: &Goal) -> Option<Problem> {
+        let (Some(main), Goal::Run { network, .. }) = (&sight.main, goal) else { return None };
+        let lost = main.state == RunState::Running && !main.networks.contains_key(network);
+        lost.then(|| Problem::new(Cause::NetworkReplaced, network))
     }
 
     fn settle(&mut self) {
         self.attempts.ended();
         self.problem = None;
+        self.given_up = None;
         self.not_before = None;
         self.backoff.reset();
     }
 
     fn fail(&mut self, problem: Problem) {
-        self.attempts.failed(&problem.text, problem.next);
+        self.attempts.failed(&problem, problem.cause.next());
         self.not_before = Some(Instant::now() + self.backoff.next(None));
         self.problem = Some(problem);
+    }
+
+    /// A successor was taken back: the one before it stays.
+    fn successor_failed(&mut self, cause: Cause, goal: &Goal) {
+        let next = match goal {
+            Goal::Run { hash, .. } if matches!(cause, Cause::TokenMalformed | Cause::TokenRefused) => {
+                self.given_up = Some(hash.clone());
+                "it waits for another token; redeploy or enrol the agent on the master's Agents page"
+            }
+            _ => {
+                self.not_before = Some(Instant::now() + self.replacing.next_whole());
+                "trying again, with growing pauses"
+            }
+        };
+        self.attempts.failed(
+            &format_args!(
+                "is not replaced: the new connector {}; it was removed and the one before it stays",
+                cause.what()
+            ),
+            next,
+        );
+        self.problem = Some(Problem::new(cause, ""));
     }
 
     /// Docker does not answer. The tunnel may run all the same, which cloudflared itself can tell.
     async fn docker_is_silent(&mut self, wanted: &Wanted, error: &DockerError) -> Duration {
         let mut view = self.view.borrow().clone();
-        let readiness = match self.known.address.as_deref() {
-            Some(address) if self.known.was_ready => self.probe.readiness(address).await,
-            _ => Readiness::Silent,
+        let readiness = match self.main.ask_at() {
+            Some(address) => self.host.readiness(address).await,
+            None => Readiness::Silent,
         };
-        if let Readiness::Ready(connections) = readiness {
+        if let Readiness::Ready { connections, .. } = readiness {
             view.connections = Some(connections);
         } else {
+            let problem = Problem::of(error);
             // That Docker is away is said once, by the event task.
             if !error.is_away() {
-                self.attempts.failed(&format_args!("cannot be looked after: Docker {error}"), error.remedy());
+                self.attempts.failed(&problem, problem.cause.next());
             }
             view = View {
                 looked: true,
                 status: Status::Error,
-                reason: Some(reason_of(error).to_owned()),
+                reason: Some(problem.cause.reason()),
                 name: wanted.name.clone(),
                 tunnel_id: wanted.id.clone(),
                 version: view.version,
+                since: view.since,
                 ..View::default()
             };
         }
-        self.view.send_if_modified(|known| std::mem::replace(known, view.clone()) != view);
+        self.tell(view);
         self.backoff.next(None).clamp(EAGER, CALM)
     }
 
-    /// The end of the agent: the container goes or stays as configured.
+    /// The end of the agent: the containers go or stay as configured.
     async fn leave(&mut self) {
-        let wanted = self.wanted.borrow().clone();
-        let name = self.config.container_name.clone();
-        let looked = timeout(LAST_STEP_LIMIT, self.docker.inspect(&name)).await;
+        let wanted = self.inputs.wanted.borrow().clone();
+        // The master wants to find the stopped container between the two phases.
+        let prepared = wanted.decommission == Some(Phase::Prepared);
+        // Side by side: each may drain for half a minute.
+        tokio::join!(self.leave_one(Slot::Main, prepared), self.leave_one(Slot::Next, prepared));
+    }
+
+    async fn leave_one(&self, slot: Slot, prepared: bool) {
+        let name = self.name(slot);
+        let looked = timeout(LAST_STEP_LIMIT, self.host.inspect(&name)).await;
         let found = match looked.unwrap_or_else(|_| Err(DockerError::silent())) {
             Ok(Some(found)) if plan::owner(&found) == Owner::Agent => found,
             Ok(_) => return,
             Err(error) => {
-                warn!("the tunnel is left as it is, since Docker {error}; the next start puts it right");
+                if slot == Slot::Main {
+                    warn!("the tunnel is left as it is, since Docker {error}; the next start puts it right");
+                }
                 return;
             }
         };
-        // The master wants to find the stopped container between the two phases.
-        let prepared = wanted.decommission == Some(crate::state::Phase::Prepared);
         if self.config.on_exit == OnExit::Keep || prepared {
             info!(container = name, "leaving the tunnel container as it is");
             return;
@@ -281,7 +421,7 @@ impl Supervisor {
             if found.state == RunState::Running {
                 self.drain(&name).await?;
             }
-            self.docker.remove(&name).await
+            self.host.remove(&name).await
         };
         match removed.await {
             Ok(()) => info!(container = name, "tunnel stopped and removed"),
@@ -291,4 +431,16 @@ impl Supervisor {
             ),
         }
     }
+
+    fn name(&self, slot: Slot) -> String {
+        match slot {
+            Slot::Main => self.config.container_name.clone(),
+            Slot::Next => successor_name(&self.config.container_name),
+        }
+    }
 }
+
+#[cfg(test)]
+mod double;
+#[cfg(test)]
+mod tests;

@@ -35,6 +35,7 @@ use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
+pub mod cause;
 pub mod channels;
 pub mod cloudflare;
 pub mod config;
@@ -51,7 +52,7 @@ mod retry;
 pub mod state;
 pub mod tunnels;
 
-use channels::{Inventory, View, Wanted};
+use channels::{Inventory, View, Wanted, Ways};
 use config::{Config, OnExit};
 use state::{Found, Phase, Store, TunnelState};
 
@@ -99,6 +100,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunE
     let (wanted_tx, wanted) = watch::channel(Wanted::new(&state, tombstone.as_ref()));
     let (view_tx, view) = watch::channel(View::default());
     let (inventory_tx, inventory) = watch::channel(Inventory::default());
+    let (_ways_tx, ways) = watch::channel(Ways::default());
     let (changes_tx, changes) = mpsc::channel(CHANGES);
     // One wake that waits is as good as many.
     let (wake_tx, wake) = mpsc::channel(1);
@@ -140,7 +142,9 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunE
     );
 
     let events = {
-        let watched = [config.tunnel.container_name.clone(), config.tunnel.network.clone()];
+        let tunnel = &config.tunnel;
+        let watched =
+            [tunnel.container_name.clone(), health::successor_name(&tunnel.container_name), tunnel.network.clone()];
         let stream = events::EventStream::new(docker.clone(), inventory_tx, changes_tx, wake_tx, watched);
         Task::spawn("events", async move { match stream.run().await {} })
     };
@@ -156,7 +160,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunE
     let last = CancellationToken::new();
     let tunnel = {
         let (made_of, own_name) = (config.tunnel.clone(), config.hostname.clone());
-        let supervisor = health::Supervisor::new(docker.clone(), made_of, own_name, wanted.clone(), wake, view_tx)
+        let inputs = health::Inputs { wanted: wanted.clone(), ways, wake };
+        let supervisor = health::Supervisor::new(docker.clone(), made_of, own_name, inputs, view_tx)
             .map_err(|error| refused(&error))?;
         Task::spawn("tunnel", supervisor.run(last.clone()))
     };

@@ -28,6 +28,8 @@ pub struct Session {
     pub number: u64,
     /// The tunnel that a v1 master says is this agent's: the way back to one whose command was lost.
     pub assignment: Option<Assignment>,
+    /// The master has just met this agent: on v1 it is pending there and has no tunnel, on v2 it got another id.
+    pub is_new: bool,
 }
 
 /// The protocol of a session.
@@ -69,6 +71,8 @@ pub struct Registrar {
     /// Held while registering: at most one registration is under way.
     work: Mutex<Work>,
     session: watch::Sender<Option<Arc<Session>>>,
+    /// v2 says that the agent of this key was removed.
+    removed: watch::Sender<bool>,
 }
 
 #[derive(Debug)]
@@ -79,6 +83,8 @@ struct Work {
     unsaved: Trouble,
 }
 
+/// v2: the key is bound to another id; asked without one, to an agent that was removed.
+const KEY_OF_ANOTHER: &str = "agent_key_mismatch";
 /// A refused key is asked about again, since it may be rolled, but not often.
 const FIRST_WAIT: Duration = Duration::from_secs(1);
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
@@ -92,7 +98,19 @@ impl Registrar {
             refused: Trouble::new("registration:"),
             unsaved: Trouble::new("the agent id"),
         };
-        Self { master, store, display_name, work: Mutex::new(work), session: watch::channel(None).0 }
+        Self {
+            master,
+            store,
+            display_name,
+            work: Mutex::new(work),
+            session: watch::channel(None).0,
+            removed: watch::channel(false).0,
+        }
+    }
+
+    /// Whether the master says for good that the agent of this key was removed.
+    pub(crate) fn watch_removed(&self) -> watch::Receiver<bool> {
+        self.removed.subscribe()
     }
 
     /// The current session and those that follow.
@@ -121,11 +139,16 @@ impl Registrar {
                 Ok(session) => {
                     work.backoff.reset();
                     work.refused.ended();
+                    self.removed.send_replace(false);
                     let session = Arc::new(session);
                     self.session.send_replace(Some(session.clone()));
                     return session;
                 }
                 Err(error) => {
+                    // Also without an id: see `register`.
+                    if error.code() == KEY_OF_ANOTHER {
+                        self.removed.send_if_modified(|removed| !std::mem::replace(removed, true));
+                    }
                     if !matches!(error, MasterError::Away { .. } | MasterError::Access { .. }) {
                         work.refused.failed(&format_args!("the master {error}"), self.remedy(&error));
                     }
@@ -157,7 +180,7 @@ impl Registrar {
         };
         let reply = match self.master.register(&request).await {
             // The key is bound to another id: asking without one brings the right one back.
-            Err(error) if error.code() == "agent_key_mismatch" && request.agent_id.is_some() => {
+            Err(error) if error.code() == KEY_OF_ANOTHER && request.agent_id.is_some() => {
                 request.agent_id = None;
                 self.master.register(&request).await?
             }
@@ -175,10 +198,13 @@ impl Registrar {
                 return Err(MasterError::Away { problem, retry_after: None });
             }
         };
+        let another = work.agent_id.as_ref().is_some_and(|known| *known != reply.agent_id);
         self.keep(work, &reply.agent_id).await;
         info!(id = %reply.agent_id, protocol = protocol.version(), name = display_name, "registered at the master");
+        let pending = reply.agent.as_ref().is_some_and(|agent| agent.status.as_deref() == Some("pending"));
         let assignment = reply.agent.and_then(|agent| agent.assignment());
-        Ok(Session { agent_id: reply.agent_id, protocol, number, assignment })
+        let is_new = if protocol == Protocol::V1 { pending && assignment.is_none() } else { another };
+        Ok(Session { agent_id: reply.agent_id, protocol, number, assignment, is_new })
     }
 
     /// Puts the id on disk before it is used: an id that is forgotten shows as a second agent in the master.
@@ -204,7 +230,7 @@ impl Registrar {
 
     fn remedy(&self, error: &MasterError) -> &'static str {
         match (error.code(), error.status()) {
-            ("agent_key_mismatch", _) => {
+            (KEY_OF_ANOTHER, _) => {
                 "this key belongs to an agent that was removed: generate a new key on the master's Agents page and set it; the tunnel is not touched"
             }
             ("", Some(403)) => {

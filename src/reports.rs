@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use crate::channels::{Change, Inventory, View, Wanted};
+use crate::channels::{Change, Connector, Inventory, Traffic, View, Wanted};
 use crate::docker::Container;
 use crate::master::{Master, MasterError, wire};
 use crate::registration::{Protocol, Registrar, Session};
@@ -63,6 +63,9 @@ pub struct Reporter {
     quiet: bool,
     /// An inventory that the master found too large; it is not sent again as it is.
     too_large: Option<BTreeMap<String, Container>>,
+    /// The connector as the last status told it, and as the one under way does.
+    told: Connector,
+    telling: Connector,
     /// The inventory's revision that is reported or due.
     revision: u64,
     refused: Trouble,
@@ -116,6 +119,8 @@ impl Reporter {
             streams: Streams::default(),
             quiet: false,
             too_large: None,
+            told: Connector::default(),
+            telling: Connector::default(),
             revision: 0,
             refused: Trouble::new("a message:"),
         }
@@ -137,6 +142,10 @@ impl Reporter {
             let now = Instant::now();
             if now >= next_report {
                 self.outbox.report_now();
+                // What was carried is no news that would be told by itself.
+                if self.inputs.tunnel.borrow().connector.carried_since(&self.told) != Traffic::default() {
+                    self.outbox.status();
+                }
                 next_report = now + self.interval;
             }
             if self.is_silenced() {
@@ -166,8 +175,10 @@ impl Reporter {
                     backoff.reset();
                     self.outbox.delivered(&message);
                     self.refused.ended();
-                    if message == Message::Report {
-                        self.master.report_taken();
+                    match message {
+                        Message::Report => self.master.report_taken(),
+                        Message::Status => self.told.clone_from(&self.telling),
+                        _ => {}
                     }
                 }
                 Sent::Dropped => self.outbox.delivered(&message),
@@ -220,7 +231,7 @@ impl Reporter {
         }
         if self.announces_stop {
             let view = self.inputs.tunnel.borrow().stopped_with_agent();
-            let payload = self.envelope("tunnel_status", view.fields(), &session);
+            let payload = self.envelope("tunnel_status", view.fields(Traffic::default()), &session);
             // There is nothing left to do about a failure: the master shows the agent as offline in a minute.
             let _ = self.master.send_event(&session.agent_id, &payload).await;
         }
@@ -343,7 +354,9 @@ impl Reporter {
                 self.envelope(REPORT, fields, session)
             }
             Message::Status => {
-                let fields = self.inputs.tunnel.borrow_and_update().fields();
+                let view = self.inputs.tunnel.borrow_and_update().clone();
+                let fields = view.fields(view.connector.carried_since(&self.told));
+                self.telling = view.connector;
                 self.envelope("tunnel_status", fields, session)
             }
             Message::Heartbeat | Message::Unknown => self.envelope("heartbeat", json!({}), session),

@@ -36,6 +36,11 @@ impl Backoff {
         if asked.is_zero() { jittered } else { asked + jittered.min(asked) }
     }
 
+    /// The bound itself, for what others do not do at the same moment.
+    pub(crate) fn next_whole(&mut self) -> Duration {
+        self.bounds.next().unwrap_or(FLOOR)
+    }
+
     /// Starts over: the next wait is a short one again.
     pub(crate) fn reset(&mut self) {
         self.bounds = self.builder.build();

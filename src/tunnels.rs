@@ -3,7 +3,7 @@
 //! The master forgets a command when it has sent it, so a whole reply is turned into one new desired state, which
 //! is on disk before anyone acts on it (write, then publish). If the disk refuses, the state waits in memory,
 //! nothing more is fetched, and log and health say so. Ingress rules that were delivered stay in the file until
-//! Cloudflare has them. This task never touches Docker: the supervisor compares what is wanted with what is.
+//! Cloudflare has them. A tunnel is forgotten when both the master and the edge have let go of it. This task never touches Docker: the supervisor compares what is wanted with what is.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,6 +23,7 @@ use crate::state::{AgentId, DesiredState, Phase, Store, Tombstone, TunnelState};
 mod commands;
 mod decommission;
 mod ingress;
+mod removal;
 use commands::{Command, Rejected};
 use decommission::PendingAck;
 pub(crate) use decommission::epitaph;
@@ -133,11 +134,12 @@ impl Poller {
                 () = shutdown.cancelled() => return Ended::Shutdown,
                 // After the last phase the key may be gone, and registering would wait for ever.
                 () = std::future::ready(()), if self.is_finalized() => None,
-                session = self.registrar.session() => Some(session),
+                session = self.registered(None, &shutdown) => session,
             };
             if let Some(session) = session.as_deref() {
                 self.recover(session, &shutdown).await;
             }
+            self.forget_if_removed(&shutdown).await;
             let now = Instant::now();
             if self.ack.is_some() && now >= self.timers.ack && self.acknowledge(&shutdown).await {
                 return Ended::Decommissioned;
@@ -157,8 +159,11 @@ impl Poller {
             tokio::select! {
                 () = shutdown.cancelled() => return Ended::Shutdown,
                 () = sleep_until(next.unwrap_or(self.timers.poll)) => {}
-                // The acknowledgement waits for the supervisor to stop the container.
-                Ok(()) = self.view.changed(), if self.ack.is_some() => self.timers.ack = Instant::now(),
+                // The acknowledgement waits for the supervisor to stop the container, and a removed host for its word
+                // on the token.
+                Ok(()) = self.view.changed(), if self.ack.is_some() || self.disk.state.unclaimed => {
+                    self.timers.ack = Instant::now();
+                }
                 Ok(()) = sessions.changed(), if session.is_some() => {}
             }
         }
@@ -193,11 +198,10 @@ impl Poller {
                 self.timers.poll = Instant::now() + pause;
                 self.carry_out(&agent, &reply.commands, shutdown).await;
                 let lost = std::mem::take(&mut self.reply_lost);
-                if let Some(session) = session.filter(|session| lost && session.protocol == Protocol::V1) {
-                    tokio::select! {
-                        () = shutdown.cancelled() => {}
-                        session = self.registrar.renew(Some(session)) => self.recover(&session, shutdown).await,
-                    }
+                if let Some(session) = session.filter(|session| lost && session.protocol == Protocol::V1)
+                    && let Some(session) = self.registered(Some(session), shutdown).await
+                {
+                    self.recover(&session, shutdown).await;
                 }
                 false
             }
@@ -213,11 +217,9 @@ impl Poller {
                             info!(
                                 "the master does not know this agent any more; registering again, the tunnel is not touched"
                             );
+                            self.unclaim(shutdown).await;
                         }
-                        tokio::select! {
-                            () = shutdown.cancelled() => {}
-                            _ = self.registrar.renew(session) => {}
-                        }
+                        self.registered(session, shutdown).await;
                         false
                     }
                     _ => {
@@ -297,15 +299,22 @@ impl Poller {
         self.commit(state, tombstone, refusal, shutdown).await;
     }
 
-    /// Looks once at what a v1 master says at registration: the way back to a command that was lost.
+    /// Looks once at what the master says at registration: on v1 the way back to a command that was lost.
     async fn recover(&mut self, session: &Session, shutdown: &CancellationToken) {
         if self.recovered >= session.number {
             return;
         }
         self.recovered = session.number;
+        if session.is_new {
+            self.unclaim(shutdown).await;
+        }
         let Some(assignment) = session.assignment.as_ref().filter(|_| self.disk.tombstone.is_none()) else { return };
         match commands::recover(&self.disk.state, assignment) {
             Ok(None) => {}
+            // Only that it is ours again.
+            Ok(Some(state)) if self.disk.state.unclaimed && state.token == self.disk.state.token => {
+                self.commit(state, None, None, shutdown).await;
+            }
             Ok(Some(state)) => {
                 info!(
                     name = state.name.as_deref().unwrap_or("-"),

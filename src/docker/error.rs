@@ -151,3 +151,19 @@ impl fmt::Display for Call {
         f.write_str(self.doing)
     }
 }
+
+#[cfg(test)]
+impl DockerError {
+    /// What doubles answer.
+    pub(crate) fn refusal() -> Self {
+        Self::Forbidden { call: CREATE }
+    }
+
+    pub(crate) fn taken() -> Self {
+        Self::Conflict { call: CREATE, message: "the name is taken".to_owned() }
+    }
+
+    pub(crate) fn not_found() -> Self {
+        Self::NotFound { call: INSPECT, message: "no such container".to_owned() }
+    }
+}

@@ -1,4 +1,4 @@
-//! Carrying out a plan: the steps themselves, and what each needs before it.
+//! Carrying out a plan: the steps themselves, what each needs before it, and what is done where Docker refuses one.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -6,16 +6,21 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
-use tracing::info;
+use tracing::{info, warn};
 
-use super::Supervisor;
-use super::plan::{self, Action, Goal, Owner};
-use super::problem::{Problem, problem_of};
-use crate::docker::{DockerError, Inspected, STOP_GRACE_SECONDS, Spec};
+use super::host::Host;
+use super::look::Sight;
+use super::plan::{self, Goal, Owner, Slot, Step};
+use super::problem::Problem;
+use super::{Refused, Supervisor};
+use crate::cause::Cause;
+use crate::docker::{DockerError, STOP_GRACE_SECONDS, Spec};
 use crate::retry::Lasts;
 
 /// Label that says whose the container and the network are.
 const OWNER_LABEL: (&str, &str) = ("com.dockflare.agent.owner", "dockflare-agent");
+/// What a connector that hangs gets to end by itself: its own drain would be no use.
+const HANG_GRACE: Duration = Duration::from_secs(10);
 
 /// How far a plan was carried out without a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,56 +28,76 @@ pub(super) enum Came {
     ToTheEnd,
     /// By a shutdown or new orders: the next pass looks and plans anew.
     Interrupted,
+    /// Docker refuses this way; the next pass takes another.
+    Otherwise,
 }
 
-impl Supervisor {
+impl<H: Host> Supervisor<H> {
     /// Says what is about to happen, and why.
-    pub(super) fn announce(&self, goal: &Goal, found: Option<&Inspected>) {
+    pub(super) fn announce(&self, goal: &Goal, sight: &Sight, steps: &[Step]) {
         let container = &self.config.container_name;
-        match (goal, found) {
-            (Goal::Run { .. }, None) => info!(container, "starting the tunnel"),
-            (Goal::Run { .. }, Some(found)) if plan::owner(found) == Owner::PythonAgent => {
+        let main = sight.main.as_ref();
+        let state = || main.map(|main| format!("{:?}", main.state).to_lowercase()).unwrap_or_default();
+        let is_made = steps.iter().any(|step| matches!(step, Step::Create(_)));
+        match (goal, main) {
+            (Goal::Run { .. }, None) if is_made => info!(container, "starting the tunnel"),
+            (Goal::Run { .. }, Some(main)) if is_made && plan::owner(main) == Owner::PythonAgent => {
                 info!(container, "taking over the tunnel container of the Python agent");
             }
-            (Goal::Run { .. }, Some(found)) => {
-                let state = format!("{:?}", found.state).to_lowercase();
-                info!(container, state, "replacing the tunnel container");
+            (Goal::Run { .. }, Some(_)) if is_made => {
+                if let Some(lost) = self.lost_network(sight, goal) {
+                    warn!("the tunnel {lost}; {}", lost.cause.next());
+                }
+                info!(container, state = state(), "replacing the tunnel container");
             }
-            _ => info!(container, "stopping the tunnel"),
+            (Goal::Run { .. }, _) if steps.contains(&Step::Restart) => info!(container, "restarting the tunnel"),
+            (Goal::Run { .. }, _) if steps.contains(&Step::Rename) => {
+                info!(container, "the new connector takes over");
+            }
+            (Goal::Run { .. }, _) if steps.contains(&Step::Stop(Slot::Main)) => info!(container, "stopping the tunnel"),
+            (Goal::Run { .. }, _) => info!(container, "removing the connector beside the tunnel's"),
+            (Goal::Remove, _) => info!(container, "removing the tunnel"),
+            (Goal::Stop | Goal::Leave, _) => info!(container, "stopping the tunnel"),
         }
     }
 
     /// Carries out a plan, up to the first failure, a shutdown or new orders: the next pass plans anew.
     pub(super) async fn act(
         &mut self,
-        steps: &[Action],
+        steps: &[Step],
         spec: Option<&Spec>,
         stop: &CancellationToken,
     ) -> Result<Came, Problem> {
-        let name = self.config.container_name.clone();
         // Has seen what this pass has seen.
-        let mut orders = self.wanted.clone();
+        let mut orders = self.inputs.wanted.clone();
         for step in steps {
             if stop.is_cancelled() || orders.has_changed().unwrap_or(false) {
                 return Ok(Came::Interrupted);
             }
             let done = match (step, spec) {
-                (Action::Prepare, _) => tokio::select! {
+                (Step::Prepare, _) => tokio::select! {
                     // A pull may take minutes, and what it is for may no longer be wanted.
                     () = stop.cancelled() => return Ok(Came::Interrupted),
                     Ok(()) = orders.changed() => return Ok(Came::Interrupted),
-                    prepared = self.prepare(steps.contains(&Action::Stop)) => {
+                    prepared = self.prepare(steps.contains(&Step::Stop(Slot::Main))) => {
                         prepared?;
                         Ok(())
                     }
                 },
-                (Action::Stop, _) => self.drain(&name).await,
-                (Action::Remove, _) => self.docker.remove(&name).await,
-                (Action::Create, Some(spec)) => self.docker.create(&name, spec).await,
-                (Action::Create, None) => Ok(()),
-                (Action::Start, _) => self.docker.start(&name).await,
+                (Step::Stop(slot), _) => self.drain(&self.name(*slot)).await,
+                (Step::Remove(slot), _) => self.host.remove(&self.name(*slot)).await,
+                (Step::Create(slot), Some(spec)) => self.create(*slot, spec).await,
+                (Step::Create(_), None) => Ok(()),
+                (Step::Start(slot), _) => self.host.start(&self.name(*slot)).await,
+                (Step::Restart, _) => self.restart().await,
+                (Step::Rename, _) => self.host.rename(&self.name(Slot::Next), &self.name(Slot::Main)).await,
             };
             if let Err(error) = done {
+                if let Some(spec) = spec
+                    && self.is_refused(*step, &error, spec).await
+                {
+                    return Ok(Came::Otherwise);
+                }
                 return Err(self.why_not(*step, &error).await);
             }
         }
@@ -85,66 +110,136 @@ impl Supervisor {
         self.see_to_image(replaces).await
     }
 
+    async fn create(&mut self, slot: Slot, spec: &Spec) -> Result<(), DockerError> {
+        self.host.create(&self.name(slot), spec).await?;
+        // Before it serves, so that it can reach all that the one before it could.
+        self.join_networks(slot, std::iter::once(spec.network.as_str())).await;
+        Ok(())
+    }
+
+    /// Connects a container to the networks of workloads that it is not on yet. What fails is tried again later.
+    pub(super) async fn join_networks<'a>(&mut self, slot: Slot, on: impl Iterator<Item = &'a str>) {
+        let mut missing = self.inputs.ways.borrow().networks.clone();
+        for network in on {
+            missing.remove(network);
+        }
+        let name = self.name(slot);
+        let mut failed = false;
+        for network in missing {
+            match self.host.connect(&network, &name).await {
+                Ok(()) => info!(container = name, network, "connected the tunnel to a container's network"),
+                Err(error) => {
+                    failed = true;
+                    let problem = format!("{network}: Docker {error}");
+                    self.connecting.failed(&problem, "trying again, the tunnel itself is not affected");
+                }
+            }
+        }
+        if !failed {
+            self.connecting.ended();
+        }
+    }
+
     /// Stops the container and waits for cloudflared's drain, which a shutdown must not cut short: a second signal
     /// would end it at once.
     pub(super) async fn drain(&self, name: &str) -> Result<(), DockerError> {
         let grace = Duration::from_secs(STOP_GRACE_SECONDS.into());
         self.draining.send_replace(true);
         let stopped =
-            said_while_long("waiting for cloudflared to drain its requests", self.docker.stop(name, grace)).await;
+            said_while_long("waiting for cloudflared to drain its requests", self.host.stop(name, grace)).await;
         self.draining.send_replace(false);
         stopped
     }
 
-    /// As [`problem_of`]; that an image is missing which nobody may look for is said with what would allow it.
-    async fn why_not(&self, step: Action, error: &DockerError) -> Problem {
-        let image = &self.config.image;
-        if let (Action::Create, DockerError::NotFound { .. }) = (step, error)
-            && let Err(refusal @ DockerError::Forbidden { .. }) = self.docker.has_image(image).await
-        {
-            return Problem {
-                reason: "image_unavailable".to_owned(),
-                text: format!("the image {image} is not on this host and Docker {refusal}"),
-                next: refusal.remedy(),
-            };
+    /// Restarts what hangs. The next restart comes after a pause that grows, whether this one helps or not.
+    async fn restart(&mut self) -> Result<(), DockerError> {
+        let name = self.name(Slot::Main);
+        self.restarts.not_before = Some(Instant::now() + self.restarts.pauses.next_whole());
+        if let Some(id) = self.main.container() {
+            let (container, count) = &mut self.restarts.done;
+            if *container != id {
+                (*container, *count) = (id, 0);
+            }
+            *count += 1;
         }
-        problem_of(step, error)
+        self.host.restart(&name, HANG_GRACE).await
+    }
+
+    /// Whether Docker refuses this step and there is another way, which is then remembered and said.
+    async fn is_refused(&mut self, step: Step, error: &DockerError, spec: &Spec) -> bool {
+        let hash = spec.hash();
+        if self.refused.hash != hash {
+            self.refused = Refused { hash, ..Refused::default() };
+        }
+        match step {
+            Step::Create(Slot::Next) if !error.is_away() => {
+                // Nothing is given up for what cannot be had: the taken name shows whether one could be created there.
+                let own = self.host.create(&self.name(Slot::Main), spec).await;
+                let may = matches!(own, Err(DockerError::Conflict { .. }));
+                if may {
+                    warn!(
+                        "Docker {error}; so the tunnel is replaced in place and requests fail for some seconds, let the socket proxy pass the name {} to avoid that",
+                        self.name(Slot::Next)
+                    );
+                    self.refused.second = true;
+                }
+                may
+            }
+            Step::Rename if !error.is_away() && !matches!(error, DockerError::Conflict { .. }) => {
+                warn!(
+                    "Docker {error}; so one more connector is made under the right name and takes over, let the socket proxy pass rename to avoid that"
+                );
+                self.refused.rename = true;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// As [`Problem::at`]; that an image is missing which nobody may look for is said with what would allow it.
+    async fn why_not(&self, step: Step, error: &DockerError) -> Problem {
+        let image = &self.config.image;
+        if let (Step::Create(_), DockerError::NotFound { .. }) = (step, error)
+            && let Err(refusal @ DockerError::Forbidden { .. }) = self.host.has_image(image).await
+        {
+            let detail = format!("the image {image} is not on this host and Docker {refusal}");
+            return Problem::new(Cause::ImageUnavailable, detail);
+        }
+        Problem::at(step, error)
     }
 
     async fn see_to_network(&self) -> Result<(), Problem> {
         let network = &self.config.network;
-        let found = self.docker.has_network(network).await;
-        if found.map_err(|error| problem_of(Action::Prepare, &error))? {
+        if self.host.has_network(network).await.map_err(|error| Problem::of(&error))? {
             return Ok(());
         }
-        match self.docker.create_network(network, &owner_labels()).await {
+        match self.host.create_network(network, &owner_labels()).await {
             Ok(()) => {
                 info!(network, "created the tunnel network");
                 Ok(())
             }
-            Err(error @ DockerError::Forbidden { .. }) => Err(Problem {
-                reason: "network_missing".to_owned(),
-                text: format!(
+            Err(error) if error.is_away() => Err(Problem::of(&error)),
+            Err(error) => {
+                let detail = format!(
                     "the network {network} does not exist and Docker {error}; or run: docker network create {network}"
-                ),
-                next: "trying again",
-            }),
-            Err(error) => Err(Problem { reason: "network_missing".to_owned(), ..problem_of(Action::Prepare, &error) }),
+                );
+                Err(Problem::new(Cause::NetworkMissing, detail))
+            }
         }
     }
 
     async fn see_to_image(&self, replaces: bool) -> Result<(), Problem> {
         let image = &self.config.image;
-        match self.docker.has_image(image).await {
+        match self.host.has_image(image).await {
             Ok(true) => return Ok(()),
             Ok(false) => {}
             // Not allowed to look: creating the container tells as well.
             Err(DockerError::Forbidden { .. }) if !replaces => return Ok(()),
-            Err(error) => return Err(problem_of(Action::Prepare, &error)),
+            Err(error) => return Err(Problem::of(&error)),
         }
         info!(image = %image, "pulling the cloudflared image");
         let (began, mut said) = (Instant::now(), 0);
-        let pulled = self.docker.pull(image, |come, due| {
+        let pulled = self.host.pull(image, |come, due| {
             // A quarter at a time; the sum grows while layers are found, so it may also fall back.
             let quarter = (come * 4).checked_div(due).unwrap_or_default().min(4);
             if quarter > said {
@@ -158,12 +253,11 @@ impl Supervisor {
                 Ok(())
             }
             // It may have been loaded by hand in the meantime.
-            Err(_) if self.docker.has_image(image).await == Ok(true) => Ok(()),
-            Err(error) => Err(Problem {
-                reason: "image_unavailable".to_owned(),
-                text: format!("the image {image} is not on this host and Docker {error}"),
-                next: "trying again; check CLOUDFLARED_IMAGE and the host's way to the registry, or load the image with: docker load",
-            }),
+            Err(_) if self.host.has_image(image).await == Ok(true) => Ok(()),
+            Err(error) => {
+                let detail = format!("the image {image} is not on this host and Docker {error}");
+                Err(Problem::new(Cause::ImageUnavailable, detail))
+            }
         }
     }
 }

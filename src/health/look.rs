@@ -1,4 +1,4 @@
-//! Looking at the container and at cloudflared in it, and saying what was seen.
+//! Looking at the container, its successor and cloudflared in them, and saying what was seen.
 
 use std::time::Duration;
 
@@ -6,207 +6,382 @@ use jiff::Timestamp;
 use tokio::time::Instant;
 use tracing::info;
 
-use super::plan::{self, Owner};
+use super::course::{self, Course, Look, Verdict};
+use super::host::Host;
+use super::plan::{self, Owner, Progress, Slot};
 use super::probe::{self, Readiness};
 use super::problem::Problem;
-use super::{CALM, Supervisor, own_container};
-use crate::channels::{Departure, Status, View, Wanted};
-use crate::docker::{Health, Inspected, RunState};
+use super::{CALM, Supervisor, WELL_AFTER};
+use crate::cause::Cause;
+use crate::channels::{Connector, Departure, Status, View, Wanted};
+use crate::docker::{DockerError, Inspected, RunState};
 use crate::retry::Lasts;
-use crate::state::{DesiredState, Token};
+use crate::state::Token;
 
-/// While cloudflared is expected to become ready within seconds.
+/// While something is expected to change within seconds.
 pub(super) const EAGER: Duration = Duration::from_millis(250);
-/// While it has not for longer.
+/// While something is wrong for longer.
 const PATIENT: Duration = Duration::from_secs(5);
-/// A connector that is not ready after this has a problem.
-const START_LIMIT: Duration = Duration::from_secs(30);
 /// Lines in which cloudflared has told its version.
 const START_LINES: usize = 50;
+/// Lines in which it tells what is wrong; four connections may each say it in three.
+const LAST_LINES: usize = 30;
+/// Its log is read so often at most, and its other pages too.
+const LOG_EVERY: Duration = Duration::from_secs(2);
+const FACTS_EVERY: Duration = Duration::from_secs(10);
 
-/// What is known of one start of one container.
-#[derive(Debug, Default)]
-pub(super) struct Known {
-    /// Container and start time: another start is another life.
-    life: (String, String),
-    began: Option<Instant>,
-    pub(super) address: Option<String>,
-    pub(super) was_ready: bool,
-    /// It can be asked from here: it has answered.
-    answers: bool,
-    /// How often in a row it did not.
-    silences: u32,
-    version: Option<String>,
+/// The two containers, as one pass has seen them.
+#[derive(Debug)]
+pub(super) struct Sight {
+    pub(super) main: Option<Inspected>,
+    pub(super) next: Option<Inspected>,
 }
 
-impl Supervisor {
+impl Sight {
+    /// The one that is the tunnel: the one with its name, or else the successor that is about to have it.
+    fn current(&self) -> Option<(Slot, &Inspected)> {
+        let own = |slot, container: &Option<Inspected>| {
+            let container = container.as_ref().filter(|found| plan::owner(found) != Owner::Foreign);
+            container.map(|_| slot)
+        };
+        let slot = match (&self.main, &self.next) {
+            (None, next) => own(Slot::Next, next),
+            (main, _) => own(Slot::Main, main),
+        }?;
+        let container = if slot == Slot::Main { &self.main } else { &self.next };
+        container.as_ref().map(|container| (slot, container))
+    }
+}
+
+/// What is known of the container under one of the two names, from all looks at it.
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    course: Option<Course>,
+    container: Option<String>,
+    address: Option<String>,
+    connections: Option<u32>,
+    connector: Connector,
+    version: Option<String>,
+    /// What its log speaks of, and its last line.
+    clue: Option<Cause>,
+    last_words: String,
+    log_read: Option<Instant>,
+    facts_read: Option<Instant>,
+    /// That it is ready was said.
+    announced: bool,
+}
+
+impl Known {
+    fn verdict(&self) -> Verdict {
+        self.course.as_ref().map(|course| course.verdict).unwrap_or_default()
+    }
+
+    pub(super) fn container(&self) -> Option<String> {
+        self.container.clone()
+    }
+
+    pub(super) fn is_ready(&self) -> bool {
+        self.verdict() == Verdict::Ready
+    }
+
+    pub(super) fn is_surely_ready(&self) -> bool {
+        self.course.as_ref().is_some_and(Course::is_surely_ready)
+    }
+
+    pub(super) fn is_sick_of(&self, cause: Cause) -> bool {
+        self.verdict() == Verdict::Sick(cause)
+    }
+
+    pub(super) fn serves(&self, now: Instant) -> bool {
+        self.course.as_ref().is_some_and(|course| course.serves(now))
+    }
+
+    pub(super) fn is_well(&self, now: Instant) -> bool {
+        self.course.as_ref().is_some_and(|course| course.ready_for(now) >= Some(WELL_AFTER))
+    }
+
+    pub(super) fn needs_restart(&self, now: Instant) -> bool {
+        self.course.as_ref().is_some_and(|course| course.needs_restart(now))
+    }
+
+    /// Why it does not become ready, or not in time.
+    pub(super) fn failure(&self) -> Option<Cause> {
+        self.course.as_ref().and_then(|course| course.failure(Instant::now()))
+    }
+
+    /// Where to ask while Docker does not answer, when it was ready before.
+    pub(super) fn ask_at(&self) -> Option<&str> {
+        self.address.as_deref().filter(|_| self.is_ready())
+    }
+
+    fn is_unsettled(&self, now: Instant) -> bool {
+        self.course.as_ref().is_some_and(|course| course.is_unsettled(now))
+    }
+
+    /// Takes note of another start of the container, or of another container.
+    fn begin(&mut self, found: &Inspected, now: Instant) {
+        if self.course.as_ref().is_some_and(|course| course.is_of(found)) {
+            return;
+        }
+        let age = found.started_at.parse::<Timestamp>().ok().map(|at| at.duration_until(Timestamp::now()));
+        let age = age.and_then(|age| Duration::try_from(age).ok()).unwrap_or_default();
+        let course = match self.course.take() {
+            Some(mut course) => {
+                course.next_start(found, age, now);
+                course
+            }
+            None => Course::new(found, age, now),
+        };
+        *self = Self { course: Some(course), container: Some(found.id.clone()), ..Self::default() };
+    }
+}
+
+impl<H: Host> Supervisor<H> {
+    /// Looks at both names.
+    pub(super) async fn look(&mut self) -> Result<Sight, DockerError> {
+        let main = self.host.inspect(&self.name(Slot::Main)).await?;
+        let next = self.host.inspect(&self.name(Slot::Next)).await?;
+        for (slot, container) in [(Slot::Main, &main), (Slot::Next, &next)] {
+            match container.as_ref().filter(|found| plan::owner(found) != Owner::Foreign) {
+                Some(found) => self.study(slot, found).await,
+                None => *self.known(slot) = Known::default(),
+            }
+        }
+        Ok(Sight { main, next })
+    }
+
+    fn known(&mut self, slot: Slot) -> &mut Known {
+        match slot {
+            Slot::Main => &mut self.main,
+            Slot::Next => &mut self.next,
+        }
+    }
+
+    /// Asks a container how it is, and adds that to what is known of it.
+    async fn study(&mut self, slot: Slot, found: &Inspected) {
+        self.known(slot).begin(found, Instant::now());
+        let runs = found.state == RunState::Running;
+        // 255 may be a token that cloudflared does not take: that must not be started again.
+        let is_of_interest = runs || found.state == RunState::Restarting || found.exit_code == 255;
+        if !is_of_interest {
+            return;
+        }
+        let address = found.networks.get(&self.config.network).map(|place| place.address.clone());
+        let address = address.filter(|address| runs && !address.is_empty());
+        let readiness = match &address {
+            Some(address) => self.host.readiness(address).await,
+            None => Readiness::Silent,
+        };
+        self.known(slot).address.clone_from(&address);
+        if let Readiness::Ready { connections, connector } = &readiness {
+            let known = self.known(slot);
+            (known.connections, known.connector.id) = (Some(*connections), connector.clone());
+            self.read_facts(slot, address.as_deref().unwrap_or_default()).await;
+        } else {
+            self.read_log(slot, found).await;
+        }
+        let known = self.known(slot);
+        let look = Look { container: found, readiness: &readiness, clue: known.clue };
+        if let Some(course) = &mut known.course {
+            course.take(&look, Instant::now());
+            if !course.answered {
+                known.connections = None;
+            }
+        }
+    }
+
+    async fn read_facts(&mut self, slot: Slot, address: &str) {
+        if self.known(slot).facts_read.is_some_and(|at| at.elapsed() < FACTS_EVERY) {
+            return;
+        }
+        let facts = self.host.facts(address).await;
+        let known = self.known(slot);
+        known.facts_read = Some(Instant::now());
+        known.version = facts.version.or(known.version.take());
+        let connector = &mut known.connector;
+        connector.config_version = facts.config_version.or(connector.config_version);
+        connector.protocol = facts.protocol.or(connector.protocol);
+        connector.traffic = facts.traffic.unwrap_or(connector.traffic);
+    }
+
+    async fn read_log(&mut self, slot: Slot, found: &Inspected) {
+        if self.known(slot).log_read.is_some_and(|at| at.elapsed() < LOG_EVERY) {
+            return;
+        }
+        let token = self.inputs.wanted.borrow().token.clone();
+        let lines = self.host.log_tail(&self.name(slot), started(found), LAST_LINES).await.unwrap_or_default();
+        let set = |name: &str, value: &str| self.config.options.get(name).is_some_and(|set| set == value);
+        let only_quic = set("TUNNEL_TRANSPORT_PROTOCOL", "quic") || set("TUNNEL_POST_QUANTUM", "true");
+        let known = self.known(slot);
+        known.log_read = Some(Instant::now());
+        known.clue = course::clue(&lines, only_quic);
+        known.last_words = last_words(&lines, token.as_ref());
+    }
+
+    /// How far the successor has come. Where the one before it is not ready, nobody need wait for the edge.
+    pub(super) fn progress(&self, sight: &Sight, now: Instant) -> Progress {
+        match &sight.next {
+            Some(_) if self.next.serves(now) || self.next.is_surely_ready() && !self.main.is_ready() => {
+                Progress::Serves
+            }
+            Some(_) if self.next.failure().is_some() => Progress::Failed,
+            _ => Progress::Waiting,
+        }
+    }
+
     /// Publishes what is known. `acting`: a container is about to be made.
     pub(super) async fn publish(
         &mut self,
         wanted: &Wanted,
-        found: Option<&Inspected>,
+        sight: &Sight,
         problem: Option<&Problem>,
         acting: bool,
     ) -> Duration {
-        let found = found.filter(|found| plan::owner(found) != Owner::Foreign);
+        let current = sight.current();
         let mut view = View {
             looked: true,
             name: wanted.name.clone(),
             tunnel_id: wanted.id.clone(),
-            container_running: found.is_some_and(|found| found.state == RunState::Running),
+            container_running: current.is_some_and(|(_, found)| found.state == RunState::Running),
             ..View::default()
         };
-        let mut pause = CALM;
-        match found {
-            Some(found) if found.state == RunState::Running => {
-                let readiness = self.ask(found).await;
-                pause = self.judge(&mut view, found, readiness);
-                if self.known.version.is_none() && view.status == Status::Running {
-                    self.known.version = self.version_from_log(found).await;
-                }
+        let mut pause = if sight.next.is_some() { EAGER } else { CALM };
+        match current {
+            Some((slot, found)) if matches!(found.state, RunState::Running | RunState::Restarting) => {
+                self.describe(&mut view, slot, found).await;
+                pause = pause.min(self.pause(slot));
             }
-            Some(found) if found.state == RunState::Restarting => {
-                view.status = Status::Restarting;
-                view.reason = Some(format!("exit_{}", found.exit_code));
-                let said = self.last_words(wanted.token.as_ref()).await;
-                let text = format!("ends with exit code {} again and again, its last words: {said}", found.exit_code);
-                self.unready
-                    .failed(&text, "Docker starts it again, with growing pauses; visitors see errors until it stays");
-                pause = PATIENT;
+            Some((slot, found)) if self.known(slot).is_sick_of(Cause::TokenMalformed) => {
+                self.describe(&mut view, slot, found).await;
             }
             _ if acting => view.status = Status::Starting,
             _ => {}
         }
-        view.version.clone_from(&self.known.version);
         if let Some(problem) = problem {
             // What still runs goes on running: the status tells of the traffic, the reason of what failed.
             if !view.container_running {
-                view.status = Status::Error;
+                view.status = problem.cause.status();
             }
-            view.reason = Some(problem.reason.clone());
+            view.reason = Some(problem.cause.reason());
             pause = pause.min(self.not_before.map_or(PATIENT, |at| at.saturating_duration_since(Instant::now())));
-        } else if found.is_none() && wanted.state == DesiredState::Unknown {
-            view.reason = Some("no_tunnel_assigned".to_owned());
+        } else if current.is_none() && wanted.token.is_none() && !acting {
+            view.reason = Some("no_tunnel_assigned");
         }
         if let Some(refusal) = &wanted.refusal {
             view.status = Status::Error;
-            view.reason = Some(refusal.reason.to_owned());
+            view.reason = Some(refusal.cause.reason());
             view.name = refusal.name.clone().or(view.name);
         }
         if wanted.decommission.is_some() {
-            view.departure = self.departure(found, problem).await;
+            view.departure = self.departure(sight, problem).await;
         }
-        self.view.send_if_modified(|known| std::mem::replace(known, view.clone()) != view);
+        self.tell(view);
         // Never zero: a pass that changes nothing must not follow itself at once.
         pause.max(EAGER)
     }
 
-    /// Asks a running container, and notes when another life of it begins.
-    async fn ask(&mut self, found: &Inspected) -> Readiness {
-        let life = (found.id.clone(), found.started_at.clone());
-        if self.known.life != life {
-            let age = found.started_at.parse::<Timestamp>().ok().map(|at| at.duration_until(Timestamp::now()));
-            let age = age.and_then(|age| Duration::try_from(age).ok()).unwrap_or_default();
-            let now = Instant::now();
-            self.known = Known { life, began: Some(now.checked_sub(age).unwrap_or(now)), ..Known::default() };
-        }
-        let place = found.networks.get(&self.config.network);
-        let address = place.map(|place| &place.address).filter(|address| !address.is_empty());
-        self.known.address = address.cloned();
-        let Some(address) = address else { return Readiness::Silent };
-        let readiness = self.probe.readiness(address).await;
-        match readiness {
-            Readiness::Silent => self.known.silences += 1,
-            _ => (self.known.answers, self.known.silences) = (true, 0),
-        }
-        if self.known.version.is_none() && readiness != Readiness::Silent {
-            self.known.version = self.probe.version(address).await;
-        }
-        readiness
+    /// Gives the view to whoever listens. When its status began is kept here.
+    pub(super) fn tell(&self, mut view: View) {
+        self.view.send_if_modified(|known| {
+            let is_same = known.looked && known.status == view.status;
+            view.since = if is_same { known.since } else { Some(Timestamp::now()) };
+            let is_news = view.is_news(known);
+            *known = std::mem::take(&mut view);
+            is_news
+        });
     }
 
-    /// Turns what cloudflared says into a status, and says so when it changes. Returns when to ask again.
-    fn judge(&mut self, view: &mut View, found: &Inspected, readiness: Readiness) -> Duration {
-        let age = self.known.began.map(|began| began.elapsed()).unwrap_or_default();
-        let waiting = if age < START_LIMIT { EAGER } else { PATIENT };
-        let (status, pause) = match (readiness, found.health) {
-            (Readiness::Ready(connections), _) => {
-                view.connections = Some(connections);
-                (Status::Running, CALM)
-            }
-            // Once is a busy machine; twice in a row is one that hangs.
-            (Readiness::Silent, _) if self.known.was_ready && self.known.answers && self.known.silences < 2 => {
-                (Status::Running, EAGER)
-            }
-            // It cannot be asked from here, so Docker's own check has the word.
-            (Readiness::Silent, Some(Health::Healthy)) if !self.known.answers => (Status::Running, CALM),
-            (Readiness::Silent, Some(Health::Unhealthy)) => (Status::Degraded, PATIENT),
-            _ if !self.known.was_ready && age < START_LIMIT => (Status::Starting, waiting),
-            (Readiness::NotReady, _) => {
-                view.connections = Some(0);
-                (Status::Degraded, PATIENT)
-            }
-            (Readiness::Silent, _) => (Status::Degraded, PATIENT),
-        };
-        view.status = status;
-        match status {
-            Status::Running => {
-                self.unready.ended();
-                if !std::mem::replace(&mut self.known.was_ready, true) {
+    /// What is known of a container of ours, and says in the log what changed.
+    async fn describe(&mut self, view: &mut View, slot: Slot, found: &Inspected) {
+        if self.known(slot).version.is_none() && self.known(slot).is_ready() {
+            self.known(slot).version = self.version_from_log(slot, found).await;
+        }
+        let by_agent = if self.restarts.done.0 == found.id { self.restarts.done.1 } else { 0 };
+        let known = self.known(slot);
+        view.version.clone_from(&known.version);
+        view.connector = known.connector.clone();
+        view.restarts = found.restarts + by_agent;
+        match known.verdict() {
+            Verdict::Starting => view.status = Status::Starting,
+            Verdict::Ready => {
+                view.status = Status::Running;
+                view.connections = known.connections;
+                if !std::mem::replace(&mut known.announced, true) && slot == Slot::Main {
+                    let after =
+                        Lasts(known.course.as_ref().map(|course| course.age(Instant::now())).unwrap_or_default());
                     let name = view.name.as_deref().unwrap_or("-");
-                    let after = Lasts(age);
                     match view.connections {
                         Some(connections) => info!(name, connections, %after, "tunnel ready"),
                         None => info!(name, %after, "tunnel ready"),
                     }
                 }
+                self.sick.ended();
             }
-            Status::Degraded => {
-                let (reason, text) = match readiness {
-                    Readiness::NotReady => ("not_ready", "runs but has no connection to Cloudflare"),
-                    _ => ("not_answering", "runs but does not answer when asked whether it is ready"),
+            Verdict::Sick(cause) => {
+                view.status = cause.status();
+                view.reason = Some(cause.reason());
+                let is_without = matches!(cause, Cause::EdgeUnreachable | Cause::UdpBlocked | Cause::TokenRefused);
+                view.connections = is_without.then_some(0);
+                let detail = match cause {
+                    Cause::CrashLoop => {
+                        format!(": exit code {}, its last words: {}", found.exit_code, known.last_words)
+                    }
+                    _ => String::new(),
                 };
-                view.reason = Some(reason.to_owned());
-                self.unready.failed(&text, "visitors see errors until it has; cloudflared keeps trying, see docker logs of the tunnel container");
+                self.sick.failed(&format_args!("{}{detail}", cause.what()), cause.next());
             }
-            _ => {}
         }
-        pause
+    }
+
+    /// When to look again at a container that Docker keeps running.
+    fn pause(&mut self, slot: Slot) -> Duration {
+        let known = self.known(slot);
+        match known.verdict() {
+            _ if known.is_unsettled(Instant::now()) => EAGER,
+            Verdict::Ready => CALM,
+            Verdict::Starting | Verdict::Sick(_) => PATIENT,
+        }
     }
 
     /// The version where the metrics page cannot be read: cloudflared writes it when it starts.
-    async fn version_from_log(&self, found: &Inspected) -> Option<String> {
-        let began = found.started_at.parse::<Timestamp>().ok()?.as_second();
-        let lines = self.docker.log_since(&self.config.container_name, began, START_LINES).await.ok()?;
+    async fn version_from_log(&self, slot: Slot, found: &Inspected) -> Option<String> {
+        let lines = self.host.log_start(&self.name(slot), started(found), START_LINES).await.ok()?;
         probe::version_in_log(&lines)
     }
 
-    /// The last line that the container wrote, without the token, should a version of cloudflared print it.
-    async fn last_words(&self, token: Option<&Token>) -> String {
-        let lines = self.docker.log_tail(&self.config.container_name, 1).await.unwrap_or_default();
-        let last = lines.last().map(String::as_str).unwrap_or("(none)");
-        // The time at its beginning would make each line another one.
-        let last = match last.split_once(' ') {
-            Some((time, rest)) if time.parse::<Timestamp>().is_ok() => rest,
-            _ => last,
-        };
-        match token {
-            Some(token) => last.replace(token.expose(), "<token>"),
-            None => last.to_owned(),
-        }
-    }
-
     /// What the acknowledgement of a decommission can say by now.
-    async fn departure(&self, found: Option<&Inspected>, problem: Option<&Problem>) -> Option<Departure> {
-        let container = match (found, problem) {
+    async fn departure(&self, sight: &Sight, problem: Option<&Problem>) -> Option<Departure> {
+        let container = match (sight.current(), problem) {
             (None, _) => "absent",
-            (Some(found), _) if matches!(found.state, RunState::Exited | RunState::Created | RunState::Dead) => {
+            (Some((Slot::Main, found)), _)
+                if matches!(found.state, RunState::Exited | RunState::Created | RunState::Dead)
+                    && sight.next.is_none() =>
+            {
                 "stopped"
             }
             (Some(_), Some(_)) => "failed",
             // Still stopping.
             (Some(_), None) => return None,
         };
-        Some(Departure { container, own: own_container(&self.docker, self.hostname.as_deref()).await })
+        Some(Departure { container, own: self.host.own_container(self.hostname.as_deref()).await })
+    }
+}
+
+/// Seconds since 1970 at the container's last start, from where its log is read.
+fn started(found: &Inspected) -> i64 {
+    found.started_at.parse::<Timestamp>().map(|at| at.as_second()).unwrap_or_default()
+}
+
+/// The last line that the container wrote, without the token, should a version of cloudflared print it.
+fn last_words(lines: &[String], token: Option<&Token>) -> String {
+    let last = lines.last().map(String::as_str).unwrap_or("(none)");
+    // The time at its beginning would make each line another one.
+    let last = match last.split_once(' ') {
+        Some((time, rest)) if time.parse::<Timestamp>().is_ok() => rest,
+        _ => last,
+    };
+    match token {
+        Some(token) => last.replace(token.expose(), "<token>"),
+        None => last.to_owned(),
     }
 }

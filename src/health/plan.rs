@@ -1,4 +1,9 @@
 //! From what is wanted and what is there to what is to be done. Pure; the table of tests is the specification.
+//!
+//! Two names may be in use: the tunnel's own, and a second one for its successor while that takes over. A
+//! replacement starts the successor, waits until it serves, drains and removes the one before, and renames. Each
+//! state in which a crash can leave the two is one from which the plan goes on, and none of its steps takes away
+//! the last one that serves.
 
 use crate::docker::{Inspected, RunState, SPEC_LABEL};
 
@@ -9,26 +14,41 @@ pub(super) enum Goal {
     Leave,
     /// There, and not running.
     Stop,
+    /// Not there: there is no tunnel any more.
+    Remove,
     /// Running, made from the spec with this hash, on this network.
     Run {
         /// Hash of the spec.
         hash: String,
-        /// The one network.
+        /// The network it is made on.
         network: String,
     },
 }
 
+/// Under which name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Slot {
+    /// The tunnel's own.
+    Main,
+    /// The successor's.
+    Next,
+}
+
 /// One step. Steps are carried out in order; the first failure ends the attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Action {
+pub(super) enum Step {
     /// See to the network and the image, while whatever runs still runs.
     Prepare,
     /// Stop with cloudflared's drain.
-    Stop,
+    Stop(Slot),
     /// Remove, so that the name is free.
-    Remove,
-    Create,
-    Start,
+    Remove(Slot),
+    Create(Slot),
+    Start(Slot),
+    /// Restart where it is.
+    Restart,
+    /// Give the successor the tunnel's own name.
+    Rename,
 }
 
 /// Whose container has the name.
@@ -54,75 +74,155 @@ pub(super) fn owner(container: &Inspected) -> Owner {
     if names_cloudflared && runs_tunnel && has_token { Owner::PythonAgent } else { Owner::Foreign }
 }
 
-/// What to do, given what is there. An empty plan means: it is as it should be, or it is not ours to touch.
-pub(super) fn plan(goal: &Goal, found: Option<&Inspected>) -> Vec<Action> {
-    use Action::{Create, Prepare, Remove, Start, Stop};
-    let Some(container) = found else {
-        return match goal {
-            Goal::Run { .. } => vec![Prepare, Create, Start],
-            Goal::Stop | Goal::Leave => vec![],
-        };
-    };
-    let whose = owner(container);
-    if whose == Owner::Foreign {
+/// How far a successor has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Progress {
+    /// Not ready yet, or ready for too short a time for the edge to know.
+    #[default]
+    Waiting,
+    /// Visitors are led to it.
+    Serves,
+    /// It will not become ready, or not in time.
+    Failed,
+}
+
+/// What is there, as far as the plan depends on it.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Scene<'a> {
+    /// Under the tunnel's own name.
+    pub(super) main: Option<&'a Inspected>,
+    /// Under the successor's.
+    pub(super) next: Option<&'a Inspected>,
+    /// How far the successor has come.
+    pub(super) progress: Progress,
+    /// The one under the tunnel's own name is ready.
+    pub(super) main_ready: bool,
+    /// It is to be restarted now.
+    pub(super) restart: bool,
+    /// cloudflared does not take its token: it must not be started again.
+    pub(super) bad_token: bool,
+    /// A successor from this very spec could not become ready because of its token.
+    pub(super) given_up: bool,
+    /// Docker refuses a second container beside the first.
+    pub(super) no_second: bool,
+    /// Docker refuses to rename.
+    pub(super) no_rename: bool,
+}
+
+/// In each of these it would run again, or still holds its connections.
+fn is_alive(container: &Inspected) -> bool {
+    matches!(container.state, RunState::Running | RunState::Restarting | RunState::Paused)
+}
+
+/// Docker keeps it running, made from the right spec, on its network.
+fn is_right(container: &Inspected, hash: &str, network: &str) -> bool {
+    matches!(container.state, RunState::Running | RunState::Restarting)
+        && container.labels.get(SPEC_LABEL).is_some_and(|label| label == hash)
+        && container.networks.contains_key(network)
+}
+
+/// What to do, given what is there. An empty plan means: it is as it should be, it takes time, or it is not ours
+/// to touch.
+pub(super) fn plan(goal: &Goal, scene: &Scene<'_>) -> Vec<Step> {
+    // What somebody else has put under the second name is as if there could be no second container.
+    let foreign_next = scene.next.is_some_and(|next| owner(next) == Owner::Foreign);
+    let scene =
+        Scene { next: scene.next.filter(|_| !foreign_next), no_second: scene.no_second || foreign_next, ..*scene };
+    if scene.main.is_some_and(|main| owner(main) == Owner::Foreign) {
         return vec![];
     }
-    // In each of these it would run again, or still holds its connections.
-    let alive = matches!(container.state, RunState::Running | RunState::Restarting | RunState::Paused);
     match goal {
         Goal::Leave => vec![],
-        Goal::Stop if alive => vec![Stop],
-        Goal::Stop => vec![],
-        Goal::Run { hash, network } => {
-            let is_right = container.labels.get(SPEC_LABEL) == Some(hash) && container.networks.contains_key(network);
-            match container.state {
-                RunState::Running if is_right => vec![],
-                // Docker's restart policy is at work on the right container; a new one would fail the same way.
-                RunState::Restarting if is_right => vec![],
-                // A frozen process cannot drain.
-                RunState::Running | RunState::Restarting => vec![Prepare, Stop, Remove, Create, Start],
-                RunState::Paused | RunState::Created | RunState::Exited | RunState::Dead => {
-                    vec![Prepare, Remove, Create, Start]
-                }
+        Goal::Stop => match (scene.main, scene.next) {
+            (Some(main), next) => [next.map(away).unwrap_or_default(), stop(main, Slot::Main)].concat(),
+            (None, Some(next)) if scene.no_rename => stop(next, Slot::Next),
+            (None, Some(_)) => vec![Step::Rename],
+            (None, None) => vec![],
+        },
+        Goal::Remove => {
+            let main = scene.main.map(|main| [stop(main, Slot::Main), vec![Step::Remove(Slot::Main)]].concat());
+            [scene.next.map(away).unwrap_or_default(), main.unwrap_or_default()].concat()
+        }
+        Goal::Run { hash, network } => run(&scene, hash, network),
+    }
+}
+
+fn stop(container: &Inspected, slot: Slot) -> Vec<Step> {
+    if is_alive(container) { vec![Step::Stop(slot)] } else { vec![] }
+}
+
+/// A successor that is not wanted. It may serve already, so it drains as well.
+fn away(next: &Inspected) -> Vec<Step> {
+    [stop(next, Slot::Next), vec![Step::Remove(Slot::Next)]].concat()
+}
+
+fn run(scene: &Scene<'_>, hash: &str, network: &str) -> Vec<Step> {
+    use Slot::{Main, Next};
+    use Step::{Create, Prepare, Remove, Rename, Restart, Start, Stop};
+    let right = |container: &Inspected| is_right(container, hash, network);
+    let made = [Prepare, Create(Main), Start(Main)];
+    match (scene.main, scene.next) {
+        (None, None) => made.into(),
+        // The last steps of a replacement are missing.
+        (None, Some(_)) if !scene.no_rename => vec![Rename],
+        // It cannot have the name, so another one is made under it, which takes over in the same way.
+        (None, Some(_)) => made.into(),
+        (Some(main), _) if scene.bad_token && has_hash(main, hash) => stop(main, Main),
+        (Some(main), None) if right(main) => {
+            if scene.restart {
+                vec![Restart]
+            } else {
+                vec![]
             }
         }
+        // Left over, or the other way round: it goes when the one with the name can do without it.
+        (Some(main), Some(next)) if right(main) => {
+            let main_serves = main.state == RunState::Running && scene.main_ready;
+            if next.state == RunState::Running && !main_serves { vec![] } else { away(next) }
+        }
+        (Some(main), None) if main.state == RunState::Running && !scene.no_second => {
+            if scene.given_up {
+                vec![]
+            } else {
+                vec![Prepare, Create(Next), Start(Next)]
+            }
+        }
+        // A frozen process cannot drain, and one that Docker is about to restart has nothing to.
+        (Some(main), None) => {
+            let drain = if main.state == RunState::Paused { vec![] } else { stop(main, Main) };
+            [vec![Prepare], drain, vec![Remove(Main), Create(Main), Start(Main)]].concat()
+        }
+        (Some(main), Some(next)) if main.state == RunState::Running => match scene.progress {
+            _ if !right(next) => away(next),
+            Progress::Serves if next.state == RunState::Running => {
+                [vec![Stop(Main), Remove(Main)], rename(scene)].concat()
+            }
+            Progress::Waiting | Progress::Serves => vec![],
+            Progress::Failed => away(next),
+        },
+        // Nothing serves under the name: whatever lives under the second one takes it over.
+        (Some(main), Some(next)) if is_alive(next) => {
+            let drain = if main.state == RunState::Restarting { vec![Stop(Main)] } else { vec![] };
+            [drain, vec![Remove(Main)], rename(scene)].concat()
+        }
+        (Some(_), Some(_)) => vec![Remove(Next)],
     }
+}
+
+fn rename(scene: &Scene<'_>) -> Vec<Step> {
+    if scene.no_rename { vec![] } else { vec![Step::Rename] }
+}
+
+fn has_hash(container: &Inspected, hash: &str) -> bool {
+    container.labels.get(SPEC_LABEL).is_some_and(|label| label == hash)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::collections::{BTreeMap, BTreeSet, HashMap};
-
-    use super::Action::{Create, Prepare, Remove, Start, Stop};
+    use super::Slot::{Main, Next};
+    use super::Step::{Create, Prepare, Remove, Rename, Restart, Start, Stop};
     use super::*;
-    use crate::docker::Endpoint;
-
-    fn container(state: RunState, hash: Option<&str>) -> Inspected {
-        Inspected {
-            id: "c".into(),
-            name: "tunnel".into(),
-            state,
-            started_at: String::new(),
-            exit_code: 0,
-            out_of_memory: false,
-            restarts: 0,
-            error: String::new(),
-            health: None,
-            last_check: None,
-            image: "cloudflare/cloudflared:1".into(),
-            command: ["cloudflared", "--no-autoupdate", "tunnel", "run"].map(str::to_owned).into(),
-            env_names: vec!["TUNNEL_TOKEN".into()],
-            serves: None,
-            labels: hash.map(|hash| HashMap::from([(SPEC_LABEL.into(), hash.into())])).unwrap_or_default(),
-            networks: BTreeMap::from([("net".into(), Endpoint::default())]),
-            network_mode: "net".into(),
-            ports: BTreeSet::new(),
-        }
-    }
-
-    fn run() -> Goal {
-        Goal::Run { hash: "right".into(), network: "net".into() }
-    }
+    use crate::health::double::container;
 
     const ALL: [RunState; 6] = [
         RunState::Created,
@@ -132,57 +232,155 @@ mod tests {
         RunState::Exited,
         RunState::Dead,
     ];
+    const ANEW: [Step; 4] = [Prepare, Remove(Main), Create(Main), Start(Main)];
+
+    fn goal() -> Goal {
+        Goal::Run { hash: "right".into(), network: "net".into() }
+    }
+
+    /// The plan for one container under the tunnel's name.
+    fn alone(goal: &Goal, main: &Inspected) -> Vec<Step> {
+        plan(goal, &Scene { main: Some(main), ..Scene::default() })
+    }
 
     #[test]
     fn a_missing_container_is_made() {
-        assert_eq!(plan(&run(), None), [Prepare, Create, Start]);
-        assert_eq!(plan(&Goal::Stop, None), []);
-        assert_eq!(plan(&Goal::Leave, None), []);
+        assert_eq!(plan(&goal(), &Scene::default()), [Prepare, Create(Main), Start(Main)]);
+        for goal in [Goal::Stop, Goal::Leave, Goal::Remove] {
+            assert_eq!(plan(&goal, &Scene::default()), []);
+        }
     }
 
     #[test]
     fn the_right_container_is_adopted_and_left_to_dockers_restart_policy() {
-        assert_eq!(plan(&run(), Some(&container(RunState::Running, Some("right")))), []);
-        assert_eq!(plan(&run(), Some(&container(RunState::Restarting, Some("right")))), []);
+        for state in [RunState::Running, RunState::Restarting] {
+            assert_eq!(alone(&goal(), &container(state, Some("right"))), []);
+        }
     }
 
     #[test]
-    fn any_other_state_ends_in_one_container_and_frees_the_name_first() {
-        for state in ALL {
-            for hash in [Some("right"), Some("wrong"), None] {
-                let steps = plan(&run(), Some(&container(state, hash)));
-                if hash == Some("right") && matches!(state, RunState::Running | RunState::Restarting) {
-                    continue;
-                }
-                let place = |step| {
-                    steps.iter().position(|s| *s == step).unwrap_or_else(|| panic!("{state:?} {hash:?}: no {step:?}"))
-                };
-                assert_eq!(place(Prepare), 0, "what runs goes on while images are pulled");
-                assert!(place(Remove) < place(Create) && place(Create) < place(Start), "{state:?} {hash:?}");
+    fn a_running_container_is_replaced_by_a_successor_beside_it() {
+        for mut main in [container(RunState::Running, Some("wrong")), container(RunState::Running, None)] {
+            assert_eq!(alone(&goal(), &main), [Prepare, Create(Next), Start(Next)]);
+            main.networks.clear();
+            assert_eq!(alone(&goal(), &main), [Prepare, Create(Next), Start(Next)]);
+        }
+        let mut stranded = container(RunState::Running, Some("right"));
+        stranded.networks.clear();
+        assert_eq!(alone(&goal(), &stranded), [Prepare, Create(Next), Start(Next)]);
+    }
+
+    #[test]
+    fn one_that_does_not_run_is_made_anew_in_its_place() {
+        for hash in [Some("right"), Some("wrong"), None] {
+            for state in [RunState::Created, RunState::Paused, RunState::Exited, RunState::Dead] {
+                assert_eq!(alone(&goal(), &container(state, hash)), ANEW, "{state:?} {hash:?}");
+            }
+        }
+        let looping = container(RunState::Restarting, Some("wrong"));
+        assert_eq!(alone(&goal(), &looping), [Prepare, Stop(Main), Remove(Main), Create(Main), Start(Main)]);
+    }
+
+    #[test]
+    fn a_successor_takes_over_when_it_serves_and_goes_when_it_fails() {
+        let (main, next) = (container(RunState::Running, Some("wrong")), container(RunState::Running, Some("right")));
+        let with =
+            |progress| plan(&goal(), &Scene { main: Some(&main), next: Some(&next), progress, ..Scene::default() });
+        assert_eq!(with(Progress::Waiting), []);
+        assert_eq!(with(Progress::Serves), [Stop(Main), Remove(Main), Rename]);
+        assert_eq!(with(Progress::Failed), [Stop(Next), Remove(Next)]);
+    }
+
+    #[test]
+    fn a_successor_of_other_orders_goes_and_one_that_never_ran_too() {
+        let main = container(RunState::Running, Some("wrong"));
+        for (next, steps) in [
+            (container(RunState::Running, Some("older")), vec![Stop(Next), Remove(Next)]),
+            (container(RunState::Created, Some("right")), vec![Remove(Next)]),
+            (container(RunState::Exited, Some("right")), vec![Remove(Next)]),
+        ] {
+            for progress in [Progress::Waiting, Progress::Serves, Progress::Failed] {
+                let scene = Scene { main: Some(&main), next: Some(&next), progress, ..Scene::default() };
+                assert_eq!(plan(&goal(), &scene), steps, "{next:?}");
             }
         }
     }
 
     #[test]
-    fn a_container_that_lost_its_network_is_replaced() {
-        let mut stranded = container(RunState::Running, Some("right"));
-        stranded.networks.clear();
-        assert_eq!(plan(&run(), Some(&stranded)), [Prepare, Stop, Remove, Create, Start]);
+    fn what_a_crash_leaves_under_the_second_name_takes_the_first_one() {
+        for hash in ["right", "older"] {
+            let next = container(RunState::Running, Some(hash));
+            assert_eq!(plan(&goal(), &Scene { next: Some(&next), ..Scene::default() }), [Rename]);
+            assert_eq!(plan(&Goal::Stop, &Scene { next: Some(&next), ..Scene::default() }), [Rename]);
+            for state in [RunState::Exited, RunState::Created, RunState::Dead, RunState::Paused] {
+                let main = container(state, Some("wrong"));
+                let scene = Scene { main: Some(&main), next: Some(&next), ..Scene::default() };
+                assert_eq!(plan(&goal(), &scene), [Remove(Main), Rename], "{state:?}");
+            }
+        }
     }
 
     #[test]
-    fn a_stop_stops_and_does_not_remove() {
+    fn a_leftover_beside_the_right_one_goes_unless_it_is_the_one_that_serves() {
+        let (main, next) = (container(RunState::Running, Some("right")), container(RunState::Running, Some("older")));
+        let scene = Scene { main: Some(&main), next: Some(&next), ..Scene::default() };
+        assert_eq!(plan(&goal(), &scene), []);
+        assert_eq!(plan(&goal(), &Scene { main_ready: true, ..scene }), [Stop(Next), Remove(Next)]);
+        let dead = container(RunState::Exited, Some("older"));
+        assert_eq!(plan(&goal(), &Scene { next: Some(&dead), ..scene }), [Remove(Next)]);
+    }
+
+    #[test]
+    fn where_docker_refuses_a_second_container_it_is_replaced_in_place() {
+        let main = container(RunState::Running, Some("wrong"));
+        let in_place = [Prepare, Stop(Main), Remove(Main), Create(Main), Start(Main)];
+        let scene = Scene { main: Some(&main), no_second: true, ..Scene::default() };
+        assert_eq!(plan(&goal(), &scene), in_place);
+        let foreign = container(RunState::Running, None);
+        let foreign = Inspected { env_names: vec![], ..foreign };
+        let scene = Scene { main: Some(&main), next: Some(&foreign), ..Scene::default() };
+        assert_eq!(plan(&goal(), &scene), in_place, "the second name is somebody else's");
+    }
+
+    #[test]
+    fn where_docker_refuses_to_rename_another_one_is_made_under_the_name_and_takes_over() {
+        let (wrong, right) = (container(RunState::Running, Some("wrong")), container(RunState::Running, Some("right")));
+        let scene = Scene { no_rename: true, ..Scene::default() };
+        let serves = Scene { main: Some(&wrong), next: Some(&right), progress: Progress::Serves, ..scene };
+        assert_eq!(plan(&goal(), &serves), [Stop(Main), Remove(Main)]);
+        assert_eq!(plan(&goal(), &Scene { next: Some(&right), ..scene }), [Prepare, Create(Main), Start(Main)]);
+        let both = Scene { main: Some(&right), next: Some(&right), ..scene };
+        assert_eq!(plan(&goal(), &both), []);
+        assert_eq!(plan(&goal(), &Scene { main_ready: true, ..both }), [Stop(Next), Remove(Next)]);
+        assert_eq!(plan(&Goal::Stop, &Scene { next: Some(&right), ..scene }), [Stop(Next)]);
+    }
+
+    #[test]
+    fn a_stop_stops_and_does_not_remove_but_for_a_successor() {
         for state in ALL {
-            let steps = plan(&Goal::Stop, Some(&container(state, Some("right"))));
+            let main = container(state, Some("right"));
             let alive = matches!(state, RunState::Running | RunState::Restarting | RunState::Paused);
-            assert_eq!(steps, if alive { vec![Stop] } else { vec![] }, "{state:?}");
+            let stops = if alive { vec![Stop(Main)] } else { vec![] };
+            assert_eq!(alone(&Goal::Stop, &main), stops, "{state:?}");
+            let next = container(RunState::Running, Some("older"));
+            let scene = Scene { main: Some(&main), next: Some(&next), ..Scene::default() };
+            assert_eq!(plan(&Goal::Stop, &scene), [vec![Stop(Next), Remove(Next)], stops].concat(), "{state:?}");
         }
+    }
+
+    #[test]
+    fn a_tunnel_that_is_no_more_leaves_nothing() {
+        let (running, exited) = (container(RunState::Running, Some("a")), container(RunState::Exited, Some("b")));
+        assert_eq!(alone(&Goal::Remove, &running), [Stop(Main), Remove(Main)]);
+        assert_eq!(alone(&Goal::Remove, &exited), [Remove(Main)]);
+        let scene = Scene { main: Some(&exited), next: Some(&running), ..Scene::default() };
+        assert_eq!(plan(&Goal::Remove, &scene), [Stop(Next), Remove(Next), Remove(Main)]);
     }
 
     #[test]
     fn nothing_is_touched_before_the_master_has_spoken() {
         for state in ALL {
-            assert_eq!(plan(&Goal::Leave, Some(&container(state, None))), []);
+            assert_eq!(alone(&Goal::Leave, &container(state, None)), []);
         }
     }
 
@@ -198,17 +396,71 @@ mod tests {
                 let mut foreign = container(state, None);
                 change(&mut foreign);
                 assert_eq!(owner(&foreign), Owner::Foreign);
-                for goal in [run(), Goal::Stop, Goal::Leave] {
-                    assert_eq!(plan(&goal, Some(&foreign)), []);
+                for goal in [goal(), Goal::Stop, Goal::Leave, Goal::Remove] {
+                    assert_eq!(alone(&goal, &foreign), []);
+                    let scene = Scene { next: Some(&foreign), ..Scene::default() };
+                    assert!(!plan(&goal, &scene).iter().any(|step| matches!(step, Rename | Stop(Next) | Remove(Next))));
                 }
             }
         }
     }
 
     #[test]
-    fn the_python_agents_container_is_taken_over() {
-        let python = container(RunState::Running, None);
-        assert_eq!(owner(&python), Owner::PythonAgent);
-        assert_eq!(plan(&run(), Some(&python)), [Prepare, Stop, Remove, Create, Start]);
+    fn one_that_hangs_is_restarted_where_it_is() {
+        let main = container(RunState::Running, Some("right"));
+        assert_eq!(plan(&goal(), &Scene { main: Some(&main), restart: true, ..Scene::default() }), [Restart]);
+        let wrong = container(RunState::Running, Some("wrong"));
+        let scene = Scene { main: Some(&wrong), restart: true, ..Scene::default() };
+        assert_eq!(plan(&goal(), &scene), [Prepare, Create(Next), Start(Next)], "its successor is what helps");
+    }
+
+    #[test]
+    fn one_with_a_bad_token_is_stopped_until_another_token_comes() {
+        let mut scene = Scene { bad_token: true, ..Scene::default() };
+        let (looping, exited) =
+            (container(RunState::Restarting, Some("right")), container(RunState::Exited, Some("right")));
+        scene.main = Some(&looping);
+        assert_eq!(plan(&goal(), &scene), [Stop(Main)]);
+        scene.main = Some(&exited);
+        assert_eq!(plan(&goal(), &scene), []);
+        let older = container(RunState::Exited, Some("older"));
+        scene.main = Some(&older);
+        assert_eq!(plan(&goal(), &scene), ANEW);
+    }
+
+    #[test]
+    fn a_successor_with_a_bad_token_is_not_tried_again() {
+        let main = container(RunState::Running, Some("wrong"));
+        assert_eq!(plan(&goal(), &Scene { main: Some(&main), given_up: true, ..Scene::default() }), []);
+    }
+
+    /// Every pair of containers, however far the successor has come: while something is wanted, the one that serves
+    /// is only stopped or removed when another one is known to serve, or where Docker allows no other way.
+    #[test]
+    fn no_plan_takes_away_the_last_one_that_serves() {
+        let hashes = [Some("right"), Some("wrong"), None];
+        let each = || ALL.into_iter().flat_map(|state| hashes.map(|hash| Some(container(state, hash))));
+        for main in each().chain([None]) {
+            for next in each().chain([None]) {
+                for (progress, main_ready) in [
+                    (Progress::Waiting, false),
+                    (Progress::Waiting, true),
+                    (Progress::Serves, true),
+                    (Progress::Failed, true),
+                ] {
+                    let scene =
+                        Scene { main: main.as_ref(), next: next.as_ref(), progress, main_ready, ..Scene::default() };
+                    let steps = plan(&goal(), &scene);
+                    let runs = |c: &Option<Inspected>| c.as_ref().is_some_and(|c| c.state == RunState::Running);
+                    let takes = |slot| steps.iter().any(|step| *step == Stop(slot) || *step == Remove(slot));
+                    if takes(Main) && runs(&main) {
+                        assert!(runs(&next) && progress == Progress::Serves, "{steps:?} of {scene:?}");
+                    }
+                    if takes(Next) && runs(&next) {
+                        assert!(runs(&main), "{steps:?} of {scene:?}");
+                    }
+                }
+            }
+        }
     }
 }

@@ -5,18 +5,33 @@ use std::time::Duration;
 use reqwest::{Client, StatusCode};
 use serde::Deserialize;
 
+use crate::channels::Traffic;
 use crate::docker::METRICS_PORT;
 use crate::http;
 
-/// What cloudflared says of itself.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Readiness {
-    /// This many connections to the edge are ready, at least one.
-    Ready(u32),
+/// What cloudflared says of its readiness.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Readiness {
+    /// It can carry traffic.
+    Ready {
+        /// Connections to the edge that are ready, at least one.
+        connections: u32,
+        /// Its connector id.
+        connector: Option<String>,
+    },
     /// None is.
     NotReady,
     /// It cannot be asked from here, or it does not answer.
     Silent,
+}
+
+/// What its other pages say, as far as they could be read.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Facts {
+    pub(super) version: Option<String>,
+    pub(super) config_version: Option<i64>,
+    pub(super) protocol: Option<&'static str>,
+    pub(super) traffic: Option<Traffic>,
 }
 
 /// A healthy cloudflared answers in a millisecond; this much means that it hangs or cannot be reached.
@@ -41,10 +56,15 @@ impl Probe {
         struct Ready {
             #[serde(rename = "readyConnections")]
             connections: u32,
+            #[serde(rename = "connectorId", default)]
+            connector: Option<String>,
         }
         match self.get(address, "ready").await {
             Some((StatusCode::OK, body)) => match serde_json::from_slice(&body) {
-                Ok(Ready { connections }) => Readiness::Ready(connections.max(1)),
+                Ok(Ready { connections, connector }) => {
+                    let connector = connector.and_then(|id| valid_word(&id));
+                    Readiness::Ready { connections: connections.max(1), connector }
+                }
                 Err(_) => Readiness::Silent,
             },
             Some((StatusCode::SERVICE_UNAVAILABLE, _)) => Readiness::NotReady,
@@ -52,10 +72,16 @@ impl Probe {
         }
     }
 
-    /// The version from `build_info` of the metrics page.
-    pub(super) async fn version(&self, address: &str) -> Option<String> {
-        let (_, body) = self.get(address, "metrics").await.filter(|(status, _)| status.is_success())?;
-        version_in_metrics(&String::from_utf8_lossy(&body))
+    /// What `/metrics` and `/diag/tunnel` of the container at this address say.
+    pub(super) async fn facts(&self, address: &str) -> Facts {
+        let (metrics, diag) = tokio::join!(self.read(address, "metrics"), self.read(address, "diag/tunnel"));
+        let mut facts = metrics.map(|page| facts_in_metrics(&String::from_utf8_lossy(&page))).unwrap_or_default();
+        facts.protocol = diag.and_then(|page| protocol_in_diag(&page));
+        facts
+    }
+
+    async fn read(&self, address: &str, page: &str) -> Option<Vec<u8>> {
+        self.get(address, page).await.filter(|(status, _)| status.is_success()).map(|(_, body)| body)
     }
 
     async fn get(&self, address: &str, page: &str) -> Option<(StatusCode, Vec<u8>)> {
@@ -71,22 +97,66 @@ impl Probe {
     }
 }
 
+fn facts_in_metrics(page: &str) -> Facts {
+    // None of these has labels in cloudflared 2025 and 2026; what they sum up over would still be right.
+    let sum = |name: &str| {
+        let values = page.lines().filter_map(|line| {
+            let rest = line.strip_prefix(name).filter(|rest| rest.starts_with([' ', '{']))?;
+            rest.split_whitespace().next_back()?.parse::<f64>().ok().filter(|value| value.is_finite())
+        });
+        values.reduce(|sum, value| sum + value)
+    };
+    // Counters of what happened are whole and far below 2^53.
+    let count = |name: &str| sum(name).map(|value| value.max(0.0) as u64);
+    Facts {
+        version: version_in_metrics(page),
+        config_version: sum("cloudflared_orchestration_config_version").map(|version| version as i64),
+        protocol: None,
+        traffic: count("cloudflared_tunnel_total_requests").map(|requests| Traffic {
+            requests,
+            errors: count("cloudflared_tunnel_request_errors").unwrap_or_default(),
+        }),
+    }
+}
+
+/// The protocol of the first connection: 1 is quic, and http2, which is 0, is left out (cloudflared 2025.9).
+fn protocol_in_diag(page: &[u8]) -> Option<&'static str> {
+    #[derive(Deserialize)]
+    struct Diag {
+        #[serde(default)]
+        connections: Vec<Connection>,
+    }
+    #[derive(Deserialize)]
+    struct Connection {
+        #[serde(rename = "isConnected", default)]
+        connected: bool,
+        #[serde(default)]
+        protocol: i64,
+    }
+    let diag: Diag = serde_json::from_slice(page).ok()?;
+    match diag.connections.iter().find(|connection| connection.connected)?.protocol {
+        0 => Some("http2"),
+        1 => Some("quic"),
+        _ => None,
+    }
+}
+
 /// `build_info{…,version="2025.9.0"} 1`
 fn version_in_metrics(page: &str) -> Option<String> {
     let line = page.lines().find(|line| line.starts_with("build_info{"))?;
     // `goversion` is another label of the same line.
     let rest = ["{version=\"", ",version=\""].iter().find_map(|key| Some(line.split_once(key)?.1))?;
-    valid_version(rest.split_once('"')?.0)
+    valid_word(rest.split_once('"')?.0)
 }
 
 /// `2025-09-01T10:00:00Z INF Version 2025.9.0 (Checksum …)`
 pub(super) fn version_in_log(lines: &[String]) -> Option<String> {
-    let after = |line: &String| valid_version(line.split_once("INF Version ")?.1.split_whitespace().next()?);
+    let after = |line: &String| valid_word(line.split_once("INF Version ")?.1.split_whitespace().next()?);
     lines.iter().find_map(after)
 }
 
-/// What is sent on as a version looks like one.
-fn valid_version(text: &str) -> Option<String> {
+/// What is sent on as a version or an id looks like one.
+fn valid_word(text: &str) -> Option<String> {
     let fits = (1..=64).contains(&text.len()) && text.chars().all(|c| c.is_ascii_alphanumeric() || ".-_+".contains(c));
     fits.then(|| text.to_owned())
 }
@@ -94,6 +164,27 @@ fn valid_version(text: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_metrics_page_tells_of_the_configuration_and_of_what_was_carried() {
+        let page = "# TYPE cloudflared_tunnel_total_requests counter\ncloudflared_tunnel_total_requests 1.2e+03\n\
+            cloudflared_tunnel_request_errors 7\ncloudflared_orchestration_config_version -1\n\
+            cloudflared_tunnel_total_requests_other 9\n";
+        let facts = facts_in_metrics(page);
+        assert_eq!(facts.traffic, Some(Traffic { requests: 1200, errors: 7 }));
+        assert_eq!((facts.config_version, facts.version), (Some(-1), None));
+        assert_eq!(facts_in_metrics("cloudflared_tunnel_total_requests NaN"), Facts::default());
+    }
+
+    #[test]
+    fn the_diagnosis_page_tells_the_protocol() {
+        let page = |connections: &str| format!(r#"{{"tunnelID":"t","connections":[{connections}]}}"#);
+        let protocol = |connections: &str| protocol_in_diag(page(connections).as_bytes());
+        assert_eq!(protocol(r#"{"isConnected":true,"protocol":1}"#), Some("quic"));
+        assert_eq!(protocol(r#"{"index":1},{"isConnected":true,"edgeAddress":"198.41.192.7"}"#), Some("http2"));
+        assert_eq!(protocol(""), None);
+        assert_eq!(protocol_in_diag(b"404 page not found"), None);
+    }
 
     #[test]
     fn the_version_is_found_on_the_metrics_page() {

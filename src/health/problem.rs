@@ -1,35 +1,52 @@
-//! Why the tunnel is not as it is wanted, as the master's page and the log say it.
+//! What keeps the tunnel from being as it is wanted: a cause, and what is particular about it this time.
 
-use super::plan::Action;
+use std::fmt;
+
+use super::plan::Step;
+use crate::cause::Cause;
 use crate::docker::DockerError;
 
-/// Why the tunnel is not as it is wanted.
+/// A cause and its particulars. `Display` is a sentence that begins with "the tunnel".
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Problem {
-    /// Short and stable, for the master's page.
-    pub(super) reason: String,
-    /// For people.
-    pub(super) text: String,
-    /// What happens next and what they can do.
-    pub(super) next: &'static str,
+    pub(super) cause: Cause,
+    /// Docker's own words, a name or a permission; may be empty.
+    detail: String,
 }
 
-/// What the failure of a step means.
-pub(super) fn problem_of(step: Action, error: &DockerError) -> Problem {
-    let reason = match (step, error) {
-        (Action::Start, DockerError::NotFound { .. }) => "network_missing",
-        (Action::Create, DockerError::NotFound { .. }) => "image_unavailable",
-        (Action::Create, DockerError::Conflict { .. }) => "name_taken",
-        _ => reason_of(error),
-    };
-    Problem { reason: reason.to_owned(), text: format!("Docker {error}"), next: error.remedy() }
+impl Problem {
+    pub(super) fn new(cause: Cause, detail: impl Into<String>) -> Self {
+        Self { cause, detail: detail.into() }
+    }
+
+    /// What a failure of Docker means, whatever was asked of it.
+    pub(super) fn of(error: &DockerError) -> Self {
+        let cause = match error {
+            DockerError::Unreachable { .. } | DockerError::TimedOut { .. } => Cause::DockerUnreachable,
+            DockerError::Forbidden { .. } => Cause::DockerRefuses,
+            // Up to Engine 24 two who create a network at the same moment get one each.
+            DockerError::Failed { message, .. } if message.contains("ambiguous") => Cause::NetworkAmbiguous,
+            _ => Cause::DockerFailed,
+        };
+        Self::new(cause, format!("Docker {error}"))
+    }
+
+    /// What it means when this step failed.
+    pub(super) fn at(step: Step, error: &DockerError) -> Self {
+        let problem = Self::of(error);
+        let cause = match (step, error) {
+            (Step::Start(_) | Step::Restart, DockerError::NotFound { .. }) => Cause::NetworkMissing,
+            (Step::Create(_), DockerError::NotFound { .. }) => Cause::ImageUnavailable,
+            (Step::Create(_) | Step::Rename, DockerError::Conflict { .. }) => Cause::NameTaken,
+            _ => problem.cause,
+        };
+        Self { cause, ..problem }
+    }
 }
 
-/// The short word for a failure of Docker.
-pub(super) fn reason_of(error: &DockerError) -> &'static str {
-    match error {
-        DockerError::Unreachable { .. } | DockerError::TimedOut { .. } => "docker_unreachable",
-        DockerError::Forbidden { .. } => "docker_refuses",
-        _ => "docker_failed",
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.cause.what())?;
+        if self.detail.is_empty() { Ok(()) } else { write!(f, ": {}", self.detail) }
     }
 }

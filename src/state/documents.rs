@@ -142,6 +142,10 @@ pub struct TunnelState {
     /// so that a crash between asking and doing neither skips nor repeats it.
     #[serde(default)]
     pub redeploys: u64,
+    /// The master did not know this agent when it was last asked, and has given it no tunnel since: one of the two
+    /// signs that the host was removed.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unclaimed: bool,
     /// Ingress rules that were delivered and not yet accepted by Cloudflare, as the master sent them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pending_ingress: Option<serde_json::Value>,

@@ -3,6 +3,7 @@
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use crate::cause::Cause;
 use crate::channels::Refusal;
 use crate::master::wire::Assignment;
 use crate::state::{DesiredState, Token, TunnelId, TunnelState};
@@ -95,11 +96,11 @@ fn assignment<'a>(
 
 /// Whether cloudflared would take the token and the token is for the tunnel it came with.
 pub(super) fn check(assignment: &Assignment) -> Result<(), Refusal> {
-    let refusal = |reason, problem| Refusal { name: assignment.name.clone(), reason, problem };
+    let refusal = |cause, problem| Refusal { name: assignment.name.clone(), cause, problem };
     match assignment.token.claims() {
-        Err(problem) => Err(refusal("token_malformed", problem.to_owned())),
+        Err(problem) => Err(refusal(Cause::TokenMalformed, problem.to_owned())),
         Ok(claims) if claims.tunnel != assignment.id => Err(refusal(
-            "token_mismatch",
+            Cause::TokenMismatch,
             format!("the token is for tunnel {} and the command for tunnel {}", claims.tunnel, assignment.id),
         )),
         Ok(_) => Ok(()),
@@ -130,6 +131,7 @@ fn adopt(state: &mut TunnelState, assignment: &Assignment) {
     // A command without a name does not take the name away.
     state.name = assignment.name.clone().or_else(|| state.name.take());
     state.desired_state = DesiredState::Running;
+    state.unclaimed = false;
 }
 
 /// Takes what a v1 master says at registration as the command that may have been lost. A tunnel that is known
@@ -137,7 +139,8 @@ fn adopt(state: &mut TunnelState, assignment: &Assignment) {
 pub(super) fn recover(state: &TunnelState, assignment: &Assignment) -> Result<Option<TunnelState>, Refusal> {
     let known = state.id.as_ref() == Some(&assignment.id) && state.token.as_ref() == Some(&assignment.token);
     if known && state.desired_state != DesiredState::Unknown {
-        return Ok(None);
+        let claimed = TunnelState { unclaimed: false, ..state.clone() };
+        return Ok(Some(claimed).filter(|claimed| claimed != state));
     }
     check(assignment)?;
     let mut next = state.clone();
@@ -206,12 +209,12 @@ mod tests {
 
     #[test]
     fn a_token_that_is_malformed_or_for_another_tunnel_is_refused() {
-        for (bad, reason) in [("%%%".to_owned(), "token_malformed"), (token("other"), "token_mismatch")] {
+        for (bad, cause) in [("%%%".to_owned(), Cause::TokenMalformed), (token("other"), Cause::TokenMismatch)] {
             for (action, key) in [("start_tunnel", "token"), ("restart_tunnel", "tunnel_token")] {
                 let command = json!({"action": action, "tunnel_name": "edge", "tunnel_id": "t1", key: bad.clone()});
                 match Command::parse(&command) {
                     Err(Rejected::Refused(refusal)) => {
-                        assert_eq!(refusal.reason, reason);
+                        assert_eq!(refusal.cause, cause);
                         assert!(!refusal.problem.contains(&bad));
                     }
                     other => panic!("{other:?}"),

@@ -1,0 +1,281 @@
+//! Why the tunnel is not as it is wanted: the one list of causes, each with its status, its reason, one sentence,
+//! what is done about it, and what the operator can do.
+//!
+//! The command poller and the supervisor find the causes; log, master and health page show them. The table in the
+//! README's troubleshooting is this list, and a test holds the two together.
+
+use crate::channels::Status;
+
+/// Why the tunnel is not as it is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cause {
+    /// It should run and no token is known.
+    TokenMissing,
+    /// cloudflared, or the agent before it, cannot read the token.
+    TokenMalformed,
+    /// The token of a command is for another tunnel than the command.
+    TokenMismatch,
+    /// The edge refuses the token: a wrong secret, or a tunnel that was deleted.
+    TokenRefused,
+    /// cloudflared ends at its start since it cannot look up the edge.
+    NoDns,
+    /// No connection to the edge.
+    EdgeUnreachable,
+    /// The same, where only QUIC may be used.
+    UdpBlocked,
+    /// It has answered and does not answer any more.
+    Hung,
+    /// It cannot be asked from here, and Docker's own check does not work either.
+    NotAnswering,
+    /// It ends again and again.
+    CrashLoop,
+    /// The kernel ended it for want of memory.
+    OutOfMemory,
+    /// The image is not there and cannot be pulled.
+    ImageUnavailable,
+    /// The network is not there and cannot be made.
+    NetworkMissing,
+    /// The container is no longer on the network, or on one of that name that is gone.
+    NetworkReplaced,
+    /// Several networks have the name.
+    NetworkAmbiguous,
+    /// A container that is not the agent's has the name.
+    NameTaken,
+    /// A socket proxy or an authorisation plugin refuses a call.
+    DockerRefuses,
+    /// Docker does not answer.
+    DockerUnreachable,
+    /// Docker answered something else.
+    DockerFailed,
+}
+
+/// What the agent does about a cause.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// Nothing but wait: acting would not help, or lose what still works.
+    Wait,
+    /// Stop the connector, so that Docker does not start it again, until another token comes.
+    Stop,
+    /// Restart the connector, with growing pauses between restarts.
+    Restart,
+    /// Leave it to Docker's restart policy, which starts it again with growing pauses of up to a minute.
+    LeaveToDocker,
+    /// Try the same again, with growing pauses.
+    TryAgain,
+    /// Make the container anew.
+    MakeAnew,
+}
+
+/// One row: reason, status, action, what is the matter with the tunnel, and what happens next and what to do.
+type Row = (&'static str, Status, Action, &'static str, &'static str);
+
+impl Cause {
+    /// All of them, in the order of the README.
+    pub const ALL: [Self; 19] = [
+        Self::TokenMissing,
+        Self::TokenMalformed,
+        Self::TokenMismatch,
+        Self::TokenRefused,
+        Self::NoDns,
+        Self::EdgeUnreachable,
+        Self::UdpBlocked,
+        Self::Hung,
+        Self::NotAnswering,
+        Self::CrashLoop,
+        Self::OutOfMemory,
+        Self::ImageUnavailable,
+        Self::NetworkMissing,
+        Self::NetworkReplaced,
+        Self::NetworkAmbiguous,
+        Self::NameTaken,
+        Self::DockerRefuses,
+        Self::DockerUnreachable,
+        Self::DockerFailed,
+    ];
+
+    const fn row(self) -> Row {
+        use Action::{LeaveToDocker, MakeAnew, Restart, Stop, TryAgain, Wait};
+        use Status::{Degraded, Error, Restarting, Starting};
+        match self {
+            Self::TokenMissing => (
+                "token_missing",
+                Error,
+                Wait,
+                "has no token",
+                "nothing is started; enrol the agent on the master's Agents page",
+            ),
+            Self::TokenMalformed => (
+                "token_malformed",
+                Error,
+                Stop,
+                "has a token that cloudflared does not take",
+                "it is not started until another token comes; enrol the agent again on the master's Agents page",
+            ),
+            Self::TokenMismatch => (
+                "token_mismatch",
+                Error,
+                Wait,
+                "was given a token that is for another tunnel",
+                "what runs is not touched; enrol the agent again on the master's Agents page",
+            ),
+            Self::TokenRefused => (
+                "token_refused",
+                Error,
+                Wait,
+                "is refused by Cloudflare",
+                "cloudflared keeps asking and is not restarted; if the tunnel was deleted or its token rotated, redeploy or enrol the agent on the master's Agents page",
+            ),
+            Self::NoDns => (
+                "no_dns",
+                Restarting,
+                LeaveToDocker,
+                "ends because Cloudflare's addresses cannot be looked up",
+                "Docker starts it again with growing pauses; check the DNS servers of the host and of Docker",
+            ),
+            Self::EdgeUnreachable => (
+                "edge_unreachable",
+                Degraded,
+                Wait,
+                "has no connection to Cloudflare",
+                "cloudflared keeps trying and is not restarted; port 7844 must be open outwards, TCP and UDP",
+            ),
+            Self::UdpBlocked => (
+                "udp_blocked",
+                Degraded,
+                Wait,
+                "has no connection to Cloudflare over QUIC, and may use nothing else",
+                "cloudflared keeps trying and is not restarted; open UDP port 7844 outwards, or set CLOUDFLARED_PROTOCOL=auto",
+            ),
+            Self::Hung => (
+                "hung",
+                Degraded,
+                Restart,
+                "hangs: cloudflared does not answer any more",
+                "it is restarted, with growing pauses between restarts; if this comes back, set another CLOUDFLARED_IMAGE",
+            ),
+            Self::NotAnswering => (
+                "not_answering",
+                Degraded,
+                Wait,
+                "runs, and nobody can tell whether it is connected",
+                "it is left alone; put the agent on the tunnel network, so that it can ask cloudflared itself",
+            ),
+            Self::CrashLoop => (
+                "crash_loop",
+                Restarting,
+                LeaveToDocker,
+                "ends again and again",
+                "Docker starts it again with growing pauses; see docker logs of the tunnel container",
+            ),
+            Self::OutOfMemory => (
+                "out_of_memory",
+                Restarting,
+                LeaveToDocker,
+                "is ended by the kernel for want of memory",
+                "Docker starts it again with growing pauses; give it or the host more memory",
+            ),
+            Self::ImageUnavailable => (
+                "image_unavailable",
+                Error,
+                TryAgain,
+                "has no image",
+                "trying again; check CLOUDFLARED_IMAGE and the host's way to the registry, or load the image with docker load",
+            ),
+            Self::NetworkMissing => (
+                "network_missing",
+                Error,
+                TryAgain,
+                "has no network",
+                "trying again; let the agent create networks, or make it with docker network create",
+            ),
+            Self::NetworkReplaced => (
+                "network_replaced",
+                Starting,
+                MakeAnew,
+                "has lost its network",
+                "it is made anew on the network of that name",
+            ),
+            Self::NetworkAmbiguous => (
+                "network_ambiguous",
+                Error,
+                TryAgain,
+                "has several networks of its name to choose from",
+                "trying again; remove all but one: docker network ls, docker network rm with the id",
+            ),
+            Self::NameTaken => (
+                "name_taken",
+                Error,
+                Wait,
+                "cannot be started, since a container that is not the agent's has the name",
+                "that one is not touched; remove it with docker rm, or set TUNNEL_CONTAINER_NAME to another name",
+            ),
+            Self::DockerRefuses => (
+                "docker_refuses",
+                Error,
+                TryAgain,
+                "cannot be looked after, since Docker refuses a call",
+                "trying again; set on the socket proxy what it needs and recreate it",
+            ),
+            Self::DockerUnreachable => (
+                "docker_unreachable",
+                Error,
+                TryAgain,
+                "cannot be looked after, since Docker does not answer",
+                "trying again, a running tunnel is not affected; check DOCKER_HOST, the socket's permissions and the socket proxy",
+            ),
+            Self::DockerFailed => {
+                ("docker_failed", Error, TryAgain, "cannot be set up", "trying again; what Docker says is in this line")
+            }
+        }
+    }
+
+    /// Short and stable, for the master's page.
+    pub const fn reason(self) -> &'static str {
+        self.row().0
+    }
+
+    /// The status that goes with it.
+    pub const fn status(self) -> Status {
+        self.row().1
+    }
+
+    /// What the agent does about it.
+    pub const fn action(self) -> Action {
+        self.row().2
+    }
+
+    /// What is the matter, as a sentence that begins with "the tunnel".
+    pub const fn what(self) -> &'static str {
+        self.row().3
+    }
+
+    /// What happens next and what the operator can do.
+    pub const fn next(self) -> &'static str {
+        self.row().4
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_readme_lists_each_cause_with_the_words_of_the_log() {
+        let readme = include_str!("../README.md");
+        let expected = Cause::ALL.map(|cause| {
+            let (reason, status, _, what, next) = cause.row();
+            format!("| `{reason}` | `{}` | the tunnel {what} | {next} |", status.as_str())
+        });
+        let missing: Vec<_> = expected.iter().filter(|row| !readme.contains(row.as_str())).collect();
+        assert!(missing.is_empty(), "rows that README.md lacks:\n{missing:#?}");
+        let rows = readme.lines().skip_while(|line| !line.starts_with("| reason | status |")).skip(2);
+        let rows = rows.take_while(|line| line.starts_with('|')).count();
+        assert_eq!(rows, Cause::ALL.len(), "rows of causes that the code does not know");
+    }
+
+    #[test]
+    fn only_a_hang_is_answered_by_a_restart_of_ours() {
+        let restarted: Vec<_> = Cause::ALL.into_iter().filter(|cause| cause.action() == Action::Restart).collect();
+        assert_eq!(restarted, [Cause::Hung]);
+    }
+}

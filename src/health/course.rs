@@ -1,0 +1,290 @@
+//! From single looks at one container to what is the matter with it. No I/O; time is handed in.
+//!
+//! A look is a moment and may deceive: a machine is busy, a connection is lost and back within the second, a
+//! container that crashes is seen just after its restart. So what a look suggests is a suspicion first, becomes the
+//! verdict when it has lasted, and acts later still. Nothing here is kept over a crash of the agent: the next one
+//! looks for itself.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::probe::Readiness;
+use crate::cause::{Action, Cause};
+use crate::docker::{Health, Inspected, LastCheck, RunState};
+
+/// A connector that is not ready this long after its start has a problem, though nothing else tells of one.
+pub(super) const START_LIMIT: Duration = Duration::from_secs(30);
+/// How long a look must be confirmed before it is believed: two time-outs of the probe.
+const LASTS: Duration = Duration::from_secs(2);
+/// The edge may refuse a token that is seconds old.
+const REFUSAL_LASTS: Duration = Duration::from_secs(10);
+/// A connector that crashed again and again is well again when it has been ready for so long.
+const RECOVERED: Duration = Duration::from_secs(5);
+/// A hang is answered when it has lasted so long: Docker's own check, each 15 s with 5 s to answer, has then had its
+/// say as well.
+const HANG_LASTS: Duration = Duration::from_secs(25);
+/// A successor that crashes is given up after this.
+const CRASH_LIMIT: Duration = Duration::from_secs(15);
+/// What a successor gets to become ready: cloudflared needs about a minute to find out that QUIC does not pass and
+/// to fall back to HTTP/2.
+const READY_LIMIT: Duration = Duration::from_secs(90);
+/// After a connector is ready, the edge takes some seconds to lead visitors to it.
+const EDGE_DELAY: Duration = Duration::from_secs(5);
+
+/// What one look has seen.
+#[derive(Debug)]
+pub(super) struct Look<'a> {
+    pub(super) container: &'a Inspected,
+    pub(super) readiness: &'a Readiness,
+    /// What its log speaks of, see [`clue`].
+    pub(super) clue: Option<Cause>,
+}
+
+/// What is the matter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Verdict {
+    /// It is not to be expected to be ready yet.
+    #[default]
+    Starting,
+    /// It can carry traffic.
+    Ready,
+    /// It cannot.
+    Sick(Cause),
+}
+
+/// The course of one container, over its starts.
+#[derive(Debug)]
+pub(super) struct Course {
+    container: String,
+    started_at: String,
+    /// When this start was.
+    began: Instant,
+    /// When it was first seen.
+    first_seen: Instant,
+    pub(super) verdict: Verdict,
+    /// What another look must confirm, and since when it is seen.
+    suspicion: Option<(Cause, Instant)>,
+    /// Since when it is ready without a break.
+    ready_since: Option<Instant>,
+    /// Ready at some time of this start.
+    was_ready: bool,
+    /// It has answered in this start, so it can be asked from here.
+    pub(super) answered: bool,
+}
+
+impl Course {
+    /// `age` is how long ago the container was started.
+    pub(super) fn new(container: &Inspected, age: Duration, now: Instant) -> Self {
+        Self {
+            container: container.id.clone(),
+            started_at: container.started_at.clone(),
+            began: now.checked_sub(age).unwrap_or(now),
+            first_seen: now,
+            verdict: Verdict::Starting,
+            suspicion: None,
+            ready_since: None,
+            was_ready: false,
+            answered: false,
+        }
+    }
+
+    /// Whether it is this start of this container.
+    pub(super) fn is_of(&self, container: &Inspected) -> bool {
+        self.container == container.id && self.started_at == container.started_at
+    }
+
+    /// The same container was started again: what it crashed of stays suspected until it is ready.
+    pub(super) fn next_start(&mut self, container: &Inspected, age: Duration, now: Instant) {
+        let next = Self::new(container, age, now);
+        if self.container != container.id {
+            *self = next;
+            return;
+        }
+        let suspicion = self.suspicion.filter(|(cause, _)| crash_like(*cause));
+        let verdict = match self.verdict {
+            Verdict::Sick(cause) if crash_like(cause) => self.verdict,
+            _ => Verdict::Starting,
+        };
+        *self = Self { first_seen: self.first_seen, suspicion, verdict, ..next };
+    }
+
+    /// Takes a look into account.
+    pub(super) fn take(&mut self, look: &Look<'_>, now: Instant) {
+        if matches!(look.readiness, Readiness::Ready { .. } | Readiness::NotReady) {
+            self.answered = true;
+        }
+        match self.symptom(look, now) {
+            Verdict::Ready => {
+                // On Docker's word alone: from here it cannot be asked any more.
+                self.answered &= *look.readiness != Readiness::Silent;
+                let since = *self.ready_since.get_or_insert(now);
+                self.was_ready = true;
+                let crashed = matches!(self.verdict, Verdict::Sick(cause) if crash_like(cause));
+                if !crashed || now - since >= RECOVERED {
+                    self.suspicion = None;
+                    self.verdict = Verdict::Ready;
+                }
+            }
+            Verdict::Starting => self.ready_since = None,
+            Verdict::Sick(cause) => {
+                let since = match self.suspicion {
+                    Some((suspected, since)) if suspected == cause => since,
+                    _ => now,
+                };
+                self.suspicion = Some((cause, since));
+                if now - since >= lasts(cause) {
+                    self.verdict = Verdict::Sick(cause);
+                    self.ready_since = None;
+                }
+            }
+        }
+    }
+
+    /// What this look suggests on its own.
+    fn symptom(&self, look: &Look<'_>, now: Instant) -> Verdict {
+        let container = look.container;
+        let is_new = !self.was_ready && self.age(now) < START_LIMIT;
+        let crashed = self.suspicion.map(|(cause, _)| cause).filter(|cause| is_new && crash_like(*cause));
+        let connection = || match look.clue {
+            Some(cause @ (Cause::TokenRefused | Cause::UdpBlocked)) => cause,
+            _ => Cause::EdgeUnreachable,
+        };
+        if container.state != RunState::Running {
+            return Verdict::Sick(death(container, look.clue));
+        }
+        match (look.readiness, container.health, container.last_check) {
+            (Readiness::Ready { .. }, ..) => Verdict::Ready,
+            (Readiness::NotReady, ..) if look.clue == Some(Cause::TokenRefused) => Verdict::Sick(Cause::TokenRefused),
+            (Readiness::NotReady, ..) => match crashed {
+                Some(cause) => Verdict::Sick(cause),
+                None if is_new => Verdict::Starting,
+                None => Verdict::Sick(connection()),
+            },
+            // The way from here is cut, not cloudflared: Docker asks it from within and gets an answer.
+            (Readiness::Silent, Some(Health::Healthy), Some(LastCheck::Ready))
+                if !self.answered || self.suspects(Cause::Hung, now) >= Some(HANG_LASTS) =>
+            {
+                Verdict::Ready
+            }
+            (Readiness::Silent, ..) if self.answered => Verdict::Sick(Cause::Hung),
+            (Readiness::Silent, Some(Health::Unhealthy), Some(LastCheck::TimedOut)) => Verdict::Sick(Cause::Hung),
+            (Readiness::Silent, Some(Health::Unhealthy), Some(LastCheck::NotReady)) => Verdict::Sick(connection()),
+            (Readiness::Silent, ..) => match crashed {
+                Some(cause) => Verdict::Sick(cause),
+                None if is_new => Verdict::Starting,
+                None => Verdict::Sick(Cause::NotAnswering),
+            },
+        }
+    }
+
+    /// Time since this start.
+    pub(super) fn age(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.began)
+    }
+
+    /// Whether something is not certain yet, so that it should be looked at again soon.
+    pub(super) fn is_unsettled(&self, now: Instant) -> bool {
+        match (self.verdict, self.suspicion) {
+            (Verdict::Starting, _) => self.age(now) < START_LIMIT,
+            (Verdict::Ready, suspicion) => suspicion.is_some(),
+            (Verdict::Sick(cause), suspicion) => {
+                self.ready_since.is_some() || suspicion.is_some_and(|(suspected, _)| suspected != cause)
+            }
+        }
+    }
+
+    /// Whether a restart is the answer, and due.
+    pub(super) fn needs_restart(&self, now: Instant) -> bool {
+        let lasts = |cause| self.suspects(cause, now) >= Some(HANG_LASTS);
+        matches!(self.verdict, Verdict::Sick(cause) if cause.action() == Action::Restart && lasts(cause))
+    }
+
+    /// Whether it is ready and nothing speaks against it.
+    pub(super) fn is_surely_ready(&self) -> bool {
+        self.verdict == Verdict::Ready && self.suspicion.is_none()
+    }
+
+    /// For how long it has been ready without a break.
+    pub(super) fn ready_for(&self, now: Instant) -> Option<Duration> {
+        self.ready_since.filter(|_| self.is_surely_ready()).map(|since| now - since)
+    }
+
+    /// Whether visitors are led to it.
+    pub(super) fn serves(&self, now: Instant) -> bool {
+        self.ready_for(now) >= Some(EDGE_DELAY)
+    }
+
+    /// Why it does not become ready, or not in time.
+    pub(super) fn failure(&self, now: Instant) -> Option<Cause> {
+        let seen = now - self.first_seen;
+        match self.verdict {
+            Verdict::Sick(cause @ (Cause::TokenMalformed | Cause::TokenRefused)) => Some(cause),
+            Verdict::Sick(cause) if crash_like(cause) && seen >= CRASH_LIMIT => Some(cause),
+            Verdict::Sick(cause) if seen >= READY_LIMIT => Some(cause),
+            Verdict::Starting if seen >= READY_LIMIT => Some(Cause::EdgeUnreachable),
+            _ => None,
+        }
+    }
+
+    fn suspects(&self, cause: Cause, now: Instant) -> Option<Duration> {
+        self.suspicion.filter(|(suspected, _)| *suspected == cause).map(|(_, since)| now - since)
+    }
+}
+
+/// Whether the container ends of it and Docker starts it again.
+fn crash_like(cause: Cause) -> bool {
+    cause.action() == Action::LeaveToDocker
+}
+
+/// How long the looks must agree.
+fn lasts(cause: Cause) -> Duration {
+    match cause {
+        // cloudflared has said so itself and ended.
+        Cause::TokenMalformed => Duration::ZERO,
+        Cause::TokenRefused => REFUSAL_LASTS,
+        _ => LASTS,
+    }
+}
+
+/// What it ended of.
+fn death(container: &Inspected, clue: Option<Cause>) -> Cause {
+    match clue {
+        // 255 is cloudflared's code for a command that cannot be carried out as given.
+        Some(Cause::TokenMalformed) if container.exit_code == 255 => Cause::TokenMalformed,
+        _ if container.out_of_memory => Cause::OutOfMemory,
+        Some(Cause::NoDns) => Cause::NoDns,
+        _ => Cause::CrashLoop,
+    }
+}
+
+/// What the last lines of cloudflared's log speak of. `only_quic`: it was told to use nothing else.
+///
+/// The sentences are those of cloudflared 2025.9 and 2026.8; one that is not known gives no clue.
+pub(super) fn clue(lines: &[String], only_quic: bool) -> Option<Cause> {
+    const NO_EDGE: [&str; 5] = [
+        "Unable to establish connection with Cloudflare edge",
+        "DialContext error",
+        "TLS handshake with edge error",
+        "Serve tunnel error",
+        "Connection terminated",
+    ];
+    for line in lines.iter().rev() {
+        let has = |text: &str| line.contains(text);
+        if has("Registered tunnel connection") {
+            // Whatever came before is over.
+            return None;
+        } else if has("Provided Tunnel token is not valid") {
+            return Some(Cause::TokenMalformed);
+        } else if has("Register tunnel error") && has("Unauthorized") {
+            return Some(Cause::TokenRefused);
+        } else if has("Could not lookup srv records") || has("argotunnel.com") && has("lookup") {
+            return Some(Cause::NoDns);
+        } else if has("failed to dial to edge with quic") || has("Failed to dial a quic connection") {
+            return Some(if only_quic { Cause::UdpBlocked } else { Cause::EdgeUnreachable });
+        } else if NO_EDGE.iter().any(|text| has(text)) {
+            return Some(Cause::EdgeUnreachable);
+        }
+    }
+    None
+}

@@ -1,0 +1,338 @@
+//! A host in memory for the supervisor's tests: containers that obey a script, a clock that may be paused, and a
+//! crash of the agent at any call.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::future::pending;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep};
+
+use super::host::Host;
+use super::probe::{Facts, Readiness};
+use crate::channels::{OwnContainer, Traffic};
+use crate::config::ImageRef;
+use crate::docker::{DockerError, Endpoint, Health, Inspected, LastCheck, RunState, SPEC_LABEL, Spec};
+
+/// A connector's container as an inspection shows it.
+pub(super) fn container(state: RunState, hash: Option<&str>) -> Inspected {
+    Inspected {
+        id: "c".into(),
+        name: "tunnel".into(),
+        state,
+        started_at: String::new(),
+        exit_code: 0,
+        out_of_memory: false,
+        restarts: 0,
+        error: String::new(),
+        health: None,
+        last_check: None,
+        image: "cloudflare/cloudflared:1".into(),
+        command: ["cloudflared", "--no-autoupdate", "tunnel", "run"].map(str::to_owned).into(),
+        env_names: vec!["TUNNEL_TOKEN".into()],
+        serves: None,
+        labels: hash.map(|hash| HashMap::from([(SPEC_LABEL.into(), hash.into())])).unwrap_or_default(),
+        networks: BTreeMap::from([("net".into(), Endpoint::default())]),
+        network_mode: "net".into(),
+        ports: BTreeSet::new(),
+    }
+}
+
+/// How the connectors of one token behave.
+#[derive(Debug, Clone)]
+pub(super) struct Behaviour {
+    /// From a start to the first connection; `None` for never.
+    pub(super) ready_after: Option<Duration>,
+    /// Does not answer.
+    pub(super) silent: bool,
+    /// What Docker's own check says instead of what it would find out.
+    pub(super) docker_says: Option<(Health, LastCheck)>,
+    /// Its log.
+    pub(super) log: Vec<&'static str>,
+}
+
+impl Default for Behaviour {
+    fn default() -> Self {
+        Self { ready_after: Some(Duration::from_secs(1)), silent: false, docker_says: None, log: Vec::new() }
+    }
+}
+
+/// The host. A clone is the same one.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Double {
+    world: Arc<Mutex<World>>,
+    died: Arc<Notify>,
+}
+
+/// What is there, and what has happened.
+#[derive(Debug, Default)]
+pub(super) struct World {
+    pub(super) containers: BTreeMap<String, Fake>,
+    /// By token; a token that is not there belongs to a connector in good health.
+    pub(super) behaviours: BTreeMap<String, Behaviour>,
+    /// The changing calls, in order: `create tunnel-next`.
+    pub(super) calls: Vec<String>,
+    /// Calls that are refused with 403, by how they begin.
+    pub(super) refused: Vec<&'static str>,
+    /// How often the last connector that visitors were led to was taken away.
+    pub(super) gaps: u32,
+    /// The agent dies at this changing call: before it has had its effect, or after.
+    pub(super) dies_at: Option<(usize, Moment)>,
+    made: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Moment {
+    Before,
+    After,
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct Fake {
+    pub(super) seen: Inspected,
+    pub(super) token: String,
+    started: Instant,
+}
+
+/// What the edge takes to lead visitors to a connector that is ready.
+const EDGE_DELAY: Duration = Duration::from_secs(4);
+
+impl World {
+    fn behaviour(&self, token: &str) -> Behaviour {
+        self.behaviours.get(token).cloned().unwrap_or_default()
+    }
+
+    /// The health check of a container, which has had its say a minute after the start.
+    fn docker_says(&self, fake: &Fake) -> Option<(Health, LastCheck)> {
+        let behaviour = self.behaviour(&fake.token);
+        let found = match (behaviour.silent, behaviour.ready_after) {
+            (true, _) => (Health::Unhealthy, LastCheck::TimedOut),
+            (false, None) => (Health::Unhealthy, LastCheck::NotReady),
+            (false, Some(_)) => (Health::Healthy, LastCheck::Ready),
+        };
+        let has_found = fake.started.elapsed() > Duration::from_secs(60);
+        behaviour.docker_says.or(has_found.then_some(found))
+    }
+
+    fn is_ready(&self, fake: &Fake) -> bool {
+        self.ready_since(fake).is_some_and(|since| Instant::now() >= since)
+    }
+
+    fn ready_since(&self, fake: &Fake) -> Option<Instant> {
+        let behaviour = self.behaviour(&fake.token);
+        let since = behaviour.ready_after.map(|after| fake.started + after);
+        since.filter(|_| fake.seen.state == RunState::Running && !behaviour.silent)
+    }
+
+    fn visited(&self) -> usize {
+        let known = |fake: &&Fake| self.ready_since(fake).is_some_and(|since| Instant::now() >= since + EDGE_DELAY);
+        self.containers.values().filter(known).count()
+    }
+
+    fn started_at(&mut self) -> String {
+        self.made += 1;
+        format!("2026-01-01T00:00:00.{:09}Z", self.made)
+    }
+
+    pub(super) fn count(&self, call: &str) -> usize {
+        self.calls.iter().filter(|made| made.starts_with(call)).count()
+    }
+}
+
+impl Double {
+    pub(super) fn world(&self) -> MutexGuard<'_, World> {
+        self.world.lock().unwrap()
+    }
+
+    /// Waits for the call at which the agent dies.
+    pub(super) async fn death(&self) {
+        self.died.notified().await;
+    }
+
+    /// One changing call.
+    async fn change<T>(
+        &self,
+        call: String,
+        effect: impl FnOnce(&mut World) -> Result<T, DockerError> + Send,
+    ) -> Result<T, DockerError> {
+        // As long as Docker takes, so that two changes are not one instant.
+        sleep(Duration::from_millis(50)).await;
+        let (result, dies) = {
+            let mut world = self.world();
+            if world.refused.iter().any(|refused| call.starts_with(refused)) {
+                return Err(DockerError::refusal());
+            }
+            let number = world.calls.len();
+            world.calls.push(call);
+            let moment = world.dies_at.filter(|(at, _)| *at == number).map(|(_, moment)| moment);
+            if moment == Some(Moment::Before) {
+                (None, true)
+            } else {
+                let before = world.visited();
+                let result = effect(&mut world);
+                if before > 0 && world.visited() == 0 {
+                    world.gaps += 1;
+                }
+                (Some(result), moment == Some(Moment::After))
+            }
+        };
+        match result {
+            Some(result) if !dies => result,
+            _ => {
+                self.died.notify_one();
+                pending().await
+            }
+        }
+    }
+}
+
+fn absent() -> DockerError {
+    DockerError::not_found()
+}
+
+impl Host for Double {
+    async fn inspect(&self, name: &str) -> Result<Option<Inspected>, DockerError> {
+        let world = self.world();
+        let Some(fake) = world.containers.get(name) else { return Ok(None) };
+        let (health, last_check) = match world.docker_says(fake) {
+            Some((health, check)) => (Some(health), Some(check)),
+            None => (Some(Health::Starting), None),
+        };
+        Ok(Some(Inspected { health, last_check, ..fake.seen.clone() }))
+    }
+    async fn log_start(&self, _: &str, _: i64, _: usize) -> Result<Vec<String>, DockerError> {
+        Ok(vec!["2026-01-01T00:00:00Z INF Version 2025.9.0 (Checksum ab)".to_owned()])
+    }
+    async fn log_tail(&self, name: &str, _: i64, _: usize) -> Result<Vec<String>, DockerError> {
+        let world = self.world();
+        let fake = world.containers.get(name).ok_or_else(absent)?;
+        Ok(world.behaviour(&fake.token).log.iter().map(|line| (*line).to_owned()).collect())
+    }
+    async fn has_network(&self, _: &str) -> Result<bool, DockerError> {
+        Ok(true)
+    }
+    async fn create_network(&self, name: &str, _: &BTreeMap<String, String>) -> Result<(), DockerError> {
+        self.change(format!("network {name}"), |_| Ok(())).await
+    }
+    async fn connect(&self, network: &str, name: &str) -> Result<(), DockerError> {
+        self.change(format!("connect {name} {network}"), |world| {
+            let fake = world.containers.get_mut(name).ok_or_else(absent)?;
+            fake.seen.networks.insert(network.to_owned(), Endpoint::default());
+            Ok(())
+        })
+        .await
+    }
+    async fn has_image(&self, _: &ImageRef) -> Result<bool, DockerError> {
+        Ok(true)
+    }
+    async fn pull(&self, _: &ImageRef, _: impl FnMut(u64, u64) + Send) -> Result<(), DockerError> {
+        Ok(())
+    }
+    async fn create(&self, name: &str, spec: &Spec) -> Result<(), DockerError> {
+        self.change(format!("create {name}"), |world| {
+            if world.containers.contains_key(name) {
+                return Err(DockerError::taken());
+            }
+            let mut seen = container(RunState::Created, Some(&spec.hash()));
+            world.made += 1;
+            seen.id = format!("id-{}", world.made);
+            seen.networks = BTreeMap::from([(spec.network.clone(), Endpoint::default())]);
+            let token = spec.token.expose().to_owned();
+            world.containers.insert(name.to_owned(), Fake { seen, token, started: Instant::now() });
+            Ok(())
+        })
+        .await
+    }
+    async fn start(&self, name: &str) -> Result<(), DockerError> {
+        self.change(format!("start {name}"), |world| run(world, name)).await
+    }
+    async fn stop(&self, name: &str, _: Duration) -> Result<(), DockerError> {
+        let drained = self
+            .change(format!("stop {name}"), |world| {
+                if let Some(fake) = world.containers.get_mut(name) {
+                    fake.seen.state = RunState::Exited;
+                }
+                Ok(())
+            })
+            .await;
+        sleep(Duration::from_secs(3)).await;
+        drained
+    }
+    async fn restart(&self, name: &str, _: Duration) -> Result<(), DockerError> {
+        self.change(format!("restart {name}"), |world| run(world, name)).await
+    }
+    async fn rename(&self, name: &str, to: &str) -> Result<(), DockerError> {
+        self.change(format!("rename {name}"), |world| {
+            if world.containers.contains_key(to) {
+                return Err(DockerError::taken());
+            }
+            let fake = world.containers.remove(name).ok_or_else(absent)?;
+            world.containers.insert(to.to_owned(), fake);
+            Ok(())
+        })
+        .await
+    }
+    async fn remove(&self, name: &str) -> Result<(), DockerError> {
+        self.change(format!("remove {name}"), |world| {
+            world.containers.remove(name);
+            Ok(())
+        })
+        .await
+    }
+    async fn readiness(&self, address: &str) -> Readiness {
+        let (silent, ready) = {
+            let world = self.world();
+            let fake = world.containers.values().find(|fake| fake.seen.id == address);
+            let Some(fake) = fake else { return Readiness::Silent };
+            (world.behaviour(&fake.token).silent, world.is_ready(fake))
+        };
+        if silent {
+            sleep(Duration::from_secs(2)).await;
+            return Readiness::Silent;
+        }
+        match ready {
+            true => Readiness::Ready { connections: 4, connector: Some(address.to_owned()) },
+            false => Readiness::NotReady,
+        }
+    }
+    async fn facts(&self, _: &str) -> Facts {
+        let traffic = Some(Traffic { requests: 7, errors: 0 });
+        Facts { version: Some("2025.9.0".into()), config_version: Some(1), protocol: Some("quic"), traffic }
+    }
+    async fn own_container(&self, _: Option<&str>) -> Option<OwnContainer> {
+        None
+    }
+}
+
+fn run(world: &mut World, name: &str) -> Result<(), DockerError> {
+    let started_at = world.started_at();
+    let fake = world.containers.get_mut(name).ok_or_else(absent)?;
+    (fake.seen.state, fake.seen.started_at, fake.started) = (RunState::Running, started_at, Instant::now());
+    for place in fake.seen.networks.values_mut() {
+        place.address.clone_from(&fake.seen.id);
+    }
+    Ok(())
+}
+
+impl Double {
+    /// Changes how the connectors of a token behave, from now on.
+    pub(super) fn behave(&self, token: &str, behaviour: Behaviour) {
+        self.world().behaviours.insert(token.to_owned(), behaviour);
+    }
+
+    /// Docker restarts a container that ended with this code, as its policy has it.
+    pub(super) fn crash(&self, name: &str, code: i64) {
+        let mut world = self.world();
+        let started_at = world.started_at();
+        if let Some(fake) = world.containers.get_mut(name) {
+            (fake.seen.state, fake.seen.exit_code, fake.seen.started_at) = (RunState::Restarting, code, started_at);
+            fake.seen.restarts += 1;
+        }
+    }
+
+    /// And then it runs again.
+    pub(super) fn starts_again(&self, name: &str) {
+        run(&mut self.world(), name).unwrap();
+    }
+}

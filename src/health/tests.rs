@@ -1,0 +1,447 @@
+//! The supervisor itself on a host in memory, with time that is paused, and killed at each of its calls.
+
+use std::collections::BTreeSet;
+
+use super::double::{Behaviour, Double, Moment};
+use super::*;
+use crate::docker::{Health, LastCheck};
+use crate::state::testing::token;
+use crate::state::{Token, TunnelId};
+
+const MAIN: &str = "tunnel";
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// A supervisor at work, and what is wanted of it.
+struct Bench {
+    host: Double,
+    wanted: watch::Sender<Wanted>,
+    ways: watch::Sender<Ways>,
+    view: watch::Receiver<View>,
+    stop: CancellationToken,
+    work: tokio::task::JoinHandle<()>,
+}
+
+fn config() -> TunnelConfig {
+    TunnelConfig {
+        image: "cloudflare/cloudflared:1".parse().unwrap(),
+        network: "net".to_owned(),
+        container_name: MAIN.to_owned(),
+        on_exit: OnExit::Remove,
+        options: [].into(),
+        auto_connect: true,
+    }
+}
+
+fn wants(token: &str) -> Wanted {
+    Wanted {
+        token: Some(Token::new(token)),
+        id: Some(TunnelId("t1".into())),
+        state: DesiredState::Running,
+        ..Wanted::default()
+    }
+}
+
+impl Bench {
+    fn start(host: &Double, wanted: Wanted) -> Self {
+        let (wanted, wanted_rx) = watch::channel(wanted);
+        let (ways, ways_rx) = watch::channel(Ways::default());
+        let (view_tx, view) = watch::channel(View::default());
+        // Nobody wakes it: it must find out by itself.
+        let inputs = Inputs { wanted: wanted_rx, ways: ways_rx, wake: mpsc::channel(1).1 };
+        let stop = CancellationToken::new();
+        let supervisor = Supervisor::on(host.clone(), config(), None, inputs, view_tx);
+        let work = tokio::spawn(supervisor.run(stop.clone()));
+        Self { host: host.clone(), wanted, ways, view, stop, work }
+    }
+
+    /// Waits until the tunnel is told to be like this.
+    async fn until(&mut self, status: Status, reason: Option<&str>) -> View {
+        let is_it = |view: &View| view.looked && view.status == status && view.reason == reason;
+        if let Ok(Ok(view)) = timeout(4 * 60 * MINUTE, self.view.wait_for(is_it)).await {
+            return view.clone();
+        }
+        panic!("never {status:?} {reason:?}, but {:?} after {:#?}", self.view.borrow(), self.host.world().calls);
+    }
+
+    /// Waits until all is well and the tunnel's container has this token.
+    async fn until_served_with(&mut self, letter: char) {
+        while self.host.world().containers.get(MAIN).is_none_or(|fake| fake.token != key(letter)) {
+            sleep(Duration::from_secs(1)).await;
+        }
+        self.until(Status::Running, None).await;
+    }
+
+    fn order(&self, token: &str) {
+        self.wanted.send_replace(wants(token));
+    }
+
+    fn calls(&self) -> Vec<String> {
+        std::mem::take(&mut self.host.world().calls)
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.host.world().containers.keys().cloned().collect()
+    }
+
+    /// As SIGKILL does: nothing is finished.
+    async fn kill(self) {
+        self.work.abort();
+        assert!(self.work.await.unwrap_err().is_cancelled());
+    }
+}
+
+/// A token of the tunnel; each letter is another one.
+fn key(letter: char) -> String {
+    token(&format!("t{letter}"))
+}
+
+async fn running() -> Bench {
+    let mut bench = Bench::start(&Double::default(), wants(&key('a')));
+    bench.until(Status::Running, None).await;
+    bench.calls();
+    bench
+}
+
+fn never_ready(log: &[&'static str]) -> Behaviour {
+    Behaviour { ready_after: None, log: log.to_vec(), ..Behaviour::default() }
+}
+
+const REFUSED: &str =
+    r#"2026-01-01T00:00:00Z ERR Register tunnel error from server side error="Unauthorized: Tunnel not found""#;
+
+#[tokio::test(start_paused = true)]
+async fn half_an_hour_without_the_edge_is_waited_out() {
+    let mut bench = running().await;
+    bench.host.behave(&key('a'), never_ready(&[]));
+    let view = bench.until(Status::Degraded, Some("edge_unreachable")).await;
+    assert_eq!(view.connections, Some(0));
+    sleep(30 * MINUTE).await;
+    bench.host.behave(&key('a'), Behaviour::default());
+    bench.until(Status::Running, None).await;
+    assert_eq!(bench.calls(), Vec::<String>::new(), "restarting it would lose what still works");
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_that_hangs_is_restarted_once() {
+    let mut bench = running().await;
+    bench.host.behave(&key('a'), Behaviour { silent: true, ..Behaviour::default() });
+    bench.until(Status::Degraded, Some("hung")).await;
+    while bench.host.world().calls.is_empty() {
+        sleep(Duration::from_secs(1)).await;
+    }
+    bench.host.behave(&key('a'), Behaviour::default());
+    let view = bench.until(Status::Running, None).await;
+    assert_eq!(view.restarts, 1);
+    sleep(30 * MINUTE).await;
+    assert_eq!(bench.calls(), ["restart tunnel"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_that_goes_on_hanging_is_restarted_ever_less_often() {
+    let mut bench = running().await;
+    bench.host.behave(&key('a'), Behaviour { silent: true, ..Behaviour::default() });
+    bench.until(Status::Degraded, Some("hung")).await;
+    sleep(2 * 60 * MINUTE).await;
+    let restarts = bench.host.world().count("restart");
+    assert!((5..=9).contains(&restarts), "{restarts} in two hours");
+    assert_eq!(bench.calls().len(), restarts, "and nothing else is done about it");
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_that_cannot_be_asked_from_here_any_more_but_by_docker_is_left_alone() {
+    let mut bench = running().await;
+    let docker_says = Some((Health::Healthy, LastCheck::Ready));
+    bench.host.behave(&key('a'), Behaviour { silent: true, docker_says, ..Behaviour::default() });
+    bench.until(Status::Degraded, Some("hung")).await;
+    let view = bench.until(Status::Running, None).await;
+    assert_eq!(view.connections, None);
+    sleep(30 * MINUTE).await;
+    assert_eq!(bench.view.borrow().status, Status::Running);
+    assert_eq!(bench.calls(), Vec::<String>::new());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_moment_without_connections_is_not_told() {
+    let mut bench = running().await;
+    bench.view.mark_unchanged();
+    for _ in 0..20 {
+        bench.host.behave(&key('a'), never_ready(&[]));
+        sleep(Duration::from_secs(1)).await;
+        bench.host.behave(&key('a'), Behaviour::default());
+        sleep(Duration::from_secs(30)).await;
+    }
+    assert!(!bench.view.has_changed().unwrap(), "{:?}", bench.view.borrow());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_crash_loop_is_told_as_one_state_and_left_to_docker() {
+    let mut bench = running().await;
+    bench.host.behave(&key('a'), never_ready(&["2026-01-01T00:00:00Z ERR all is lost"]));
+    bench.host.crash(MAIN, 7);
+    bench.until(Status::Restarting, Some("crash_loop")).await;
+    bench.view.mark_unchanged();
+    for _ in 0..10 {
+        bench.host.starts_again(MAIN);
+        sleep(Duration::from_secs(20)).await;
+        bench.host.crash(MAIN, 7);
+        sleep(Duration::from_secs(20)).await;
+    }
+    let told = bench.view.has_changed().unwrap();
+    assert!(!told || bench.view.borrow().reason == Some("crash_loop"), "{:?}", bench.view.borrow());
+    assert_eq!(bench.calls(), Vec::<String>::new());
+    bench.host.behave(&key('a'), Behaviour::default());
+    bench.host.starts_again(MAIN);
+    let view = bench.until(Status::Running, None).await;
+    assert_eq!(view.restarts, 11);
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_way_to_end_has_its_cause() {
+    for (code, line, memory, reason) in [
+        (1, "ERR Could not lookup srv records on _v2-origintunneld._tcp.argotunnel.com: no such host", false, "no_dns"),
+        (137, "INF Registered tunnel connection", true, "out_of_memory"),
+        (3, "ERR something else", false, "crash_loop"),
+        (255, "ERR something else", false, "crash_loop"),
+    ] {
+        let mut bench = running().await;
+        bench.host.behave(&key('a'), never_ready(&[line]));
+        bench.host.crash(MAIN, code);
+        bench.host.world().containers.get_mut(MAIN).unwrap().seen.out_of_memory = memory;
+        bench.until(Status::Restarting, Some(reason)).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_that_cloudflared_does_not_take_stops_the_connector_until_another_one_comes() {
+    let host = Double::default();
+    host.behave(&key('a'), never_ready(&["Provided Tunnel token is not valid."]));
+    let mut bench = Bench::start(&host, wants(&key('a')));
+    bench.until(Status::Starting, None).await;
+    sleep(Duration::from_secs(1)).await;
+    host.crash(MAIN, 255);
+    bench.until(Status::Error, Some("token_malformed")).await;
+    sleep(30 * MINUTE).await;
+    assert_eq!(bench.calls(), ["create tunnel", "start tunnel", "stop tunnel"]);
+    bench.kill().await;
+
+    let mut bench = Bench::start(&host, wants(&key('a')));
+    bench.until(Status::Error, Some("token_malformed")).await;
+    sleep(30 * MINUTE).await;
+    assert_eq!(bench.calls(), Vec::<String>::new(), "the next agent finds out the same");
+    bench.order(&key('b'));
+    bench.until(Status::Running, None).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_that_cloudflare_refuses_is_an_error_once_it_has_lasted() {
+    let host = Double::default();
+    host.behave(&key('a'), never_ready(&[REFUSED]));
+    let began = Instant::now();
+    let mut bench = Bench::start(&host, wants(&key('a')));
+    bench.until(Status::Error, Some("token_refused")).await;
+    assert!(began.elapsed() >= Duration::from_secs(10), "{:?}", began.elapsed());
+    sleep(30 * MINUTE).await;
+    assert_eq!(bench.calls(), ["create tunnel", "start tunnel"], "cloudflared itself keeps asking");
+    host.behave(&key('a'), Behaviour::default());
+    bench.until(Status::Running, None).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_replacement_is_there_before_the_one_before_it_goes() {
+    let bench = running().await;
+    sleep(MINUTE).await;
+    bench.order(&key('b'));
+    while bench.host.world().count("rename") == 0 {
+        sleep(Duration::from_secs(1)).await;
+        assert_eq!(bench.view.borrow().status, Status::Running);
+    }
+    sleep(MINUTE).await;
+    let expected = ["create tunnel-next", "start tunnel-next", "stop tunnel", "remove tunnel", "rename tunnel-next"];
+    assert_eq!(bench.calls(), expected);
+    assert_eq!((bench.names(), bench.host.world().gaps), (vec![MAIN.to_owned()], 0));
+    assert_eq!(bench.host.world().containers[MAIN].token, key('b'));
+}
+
+/// The heart of it: killed before and after each call of a replacement, the next agent ends where the first would
+/// have, and visitors do not notice.
+#[tokio::test(start_paused = true)]
+async fn a_replacement_that_is_cut_off_anywhere_is_finished_without_a_gap() {
+    // For the last one nothing dies: there are five changing calls.
+    for at in 0..6 {
+        for moment in [Moment::Before, Moment::After] {
+            let bench = running().await;
+            sleep(MINUTE).await;
+            let host = bench.host.clone();
+            host.world().dies_at = Some((at, moment));
+            bench.order(&key('b'));
+            let died = timeout(10 * MINUTE, host.death()).await.is_ok();
+            assert_eq!(died, at < 5, "call {at}");
+            bench.kill().await;
+            host.world().dies_at = None;
+            // Some time without an agent: what was left must carry the traffic.
+            sleep(MINUTE).await;
+
+            let mut bench = Bench::start(&host, wants(&key('b')));
+            sleep(5 * MINUTE).await;
+            bench.until(Status::Running, None).await;
+            assert_eq!(bench.names(), [MAIN], "{moment:?} call {at}");
+            assert_eq!(host.world().containers[MAIN].token, key('b'), "{moment:?} call {at}");
+            let world = host.world();
+            assert_eq!(world.gaps, 0, "{moment:?} call {at}: {:?}", world.calls);
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn orders_that_are_taken_back_half_way_leave_what_was() {
+    for at in 0..5 {
+        let bench = running().await;
+        sleep(MINUTE).await;
+        let host = bench.host.clone();
+        host.world().dies_at = Some((at, Moment::After));
+        bench.order(&key('b'));
+        host.death().await;
+        bench.kill().await;
+        host.world().dies_at = None;
+        let mut bench = Bench::start(&host, wants(&key('a')));
+        sleep(5 * MINUTE).await;
+        bench.until(Status::Running, None).await;
+        assert_eq!(bench.names(), [MAIN], "call {at}");
+        assert_eq!(host.world().containers[MAIN].token, key('a'), "call {at}");
+        let world = host.world();
+        assert_eq!(world.gaps, 0, "call {at}: {:?}", world.calls);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_successor_that_does_not_become_ready_is_removed_and_tried_again_ever_less_often() {
+    let mut bench = running().await;
+    sleep(MINUTE).await;
+    bench.host.behave(&key('b'), never_ready(&[]));
+    bench.order(&key('b'));
+    let view = bench.until(Status::Running, Some("edge_unreachable")).await;
+    assert_eq!(view.connections, Some(4), "the one before it carries the traffic");
+    sleep(2 * 60 * MINUTE).await;
+    let tries = bench.host.world().count("create");
+    assert!((4..=9).contains(&tries), "{tries} in two hours");
+    {
+        let world = bench.host.world();
+        assert_eq!((world.gaps, world.count("stop tunnel-next")), (0, world.count("remove")));
+    }
+    bench.host.behave(&key('b'), Behaviour::default());
+    bench.until_served_with('b').await;
+    assert_eq!(bench.host.world().gaps, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_successor_whose_token_is_refused_waits_for_another_token() {
+    let mut bench = running().await;
+    sleep(MINUTE).await;
+    bench.host.behave(&key('b'), never_ready(&[REFUSED]));
+    bench.order(&key('b'));
+    bench.until(Status::Running, Some("token_refused")).await;
+    sleep(2 * 60 * MINUTE).await;
+    assert_eq!(bench.host.world().count("create"), 1);
+    assert_eq!(bench.view.borrow().reason, Some("token_refused"), "it stays true");
+    bench.order(&key('c'));
+    bench.until_served_with('c').await;
+    assert_eq!(bench.host.world().gaps, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn taking_orders_back_that_could_not_be_carried_out_ends_the_complaint() {
+    let mut bench = running().await;
+    bench.host.behave(&key('b'), never_ready(&[REFUSED]));
+    bench.order(&key('b'));
+    bench.until(Status::Running, Some("token_refused")).await;
+    bench.order(&key('a'));
+    bench.until(Status::Running, None).await;
+    assert_eq!(bench.host.world().containers[MAIN].token, key('a'));
+}
+
+#[tokio::test(start_paused = true)]
+async fn nobody_waits_for_the_edge_where_nothing_serves() {
+    let host = Double::default();
+    host.behave(&key('a'), never_ready(&[REFUSED]));
+    let mut bench = Bench::start(&host, wants(&key('a')));
+    bench.until(Status::Error, Some("token_refused")).await;
+    let began = Instant::now();
+    bench.order(&key('b'));
+    while host.world().count("rename") == 0 {
+        sleep(Duration::from_millis(100)).await;
+    }
+    // One second to become ready and three of drain.
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_a_second_container_is_refused_it_is_replaced_in_place() {
+    let mut bench = running().await;
+    bench.host.world().refused = vec!["create tunnel-next"];
+    bench.order(&key('b'));
+    while bench.host.world().count("start") == 0 {
+        sleep(Duration::from_secs(1)).await;
+    }
+    bench.until(Status::Running, None).await;
+    // The first one only asks whether there may be one of this name at all.
+    let expected = ["create tunnel", "stop tunnel", "remove tunnel", "create tunnel", "start tunnel"];
+    assert_eq!(bench.calls(), expected);
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_creating_is_refused_altogether_nothing_is_given_up() {
+    let mut bench = running().await;
+    bench.host.world().refused = vec!["create"];
+    bench.order(&key('b'));
+    bench.until(Status::Running, Some("docker_refuses")).await;
+    sleep(30 * MINUTE).await;
+    assert_eq!(bench.host.world().containers[MAIN].token, key('a'));
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_renaming_is_refused_one_more_is_made_under_the_right_name() {
+    let mut bench = running().await;
+    sleep(MINUTE).await;
+    bench.host.world().refused = vec!["rename"];
+    bench.order(&key('b'));
+    sleep(10 * MINUTE).await;
+    bench.until(Status::Running, None).await;
+    assert_eq!((bench.names(), bench.host.world().gaps), (vec![MAIN.to_owned()], 0));
+    assert_eq!(bench.host.world().containers[MAIN].token, key('b'));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_successor_is_on_all_networks_before_the_one_before_it_goes() {
+    let mut bench = running().await;
+    bench.ways.send_modify(|ways| ways.networks = BTreeSet::from(["shop".to_owned()]));
+    while bench.host.world().count("connect tunnel shop") == 0 {
+        sleep(Duration::from_secs(1)).await;
+    }
+    bench.calls();
+    bench.order(&key('b'));
+    sleep(5 * MINUTE).await;
+    bench.until(Status::Running, None).await;
+    let expected = ["create tunnel-next", "connect tunnel-next shop", "start tunnel-next", "stop tunnel"];
+    assert_eq!(bench.calls()[..4], expected);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tunnel_that_was_forgotten_leaves_no_container() {
+    let mut bench = running().await;
+    bench.wanted.send_replace(Wanted { state: DesiredState::Stopped, ..Wanted::default() });
+    bench.until(Status::Stopped, Some("no_tunnel_assigned")).await;
+    assert_eq!(bench.calls(), ["stop tunnel", "remove tunnel"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shutdown_in_the_middle_of_a_replacement_takes_both() {
+    let bench = running().await;
+    sleep(MINUTE).await;
+    bench.order(&key('b'));
+    while bench.host.world().count("start") == 0 {
+        sleep(Duration::from_millis(100)).await;
+    }
+    bench.stop.cancel();
+    bench.work.await.unwrap();
+    assert_eq!(bench.host.world().containers.len(), 0);
+}
