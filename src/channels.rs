@@ -1,7 +1,8 @@
 //! What the tasks tell each other, and nothing of how they find it out: one type for each channel.
 //!
 //! [`Wanted`] goes from the command poller to all others, [`View`] from the supervisor, [`Inventory`] and
-//! [`Change`] from the event task. The tasks know these types and not each other.
+//! [`Change`] from the event task, [`Ways`] from the one that looks at the neighbours. The tasks know these types and
+//! not each other.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -172,6 +173,8 @@ pub struct Ways {
     /// User-defined networks that the tunnel container should be on besides its own. Empty unless
     /// `AUTO_CONNECT_NETWORKS` is set.
     pub networks: BTreeSet<String>,
+    /// Names of containers that run a connector of the same tunnel.
+    pub rivals: Vec<String>,
 }
 
 /// A labelled container that the tunnel cannot reach.

@@ -95,6 +95,13 @@ pub struct TunnelConfig {
     pub auto_connect: bool,
 }
 
+impl TunnelConfig {
+    /// Name of the container that takes the tunnel container's place, while it does.
+    pub fn successor_name(&self) -> String {
+        format!("{}-next", self.container_name)
+    }
+}
+
 /// What becomes of the tunnel container when the agent stops.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnExit {

@@ -7,7 +7,7 @@
 //! until the next listing has succeeded. Nothing is on disk; after a crash it starts with a listing.
 //!
 //! The reporter reads the inventory and is sent each change; the supervisor is woken by everything that happens
-//! to its container and network.
+//! to its container and network, the look at the neighbours by what may open or close a way.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
@@ -50,6 +50,7 @@ pub struct EventStream {
     inventory: watch::Sender<Inventory>,
     changes: mpsc::Sender<Change>,
     wake_supervisor: mpsc::Sender<()>,
+    wake_neighbours: mpsc::Sender<()>,
     /// Names of the tunnel container, its successor and its network, whose events wake the supervisor.
     watched: [String; 3],
     seen: Seen,
@@ -59,21 +60,23 @@ pub struct EventStream {
 }
 
 impl EventStream {
-    /// `wake_supervisor` holds one message: several wakes are one. `watched` are the names of the tunnel
-    /// container, its successor and its network.
+    /// `wakes` are those of the supervisor and of the neighbours' task; each holds one message: several wakes are
+    /// one. `watched` are the names of the tunnel container, its successor and its network.
     pub fn new(
         docker: Arc<Docker>,
         inventory: watch::Sender<Inventory>,
         changes: mpsc::Sender<Change>,
-        wake_supervisor: mpsc::Sender<()>,
+        wakes: [mpsc::Sender<()>; 2],
         watched: [String; 3],
     ) -> Self {
         let trouble = Trouble::new("Docker");
+        let [wake_supervisor, wake_neighbours] = wakes;
         Self {
             docker,
             inventory,
             changes,
             wake_supervisor,
+            wake_neighbours,
             watched,
             seen: Seen::default(),
             fresh: BTreeMap::new(),
@@ -214,6 +217,10 @@ impl EventStream {
         if self.watched.contains(&event.name) || event.action == Action::Rename {
             self.wake();
         }
+        if concerns_neighbours(&event) {
+            // Full means that a wake is already waiting.
+            let _ = self.wake_neighbours.try_send(());
+        }
         if matches!(event.action, Action::Start | Action::End) {
             let now = Instant::now();
             self.fresh.insert(event.id.clone(), now);
@@ -286,6 +293,18 @@ enum Ended {
     Closed,
     /// Never opened, cut, or the listing beside it failed.
     Failed(DockerError),
+}
+
+/// Whether it may open or close a way that no change of the inventory tells: a network, a name, a connector. A
+/// connector by whatever image is recognised when somebody looks; this only saves the wait.
+fn concerns_neighbours(event: &Event) -> bool {
+    match event.action {
+        Action::Network | Action::Rename => true,
+        Action::Start | Action::End => {
+            event.attributes.get("image").is_some_and(|image| image.to_ascii_lowercase().contains("cloudflared"))
+        }
+        Action::Container => false,
+    }
 }
 
 /// The container with only the labels that may leave the host, when it counts at all.

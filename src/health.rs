@@ -52,11 +52,6 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1800);
 /// A connector that was ready for this long without a break is well: the next hang is a new one.
 const WELL_AFTER: Duration = Duration::from_secs(600);
 
-/// What the successor of the tunnel container is called while it takes over.
-pub(crate) fn successor_name(container: &str) -> String {
-    format!("{container}-next")
-}
-
 /// The supervisor task.
 #[derive(Debug)]
 pub(crate) struct Supervisor<H = Machine> {
@@ -435,7 +430,7 @@ impl<H: Host> Supervisor<H> {
     fn name(&self, slot: Slot) -> String {
         match slot {
             Slot::Main => self.config.container_name.clone(),
-            Slot::Next => successor_name(&self.config.container_name),
+            Slot::Next => self.config.successor_name(),
         }
     }
 }

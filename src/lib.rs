@@ -1,6 +1,6 @@
 //! DockFlare Agent: makes a Docker host reachable through Cloudflare Tunnel, and never loses it.
 //!
-//! Four tasks run side by side and talk only through channels:
+//! Five tasks run side by side and talk only through channels. Four do the work:
 //!
 //! ```text
 //!  master ──commands──> tunnels ──write, then publish──> [Wanted] ──> health ──plan, act──> Docker: the tunnel container
@@ -14,6 +14,10 @@
 //! - [`reports`] owns everything that is sent to the master, its order and its retries. It decides nothing.
 //! - [`events`] owns the inventory of labelled containers. It never talks to the master.
 //! - [`health`] owns the tunnel container and what is known of it. It never reads a command.
+//!
+//! The fifth, [`neighbours`], looks at what is around the tunnel container: whether it can reach each labelled
+//! container, and whether another connector serves the same tunnel. It says so, and decides nothing: what it
+//! publishes, [`channels::Ways`], is shown by the page, and names the networks that the supervisor may connect.
 //!
 //! The tasks do not know each other, only what travels between them: [`channels`].
 //!
@@ -45,6 +49,7 @@ pub mod health;
 mod http;
 pub mod logging;
 pub mod master;
+pub mod neighbours;
 pub mod page;
 pub mod registration;
 pub mod reports;
@@ -100,10 +105,11 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunE
     let (wanted_tx, wanted) = watch::channel(Wanted::new(&state, tombstone.as_ref()));
     let (view_tx, view) = watch::channel(View::default());
     let (inventory_tx, inventory) = watch::channel(Inventory::default());
-    let (_ways_tx, ways) = watch::channel(Ways::default());
+    let (ways_tx, ways) = watch::channel(Ways::default());
     let (changes_tx, changes) = mpsc::channel(CHANGES);
     // One wake that waits is as good as many.
     let (wake_tx, wake) = mpsc::channel(1);
+    let (look_tx, look) = mpsc::channel(1);
 
     let refused = |error: &dyn Error| RunError::Config(error_chain(error));
     let master = Arc::new(master::Master::new(config.master).map_err(|error| refused(&error))?);
@@ -122,6 +128,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunE
         wanted: wanted.clone(),
         view: view.clone(),
         inventory: inventory.clone(),
+        ways: ways.clone(),
         started: Instant::now(),
         tasks: Vec::new(),
     };
@@ -143,10 +150,16 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunE
 
     let events = {
         let tunnel = &config.tunnel;
-        let watched =
-            [tunnel.container_name.clone(), health::successor_name(&tunnel.container_name), tunnel.network.clone()];
-        let stream = events::EventStream::new(docker.clone(), inventory_tx, changes_tx, wake_tx, watched);
+        let watched = [tunnel.container_name.clone(), tunnel.successor_name(), tunnel.network.clone()];
+        let wakes = [wake_tx, look_tx];
+        let stream = events::EventStream::new(docker.clone(), inventory_tx, changes_tx, wakes, watched);
         Task::spawn("events", async move { match stream.run().await {} })
+    };
+    let neighbours = {
+        let inputs =
+            neighbours::Inputs { inventory: inventory.clone(), view: view.clone(), wanted: wanted.clone(), wake: look };
+        let neighbours = neighbours::Neighbours::new(docker.clone(), config.tunnel.clone(), inputs, ways_tx);
+        Task::spawn("neighbours", async move { match neighbours.run().await {} })
     };
     let reports = {
         let announces_stop = config.tunnel.on_exit == OnExit::Remove;
@@ -160,7 +173,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunE
     let last = CancellationToken::new();
     let tunnel = {
         let (made_of, own_name) = (config.tunnel.clone(), config.hostname.clone());
-        let inputs = health::Inputs { wanted: wanted.clone(), ways, wake };
+        let inputs = health::Inputs { wanted: wanted.clone(), ways: ways.clone(), wake };
         let supervisor = health::Supervisor::new(docker.clone(), made_of, own_name, inputs, view_tx)
             .map_err(|error| refused(&error))?;
         Task::spawn("tunnel", supervisor.run(last.clone()))
@@ -172,7 +185,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunE
             tunnels::Poller::new(master.clone(), registrar.clone(), disk, interval, image, wanted_tx, view.clone());
         Task::spawn("commands", poller.run(shutdown.clone()))
     };
-    sources.tasks = vec![commands.pulse(), reports.pulse(), events.pulse(), tunnel.pulse()];
+    sources.tasks = vec![commands.pulse(), reports.pulse(), events.pulse(), neighbours.pulse(), tunnel.pulse()];
     let page =
         listener.map(|listener| Task::spawn("page", async move { match page::serve(listener, sources).await {} }));
 
@@ -180,12 +193,14 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunE
     let Task { handle: mut commands, .. } = commands;
     let Task { handle: mut tunnel, .. } = tunnel;
     let Task { handle: mut events, .. } = events;
+    let Task { handle: mut neighbours, .. } = neighbours;
     let Task { handle: mut reports, .. } = reports;
     let mut page = page.map(|task| task.handle);
     let ended = tokio::select! {
         ended = &mut commands => joined("commands", ended)?,
         ended = &mut tunnel => return Err(broken("tunnel", ended)),
         ended = &mut events => return Err(broken("events", ended)),
+        ended = &mut neighbours => return Err(broken("neighbours", ended)),
         ended = async { match &mut page { Some(page) => page.await, None => std::future::pending().await } } => {
             return Err(broken("page", ended));
         }
@@ -198,6 +213,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunE
         joined("reports", reports.await)?;
     }
     events.abort();
+    neighbours.abort();
     last.cancel();
     joined("tunnel", tunnel.await)?;
     if ended == tunnels::Ended::Decommissioned {

@@ -19,7 +19,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 use tracing::warn;
 
-use crate::channels::{Inventory, Status, View, Wanted};
+use crate::channels::{Inventory, Status, View, Wanted, Ways};
 use crate::config::ConfigErrors;
 use crate::http;
 use crate::master::Master;
@@ -44,6 +44,8 @@ pub struct Sources {
     pub view: watch::Receiver<View>,
     /// The labelled containers.
     pub inventory: watch::Receiver<Inventory>,
+    /// The ways from the tunnel to them.
+    pub ways: watch::Receiver<Ways>,
     /// When the agent started.
     pub started: Instant,
     /// The tasks by name, and whether each lives.
@@ -107,7 +109,7 @@ impl Sources {
     fn summary(&self) -> Value {
         let session = self.session.borrow().clone();
         let (wanted, view) = (self.wanted.borrow(), self.view.borrow());
-        let inventory = self.inventory.borrow();
+        let (inventory, ways) = (self.inventory.borrow(), self.ways.borrow());
         let since_contact = self.master.last_contact().map(|contact| contact.elapsed().as_secs());
         let last_report = self.master.last_report().and_then(|at| jiff::Timestamp::try_from(at).ok());
         let mut problems: Vec<String> = wanted.unsaved.iter().cloned().collect();
@@ -124,6 +126,14 @@ impl Sources {
         if matches!(view.status, Status::Error | Status::Degraded | Status::Restarting) {
             problems.push(format!("the tunnel is {}: {}", view.status.as_str(), view.reason.as_deref().unwrap_or("-")));
         }
+        problems.extend(unreachable_sentence(&ways));
+        let unreachable: Vec<_> = ways
+            .unreachable
+            .values()
+            .map(
+                |container| json!({ "name": container.name, "problem": container.problem, "remedy": container.remedy }),
+            )
+            .collect();
         json!({
             "status": if problems.is_empty() { "healthy" } else { "degraded" },
             "problems": problems,
@@ -144,6 +154,8 @@ impl Sources {
                 "version": view.version,
             },
             "containers": inventory.complete.then_some(inventory.containers.len()),
+            "unreachable_containers": unreachable,
+            "other_connectors": ways.rivals,
             "master_connection": {
                 "url": self.master.url().as_str(),
                 "last_successful_report": last_report.map(|at| at.to_string()),
@@ -152,6 +164,16 @@ impl Sources {
             "threads": self.tasks.iter().map(|(name, pulse)| ((*name).to_owned(), json!(pulse.strong_count() > 0))).collect::<Map<_, _>>(),
         })
     }
+}
+
+/// One sentence for all containers that the tunnel cannot reach.
+fn unreachable_sentence(ways: &Ways) -> Option<String> {
+    const MOST_NAMES: usize = 10;
+    let count = ways.unreachable.len();
+    let names: Vec<_> = ways.unreachable.values().take(MOST_NAMES).map(|container| container.name.as_str()).collect();
+    let more = if count > MOST_NAMES { ", …" } else { "" };
+    let containers = if count == 1 { "1 container".to_owned() } else { format!("{count} containers") };
+    (count > 0).then(|| format!("{containers} cannot be reached by the tunnel: {}{more}", names.join(", ")))
 }
 
 /// Asks the agent in the same container, for Docker's HEALTHCHECK. An agent that answers does its job: one whose
@@ -174,4 +196,27 @@ pub async fn check(port: Result<Option<u16>, ConfigErrors>) -> Result<String, St
     let page: Value = serde_json::from_slice(&body).map_err(|_| format!("port {port} is served by something else"))?;
     let word = |value: &Value| value.as_str().unwrap_or("unknown").to_owned();
     Ok(format!("{}, tunnel {}", word(&page["status"]), word(&page["tunnel"]["state"])))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::channels::Unreachable;
+
+    #[test]
+    fn containers_that_cannot_be_reached_make_one_sentence() {
+        let unreachable = |number: usize| Unreachable {
+            name: format!("web{number}"),
+            problem: "p".to_owned(),
+            remedy: "r".to_owned(),
+        };
+        let sentence = |count: usize| {
+            let all = (0..count).map(|number| (format!("{number:03}"), unreachable(number)));
+            unreachable_sentence(&Ways { unreachable: all.collect(), ..Ways::default() })
+        };
+        assert_eq!(sentence(0), None);
+        assert_eq!(sentence(1).as_deref(), Some("1 container cannot be reached by the tunnel: web0"));
+        assert_eq!(sentence(2).as_deref(), Some("2 containers cannot be reached by the tunnel: web0, web1"));
+        assert!(sentence(200).is_some_and(|sentence| sentence.ends_with("web9, …")));
+    }
 }

@@ -9,6 +9,7 @@ mod containers_scene;
 mod containers_status;
 mod decommission;
 mod events;
+mod neighbours;
 mod proxy;
 mod pull;
 mod shutdown;
@@ -23,6 +24,7 @@ fn main() -> std::process::ExitCode {
         containers_status::cases(),
         events::cases(),
         decommission::cases(),
+        neighbours::cases(),
         proxy::cases(),
         pull::cases(),
         shutdown::cases(),

@@ -94,7 +94,8 @@ async fn the_health_page_tells_what_is_and_the_check_asks_it() {
     let expected = json!({
         "status": "degraded", "agent_id": known.id, "version": env!("CARGO_PKG_VERSION"),
         "registered": true, "protocol": 2, "decommissioned": false, "containers": null,
-        "threads": {"commands": true, "reports": true, "events": true, "tunnel": true},
+        "unreachable_containers": [], "other_connectors": [],
+        "threads": {"commands": true, "reports": true, "events": true, "neighbours": true, "tunnel": true},
     });
     for (key, value) in expected.as_object().unwrap() {
         assert_eq!(&seen[key], value, "{key} of {seen:#}");

@@ -1,0 +1,317 @@
+//! What is around the tunnel container on this host: the way to each labelled container, and connectors of the same
+//! tunnel beside it.
+//!
+//! Owns what was judged of them and what was told; publishes it as [`Ways`]. The page shows it, the supervisor
+//! connects the tunnel container to the networks in it. Decides nothing and changes nothing: it only reads from
+//! Docker, by calls of its own, so that nothing here delays or fails a report or the tunnel. Nothing is on disk;
+//! after a crash it looks again, and what is so is told once more.
+//!
+//! A look takes the containers one after the other. It is woken by the inventory, by the tunnel, by Docker's events
+//! of networks and names, and by a slow timer. What cannot be found out now stays as it was known.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep};
+use tracing::{debug, info, warn};
+
+use crate::channels::{Inventory, View, Wanted, Ways};
+use crate::config::TunnelConfig;
+use crate::docker::{Container, Docker, DockerError, Inspected, RunState};
+use crate::retry::Trouble;
+use crate::state::DesiredState;
+
+mod memory;
+mod rivals;
+mod service;
+mod way;
+use memory::{Memory, News};
+use rivals::{Rivalry, is_candidate, rivalry};
+use way::{COMPOSE_SERVICE, Lender, Scene, Workload, networks_needed, services, way};
+
+/// What happens together is looked at once: a compose project that starts is a burst of events.
+const SETTLE: Duration = Duration::from_millis(500);
+/// The wait for a burst grows with the time of a look up to this, so that looks fill no more than a fifth of the
+/// time on a host with many containers that never rests.
+const LONGEST_SETTLE: Duration = Duration::from_secs(30);
+/// Between two looks that nothing asked for.
+const CALM: Duration = Duration::from_secs(300);
+/// Until the next look when something could not be found out.
+const AGAIN: Duration = Duration::from_secs(15);
+/// Until the next look while the supervisor has a network to connect.
+const CONNECTING: Duration = Duration::from_secs(5);
+/// So many calls without an answer, at 20 s each, are enough for one look.
+const MOST_TIME_OUTS: u32 = 3;
+
+/// The task.
+#[derive(Debug)]
+pub struct Neighbours {
+    docker: Arc<Docker>,
+    config: TunnelConfig,
+    inputs: Inputs,
+    ways: watch::Sender<Ways>,
+    memory: Memory,
+    /// Whether this is Docker Desktop, once Docker has said so.
+    desktop: Option<bool>,
+    trouble: Trouble,
+}
+
+/// What it is woken by.
+#[derive(Debug)]
+pub struct Inputs {
+    /// The labelled containers.
+    pub inventory: watch::Receiver<Inventory>,
+    /// How the tunnel is.
+    pub view: watch::Receiver<View>,
+    /// Which tunnel it is.
+    pub wanted: watch::Receiver<Wanted>,
+    /// Rung by Docker's events of networks, names and connectors.
+    pub wake: mpsc::Receiver<()>,
+}
+
+impl Neighbours {
+    /// Nothing is asked of Docker yet.
+    pub fn new(docker: Arc<Docker>, config: TunnelConfig, inputs: Inputs, ways: watch::Sender<Ways>) -> Self {
+        let trouble = Trouble::new("the look around the tunnel container");
+        Self { docker, config, inputs, ways, memory: Memory::default(), desktop: None, trouble }
+    }
+
+    /// Looks around for ever. Cancel-safe: it changes nothing.
+    pub async fn run(mut self) -> Infallible {
+        loop {
+            let began = Instant::now();
+            let looked = self.look().await;
+            let ways = self.memory.ways();
+            self.ways.send_if_modified(|known| std::mem::replace(known, ways.clone()) != ways);
+            let pause = match &looked {
+                Ok(()) => {
+                    self.trouble.ended();
+                    if self.memory.waits() { CONNECTING } else { CALM }
+                }
+                Err(error) => {
+                    // That Docker is away is said once, by the event task.
+                    if !matches!(error, DockerError::Unreachable { .. }) {
+                        self.trouble.failed(&format_args!("fails, since Docker {error}"), error.remedy());
+                    }
+                    AGAIN
+                }
+            };
+            let settle = (began.elapsed() * 4).clamp(SETTLE, LONGEST_SETTLE);
+            if self.inputs.rung(pause).await {
+                sleep(settle).await;
+            }
+        }
+    }
+
+    /// Finds out what can be found out. The error is the first of what could not.
+    async fn look(&mut self) -> Result<(), DockerError> {
+        let (inventory, wanted) = self.inputs.take();
+        let running = self.docker.list_running().await?;
+        let mut failures = Failures::default();
+        self.look_for_rivals(&running, &wanted, &mut failures).await?;
+        // What is not known for certain is not judged, and not forgotten either.
+        if inventory.complete {
+            self.look_at_ways(&running, &inventory, &mut failures).await?;
+        }
+        failures.first.map_or(Ok(()), Err)
+    }
+
+    async fn look_for_rivals(
+        &mut self,
+        running: &[Container],
+        wanted: &Wanted,
+        failures: &mut Failures,
+    ) -> Result<(), DockerError> {
+        let own = [self.config.container_name.clone(), self.config.successor_name()];
+        let runs = wanted.state == DesiredState::Running && wanted.decommission.is_none();
+        let (mut rivals, mut found) = (BTreeMap::new(), BTreeMap::new());
+        if let Some(id) = wanted.id.as_ref().filter(|_| runs) {
+            for candidate in running.iter().filter(|listed| is_candidate(listed, &own)) {
+                let Some(seen) = failures.set_aside(self.docker.inspect(&candidate.id).await)? else {
+                    let known = self.memory.rival(&candidate.id).cloned();
+                    rivals.extend(known.map(|name| (candidate.id.clone(), name)));
+                    continue;
+                };
+                let Some(seen) = seen else { continue };
+                if let Some(rivalry) = rivalry(&seen, &own, id, wanted.name.as_deref()) {
+                    rivals.insert(seen.id.clone(), seen.name.clone());
+                    found.insert(seen.id.clone(), (rivalry, seen));
+                }
+            }
+        }
+        for id in self.memory.learn_rivals(rivals) {
+            if let Some((rivalry, rival)) = found.get(&id) {
+                tell_rival(*rivalry, rival);
+            }
+        }
+        Ok(())
+    }
+
+    async fn look_at_ways(
+        &mut self,
+        running: &[Container],
+        inventory: &Inventory,
+        failures: &mut Failures,
+    ) -> Result<(), DockerError> {
+        self.memory.forget_all_but(|id| inventory.containers.contains_key(id));
+        let network = &self.config.network;
+        let tunnel = match failures.set_aside(self.docker.inspect(&self.config.container_name).await)? {
+            // One that is not on its network is no container of the agent's, or about to be replaced.
+            Some(Some(found)) if found.state == RunState::Running && found.networks.contains_key(network) => found,
+            _ => return Ok(()),
+        };
+        if self.desktop.is_none() {
+            // A proxy may refuse it; then what depends on it is not judged.
+            self.desktop = self.docker.is_desktop().await.inspect_err(|error| debug!("Docker {error}")).ok();
+        }
+        let others = names_of(running, |id| inventory.containers.contains_key(id));
+        let scene = Scene { tunnel: &tunnel, network, desktop: self.desktop, others: &others };
+        for (id, container) in &inventory.containers {
+            let seen = match failures.set_aside(self.docker.inspect(id).await)? {
+                Some(Some(seen)) if matches!(seen.state, RunState::Running | RunState::Paused) => seen,
+                _ => continue,
+            };
+            let lender = match seen.network_mode.strip_prefix("container:") {
+                None => None,
+                Some(lender) => match failures.set_aside(self.docker.inspect(lender).await)? {
+                    Some(lender) => Some(lender.filter(|lender| !has_ended(lender.state))),
+                    None => continue,
+                },
+            };
+            let lender = match &lender {
+                None => Lender::Nobody,
+                Some(Some(lender)) => Lender::Container(lender),
+                Some(None) => Lender::Gone,
+            };
+            let workload = Workload { seen: &seen, lender, services: services(&container.labels) };
+            let connects = self.config.auto_connect;
+            let networks = if connects { networks_needed(&scene, &workload) } else { BTreeSet::new() };
+            if let Some(news) = self.memory.learn(id, &seen.name, way(&scene, &workload), networks) {
+                tell(&seen.name, news);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Inputs {
+    /// What is known now; what comes after this wakes again.
+    fn take(&mut self) -> (Inventory, Wanted) {
+        while self.wake.try_recv().is_ok() {}
+        self.view.mark_unchanged();
+        (self.inventory.borrow_and_update().clone(), self.wanted.borrow_and_update().clone())
+    }
+
+    /// Waits for a reason to look; false when the time was the only one. Cancel-safe: what is lost is a wake-up of
+    /// which the next look makes up.
+    async fn rung(&mut self, limit: Duration) -> bool {
+        // The others outlive this task but for the moments of a shutdown.
+        tokio::select! {
+            Ok(()) = self.inventory.changed() => true,
+            Ok(()) = self.view.changed() => true,
+            Ok(()) = self.wanted.changed() => true,
+            Some(()) = self.wake.recv() => true,
+            () = sleep(limit) => false,
+        }
+    }
+}
+
+/// What could not be found out in one look.
+#[derive(Debug, Default)]
+struct Failures {
+    first: Option<DockerError>,
+    time_outs: u32,
+}
+
+impl Failures {
+    /// Notes a failure that is about one container; `None` stands for it. One that is about all of them ends the look.
+    fn set_aside<T>(&mut self, answer: Result<T, DockerError>) -> Result<Option<T>, DockerError> {
+        let error = match answer {
+            Ok(found) => return Ok(Some(found)),
+            Err(error @ DockerError::Unreachable { .. }) => return Err(error),
+            Err(error) => error,
+        };
+        self.time_outs += u32::from(matches!(error, DockerError::TimedOut { .. }));
+        if self.time_outs >= MOST_TIME_OUTS {
+            return Err(error);
+        }
+        self.first.get_or_insert(error);
+        Ok(None)
+    }
+}
+
+/// The lower-case names of running containers, without those of the labelled. A label on one container may mean
+/// another, as a proxy beside it; where it names another labelled one it is more likely a copy that was not adapted.
+fn names_of(running: &[Container], without: impl Fn(&str) -> bool) -> BTreeSet<String> {
+    let others = running.iter().filter(|container| !without(&container.id));
+    let names = others.flat_map(|other| [Some(&other.name), other.labels.get(COMPOSE_SERVICE)]);
+    names.flatten().map(|name| name.to_ascii_lowercase()).collect()
+}
+
+fn has_ended(state: RunState) -> bool {
+    matches!(state, RunState::Exited | RunState::Created | RunState::Dead)
+}
+
+fn tell(name: &str, news: News) {
+    match news {
+        News::Open { service, network } => info!(name, service, network, "the tunnel can reach the container"),
+        News::Blocked(block) => {
+            warn!(name, remedy = block.remedy, "the tunnel cannot reach the container: {}", block.problem);
+        }
+        News::Unblocked => info!(name, "nothing is known any more that keeps the tunnel from the container"),
+    }
+}
+
+fn tell_rival(rivalry: Rivalry, rival: &Inspected) {
+    let runs = match rivalry {
+        Rivalry::Certain => "runs",
+        Rivalry::Likely => "seems to run",
+    };
+    let (name, image) = (&rival.name, &rival.image);
+    warn!(
+        "another container {runs} a connector of the same tunnel name={name} image={image}; visitors are led to both and see errors now and then: remove it with docker rm -f {name}"
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_about_one_container_is_set_aside_and_silence_ends_the_look() {
+        let mut failures = Failures::default();
+        assert_eq!(failures.set_aside(Ok(1)), Ok(Some(1)));
+        let away = DockerError::silent();
+        assert_eq!(failures.set_aside::<()>(Err(away.clone())), Err(away));
+        assert_eq!(failures.first, None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn every_input_wakes_and_what_was_taken_does_not_wake_again() {
+        let (inventory_tx, inventory) = watch::channel(Inventory::default());
+        let (view_tx, view) = watch::channel(View::default());
+        let (wanted_tx, wanted) = watch::channel(Wanted::default());
+        let (wake_tx, wake) = mpsc::channel(1);
+        let mut inputs = Inputs { inventory, view, wanted, wake };
+        let causes: [&dyn Fn(); 4] = [
+            &|| inventory_tx.send_modify(|inventory| inventory.complete = true),
+            &|| view_tx.send_modify(|view| view.looked = true),
+            &|| wanted_tx.send_modify(|wanted| wanted.redeploys += 1),
+            &|| wake_tx.try_send(()).unwrap(),
+        ];
+        for (number, cause) in causes.iter().enumerate() {
+            cause();
+            assert!(inputs.rung(CALM).await, "cause {number}");
+            cause();
+            inputs.take();
+            assert!(!inputs.rung(CALM).await, "cause {number} was taken");
+        }
+        drop((inventory_tx, view_tx, wanted_tx, wake_tx));
+        let began = Instant::now();
+        assert!(!inputs.rung(CALM).await);
+        assert_eq!(began.elapsed(), CALM, "inputs that ended must not make it spin");
+    }
+}

@@ -1,0 +1,210 @@
+//! What was found out of each container and what was told of it, so that each change is told once.
+//!
+//! Owned by the task; pure but for the clock. After a crash it is empty, and what is so is told once more.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::way::{Block, Cause, Way};
+use crate::channels::{Unreachable, Ways};
+
+/// A container that comes back this soon is no news: a restart, or one that crashes again and again.
+const REMEMBERED: Duration = Duration::from_secs(600);
+/// Looks that the supervisor has for connecting the tunnel container, the one that asks for it included.
+const PATIENCE: u32 = 2;
+
+/// All of it.
+#[derive(Debug, Default)]
+pub(super) struct Memory {
+    containers: BTreeMap<String, Entry>,
+    /// Names of rivals by container id.
+    rivals: BTreeMap<String, String>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    name: String,
+    /// What holds now; `None` while it is gone or waited for.
+    now: Option<Way>,
+    /// What was told last.
+    told: Option<Way>,
+    /// Networks that the tunnel container should be on for its sake.
+    networks: BTreeSet<String>,
+    /// Looks that were waited for such a network.
+    waited: u32,
+    seen: Instant,
+}
+
+/// A change that is worth a line in the log.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum News {
+    Open {
+        service: Option<String>,
+        network: String,
+    },
+    Blocked(Block),
+    /// It was blocked, and now nothing is known that would.
+    Unblocked,
+}
+
+impl Memory {
+    /// Notes a judgement, and what networks are to be asked for. Returns what is new.
+    pub(super) fn learn(&mut self, id: &str, name: &str, way: Way, networks: BTreeSet<String>) -> Option<News> {
+        let (name, seen) = (name.to_owned(), Instant::now());
+        let entry = self.containers.entry(id.to_owned()).or_insert_with(|| Entry {
+            name: String::new(),
+            now: None,
+            told: None,
+            networks: BTreeSet::new(),
+            waited: 0,
+            seen,
+        });
+        (entry.name, entry.networks, entry.seen) = (name, networks, seen);
+        let lacks_network = matches!(&way, Way::Blocked(block) if block.cause == Cause::NoNetwork);
+        if !lacks_network {
+            entry.waited = 0;
+        } else if !entry.networks.is_empty() && entry.waited < PATIENCE {
+            entry.waited += 1;
+            entry.now = None;
+            return None;
+        }
+        entry.now = Some(way.clone());
+        let before = entry.told.replace(way.clone());
+        match (before, way) {
+            (Some(Way::Open { service: before, .. }), Way::Open { service, .. }) if before == service => None,
+            (Some(Way::Blocked(before)), Way::Blocked(block)) if before == block => None,
+            (_, Way::Open { service, network }) => Some(News::Open { service, network }),
+            (_, Way::Blocked(block)) => Some(News::Blocked(block)),
+            (Some(Way::Blocked(_)), Way::Unjudged) => Some(News::Unblocked),
+            (_, Way::Unjudged) => None,
+        }
+    }
+
+    /// Whether a network was asked for that the tunnel container is not on yet.
+    pub(super) fn waits(&self) -> bool {
+        self.containers.values().any(|entry| entry.waited > 0 && entry.now.is_none())
+    }
+
+    /// Lets go of containers that do not run any more.
+    pub(super) fn forget_all_but(&mut self, runs: impl Fn(&str) -> bool) {
+        self.containers.retain(|id, entry| {
+            if runs(id) {
+                return true;
+            }
+            (entry.now, entry.waited) = (None, 0);
+            entry.networks.clear();
+            entry.seen.elapsed() < REMEMBERED
+        });
+    }
+
+    /// Puts these rivals, names by container id, in the place of those before. Returns the ids of the new ones.
+    pub(super) fn learn_rivals(&mut self, rivals: BTreeMap<String, String>) -> BTreeSet<String> {
+        let before = std::mem::replace(&mut self.rivals, rivals);
+        self.rivals.keys().filter(|id| !before.contains_key(*id)).cloned().collect()
+    }
+
+    /// The name of a rival that was known before.
+    pub(super) fn rival(&self, id: &str) -> Option<&String> {
+        self.rivals.get(id)
+    }
+
+    /// All that others may read.
+    pub(super) fn ways(&self) -> Ways {
+        let unreachable = self.containers.iter().filter_map(|(id, entry)| {
+            let Some(Way::Blocked(block)) = &entry.now else { return None };
+            let (name, problem, remedy) = (entry.name.clone(), block.problem.clone(), block.remedy.clone());
+            Some((id.clone(), Unreachable { name, problem, remedy }))
+        });
+        Ways {
+            unreachable: unreachable.collect(),
+            networks: self.containers.values().flat_map(|entry| entry.networks.iter().cloned()).collect(),
+            rivals: self.rivals.values().cloned().collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(network: &str) -> Way {
+        Way::Open { service: Some("http://web".into()), network: network.into() }
+    }
+
+    fn block(cause: Cause) -> Block {
+        Block { cause, problem: "p".into(), remedy: format!("{cause:?}") }
+    }
+
+    fn set(names: &[&str]) -> BTreeSet<String> {
+        names.iter().map(|name| (*name).to_owned()).collect()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn each_change_is_told_once_and_another_network_is_none() {
+        let mut memory = Memory::default();
+        let mut learn = |way: Way| memory.learn("id", "web", way, BTreeSet::new());
+        assert!(matches!(learn(open("a")), Some(News::Open { network, .. }) if network == "a"));
+        assert_eq!(learn(open("a")), None);
+        assert_eq!(learn(open("b")), None);
+        assert_eq!(learn(Way::Unjudged), None);
+        assert_eq!(learn(Way::Blocked(block(Cause::NoNetwork))), Some(News::Blocked(block(Cause::NoNetwork))));
+        assert_eq!(learn(Way::Blocked(block(Cause::NoNetwork))), None);
+        assert_eq!(learn(Way::Blocked(block(Cause::Settings))), Some(News::Blocked(block(Cause::Settings))));
+        assert_eq!(learn(Way::Unjudged), Some(News::Unblocked));
+        assert!(learn(open("a")).is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_restart_is_no_news_and_a_return_after_a_long_time_is() {
+        let mut memory = Memory::default();
+        let blocked = || Way::Blocked(block(Cause::Settings));
+        assert!(memory.learn("id", "web", blocked(), BTreeSet::new()).is_some());
+        assert_eq!(memory.ways().unreachable["id"].remedy, "Settings");
+        memory.forget_all_but(|_| false);
+        assert!(memory.ways().unreachable.is_empty(), "what is gone is no problem");
+        assert_eq!(memory.learn("id", "web", blocked(), BTreeSet::new()), None);
+        assert_eq!(memory.ways().unreachable.len(), 1);
+        tokio::time::advance(REMEMBERED + Duration::from_secs(1)).await;
+        memory.forget_all_but(|_| false);
+        assert!(memory.learn("id", "web", blocked(), BTreeSet::new()).is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_waits_for_a_network_is_told_two_looks_after_it_was_asked_for() {
+        let mut memory = Memory::default();
+        let lacking = || Way::Blocked(block(Cause::NoNetwork));
+        for look in 0..2 {
+            assert_eq!(memory.learn("id", "web", lacking(), set(&["x"])), None, "look {look}");
+            assert!(memory.waits());
+            assert_eq!((memory.ways().networks, memory.ways().unreachable.len()), (set(&["x"]), 0), "look {look}");
+        }
+        assert!(matches!(memory.learn("id", "web", lacking(), set(&["x"])), Some(News::Blocked(_))));
+        assert_eq!((memory.waits(), memory.ways().unreachable.len()), (false, 1));
+        // Connected: it stays asked for.
+        assert!(matches!(memory.learn("id", "web", open("x"), set(&["x"])), Some(News::Open { .. })));
+        assert_eq!((memory.ways().networks, memory.ways().unreachable.len()), (set(&["x"]), 0));
+        // The next time it has the same patience.
+        assert_eq!(memory.learn("id", "web", lacking(), set(&["x"])), None);
+        memory.forget_all_but(|_| false);
+        assert_eq!((memory.ways().networks, memory.waits()), (set(&[]), false));
+    }
+
+    #[test]
+    fn where_no_network_can_be_asked_for_nothing_is_waited_for() {
+        let mut memory = Memory::default();
+        assert!(memory.learn("id", "web", Way::Blocked(block(Cause::NoNetwork)), BTreeSet::new()).is_some());
+        assert!(!memory.waits());
+    }
+
+    #[test]
+    fn a_rival_is_new_once_while_it_runs_and_again_when_it_comes_back() {
+        let mut memory = Memory::default();
+        let rivals = |ids: &[&str]| ids.iter().map(|id| ((*id).to_owned(), format!("{id}-name"))).collect();
+        assert_eq!(memory.learn_rivals(rivals(&["a", "b"])), set(&["a", "b"]));
+        assert_eq!(memory.learn_rivals(rivals(&["a"])), set(&[]));
+        assert_eq!(memory.ways().rivals, ["a-name"]);
+        assert_eq!(memory.learn_rivals(rivals(&["a", "b"])), set(&["b"]));
+    }
+}

@@ -1,0 +1,224 @@
+//! What is around the tunnel container: the way to each workload, and other connectors of the same tunnel.
+
+use std::net::TcpListener;
+
+use anyhow::{Context, Result, ensure};
+use dockflare_dev_master::Protocol;
+use serde_json::{Value, json};
+use testkit::{AgentProcess, Case, Spec, models, wait_until};
+
+use crate::containers_scene::{COMMAND, Tunnel, setting};
+use crate::support::{SOON, Stage};
+
+pub(crate) fn cases() -> Vec<Case> {
+    testkit::cases![
+        a_workload_is_told_once_as_reachable_and_one_apart_with_the_command_that_connects_it,
+        each_label_that_leads_nowhere_is_told_with_what_mends_it_and_shown_by_the_health_page,
+        a_second_connector_is_told_by_its_token_or_by_the_tunnel_that_it_names,
+    ]
+}
+
+/// A scene with the health page on a free port.
+struct Scene {
+    stage: Stage,
+    address: String,
+}
+
+impl Scene {
+    async fn new() -> Result<Self> {
+        let mut stage = Stage::new(Protocol::V2).await?;
+        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        stage.set("HEALTH_CHECK_PORT", port.to_string());
+        Ok(Self { stage, address: format!("127.0.0.1:{port}") })
+    }
+
+    /// Starts a labelled workload under this name with a random suffix, and returns its name. `{}` in the service
+    /// stands for that name.
+    async fn run(&self, name: &str, service: &str, network: &str) -> Result<String> {
+        let name = self.stage.scope.name(name);
+        let service = service.replace("{}", &name);
+        let labels = [("dockflare.enable", "true"), ("dockflare.service", service.as_str())];
+        // One on the host's network must not take a port of the host from another test.
+        let args = ["sleep", "600000"];
+        let image = testkit::images().workload().await?;
+        let spec = Spec {
+            image: &image,
+            name: &name,
+            labels: &labels,
+            args: &args,
+            network: Some(network),
+            ..Spec::default()
+        };
+        self.stage.scope.run(spec).await?;
+        Ok(name)
+    }
+
+    /// Waits until the health page is as it should be.
+    async fn page(&self, what: &str, is_it: impl Fn(&Value) -> bool) -> Result<Value> {
+        let mut last = Value::Null;
+        let page = wait_until(what, SOON, async || {
+            let answer = testkit::http::get(&self.address, "/health").await.ok()?;
+            last = serde_json::from_str(&answer.body).ok()?;
+            is_it(&last).then(|| last.clone())
+        });
+        let page = page.await;
+        page.with_context(|| format!("the page says {last:#}"))
+    }
+
+    /// Waits until the page shows this many of the scene's containers as out of reach, and returns them by name.
+    async fn unreachable(&self, count: usize) -> Result<Vec<Value>> {
+        let own = |page: &Value| {
+            let all = page["unreachable_containers"].as_array().into_iter().flatten();
+            let own = all.filter(|container| self.is_own(container["name"].as_str().unwrap_or_default()));
+            own.cloned().collect::<Vec<_>>()
+        };
+        let what = format!("{count} container(s) out of reach");
+        let page = self.page(&what, |page| own(page).len() == count).await?;
+        let problems = page["problems"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        let sentences = problems.filter(|problem| problem.contains("cannot be reached by the tunnel: ")).count();
+        ensure!(sentences == 1 || count == 0, "{page:#}");
+        let mut shown = own(&page);
+        shown.sort_by_key(|container| container["name"].to_string());
+        Ok(shown)
+    }
+
+    /// Tests beside this one have labelled containers too, and the agent judges them all.
+    fn is_own(&self, text: &str) -> bool {
+        text.contains(self.stage.scope.suffix())
+    }
+
+    /// How often this was logged of a container of the scene's.
+    fn count(&self, agent: &AgentProcess, text: &str) -> usize {
+        let log = agent.log();
+        let names = log.lines().filter(|line| line.contains(text)).filter_map(|line| line.split_once("name="));
+        names.filter(|(_, name)| self.is_own(name.split(' ').next().unwrap_or_default())).count()
+    }
+
+    async fn connectors(&self, expected: &[&str]) -> Result<()> {
+        let what = format!("the other connectors to be {expected:?}");
+        self.page(&what, |page| page["other_connectors"] == json!(expected)).await.map(drop)
+    }
+}
+
+async fn a_workload_is_told_once_as_reachable_and_one_apart_with_the_command_that_connects_it() -> Result<()> {
+    let scene = Scene::new().await?;
+    let (scope, network) = (&scene.stage.scope, &scene.stage.network);
+    let agent = Tunnel::new(&scene.stage, "").agent_with_ready_tunnel(&scene.stage).await?;
+    let web = scene.run("web", "http://{}:8080", network).await?;
+    let reached = format!("the tunnel can reach the container name={web}");
+    let line = agent.wait_for_log(&reached, SOON).await?;
+    ensure!(line.contains(&format!("service=http://{web}:8080 network={network}")), "{line}");
+
+    let app = scope.name("app");
+    scope.create_network(&app).await?;
+    let apart = scene.run("apart", "http://{}:8080", &app).await?;
+    let command = format!("docker network connect {network} {apart}");
+    let line = agent.wait_for_log(&format!("name={apart} remedy="), SOON).await?;
+    ensure!(
+        line.contains("WARN the tunnel cannot reach the container: it shares no network with the tunnel"),
+        "{line}"
+    );
+    ensure!(line.contains(&format!("remedy=\"{command}\"")), "{line}");
+    let shown = scene.unreachable(1).await?;
+    ensure!(shown[0] == json!({ "name": apart, "problem": "it shares no network with the tunnel", "remedy": command }));
+
+    scope.connect(network, &apart).await?;
+    agent.wait_for_log(&format!("the tunnel can reach the container name={apart}"), SOON).await?;
+    scene.unreachable(0).await?;
+    ensure!(scene.count(&agent, &reached) == 1 && scene.count(&agent, "cannot reach the container") == 1);
+
+    // All the while the reports were complete, and no network was asked for.
+    let known = scene.stage.master.wait_for("both in a complete report", SOON, |known| {
+        let agent = known.only_agent()?;
+        let own = agent.containers.values().filter(|container| scene.is_own(&container.name)).count();
+        (agent.complete_reports > 1 && own == 2).then_some(())
+    });
+    known.await?;
+    let networks = scope.inspect(&scene.stage.tunnel).await?.network_settings.and_then(|settings| settings.networks);
+    ensure!(networks.unwrap_or_default().keys().eq([network]));
+    scene.stage.assert_no_violations();
+    Ok(())
+}
+
+async fn each_label_that_leads_nowhere_is_told_with_what_mends_it_and_shown_by_the_health_page() -> Result<()> {
+    let scene = Scene::new().await?;
+    let (scope, network) = (&scene.stage.scope, scene.stage.network.as_str());
+    let agent = Tunnel::new(&scene.stage, "").agent_with_ready_tunnel(&scene.stage).await?;
+    let found = scope.inspect(&scene.stage.tunnel).await?.network_settings.and_then(|settings| settings.networks);
+    let gateway = found.and_then(|mut all| all.remove(network)?.gateway).context("the tunnel has no gateway")?;
+
+    let mut expected = Vec::new();
+    for (name, service, network, better) in [
+        ("a-typo", "http://typo:8080", network, "http://{}:8080".to_owned()),
+        ("b-port", "http://{}:80", network, "http://{}:8080".to_owned()),
+        ("c-host", "http://{}:8123", "host", format!("http://{gateway}:8123")),
+        ("d-loop", "http://localhost:8080", network, "http://{}:8080".to_owned()),
+    ] {
+        let name = scene.run(name, service, network).await?;
+        let remedy = format!("set the label dockflare.service to {}", better.replace("{}", &name));
+        expected.push((name, remedy));
+    }
+    let shown = scene.unreachable(expected.len()).await?;
+    for (shown, (name, remedy)) in shown.iter().zip(&expected) {
+        let told = shown["remedy"].as_str().unwrap_or_default();
+        ensure!(shown["name"] == *name && told.starts_with(remedy), "expected {remedy:?}: {shown:#}");
+        let line = agent.log().lines().find(|line| line.contains(&format!("name={name} remedy="))).map(str::to_owned);
+        let line = line.with_context(|| format!("{name} was not told"))?;
+        ensure!(line.contains("cannot reach the container") && line.contains(remedy), "{line}");
+    }
+    ensure!(scene.count(&agent, "cannot reach the container") == expected.len());
+    for (name, _) in &expected {
+        scope.rm(name).await?;
+    }
+    scene.unreachable(0).await?;
+    scene.stage.assert_no_violations();
+    Ok(())
+}
+
+async fn a_second_connector_is_told_by_its_token_or_by_the_tunnel_that_it_names() -> Result<()> {
+    let scene = Scene::new().await?;
+    let (stage, scope) = (&scene.stage, &scene.stage.scope);
+    let tunnel = Tunnel::new(stage, "");
+    let state =
+        json!({ "token": tunnel.token, "id": tunnel.id, "name": scope.name("shop"), "desired_state": "running" });
+    std::fs::write(stage.data.path().join("tunnel_state.json"), state.to_string())?;
+    let agent = tunnel.agent(stage)?;
+    agent.wait_for_log("tunnel ready", SOON).await?;
+
+    let image = setting(stage, "CLOUDFLARED_IMAGE");
+    let by_token = async |name: &str, token: &str| {
+        let env = [("TUNNEL_TOKEN", token)];
+        scope.run(Spec { image: &image, name, env: &env, args: &COMMAND, ..Spec::default() }).await
+    };
+    let (other, rival, likely) = (scope.name("other"), scope.name("rival"), scope.name("shop"));
+    by_token(&other, &testkit::token(&scope.name("other-id"), "")).await?;
+    by_token(&rival, &testkit::token(&tunnel.id, "")).await?;
+    let told = |name: &str, runs: &str| {
+        format!(
+            "another container {runs} a connector of the same tunnel name={name} image={image}; visitors are led to both and see errors now and then: remove it with docker rm -f {name}"
+        )
+    };
+    let certain = told(&rival, "runs");
+    let line = agent.wait_for_log(&certain, SOON).await?;
+    ensure!(line.contains("WARN"), "{line}");
+    scene.connectors(&[&rival]).await?;
+
+    // With its token in a file there is only its name to tell it by.
+    let file = stage.data.path().join("token-of-the-rival");
+    std::fs::write(&file, testkit::token(&tunnel.id, ""))?;
+    let host = models::HostConfig { binds: Some(vec![format!("{}:/token:ro", file.display())]), ..Default::default() };
+    let args = ["tunnel", "run", "--token-file", "/token"];
+    let spec = Spec { image: &image, name: &likely, args: &args, host, ..Spec::default() };
+    scope.run(spec).await?;
+    agent.wait_for_log(&told(&likely, "seems to run"), SOON).await?;
+    ensure!(scene.count(&agent, &certain) == 1 && scene.count(&agent, &other) == 0, "{}", agent.log());
+
+    scope.rm(&likely).await?;
+    scope.stop(&rival, 0).await?;
+    scene.connectors(&[]).await?;
+    let mark = agent.mark();
+    scope.start(&rival).await?;
+    agent.wait_for_log_after(mark, &certain, SOON).await?;
+    stage.assert_no_violations();
+    Ok(())
+}
