@@ -225,12 +225,12 @@ impl Connector {
 }
 
 impl View {
-    /// Whether it says anything that `before` did not. What was carried in the meantime is no news: it is told with
-    /// the next message.
+    /// Whether it says anything that `before` did not and that should be told at once. What was counted in the
+    /// meantime is told with the next message, or when it is time for one.
     pub fn is_news(&self, before: &Self) -> bool {
         let quiet = |view: &Self| {
             let connector = Connector { traffic: Traffic::default(), ..view.connector.clone() };
-            Self { connector, ..view.clone() }
+            Self { connector, restarts: 0, ..view.clone() }
         };
         quiet(self) != quiet(before)
     }

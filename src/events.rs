@@ -38,6 +38,8 @@ const IDLE_LIMIT: Duration = Duration::from_secs(300);
 /// Docker answers the subscription a moment before it takes effect. A second listing after this time finds what
 /// happened in that moment.
 const SECOND_LOOK: Duration = Duration::from_secs(1);
+/// Docker, or a proxy, refuses a subscription within this time.
+const REFUSAL_LIMIT: Duration = Duration::from_millis(100);
 /// Docker may list a container as it was before its last event: the event is right for this long.
 const EVENTS_WIN: Duration = Duration::from_secs(2);
 /// Events remembered to recognise a replay; a replay repeats those of one instant.
@@ -127,6 +129,15 @@ impl EventStream {
                 listed = &mut listing => break listed,
             }
         };
+        // A refusal of the subscription may come after the listing: then nothing is known to be complete.
+        if listed.is_ok() {
+            match timeout(REFUSAL_LIMIT, stream.next()).await {
+                Ok(Some(Ok(event))) => early.push_back(event),
+                Ok(Some(Err(error))) => return Ended::Failed(error),
+                Ok(None) => return Ended::Closed,
+                Err(_) => {}
+            }
+        }
         match listed {
             // The second look comes anyway.
             Ok(containers) => {

@@ -18,7 +18,7 @@ use tracing::{info, warn};
 use crate::cause::Cause;
 use crate::channels::{Status, View, Wanted, Ways};
 use crate::config::{OnExit, TunnelConfig};
-use crate::docker::{Docker, DockerError, RunState, Spec};
+use crate::docker::{Docker, DockerError, RunState, SPEC_LABEL, Spec};
 use crate::retry::{Backoff, Trouble};
 use crate::state::{DesiredState, Phase};
 
@@ -315,8 +315,9 @@ impl<H: Host> Supervisor<H> {
 
     /// A container that runs and is not on its network, which was removed, or from which it was taken.
     fn lost_network(&self, sight: &Sight, goal: &Goal) -> Option<Problem> {
-        let (Some(main), Goal::Run { network, .. }) = (&sight.main, goal) else { return None };
-        let lost = main.state == RunState::Running && !main.networks.contains_key(network);
+        let (Some(main), Goal::Run { hash, network }) = (&sight.main, goal) else { return None };
+        let was_on_it = main.labels.get(SPEC_LABEL) == Some(hash);
+        let lost = was_on_it && main.state == RunState::Running && !main.networks.contains_key(network);
         lost.then(|| Problem::new(Cause::NetworkReplaced, network))
     }
 

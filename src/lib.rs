@@ -19,7 +19,8 @@
 //! container, and whether another connector serves the same tunnel. It says so, and decides nothing: what it
 //! publishes, [`channels::Ways`], is shown by the page, and names the networks that the supervisor may connect.
 //!
-//! The tasks do not know each other, only what travels between them: [`channels`].
+//! The tasks do not know each other, only what travels between them: [`channels`]. Why a tunnel can be down, and
+//! what is done about it, is one table for all: [`cause`].
 //!
 //! Around them: [`config`] (the environment, checked as a whole), [`registration`] (who the agent is at its
 //! master), [`cloudflare`] (ingress rules), [`page`] (`GET /health`), and three doors, each the only one of its

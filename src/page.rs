@@ -124,7 +124,7 @@ impl Sources {
             problems.push("the containers are not known, Docker does not answer".to_owned());
         }
         if matches!(view.status, Status::Error | Status::Degraded | Status::Restarting) {
-            problems.push(format!("the tunnel is {}: {}", view.status.as_str(), view.reason.as_deref().unwrap_or("-")));
+            problems.push(format!("the tunnel is {}: {}", view.status.as_str(), view.reason.unwrap_or("-")));
         }
         problems.extend(unreachable_sentence(&ways));
         let unreachable: Vec<_> = ways
@@ -150,8 +150,15 @@ impl Sources {
                 "name": view.name,
                 "id": view.tunnel_id,
                 "container_running": view.container_running,
+                "since": view.since.map(|since| since.to_string()),
                 "ready_connections": view.connections,
                 "version": view.version,
+                "connector_id": view.connector.id,
+                "config_version": view.connector.config_version,
+                "protocol": view.connector.protocol,
+                "requests": view.connector.traffic.requests,
+                "errors": view.connector.traffic.errors,
+                "restarts": view.restarts,
             },
             "containers": inventory.complete.then_some(inventory.containers.len()),
             "unreachable_containers": unreachable,

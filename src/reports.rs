@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use crate::channels::{Change, Connector, Inventory, Traffic, View, Wanted};
+use crate::channels::{Change, Inventory, Traffic, View, Wanted};
 use crate::docker::Container;
 use crate::master::{Master, MasterError, wire};
 use crate::registration::{Protocol, Registrar, Session};
@@ -63,9 +63,9 @@ pub struct Reporter {
     quiet: bool,
     /// An inventory that the master found too large; it is not sent again as it is.
     too_large: Option<BTreeMap<String, Container>>,
-    /// The connector as the last status told it, and as the one under way does.
-    told: Connector,
-    telling: Connector,
+    /// The tunnel as the last status told it, and as the one under way does.
+    told: View,
+    telling: View,
     /// The inventory's revision that is reported or due.
     revision: u64,
     refused: Trouble,
@@ -119,8 +119,8 @@ impl Reporter {
             streams: Streams::default(),
             quiet: false,
             too_large: None,
-            told: Connector::default(),
-            telling: Connector::default(),
+            told: View::default(),
+            telling: View::default(),
             revision: 0,
             refused: Trouble::new("a message:"),
         }
@@ -142,8 +142,8 @@ impl Reporter {
             let now = Instant::now();
             if now >= next_report {
                 self.outbox.report_now();
-                // What was carried is no news that would be told by itself.
-                if self.inputs.tunnel.borrow().connector.carried_since(&self.told) != Traffic::default() {
+                // What is only counted is not told by itself.
+                if *self.inputs.tunnel.borrow() != self.told {
                     self.outbox.status();
                 }
                 next_report = now + self.interval;
@@ -355,8 +355,8 @@ impl Reporter {
             }
             Message::Status => {
                 let view = self.inputs.tunnel.borrow_and_update().clone();
-                let fields = view.fields(view.connector.carried_since(&self.told));
-                self.telling = view.connector;
+                let fields = view.fields(view.connector.carried_since(&self.told.connector));
+                self.telling = view;
                 self.envelope("tunnel_status", fields, session)
             }
             Message::Heartbeat | Message::Unknown => self.envelope("heartbeat", json!({}), session),

@@ -88,6 +88,10 @@ impl Known {
         self.course.as_ref().is_some_and(Course::is_surely_ready)
     }
 
+    fn is_sick(&self) -> bool {
+        matches!(self.verdict(), Verdict::Sick(_))
+    }
+
     pub(super) fn is_sick_of(&self, cause: Cause) -> bool {
         self.verdict() == Verdict::Sick(cause)
     }
@@ -166,8 +170,9 @@ impl<H: Host> Supervisor<H> {
         if !is_of_interest {
             return;
         }
-        let address = found.networks.get(&self.config.network).map(|place| place.address.clone());
-        let address = address.filter(|address| runs && !address.is_empty());
+        // One that is about to be replaced may be on another network.
+        let place = found.networks.get(&self.config.network).or_else(|| found.networks.values().next());
+        let address = place.map(|place| place.address.clone()).filter(|address| runs && !address.is_empty());
         let readiness = match &address {
             Some(address) => self.host.readiness(address).await,
             None => Readiness::Silent,
@@ -218,12 +223,10 @@ impl<H: Host> Supervisor<H> {
         known.last_words = last_words(&lines, token.as_ref());
     }
 
-    /// How far the successor has come. Where the one before it is not ready, nobody need wait for the edge.
+    /// How far the successor has come. Where the one before it serves nobody, nobody need wait for the edge.
     pub(super) fn progress(&self, sight: &Sight, now: Instant) -> Progress {
         match &sight.next {
-            Some(_) if self.next.serves(now) || self.next.is_surely_ready() && !self.main.is_ready() => {
-                Progress::Serves
-            }
+            Some(_) if self.next.serves(now) || self.next.is_surely_ready() && self.main.is_sick() => Progress::Serves,
             Some(_) if self.next.failure().is_some() => Progress::Failed,
             _ => Progress::Waiting,
         }

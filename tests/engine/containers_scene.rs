@@ -154,9 +154,14 @@ struct Event {
 
 impl Story {
     pub(crate) fn follow(stage: &Stage) -> Self {
+        Self::follow_named(stage, &stage.tunnel)
+    }
+
+    /// As [`Story::follow`], of another container.
+    pub(crate) fn follow_named(stage: &Stage, name: &str) -> Self {
         let filters = HashMap::from([
             ("type".to_owned(), vec!["container".to_owned()]),
-            ("container".to_owned(), vec![stage.tunnel.clone()]),
+            ("container".to_owned(), vec![name.to_owned()]),
         ]);
         // What happens before Docker listens is told as well.
         let since = Some(format!("{:.9}", jiff::Timestamp::now().as_duration().as_secs_f64()));
@@ -172,6 +177,14 @@ impl Story {
             }
         });
         Self { told, reader }
+    }
+
+    /// Waits, without looking at intervals, until this has happened.
+    pub(crate) async fn until(&self, action: &str) -> Result<()> {
+        let mut told = self.told.clone();
+        let happened = told.wait_for(|told| told.iter().any(|event| event.action == action));
+        let in_time = tokio::time::timeout(2 * SOON, happened).await;
+        in_time.with_context(|| format!("no {action}"))?.map(drop).context("Docker's events ended")
     }
 
     /// How often this happened so far.

@@ -3,9 +3,9 @@
 use anyhow::{Context, Result, ensure};
 use dockflare_dev_master::Protocol;
 use serde_json::json;
-use testkit::{Case, models};
+use testkit::{Case, models, wait_until};
 
-use crate::containers_scene::{COMMAND, SPEC_LABEL, Tunnel, on_both, registered, told, two_more_polls};
+use crate::containers_scene::{COMMAND, Life, SPEC_LABEL, Tunnel, on_both, registered, told, two_more_polls};
 use crate::support::{SOON, Stage};
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -21,7 +21,7 @@ pub(crate) fn cases() -> Vec<Case> {
     cases.extend(on_both("a_tunnel_in_the_state_file_starts_while_the_master_is_away", starts_without_master));
     cases.extend(on_both("a_new_tunnel_is_starting_and_then_running", starting_then_running));
     cases.extend(on_both("a_tunnel_without_connections_is_degraded_until_it_has_them_again", degraded));
-    cases.extend(on_both("a_tunnel_in_a_crash_loop_is_restarting_with_its_exit_code", crash_loop));
+    cases.extend(on_both("a_token_that_cloudflared_does_not_take_is_stopped_until_another_one_comes", bad_token));
     cases
 }
 
@@ -60,7 +60,7 @@ async fn the_container_can_do_as_little_as_cloudflared_needs() -> Result<()> {
     assert!(ours.contains(&"METRICS=0.0.0.0:20241"));
     let check = config.healthcheck.and_then(|check| check.test).unwrap_or_default();
     assert_eq!(check.join(" "), "CMD cloudflared tunnel --metrics 127.0.0.1:20241 ready");
-    testkit::wait_until("Docker's own check", SOON, async || {
+    wait_until("Docker's own check", SOON, async || {
         (stage.scope.health(&stage.tunnel).await.ok()? == "healthy").then_some(())
     })
     .await
@@ -88,7 +88,7 @@ async fn two_networks_of_the_name_are_an_error_with_a_remedy_until_one_is_remove
     let agent = tunnel.agent(&stage)?;
     let line = agent.wait_for_log("ambiguous", SOON).await?;
     ensure!(line.contains(&stage.network) && line.contains("docker network rm"), "{line}");
-    told(&stage, "error", Some("docker_failed")).await?;
+    told(&stage, "error", Some("network_ambiguous")).await?;
     stage.scope.remove_network(&second).await?;
     agent.wait_for_log("tunnel ready", SOON).await?;
     told(&stage, "running", None).await?;
@@ -233,11 +233,11 @@ async fn degraded(protocol: Protocol) -> Result<()> {
     tunnel.enrol(&stage, &agent).await?;
     let before = tunnel.container(&stage).await?;
     stage.scope.tell_stand_in(&stage.tunnel, &json!({ "unready": true })).await?;
-    told(&stage, "degraded", Some("not_ready")).await?;
+    told(&stage, "degraded", Some("edge_unreachable")).await?;
     stage.scope.tell_stand_in(&stage.tunnel, &json!({ "unready": null })).await?;
     told(&stage, "running", None).await?;
     stage.scope.tell_stand_in(&stage.tunnel, &json!({ "hang": true })).await?;
-    told(&stage, "degraded", Some("not_answering")).await?;
+    told(&stage, "degraded", Some("hung")).await?;
     stage.scope.tell_stand_in(&stage.tunnel, &json!({ "hang": null })).await?;
     told(&stage, "running", None).await?;
     assert_eq!(tunnel.container(&stage).await?, before, "restarting it would not help");
@@ -245,15 +245,34 @@ async fn degraded(protocol: Protocol) -> Result<()> {
     Ok(())
 }
 
-async fn crash_loop(protocol: Protocol) -> Result<()> {
+async fn bad_token(protocol: Protocol) -> Result<()> {
     let stage = Stage::new(protocol).await?;
     let tunnel = Tunnel::new(&stage, "invalid-token");
-    let agent = tunnel.agent(&stage)?;
+    let mut agent = tunnel.agent(&stage)?;
     let known = registered(&stage).await?;
     stage.master.enroll_with(&known.id, "edge", &tunnel.id, &tunnel.token)?;
-    told(&stage, "restarting", Some("exit_255")).await?;
-    agent.wait_for_log("ends with exit code 255 again and again", SOON).await?;
+    told(&stage, "error", Some("token_malformed")).await?;
+    agent.wait_for_log("has a token that cloudflared does not take", SOON).await?;
+    wait_until("Docker to leave it alone", SOON, async || {
+        (stage.scope.status(&stage.tunnel).await.ok()? == "exited").then_some(())
+    })
+    .await?;
+    two_more_polls(&stage).await?;
+    assert_eq!(stage.scope.status(&stage.tunnel).await?, "exited", "it waits for another token");
     assert!(!statuses(&stage).contains(&"running".to_owned()));
+    // The next agent finds out the same.
+    agent.sigkill()?;
+    agent.wait_exit(SOON).await?;
+    let before = Life::now(&stage).await?;
+    let second = tunnel.agent(&stage)?;
+    second.wait_for_log("has a token that cloudflared does not take", SOON).await?;
+    two_more_polls(&stage).await?;
+    assert_eq!(Life::now(&stage).await?, before);
+    // And another token is the end of it.
+    let good = Tunnel::new(&stage, "");
+    stage.master.enroll_with(&known.id, "edge", &good.id, &good.token)?;
+    second.wait_for_log("tunnel ready", SOON).await?;
+    told(&stage, "running", None).await?;
     stage.assert_no_violations();
     Ok(())
 }

@@ -3,6 +3,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod causes;
 mod containers;
 mod containers_commands;
 mod containers_scene;
@@ -12,13 +13,16 @@ mod events;
 mod neighbours;
 mod proxy;
 mod pull;
+mod replacement;
 mod shutdown;
 mod shutdown_container;
 mod story;
+mod visitors;
 
 fn main() -> std::process::ExitCode {
     let files = [
         story::cases(),
+        causes::cases(),
         containers::cases(),
         containers_commands::cases(),
         containers_status::cases(),
@@ -27,6 +31,7 @@ fn main() -> std::process::ExitCode {
         neighbours::cases(),
         proxy::cases(),
         pull::cases(),
+        replacement::cases(),
         shutdown::cases(),
         shutdown_container::cases(),
     ];

@@ -7,7 +7,8 @@ use dockflare_dev_master::Protocol;
 use serde_json::{Value, json};
 use testkit::{AgentProcess, Case, Spec, models, wait_until};
 
-use crate::containers_scene::{COMMAND, Tunnel, setting};
+use crate::containers_scene::{COMMAND, Tunnel, registered, setting};
+use crate::support::relay::{Relay, Way};
 use crate::support::{SOON, Stage};
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -15,6 +16,7 @@ pub(crate) fn cases() -> Vec<Case> {
         a_workload_is_told_once_as_reachable_and_one_apart_with_the_command_that_connects_it,
         each_label_that_leads_nowhere_is_told_with_what_mends_it_and_shown_by_the_health_page,
         a_second_connector_is_told_by_its_token_or_by_the_tunnel_that_it_names,
+        with_auto_connect_the_tunnel_joins_a_workloads_network_and_does_so_again_after_a_replacement,
     ]
 }
 
@@ -221,4 +223,41 @@ async fn a_second_connector_is_told_by_its_token_or_by_the_tunnel_that_it_names(
     agent.wait_for_log_after(mark, &certain, SOON).await?;
     stage.assert_no_violations();
     Ok(())
+}
+
+/// The networks of the stage's tunnel container.
+async fn networks(stage: &Stage) -> Result<Vec<String>> {
+    let found = stage.scope.inspect(&stage.tunnel).await?.network_settings.and_then(|settings| settings.networks);
+    let mut names: Vec<_> = found.unwrap_or_default().into_keys().collect();
+    names.sort();
+    Ok(names)
+}
+
+async fn with_auto_connect_the_tunnel_joins_a_workloads_network_and_does_so_again_after_a_replacement() -> Result<()> {
+    let mut scene = Scene::new().await?;
+    scene.stage.set("AUTO_CONNECT_NETWORKS", "true");
+    let app = scene.stage.scope.name("app");
+    // The networks of others on this host are none of the test's business.
+    let relay = Relay::start(Way::OneNetwork(app.clone())).await?;
+    scene.stage.set("DOCKER_HOST", relay.host_url());
+    scene.stage.scope.create_network(&app).await?;
+    let tunnel = Tunnel::new(&scene.stage, "");
+    let agent = tunnel.agent_with_ready_tunnel(&scene.stage).await?;
+    let apart = scene.run("apart", "http://{}:8080", &app).await?;
+    agent.wait_for_log(&format!("network={app}"), SOON).await?;
+    agent.wait_for_log(&format!("the tunnel can reach the container name={apart}"), SOON).await?;
+    let mut expected = [app.clone(), scene.stage.network.clone()];
+    expected.sort();
+    ensure!(networks(&scene.stage).await? == expected);
+    ensure!(scene.count(&agent, "cannot reach the container") == 0, "{}", agent.log());
+
+    let before = scene.stage.scope.inspect(&scene.stage.tunnel).await?.id;
+    let known = registered(&scene.stage).await?;
+    scene.stage.master.push_commands(&known.id, vec![tunnel.restart()])?;
+    wait_until("the replacement", 2 * SOON, async || {
+        (scene.stage.scope.find(&scene.stage.tunnel).await.ok()??.id != before).then_some(())
+    })
+    .await?;
+    ensure!(networks(&scene.stage).await? == expected, "before it took over");
+    scene.unreachable(0).await.map(drop)
 }

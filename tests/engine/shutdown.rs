@@ -145,8 +145,11 @@ async fn sigterm_while_the_tunnel_is_being_replaced_does_not_cut_the_drain_short
     wait_until("the drain", SOON, async || (story.count("kill") == 1).then_some(())).await?;
     end(&mut agent, Signal::TERM).await?;
     assert_eq!(stage.scope.status(&stage.tunnel).await?, "gone");
-    wait_until("the end of the container", SOON, async || (story.count("destroy") == 1).then_some(())).await?;
-    assert_eq!(story.exit_codes(), ["0"], "a second signal would have ended it at once");
+    wait_until("the end of the container", SOON, async || (story.count("destroy") > 0).then_some(())).await?;
+    // The successor had its name by then, or not.
+    let codes = story.exit_codes();
+    ensure!(codes.iter().all(|code| code == "0"), "a second signal would have ended it at once: {codes:?}");
+    assert_eq!(stage.scope.status(&format!("{}-next", stage.tunnel)).await?, "gone");
     Ok(())
 }
 

@@ -39,6 +39,7 @@ impl Stage {
         let data = tempfile::tempdir()?;
         let (tunnel, network) = (scope.name("tunnel"), scope.name("net"));
         scope.owns_container(&tunnel);
+        scope.owns_container(&format!("{tunnel}-next"));
         scope.owns_network(&network);
         let env = [
             ("DOCKFLARE_MASTER_URL", master.url()),

@@ -15,8 +15,11 @@ pub(crate) enum Way {
     Engine,
     /// To a socket proxy at this `host:port`.
     Proxy(String),
-    /// To the Engine; but a request with `line` in its first line is answered with these bytes.
+    /// To the Engine; but a request whose first line has all that stands between the `*` of `line` is answered with
+    /// these bytes.
     Answer { line: &'static str, with: &'static str },
+    /// To the Engine; but of the networks only this one may be connected to.
+    OneNetwork(String),
 }
 
 /// What a socket proxy answers to what it does not let through.
@@ -85,22 +88,37 @@ async fn forward(client: &mut TcpStream, way: Way, answered: &watch::Sender<u64>
         Way::Proxy(address) => join(client, TcpStream::connect(address).await?, &[]).await,
         Way::Engine => join(client, engine().await?, &[]).await,
         Way::Answer { line, with } => {
-            let mut head = Vec::new();
-            while !head.windows(2).any(|two| two == b"\r\n") {
-                if client.read_buf(&mut head).await? == 0 {
-                    return Ok(());
-                }
-            }
-            let first = String::from_utf8_lossy(&head);
-            if first.lines().next().is_some_and(|first| first.contains(line)) {
-                client.write_all(with.as_bytes()).await?;
-                client.shutdown().await?;
-                answered.send_modify(|count| *count += 1);
-                return Ok(());
-            }
-            join(client, engine().await?, &head).await
+            let is_meant = |first: &str| line.split('*').all(|part| first.contains(part));
+            answer(client, is_meant, with, answered).await
+        }
+        Way::OneNetwork(name) => {
+            let is_meant = |first: &str| first.contains("/connect") && !first.contains(&name);
+            answer(client, is_meant, REFUSAL, answered).await
         }
     }
+}
+
+/// Answers a request whose first line is meant, and hands any other on.
+async fn answer(
+    client: &mut TcpStream,
+    is_meant: impl Fn(&str) -> bool,
+    with: &str,
+    answered: &watch::Sender<u64>,
+) -> Result<()> {
+    let mut head = Vec::new();
+    while !head.windows(2).any(|two| two == b"\r\n") {
+        if client.read_buf(&mut head).await? == 0 {
+            return Ok(());
+        }
+    }
+    let first = String::from_utf8_lossy(&head);
+    if first.lines().next().is_some_and(is_meant) {
+        client.write_all(with.as_bytes()).await?;
+        client.shutdown().await?;
+        answered.send_modify(|count| *count += 1);
+        return Ok(());
+    }
+    join(client, engine().await?, &head).await
 }
 
 async fn join(client: &mut TcpStream, mut other: impl AsyncRead + AsyncWrite + Unpin, first: &[u8]) -> Result<()> {

@@ -1,0 +1,291 @@
+//! Each way in which the tunnel can be down: what the master and the log are told, and what is done about it.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use dockflare_dev_master::{Agent, Protocol};
+use serde_json::{Value, json};
+use testkit::{Case, models, wait_until};
+
+use crate::containers_scene::{Life, Story, Tunnel, on_both, registered, reported, told, two_more_polls};
+use crate::support::{SOON, Stage};
+use crate::visitors::{self, Visitors};
+
+pub(crate) fn cases() -> Vec<Case> {
+    let mut cases = testkit::cases![
+        a_token_that_cloudflare_refuses_is_an_error_and_its_connector_is_not_restarted,
+        without_dns_it_is_left_to_docker_and_the_remedy_is_told,
+        without_the_edge_it_is_waited_out,
+        where_only_quic_is_allowed_and_udp_is_blocked_the_remedy_is_told,
+        where_udp_is_blocked_it_falls_back_and_the_protocol_is_told,
+        one_that_hangs_is_restarted_exactly_once,
+        one_that_the_kernel_ended_for_want_of_memory_is_told_so,
+        the_options_of_the_connector_reach_it,
+        a_status_tells_what_the_connector_says_of_itself_and_what_it_carried,
+        a_refused_token_alone_and_an_unknown_agent_alone_change_nothing,
+    ];
+    cases.extend(on_both("a_host_that_was_removed_does_not_linger", removed_host));
+    cases
+}
+
+/// Longer than what a connector gets at its start, or until a hang is acted upon.
+const PATIENCE: Duration = Duration::from_secs(90);
+
+/// Waits longer than usual until the master is told this.
+async fn told_late(stage: &Stage, status: &str, reason: Option<&str>) -> Result<Agent> {
+    let is_it = |agent: &&Agent| {
+        let told = agent.tunnel_status.as_ref();
+        told.is_some_and(|told| told.status == status && told.event["reason"].as_str() == reason)
+    };
+    let what = format!("the tunnel to be reported as {status} because of {reason:?}");
+    stage.master.wait_for(&what, PATIENCE, |known| known.only_agent().filter(is_it).cloned()).await
+}
+
+async fn a_token_that_cloudflare_refuses_is_an_error_and_its_connector_is_not_restarted() -> Result<()> {
+    let stage = Stage::new(Protocol::V2).await?;
+    let tunnel = Tunnel::new(&stage, "unauthorized");
+    tunnel.store(&stage)?;
+    let agent = tunnel.agent(&stage)?;
+    told(&stage, "error", Some("token_refused")).await?;
+    let line = agent.wait_for_log("the tunnel is refused by Cloudflare", SOON).await?;
+    ensure!(line.contains("WARN") && line.contains("redeploy or enrol"), "{line}");
+    let before = Life::now(&stage).await?;
+    two_more_polls(&stage).await?;
+    assert_eq!(Life::now(&stage).await?, before);
+    // Cloudflare takes it after all.
+    stage.scope.tell_stand_in(&stage.tunnel, &json!({ "unauthorized": null })).await?;
+    told(&stage, "running", None).await?;
+    assert_eq!(Life::now(&stage).await?, before);
+    Ok(())
+}
+
+async fn without_dns_it_is_left_to_docker_and_the_remedy_is_told() -> Result<()> {
+    let stage = Stage::new(Protocol::V1).await?;
+    let tunnel = Tunnel::new(&stage, "no-dns");
+    tunnel.store(&stage)?;
+    let agent = tunnel.agent(&stage)?;
+    told(&stage, "restarting", Some("no_dns")).await?;
+    let line = agent.wait_for_log("cannot be looked up", SOON).await?;
+    ensure!(line.contains("WARN") && line.contains("DNS servers"), "{line}");
+    let before = Life::now(&stage).await?;
+    two_more_polls(&stage).await?;
+    assert_eq!(Life::now(&stage).await?.id, before.id, "Docker starts it again");
+    Ok(())
+}
+
+async fn without_the_edge_it_is_waited_out() -> Result<()> {
+    let stage = Stage::new(Protocol::V2).await?;
+    let tunnel = Tunnel::new(&stage, "");
+    let agent = tunnel.agent_with_ready_tunnel(&stage).await?;
+    let before = tunnel.container(&stage).await?;
+    stage.scope.tell_stand_in(&stage.tunnel, &json!({ "unreachable": true })).await?;
+    let known = told(&stage, "degraded", Some("edge_unreachable")).await?;
+    assert_eq!(known.tunnel_status.context("a status")?.event["ready_connections"], 0);
+    let line = agent.wait_for_log("has no connection to Cloudflare", SOON).await?;
+    ensure!(line.contains("WARN") && line.contains("port 7844"), "{line}");
+    // Docker's own check finds out as well, and that is no reason either.
+    wait_until("Docker's own check", PATIENCE, async || {
+        (stage.scope.health(&stage.tunnel).await.ok()? == "unhealthy").then_some(())
+    })
+    .await?;
+    two_more_polls(&stage).await?;
+    assert_eq!(tunnel.container(&stage).await?, before);
+    stage.scope.tell_stand_in(&stage.tunnel, &json!({ "unreachable": null })).await?;
+    told(&stage, "running", None).await?;
+    assert_eq!(tunnel.container(&stage).await?, before);
+    stage.assert_no_violations();
+    Ok(())
+}
+
+async fn where_only_quic_is_allowed_and_udp_is_blocked_the_remedy_is_told() -> Result<()> {
+    let mut stage = Stage::new(Protocol::V2).await?;
+    stage.set("CLOUDFLARED_PROTOCOL", "quic");
+    let tunnel = Tunnel::new(&stage, "udp-blocked");
+    tunnel.store(&stage)?;
+    let agent = tunnel.agent(&stage)?;
+    told_late(&stage, "degraded", Some("udp_blocked")).await?;
+    let line = agent.wait_for_log("over QUIC", SOON).await?;
+    ensure!(line.contains("CLOUDFLARED_PROTOCOL=auto"), "{line}");
+    Ok(())
+}
+
+async fn where_udp_is_blocked_it_falls_back_and_the_protocol_is_told() -> Result<()> {
+    let stage = Stage::new(Protocol::V1).await?;
+    let tunnel = Tunnel::new(&stage, "udp-blocked");
+    let _agent = tunnel.agent_with_ready_tunnel(&stage).await?;
+    let known = told(&stage, "running", None).await?;
+    assert_eq!(known.tunnel_status.context("a status")?.event["protocol"], "http2");
+    Ok(())
+}
+
+async fn one_that_hangs_is_restarted_exactly_once() -> Result<()> {
+    let stage = Stage::new(Protocol::V2).await?;
+    let tunnel = Tunnel::new(&stage, "");
+    let agent = tunnel.agent_with_ready_tunnel(&stage).await?;
+    let (before, story) = (tunnel.container(&stage).await?, Story::follow(&stage));
+    // Said at run time, so that the next start of it does not know.
+    stage.scope.tell_stand_in(&stage.tunnel, &json!({ "hang": true })).await?;
+    told(&stage, "degraded", Some("hung")).await?;
+    let line = agent.wait_for_log("cloudflared does not answer any more", SOON).await?;
+    ensure!(line.contains("WARN") && line.contains("it is restarted"), "{line}");
+    let known = told_late(&stage, "running", None).await?;
+    assert_eq!(known.tunnel_status.context("a status")?.event["restarts"], 1);
+    two_more_polls(&stage).await?;
+    let after = tunnel.container(&stage).await?;
+    assert_eq!(after.id, before.id);
+    assert_eq!((story.count("restart"), story.count("start"), story.count("create")), (1, 1, 0));
+    stage.assert_no_violations();
+    Ok(())
+}
+
+async fn one_that_the_kernel_ended_for_want_of_memory_is_told_so() -> Result<()> {
+    let stage = Stage::new(Protocol::V2).await?;
+    let tunnel = Tunnel::new(&stage, "");
+    let agent = tunnel.agent_with_ready_tunnel(&stage).await?;
+    let limit = 32 << 20;
+    let body = models::ContainerUpdateBody { memory: Some(limit), memory_swap: Some(limit), ..Default::default() };
+    stage.scope.docker().update_container(&stage.tunnel, body).await?;
+    let before = tunnel.container(&stage).await?;
+    // Each start of it eats again, until it is told.
+    wait_until("the reason to be told", PATIENCE, async || {
+        // It may be down just now.
+        let _ = stage.scope.tell_stand_in(&stage.tunnel, &json!({ "eat": 256 })).await;
+        let told = registered(&stage).await.ok()?.tunnel_status?;
+        (told.event["reason"] == "out_of_memory").then_some(())
+    })
+    .await?;
+    let line = agent.wait_for_log("ended by the kernel for want of memory", SOON).await?;
+    ensure!(line.contains("WARN") && line.contains("more memory"), "{line}");
+    told_late(&stage, "running", None).await?;
+    assert_eq!(Life::now(&stage).await?.id, before.id, "Docker started it again");
+    Ok(())
+}
+
+async fn the_options_of_the_connector_reach_it() -> Result<()> {
+    let mut stage = Stage::new(Protocol::V2).await?;
+    for (name, value) in [
+        ("CLOUDFLARED_PROTOCOL", "quic"),
+        ("CLOUDFLARED_REGION", "us"),
+        ("CLOUDFLARED_EDGE_IP_VERSION", "6"),
+        ("CLOUDFLARED_POST_QUANTUM", "true"),
+        ("CLOUDFLARED_LOGLEVEL", "debug"),
+        // Not one of ours: it must not get there.
+        ("TUNNEL_EDGE", "attacker.example.com:7844"),
+    ] {
+        stage.set(name, value);
+    }
+    let tunnel = Tunnel::new(&stage, "");
+    let _agent = tunnel.agent_with_ready_tunnel(&stage).await?;
+    let config = stage.scope.inspect(&stage.tunnel).await?.config.context("config")?;
+    let mut env = config.env.unwrap_or_default();
+    env.retain(|entry| entry.starts_with("TUNNEL_") && !entry.starts_with("TUNNEL_TOKEN="));
+    env.sort();
+    let expected = [
+        "TUNNEL_EDGE_IP_VERSION=6",
+        "TUNNEL_LOGLEVEL=debug",
+        "TUNNEL_METRICS=0.0.0.0:20241",
+        "TUNNEL_POST_QUANTUM=true",
+        "TUNNEL_REGION=us",
+        "TUNNEL_TRANSPORT_PROTOCOL=quic",
+    ];
+    assert_eq!(env, expected);
+    let log = stage.scope.logs(&stage.tunnel).await?;
+    ensure!(log.contains("region:us") && log.contains("edge-ip-version:6"), "{log}");
+    Ok(())
+}
+
+/// The last status that the master took.
+async fn status(stage: &Stage) -> Result<Value> {
+    Ok(registered(stage).await?.tunnel_status.context("no status")?.event)
+}
+
+async fn a_status_tells_what_the_connector_says_of_itself_and_what_it_carried() -> Result<()> {
+    let stage = Stage::new(Protocol::V1).await?;
+    let edge = visitors::edge(&stage).await?;
+    let tunnel = visitors::tunnel(&stage, &edge, "config-version=7 connections=2 errors=3");
+    let _agent = tunnel.agent_with_ready_tunnel(&stage).await?;
+    told(&stage, "running", None).await?;
+    let first = status(&stage).await?;
+    assert_eq!(
+        (&first["ready_connections"], &first["config_version"], &first["protocol"]),
+        (&json!(2), &json!(7), &json!("quic"))
+    );
+    assert_eq!(
+        (&first["restarts"], &first["version"], &first["name"]),
+        (&json!(0), &json!("2025.9.0"), &json!("edge"))
+    );
+    ensure!(first["connector_id"].as_str().is_some_and(|id| id.len() == 36), "{first}");
+    let since: jiff::Timestamp = first["since"].as_str().context("since")?.parse()?;
+    ensure!(since <= jiff::Timestamp::now(), "{since}");
+
+    // What is carried is added up over the statuses, each counting from the one before it.
+    let mut visitors = Visitors::come(&edge, &tunnel).await?;
+    let carried = |name: &'static str| {
+        let requests = stage.master.requests();
+        let statuses = requests.iter().filter(|request| request.event() == Some("tunnel_status"));
+        statuses.filter_map(|status| status.body[name].as_u64()).sum::<u64>()
+    };
+    visitors.all_were_served().await?;
+    wait_until("a hundred requests to be told", 2 * SOON, async || (carried("requests") >= 100).then_some(())).await?;
+    assert_eq!(carried("errors"), 3, "those before the first status, once");
+    drop(visitors);
+    let log = stage.scope.logs(&stage.tunnel).await?;
+    ensure!(!log.is_empty(), "the stand-in says something");
+    assert_eq!(status(&stage).await?["since"], first["since"], "it has been running all the while");
+    stage.assert_no_violations();
+    Ok(())
+}
+
+async fn removed_host(protocol: Protocol) -> Result<()> {
+    let stage = Stage::new(protocol).await?;
+    let tunnel = Tunnel::new(&stage, "");
+    let agent = tunnel.agent(&stage)?;
+    let known = tunnel.enrol(&stage, &agent).await?;
+    // An operator removes the host: the tunnel is deleted at Cloudflare, and the agent at the master.
+    stage.scope.tell_stand_in(&stage.tunnel, &json!({ "unauthorized": true })).await?;
+    told(&stage, "error", Some("token_refused")).await?;
+    stage.master.forget(&known.id)?;
+    let line = agent.wait_for_log("so the host was removed", SOON).await?;
+    ensure!(line.contains("WARN") && line.contains("enrol the agent"), "{line}");
+    wait_until("the end of the container", SOON, async || {
+        (stage.scope.status(&stage.tunnel).await.ok()? == "gone").then_some(())
+    })
+    .await?;
+    let state: Value = serde_json::from_str(&stage.file("tunnel_state.json")?)?;
+    assert_eq!(
+        (&state["token"], &state["id"], &state["desired_state"]),
+        (&json!(null), &json!(null), &json!("stopped"))
+    );
+    if protocol == Protocol::V1 {
+        // The same key may enrol again there.
+        let again = reported(&stage, "another registration", |agent| Some(agent.clone())).await?;
+        stage.master.enroll_with(&again.id, "edge", &tunnel.id, &tunnel.token)?;
+        agent.wait_for_log("command start_tunnel", SOON).await?;
+        told(&stage, "running", None).await?;
+        tunnel.container(&stage).await?;
+    }
+    Ok(())
+}
+
+async fn a_refused_token_alone_and_an_unknown_agent_alone_change_nothing() -> Result<()> {
+    let stage = Stage::new(Protocol::V1).await?;
+    let tunnel = Tunnel::new(&stage, "");
+    let agent = tunnel.agent(&stage)?;
+    let known = tunnel.enrol(&stage, &agent).await?;
+    let before = tunnel.container(&stage).await?;
+    stage.master.forget(&known.id)?;
+    reported(&stage, "another registration", |agent| (agent.polls > 2).then_some(())).await?;
+    assert_eq!(tunnel.container(&stage).await?, before, "the edge still takes it");
+    told(&stage, "running", None).await?;
+
+    // Assigned again, so the master knows it; now the edge refuses.
+    let known = registered(&stage).await?;
+    stage.master.enroll_with(&known.id, "edge", &tunnel.id, &tunnel.token)?;
+    agent.wait_for_log("command start_tunnel", SOON).await?;
+    two_more_polls(&stage).await?;
+    stage.scope.tell_stand_in(&stage.tunnel, &json!({ "unauthorized": true })).await?;
+    told(&stage, "error", Some("token_refused")).await?;
+    two_more_polls(&stage).await?;
+    assert_eq!(tunnel.container(&stage).await?, before, "the master still knows it");
+    Ok(())
+}
