@@ -1,10 +1,40 @@
-//! Why the tunnel is not as it is wanted: the one list of causes, each with its status, its reason, one sentence,
+//! How the tunnel is, and why it is not as it is wanted: the one list of causes, each with its status, its reason, one sentence,
 //! what is done about it, and what the operator can do.
 //!
 //! The command poller and the supervisor find the causes; log, master and health page show them. The table in the
 //! README's troubleshooting is this list, and a test holds the two together.
 
-use crate::channels::Status;
+/// How the tunnel is, in the master's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Status {
+    /// Runs and carries traffic.
+    Running,
+    /// Being made, or made and not ready yet.
+    Starting,
+    /// Runs and carries no traffic.
+    Degraded,
+    /// Ends again and again; Docker restarts it.
+    Restarting,
+    /// Not running, as wanted.
+    #[default]
+    Stopped,
+    /// Not running as wanted; the reason says why.
+    Error,
+}
+
+impl Status {
+    /// The word on the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Starting => "starting",
+            Self::Degraded => "degraded",
+            Self::Restarting => "restarting",
+            Self::Stopped => "stopped",
+            Self::Error => "error",
+        }
+    }
+}
 
 /// Why the tunnel is not as it is wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

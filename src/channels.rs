@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use crate::cause::Cause;
+use crate::cause::{Cause, Status};
 use crate::docker::Container;
 use crate::state::{DesiredState, Phase, Token, Tombstone, TunnelId, TunnelState};
 
@@ -80,38 +80,6 @@ pub struct Change {
     pub running: bool,
     /// Which one.
     pub container: Container,
-}
-
-/// How the tunnel is, in the master's words.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Status {
-    /// Runs and carries traffic.
-    Running,
-    /// Being made, or made and not ready yet.
-    Starting,
-    /// Runs and carries no traffic.
-    Degraded,
-    /// Ends again and again; Docker restarts it.
-    Restarting,
-    /// Not running, as wanted.
-    #[default]
-    Stopped,
-    /// Not running as wanted; the reason says why.
-    Error,
-}
-
-impl Status {
-    /// The word on the wire.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Running => "running",
-            Self::Starting => "starting",
-            Self::Degraded => "degraded",
-            Self::Restarting => "restarting",
-            Self::Stopped => "stopped",
-            Self::Error => "error",
-        }
-    }
 }
 
 /// What cloudflared says of itself.

@@ -11,20 +11,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
 
-use crate::cause::Cause;
-use crate::channels::{Status, View, Wanted, Ways};
-use crate::config::{OnExit, TunnelConfig};
+use crate::cause::{Cause, Status};
+use crate::channels::{View, Wanted, Ways};
+use crate::config::TunnelConfig;
 use crate::docker::{Docker, DockerError, RunState, SPEC_LABEL, Spec};
 use crate::retry::{Backoff, Trouble};
-use crate::state::{DesiredState, Phase};
+use crate::state::DesiredState;
 
 mod act;
 mod course;
 mod host;
+mod leave;
 mod look;
 mod own;
 mod plan;
@@ -385,47 +385,6 @@ impl<H: Host> Supervisor<H> {
         }
         self.tell(view);
         self.backoff.next(None).clamp(EAGER, CALM)
-    }
-
-    /// The end of the agent: the containers go or stay as configured.
-    async fn leave(&mut self) {
-        let wanted = self.inputs.wanted.borrow().clone();
-        // The master wants to find the stopped container between the two phases.
-        let prepared = wanted.decommission == Some(Phase::Prepared);
-        // Side by side: each may drain for half a minute.
-        tokio::join!(self.leave_one(Slot::Main, prepared), self.leave_one(Slot::Next, prepared));
-    }
-
-    async fn leave_one(&self, slot: Slot, prepared: bool) {
-        let name = self.name(slot);
-        let looked = timeout(LAST_STEP_LIMIT, self.host.inspect(&name)).await;
-        let found = match looked.unwrap_or_else(|_| Err(DockerError::silent())) {
-            Ok(Some(found)) if plan::owner(&found) == Owner::Agent => found,
-            Ok(_) => return,
-            Err(error) => {
-                if slot == Slot::Main {
-                    warn!("the tunnel is left as it is, since Docker {error}; the next start puts it right");
-                }
-                return;
-            }
-        };
-        if self.config.on_exit == OnExit::Keep || prepared {
-            info!(container = name, "leaving the tunnel container as it is");
-            return;
-        }
-        let removed = async {
-            if found.state == RunState::Running {
-                self.drain(&name).await?;
-            }
-            self.host.remove(&name).await
-        };
-        match removed.await {
-            Ok(()) => info!(container = name, "tunnel stopped and removed"),
-            Err(error) => warn!(
-                container = name,
-                "the tunnel could not be removed, since Docker {error}; the next start puts it right"
-            ),
-        }
     }
 
     fn name(&self, slot: Slot) -> String {

@@ -19,7 +19,8 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 use tracing::warn;
 
-use crate::channels::{Inventory, Status, View, Wanted, Ways};
+use crate::cause::Status;
+use crate::channels::{Inventory, View, Wanted, Ways};
 use crate::config::ConfigErrors;
 use crate::http;
 use crate::master::Master;

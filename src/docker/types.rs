@@ -280,6 +280,14 @@ fn without_tokens(command: Vec<String>) -> Vec<String> {
 }
 
 #[cfg(test)]
+impl Inspected {
+    /// A container of which nothing is known, for tests to add to.
+    pub(crate) fn blank() -> Self {
+        Self::from(models::ContainerInspectResponse::default())
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use serde_json::json;
 

@@ -1,7 +1,7 @@
 //! A host in memory for the supervisor's tests: containers that obey a script, a clock that may be paused, and a
 //! crash of the agent at any call.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::future::pending;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -21,21 +21,12 @@ pub(super) fn container(state: RunState, hash: Option<&str>) -> Inspected {
         id: "c".into(),
         name: "tunnel".into(),
         state,
-        started_at: String::new(),
-        exit_code: 0,
-        out_of_memory: false,
-        restarts: 0,
-        error: String::new(),
-        health: None,
-        last_check: None,
         image: "cloudflare/cloudflared:1".into(),
         command: ["cloudflared", "--no-autoupdate", "tunnel", "run"].map(str::to_owned).into(),
         env_names: vec!["TUNNEL_TOKEN".into()],
-        serves: None,
         labels: hash.map(|hash| HashMap::from([(SPEC_LABEL.into(), hash.into())])).unwrap_or_default(),
         networks: BTreeMap::from([("net".into(), Endpoint::default())]),
-        network_mode: "net".into(),
-        ports: BTreeSet::new(),
+        ..Inspected::blank()
     }
 }
 

@@ -2,8 +2,11 @@
 
 use std::collections::BTreeSet;
 
+use tokio::time::timeout;
+
 use super::double::{Behaviour, Double, Moment};
 use super::*;
+use crate::config::OnExit;
 use crate::docker::{Health, LastCheck};
 use crate::state::testing::token;
 use crate::state::{Token, TunnelId};

@@ -7,8 +7,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::Poller;
-use crate::cause::Cause;
-use crate::channels::{Status, View};
+use crate::cause::{Cause, Status};
+use crate::channels::View;
 use crate::registration::Session;
 use crate::state::{DesiredState, TunnelState};
 

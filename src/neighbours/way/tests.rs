@@ -1,5 +1,3 @@
-use std::collections::HashMap;
-
 use super::*;
 use crate::docker::RunState;
 
@@ -14,21 +12,10 @@ pub(in crate::neighbours) fn container(name: &str, networks: &[(&str, &str)]) ->
         id: format!("{:0<64}", format!("{:x}", name.len()) + "abcdef0123456789"),
         name: name.into(),
         state: RunState::Running,
-        started_at: String::new(),
-        exit_code: 0,
-        out_of_memory: false,
-        restarts: 0,
-        error: String::new(),
-        health: None,
-        last_check: None,
         image: "web:1".into(),
-        command: Vec::new(),
-        env_names: Vec::new(),
-        serves: None,
-        labels: HashMap::new(),
         networks: networks.iter().map(|(network, address)| ((*network).to_owned(), place(address))).collect(),
         network_mode: networks.first().map_or("none", |(network, _)| network).into(),
-        ports: BTreeSet::new(),
+        ..Inspected::blank()
     }
 }
 

@@ -1,0 +1,54 @@
+//! The end of the agent: what becomes of the containers.
+
+use tokio::time::timeout;
+use tracing::{info, warn};
+
+use super::host::Host;
+use super::plan::{self, Owner, Slot};
+use super::{LAST_STEP_LIMIT, Supervisor};
+use crate::config::OnExit;
+use crate::docker::{DockerError, RunState};
+use crate::state::Phase;
+
+impl<H: Host> Supervisor<H> {
+    /// The containers go or stay as configured.
+    pub(super) async fn leave(&mut self) {
+        let wanted = self.inputs.wanted.borrow().clone();
+        // The master wants to find the stopped container between the two phases.
+        let prepared = wanted.decommission == Some(Phase::Prepared);
+        // Side by side: each may drain for half a minute.
+        tokio::join!(self.leave_one(Slot::Main, prepared), self.leave_one(Slot::Next, prepared));
+    }
+
+    async fn leave_one(&self, slot: Slot, prepared: bool) {
+        let name = self.name(slot);
+        let looked = timeout(LAST_STEP_LIMIT, self.host.inspect(&name)).await;
+        let found = match looked.unwrap_or_else(|_| Err(DockerError::silent())) {
+            Ok(Some(found)) if plan::owner(&found) == Owner::Agent => found,
+            Ok(_) => return,
+            Err(error) => {
+                if slot == Slot::Main {
+                    warn!("the tunnel is left as it is, since Docker {error}; the next start puts it right");
+                }
+                return;
+            }
+        };
+        if self.config.on_exit == OnExit::Keep || prepared {
+            info!(container = name, "leaving the tunnel container as it is");
+            return;
+        }
+        let removed = async {
+            if found.state == RunState::Running {
+                self.drain(&name).await?;
+            }
+            self.host.remove(&name).await
+        };
+        match removed.await {
+            Ok(()) => info!(container = name, "tunnel stopped and removed"),
+            Err(error) => warn!(
+                container = name,
+                "the tunnel could not be removed, since Docker {error}; the next start puts it right"
+            ),
+        }
+    }
+}
