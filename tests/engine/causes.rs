@@ -5,9 +5,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use dockflare_dev_master::{Agent, Protocol};
 use serde_json::{Value, json};
-use testkit::{Case, models, wait_until};
+use testkit::{Case, case, models, wait_until};
 
 use crate::containers_scene::{Life, Story, Tunnel, on_both, registered, reported, told, two_more_polls};
+use crate::shutdown_container::Contained;
 use crate::support::{SOON, Stage};
 use crate::visitors::{self, Visitors};
 
@@ -24,6 +25,8 @@ pub(crate) fn cases() -> Vec<Case> {
         a_status_tells_what_the_connector_says_of_itself_and_what_it_carried,
         a_refused_token_alone_and_an_unknown_agent_alone_change_nothing,
     ];
+    let by_docker = "an_agent_that_cannot_ask_cloudflared_goes_by_dockers_check_and_restarts_what_hangs";
+    cases.push(case(by_docker, by_dockers_check).limit(Duration::from_secs(400)));
     cases.extend(on_both("a_host_that_was_removed_does_not_linger", removed_host));
     cases
 }
@@ -135,6 +138,29 @@ async fn one_that_hangs_is_restarted_exactly_once() -> Result<()> {
     assert_eq!(after.id, before.id);
     assert_eq!((story.count("restart"), story.count("start"), story.count("create")), (1, 1, 0));
     stage.assert_no_violations();
+    Ok(())
+}
+
+async fn by_dockers_check() -> Result<()> {
+    let contained = Contained::apart_from_its_tunnel().await?;
+    let (stage, tunnel) = (&contained.stage, &contained.tunnel);
+    let status = registered(stage).await?.tunnel_status.context("a status")?;
+    assert_eq!((status.version.as_deref(), &status.event["ready_connections"]), (Some("2025.9.0"), &Value::Null));
+    let (before, story) = (tunnel.container(stage).await?, Story::follow(stage));
+
+    stage.scope.tell_stand_in(&stage.tunnel, &json!({ "unready": true })).await?;
+    told_late(stage, "degraded", Some("edge_unreachable")).await?;
+    stage.scope.tell_stand_in(&stage.tunnel, &json!({ "unready": null })).await?;
+    told_late(stage, "running", None).await?;
+    assert_eq!(tunnel.container(stage).await?, before);
+
+    stage.scope.tell_stand_in(&stage.tunnel, &json!({ "hang": true })).await?;
+    wait_until("a restart", 2 * PATIENCE, async || (story.count("restart") == 1).then_some(())).await?;
+    told_late(stage, "running", None).await?;
+    assert_eq!(tunnel.container(stage).await?.id, before.id);
+    assert_eq!((story.count("restart"), story.count("create")), (1, 0));
+    let log = stage.scope.logs(&contained.id).await?;
+    ensure!(log.contains("cloudflared does not answer any more"), "{log}");
     Ok(())
 }
 

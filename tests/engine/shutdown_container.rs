@@ -28,11 +28,11 @@ const SOCKET: &str = "/var/run/docker.sock";
 const DATA: &str = "/app/data";
 
 /// An agent in a container, with its data in a volume, beside a master on this host.
-struct Contained {
-    stage: Stage,
-    tunnel: Tunnel,
+pub(crate) struct Contained {
+    pub(crate) stage: Stage,
+    pub(crate) tunnel: Tunnel,
     /// The agent's container.
-    id: String,
+    pub(crate) id: String,
 }
 
 impl Contained {
@@ -41,8 +41,20 @@ impl Contained {
         let mut stage = Stage::new(Protocol::V2).await?;
         settings.iter().for_each(|(name, value)| stage.set(name, *value));
         let tunnel = Tunnel::new(&stage, words);
+        Self::enrolled(stage, tunnel, None).await
+    }
+
+    /// As [`Contained::with_ready_tunnel`], on a network of its own: it cannot ask cloudflared anything.
+    pub(crate) async fn apart_from_its_tunnel() -> Result<Self> {
+        let stage = Stage::new(Protocol::V2).await?;
+        let (network, tunnel) = (stage.scope.name("apart"), Tunnel::new(&stage, ""));
+        stage.scope.create_network(&network).await?;
+        Self::enrolled(stage, tunnel, Some(&network)).await
+    }
+
+    async fn enrolled(mut stage: Stage, tunnel: Tunnel, apart: Option<&str>) -> Result<Self> {
         let data = volume(&stage, false);
-        let id = start(&mut stage, data).await?;
+        let id = start(&mut stage, data, apart).await?;
         let contained = Self { stage, tunnel, id };
         let known = registered(&contained.stage).await?;
         let Self { stage, tunnel, .. } = &contained;
@@ -80,8 +92,9 @@ fn volume(stage: &Stage, as_it_is: bool) -> Mount {
     }
 }
 
-/// Runs the stage's agent in a container on the tunnel's network, on which this host has an address.
-async fn start(stage: &mut Stage, data: Mount) -> Result<String> {
+/// Runs the stage's agent in a container on the tunnel's network or on another one. Its master is at the host's
+/// address on the tunnel's.
+async fn start(stage: &mut Stage, data: Mount, apart: Option<&str>) -> Result<String> {
     stage.scope.create_network(&stage.network).await?;
     stage.scope.create_volume(&stage.scope.name("data")).await?;
     let network = stage.scope.docker().inspect_network(&stage.network, None).await?;
@@ -99,7 +112,7 @@ async fn start(stage: &mut Stage, data: Mount) -> Result<String> {
     let spec = Spec {
         image: &image,
         env: &env,
-        network: Some(&stage.network),
+        network: apart.or(Some(&stage.network)),
         health: Some(HealthConfig { interval: Some(1_000_000_000), ..Default::default() }),
         host: HostConfig {
             binds: Some(vec![format!("{SOCKET}:{SOCKET}")]),
@@ -188,7 +201,7 @@ async fn ended(stage: &Stage, id: &str) -> Result<(i64, String)> {
 async fn a_volume_of_another_owner_is_exit_73_with_the_command_that_mends_it() -> Result<()> {
     let mut stage = Stage::new(Protocol::V2).await?;
     let data = volume(&stage, true);
-    let id = start(&mut stage, data).await?;
+    let id = start(&mut stage, data, None).await?;
     let (code, log) = ended(&stage, &id).await?;
     assert_eq!(code, 73, "{log}");
     for said in [DATA, "by uid 65532", "belongs to uid 0", "chown -R 65532"] {
@@ -204,7 +217,7 @@ async fn an_invalid_configuration_is_exit_64_in_a_container_as_well() -> Result<
     stage.set("REPORT_INTERVAL_SECONDS", "1");
     stage.set("TZ", "Mars/Olympus");
     let data = volume(&stage, false);
-    let id = start(&mut stage, data).await?;
+    let id = start(&mut stage, data, None).await?;
     let (code, log) = ended(&stage, &id).await?;
     assert_eq!(code, 64, "{log}");
     ensure!(log.contains("REPORT_INTERVAL_SECONDS") && log.contains("TZ") && !log.contains(&stage.key), "{log}");
