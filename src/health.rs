@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::cause::{Cause, Status};
 use crate::channels::{View, Wanted, Ways};
 use crate::config::TunnelConfig;
-use crate::docker::{Docker, DockerError, RunState, SPEC_LABEL, Spec};
+use crate::docker::{Docker, DockerError, Inspected, RunState, SPEC_LABEL, Spec};
 use crate::retry::{Backoff, Trouble};
 use crate::state::DesiredState;
 
@@ -211,8 +211,8 @@ impl<H: Host> Supervisor<H> {
             if self.problem.is_none() {
                 let lost = self.lost_network(&sight, &goal);
                 self.publish(&wanted, &sight, lost.as_ref(), matches!(goal, Goal::Run { .. })).await;
+                self.announce(&goal, &sight, &steps);
             }
-            self.announce(&goal, &sight, &steps);
             let failed = scene.progress == Progress::Failed && steps.contains(&Step::Remove(Slot::Next));
             let failure = self.next.failure().filter(|_| failed);
             let spec = self.spec(&wanted);
@@ -274,10 +274,16 @@ impl<H: Host> Supervisor<H> {
             Goal::Leave | Goal::Stop | Goal::Remove => "",
         };
         let is_known = self.refused.hash == hash;
+        // How far one of older orders has come means nothing.
+        let is_wanted = |next: &Inspected| next.labels.get(SPEC_LABEL).is_some_and(|label| label == hash);
+        let progress = match &sight.next {
+            Some(next) if is_wanted(next) => self.progress(now),
+            _ => Progress::Waiting,
+        };
         Scene {
             main: sight.main.as_ref(),
             next: sight.next.as_ref(),
-            progress: self.progress(sight, now),
+            progress,
             main_ready: self.main.serves(now) || self.main.is_surely_ready() && !self.next.is_ready(),
             restart: self.main.needs_restart(now) && self.restarts.not_before.is_none_or(|at| now >= at),
             bad_token: self.main.is_sick_of(Cause::TokenMalformed),

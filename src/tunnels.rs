@@ -289,8 +289,7 @@ impl Poller {
                 tombstone = written.or(tombstone);
                 state.desired_state = DesiredState::Stopped;
                 if tombstone.as_ref().is_some_and(|tombstone| tombstone.phase == Phase::Finalized) {
-                    state = TunnelState { redeploys: state.redeploys, other: state.other, ..TunnelState::default() };
-                    state.desired_state = DesiredState::Stopped;
+                    state = state.forgotten();
                 }
             }
             self.timers.ack = Instant::now();

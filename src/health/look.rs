@@ -224,11 +224,13 @@ impl<H: Host> Supervisor<H> {
     }
 
     /// How far the successor has come. Where the one before it serves nobody, nobody need wait for the edge.
-    pub(super) fn progress(&self, sight: &Sight, now: Instant) -> Progress {
-        match &sight.next {
-            Some(_) if self.next.serves(now) || self.next.is_surely_ready() && self.main.is_sick() => Progress::Serves,
-            Some(_) if self.next.failure().is_some() => Progress::Failed,
-            _ => Progress::Waiting,
+    pub(super) fn progress(&self, now: Instant) -> Progress {
+        if self.next.serves(now) || self.next.is_surely_ready() && self.main.is_sick() {
+            Progress::Serves
+        } else if self.next.failure().is_some() {
+            Progress::Failed
+        } else {
+            Progress::Waiting
         }
     }
 

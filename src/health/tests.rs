@@ -352,6 +352,20 @@ async fn a_successor_whose_token_is_refused_waits_for_another_token() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn the_failure_of_a_successor_is_not_held_against_the_one_of_later_orders() {
+    let mut bench = running().await;
+    sleep(MINUTE).await;
+    bench.host.behave(&key('b'), never_ready(&[REFUSED]));
+    bench.host.world().refused = vec!["stop tunnel-next"];
+    bench.order(&key('b'));
+    bench.until(Status::Running, Some("docker_refuses")).await;
+    bench.host.world().refused.clear();
+    bench.order(&key('c'));
+    bench.until_served_with('c').await;
+    assert_eq!(bench.host.world().gaps, 0);
+}
+
+#[tokio::test(start_paused = true)]
 async fn taking_orders_back_that_could_not_be_carried_out_ends_the_complaint() {
     let mut bench = running().await;
     bench.host.behave(&key('b'), never_ready(&[REFUSED]));

@@ -154,6 +154,14 @@ pub struct TunnelState {
     pub other: serde_json::Map<String, serde_json::Value>,
 }
 
+impl TunnelState {
+    /// What is left when the tunnel is forgotten: that there is none, and what is not about it.
+    pub(crate) fn forgotten(&self) -> Self {
+        let (redeploys, other) = (self.redeploys, self.other.clone());
+        Self { desired_state: DesiredState::Stopped, redeploys, other, ..Self::default() }
+    }
+}
+
 fn expose_token<S: Serializer>(token: &Option<Token>, serializer: S) -> Result<S::Ok, S::Error> {
     token.as_ref().map(Token::expose).serialize(serializer)
 }

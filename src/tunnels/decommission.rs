@@ -173,6 +173,13 @@ impl Poller {
 
     /// Notes that the master has let go, so that the next start need not ask.
     pub(super) async fn bury(&mut self) -> bool {
+        // A crash may have come between the tombstone and the state.
+        let state = self.disk.state.forgotten();
+        if state != self.disk.state
+            && let Err(error) = self.disk.store.save_tunnel(&state).await
+        {
+            warn!("the tunnel's token cannot be removed from the disk: {}", crate::error_chain(&error));
+        }
         if let Some(tombstone) = self.disk.tombstone.clone() {
             let tombstone = Tombstone { acknowledged: true, ..tombstone };
             if let Err(error) = self.disk.store.save_tombstone(&tombstone).await {

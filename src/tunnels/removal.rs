@@ -10,7 +10,7 @@ use super::Poller;
 use crate::cause::{Cause, Status};
 use crate::channels::View;
 use crate::registration::Session;
-use crate::state::{DesiredState, TunnelState};
+use crate::state::TunnelState;
 
 impl Poller {
     /// A session other than `stale`, however long that takes; `None` at a shutdown. A master that has removed this
@@ -68,9 +68,6 @@ impl Poller {
             name = state.name.as_deref().unwrap_or("-"),
             "Cloudflare refuses the tunnel and the master does not know this agent any more, so the host was removed: the connector is stopped and removed and the tunnel forgotten; enrol the agent on the master's Agents page to use it again"
         );
-        let desired_state = DesiredState::Stopped;
-        let other = state.other.clone();
-        let state = TunnelState { desired_state, redeploys: state.redeploys, other, ..TunnelState::default() };
-        self.commit(state, None, None, shutdown).await;
+        self.commit(state.forgotten(), None, None, shutdown).await;
     }
 }

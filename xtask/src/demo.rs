@@ -163,6 +163,15 @@ async fn tell(docker: &Docker, story: &mut Story, arguments: &Arguments) -> Resu
     seen.story.say("demo", format_args!("docker start {WEB}"));
     docker.start_container(WEB, None).await?;
     seen.start(2).await?;
+    seen.story.wait_for_agent("the tunnel can reach the container").await?;
+
+    let before = connector(docker).await;
+    master.redeploy(&id)?;
+    story.say("master", "redeploys the tunnel, as the operator would");
+    story.wait_for_agent("the new connector takes over").await?;
+    let replaced = async || (connector(docker).await.filter(|id| before.as_ref() != Some(id))).map(drop);
+    story.wait("the new connector under the tunnel's name", replaced).await?;
+    story.say("docker", format_args!("{TUNNEL} is another container now, and one of the two served at any moment"));
 
     let (health, said) = story.wait("the agent's health check", async || checked(docker).await).await?;
     ensure!(health == "healthy", "the agent's health check fails: {said}");
@@ -204,6 +213,11 @@ impl Seen<'_> {
         self.story.say("master", format_args!("was told {event} {WEB}, {late} ms after it {what}"));
         Ok(())
     }
+}
+
+/// Id of the container that is the tunnel now.
+async fn connector(docker: &Docker) -> Option<String> {
+    docker.inspect_container(TUNNEL, None).await.ok()?.id
 }
 
 /// What Docker thinks of the agent's health, once it has an opinion that is not older than the tunnel, and what

@@ -18,6 +18,10 @@ use bollard::query_parameters::{
 use crate::engine::{docker, wait_until};
 use crate::process::{self, Kind, MARK, Owned, SCOPE, is_orphan, me};
 
+/// How often a network that Docker says is in use is tried again, and how long after.
+const REMOVAL_TRIES: usize = 20;
+const REMOVAL_PAUSE: Duration = Duration::from_millis(100);
+
 /// Runs `future` on a runtime of its own.
 pub(crate) fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
     tokio::runtime::Builder::new_current_thread().enable_all().build().context("no runtime")?.block_on(future)
@@ -220,13 +224,25 @@ async fn remove_container(docker: &Docker, id: &str) -> Result<()> {
 }
 
 async fn remove_network(docker: &Docker, id: &str) -> Result<()> {
-    // What is still attached was made by someone else, but the network is ours.
-    let attached = docker.inspect_network(id, None).await.ok().and_then(|network| network.containers);
-    for container in attached.into_iter().flatten().map(|(id, _)| id) {
-        let request = NetworkDisconnectRequest { container, force: Some(true) };
-        drop(docker.disconnect_network(id, request).await);
+    // Docker lets go of the last container's place there a moment after the container is gone.
+    for _ in 0..REMOVAL_TRIES {
+        // What is still attached was made by someone else, but the network is ours.
+        let attached = docker.inspect_network(id, None).await.ok().and_then(|network| network.containers);
+        let attached: Vec<_> = attached.into_iter().flatten().map(|(id, _)| id).collect();
+        for container in &attached {
+            let request = NetworkDisconnectRequest { container: container.clone(), force: Some(true) };
+            drop(docker.disconnect_network(id, request).await);
+        }
+        match docker.remove_network(id).await {
+            Err(Error::DockerResponseServerError { status_code: 403, message })
+                if message.contains("has active endpoints") => {}
+            removed => return tolerate_gone(removed).with_context(|| format!("cannot remove network {id}")),
+        }
+        tokio::time::sleep(REMOVAL_PAUSE).await;
     }
-    tolerate_gone(docker.remove_network(id).await).with_context(|| format!("cannot remove network {id}"))
+    // Engine 20.10 may count a place that is not there, and then nobody can remove the network until it restarts.
+    eprintln!("testkit: Docker miscounts the places on network {id}, which stays until dockerd is restarted");
+    Ok(())
 }
 
 async fn remove_volume(docker: &Docker, name: &str) -> Result<()> {

@@ -47,6 +47,11 @@ impl Master {
         self.post(&format!("/api/v2/agents/{agent}/enroll"), &json!({ "tunnel_name": tunnel })).map(drop)
     }
 
+    /// Asks an agent for a new connector.
+    pub(crate) fn redeploy(&self, agent: &str) -> Result<()> {
+        self.post(&format!("/api/v2/agents/{agent}/redeploy-tunnel"), &json!({})).map(drop)
+    }
+
     /// What it was told of the agent's tunnel, once that runs.
     pub(crate) fn tunnel_runs(&self, agent: &str) -> Result<Option<String>> {
         let status = self.snapshot()?["agents"][agent]["tunnel_status"].take();
