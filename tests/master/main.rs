@@ -5,6 +5,7 @@
 mod support;
 
 mod desk;
+mod folder;
 mod key;
 mod outages;
 mod program;
