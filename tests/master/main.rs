@@ -7,6 +7,7 @@ mod support;
 mod desk;
 mod folder;
 mod key;
+mod kills;
 mod outages;
 mod program;
 mod registration;
