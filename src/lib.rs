@@ -47,6 +47,8 @@ pub mod config;
 pub mod docker;
 pub mod events;
 pub mod health;
+#[cfg(test)]
+mod hostile;
 mod http;
 pub mod logging;
 pub mod master;

@@ -279,4 +279,6 @@ pub(crate) mod testing {
 }
 
 #[cfg(test)]
+mod hostile;
+#[cfg(test)]
 mod tests;

@@ -381,4 +381,6 @@ impl Poller {
 }
 
 #[cfg(test)]
+mod hostile;
+#[cfg(test)]
 mod tests;
