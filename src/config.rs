@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -324,12 +325,21 @@ impl Config {
 /// The image that a fresh installation runs.
 pub const DEFAULT_IMAGE: &str = "cloudflare/cloudflared:2025.9.0";
 
+/// No HTTP header may be nearly as long; a device file, named by mistake, has no end.
+const MAX_SECRET_BYTES: u64 = 64 << 10;
+
 /// Reads a secret from its file; the text around it is trimmed.
 ///
 /// # Errors
 /// A sentence without the content, when the file cannot be read or holds nothing.
 pub(crate) fn read_secret_file(path: &Path) -> Result<String, String> {
-    let text = std::fs::read_to_string(path).map_err(|error| format!("cannot be read: {error}"))?;
+    let mut text = String::new();
+    let file = std::fs::File::open(path);
+    let read = file.and_then(|file| file.take(MAX_SECRET_BYTES + 1).read_to_string(&mut text));
+    let length = read.map_err(|error| format!("cannot be read: {error}"))?;
+    if length as u64 > MAX_SECRET_BYTES {
+        return Err(format!("is longer than {MAX_SECRET_BYTES} bytes, which is no secret"));
+    }
     let text = text.trim();
     if text.is_empty() {
         return Err("is empty; put the secret into it, alone on one line".to_owned());
@@ -352,5 +362,7 @@ impl Secret {
     }
 }
 
+#[cfg(test)]
+mod hostile;
 #[cfg(test)]
 mod tests;

@@ -21,6 +21,8 @@ use crate::config::{DockerHost, ImageRef};
 use crate::retry::Backoff;
 
 mod error;
+#[cfg(test)]
+mod hostile;
 mod spec;
 mod types;
 pub use error::DockerError;

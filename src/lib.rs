@@ -47,6 +47,8 @@ pub mod config;
 pub mod docker;
 pub mod events;
 pub mod health;
+#[cfg(test)]
+mod hostile;
 mod http;
 pub mod logging;
 pub mod master;
@@ -68,7 +70,7 @@ pub enum RunError {
     /// The configuration is well-formed and cannot be used here.
     #[error("{0}")]
     Config(String),
-    /// The data folder cannot be used.
+    /// The data folder cannot be used, or another agent uses it.
     #[error(transparent)]
     DataFolder(#[from] state::StateError),
     /// A task ended that must not: a mistake in the agent.
@@ -79,7 +81,7 @@ pub enum RunError {
 }
 
 impl RunError {
-    /// The exit code for it: 64 bad configuration, 73 data folder not usable, 70 a task ended.
+    /// The exit code for it: 64 bad configuration, 73 data folder not usable or taken, 70 a task ended.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Config(_) => 64,

@@ -11,7 +11,8 @@ use tracing::{error, info, warn};
 
 /// Makes a Docker host reachable through Cloudflare Tunnel. Configured by environment variables, see env-example.
 ///
-/// Exit codes: 0 stopped as asked, 64 bad configuration, 70 a task ended that must not, 73 data folder not usable.
+/// Exit codes: 0 stopped as asked, 64 bad configuration, 70 a task ended that must not, 73 data folder not usable
+/// or taken by another agent.
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {

@@ -24,6 +24,7 @@ use crate::state::AgentId;
 mod error;
 pub(crate) mod wire;
 pub use error::MasterError;
+pub(crate) use error::printable;
 use error::{away, chain, sort};
 
 /// A reply larger than this is refused while it is read: no honest one comes near.
@@ -276,5 +277,7 @@ async fn read_bounded(mut response: Response) -> Result<Vec<u8>, MasterError> {
     Ok(text)
 }
 
+#[cfg(test)]
+mod hostile;
 #[cfg(test)]
 mod tests;

@@ -4,6 +4,7 @@
 //! folder fsynced, so that a crash leaves the old or the new text and nothing between. The names and keys are
 //! those of the Python agent, so that people can switch and switch back. A file that cannot be understood is
 //! set aside under another name and said so; it is never treated as if it had not been there without a word.
+//! The folder is one agent's at a time: see `lock`.
 
 use std::fs;
 use std::io::{self, Write};
@@ -15,7 +16,10 @@ use atomic_write_file::unix::OpenOptionsExt as _;
 use serde::{Deserialize, Serialize};
 
 mod documents;
+mod leftovers;
+mod lock;
 pub use documents::{AgentId, DesiredState, Phase, Token, TokenClaims, Tombstone, TunnelId, TunnelState};
+use lock::{Lock, Refused};
 
 /// Why the data folder cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +36,15 @@ pub enum StateError {
         owner: Option<u32>,
         /// What the system said.
         problem: io::Error,
+    },
+    /// Another agent uses the folder.
+    #[error("the data folder {} is in use by another agent: {holder}; stop that one, or give this one a folder or volume of its own (DOCKFLARE_DATA_DIR)",
+        .dir.display())]
+    Taken {
+        /// The folder.
+        dir: PathBuf,
+        /// What the other one wrote of itself.
+        holder: String,
     },
     /// A file is there but cannot be read, or could not be replaced.
     #[error("{} cannot be {doing}", .path.display())]
@@ -55,10 +68,12 @@ fn remedy(problem: &io::Error, uid: u32, dir: &Path) -> String {
     }
 }
 
-/// The data folder. Cheap to clone.
+/// The data folder, which is this agent's as long as a clone of this lives. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Store {
     dir: Arc<Path>,
+    /// Closing its file gives the folder back.
+    _lock: Arc<Lock>,
 }
 
 /// A document that could not be understood and where it was put.
@@ -85,26 +100,39 @@ const AGENT_ID: &str = "agent_id.txt";
 const TUNNEL: &str = "tunnel_state.json";
 /// Name of the tombstone; an operator deletes it to enrol the agent again.
 pub const TOMBSTONE: &str = "decommission.json";
+/// Written and removed at each start, to see whether the folder can be written.
+const WRITABLE: &str = ".writable";
 
 /// No document comes near this; whatever is larger was not written by an agent.
 const MAX_DOCUMENT_BYTES: u64 = 1 << 20;
 
 impl Store {
-    /// Opens the folder, making it when it is missing, and proves that it can be written.
+    /// Opens the folder, making it when it is missing: takes its lock, proves that it can be written, and removes
+    /// what a crash in the middle of a write has left.
     ///
     /// # Errors
-    /// [`StateError::Folder`] names the user, the owner and the command that mends it.
+    /// [`StateError::Folder`] names the user, the owner and the command that mends it; [`StateError::Taken`] the
+    /// agent that uses the folder.
     pub fn open(dir: &Path) -> Result<Self, StateError> {
-        let made = fs::create_dir_all(dir);
-        let store = Self { dir: dir.into() };
-        made.and_then(|()| store.replace(".writable", b"").and_then(|()| fs::remove_file(dir.join(".writable"))))
-            .map_err(|problem| StateError::Folder {
-                dir: dir.to_owned(),
-                // Linux shows a process's own folder under the user it runs as.
-                uid: fs::metadata("/proc/self").map(|own| own.uid()).unwrap_or_default(),
-                owner: fs::metadata(dir).ok().map(|folder| folder.uid()),
-                problem,
-            })?;
+        let unusable = |problem| StateError::Folder {
+            dir: dir.to_owned(),
+            // Linux shows a process's own folder under the user it runs as.
+            uid: fs::metadata("/proc/self").map(|own| own.uid()).unwrap_or_default(),
+            owner: fs::metadata(dir).ok().map(|folder| folder.uid()),
+            problem,
+        };
+        fs::create_dir_all(dir).map_err(unusable)?;
+        let lock = lock::take(dir).map_err(|refused| match refused {
+            Refused::Taken(holder) => StateError::Taken { dir: dir.to_owned(), holder },
+            Refused::Io(problem) => unusable(problem),
+        })?;
+        // Another one may be in the middle of writing where nobody can be kept out.
+        if lock.is_held() {
+            leftovers::remove(dir);
+        }
+        let store = Self { dir: dir.into(), _lock: Arc::new(lock) };
+        let probe = dir.join(WRITABLE);
+        store.replace(WRITABLE, b"").and_then(|()| fs::remove_file(probe)).map_err(unusable)?;
         Ok(store)
     }
 
@@ -250,5 +278,7 @@ pub(crate) mod testing {
     }
 }
 
+#[cfg(test)]
+mod hostile;
 #[cfg(test)]
 mod tests;

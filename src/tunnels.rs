@@ -380,4 +380,6 @@ impl Poller {
 }
 
 #[cfg(test)]
+mod hostile;
+#[cfg(test)]
 mod tests;

@@ -37,7 +37,8 @@ impl Check {
             Ok(url) => url,
             Err(error) => {
                 self.error(format!(
-                    "{name}={value}: is not an address ({error}); use one like https://dockflare.example.com"
+                    "{name}={}: is not an address ({error}); use one like https://dockflare.example.com",
+                    without_secrets(value)
                 ));
                 return None;
             }
@@ -48,9 +49,15 @@ impl Check {
                 "{name} holds a user name or password: remove it; the agent proves itself with DOCKFLARE_API_KEY"
             ));
         } else if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none_or(str::is_empty) {
-            self.error(format!("{name}={value}: must begin with http:// or https:// and name a host"));
+            self.error(format!(
+                "{name}={}: must begin with http:// or https:// and name a host",
+                without_secrets(value)
+            ));
         } else if url.query().is_some() || url.fragment().is_some() {
-            self.error(format!("{name}={value}: must end after its path; remove what follows '?' or '#'"));
+            self.error(format!(
+                "{name}={}: must end after its path; remove what follows '?' or '#'",
+                without_secrets(value)
+            ));
         } else {
             if url.scheme() == "http" && !is_private(&url) {
                 self.warnings
@@ -105,7 +112,8 @@ impl Check {
             None => "has no scheme".to_owned(),
         };
         self.error(format!(
-            "DOCKER_HOST={value}: {problem}; use unix:///var/run/docker.sock or tcp://socket-proxy:2375"
+            "DOCKER_HOST={}: {problem}; use unix:///var/run/docker.sock or tcp://socket-proxy:2375",
+            without_secrets(value)
         ));
         None
     }
@@ -230,6 +238,14 @@ pub(super) fn health_port(value: Option<&str>) -> Result<Option<u16>, String> {
             value.unwrap_or_default()
         )),
     }
+}
+
+/// An address as it may be shown when it is wrong: without what may be a password before an `@` or behind a `?`.
+fn without_secrets(address: &str) -> String {
+    let end = address.find(['?', '#']).unwrap_or(address.len());
+    let shown = &address[..end];
+    let (start, hidden) = shown.rfind('@').map_or((0, ""), |at| (at, "<hidden>"));
+    format!("{hidden}{}{}", &shown[start..], if end < address.len() { "?<hidden>" } else { "" })
 }
 
 /// Whether plain HTTP to this host stays on the machine or in a private network, as far as a name can tell.

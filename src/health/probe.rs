@@ -163,7 +163,13 @@ fn valid_word(text: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+    use tokio::io::AsyncWriteExt as _;
+    use tokio::net::TcpListener;
+
     use super::*;
+    use crate::hostile::{body, text};
 
     #[test]
     fn the_metrics_page_tells_of_the_configuration_and_of_what_was_carried() {
@@ -201,5 +207,71 @@ mod tests {
             ["2025-09-01T10:00:00Z INF Starting tunnel", "2025-09-01T10:00:00Z INF Version 2025.9.0 (Checksum ab)"];
         assert_eq!(version_in_log(&lines.map(str::to_owned)), Some("2025.9.0".into()));
         assert_eq!(version_in_log(&["INF GOOS: linux".to_owned()]), None);
+    }
+
+    proptest! {
+        #[test]
+        fn any_page_of_cloudflared_is_read(
+            lines in prop::collection::vec(prop_oneof![
+                text(),
+                ("(cloudflared_tunnel_total_requests|cloudflared_orchestration_config_version|build_info)", text())
+                    .prop_map(|(name, rest)| format!("{name} {rest}")),
+                ("[{ ].{0,8}", any::<f64>())
+                    .prop_map(|(labels, value)| format!("cloudflared_tunnel_request_errors{labels} {value}")),
+                "build_info\\{(version=\"\\PC{0,9}\"?,?){0,3}",
+                ".{0,9}INF Version .{0,9}",
+            ], 0..8),
+            diag in body(json!({"connections": [{"isConnected": true, "protocol": 1, "edgeAddress": "a"}]})),
+        ) {
+            let facts = facts_in_metrics(&lines.join("\n"));
+            let _ = protocol_in_diag(&diag);
+            for word in facts.version.iter().chain(&version_in_log(&lines)) {
+                prop_assert!((1..=64).contains(&word.len()) && word.is_ascii(), "{}", word);
+            }
+        }
+
+        #[test]
+        fn any_log_line_of_cloudflared_is_read(
+            lines in prop::collection::vec(prop_oneof![
+                text(),
+                "(Register tunnel error|lookup argotunnel.com|DialContext error|Unauthorized|INF Version ).{0,20}",
+            ], 0..8),
+        ) {
+            for only_quic in [false, true] {
+                let _ = crate::health::course::clue(&lines, only_quic);
+            }
+        }
+    }
+
+    /// Answers each request with this and a body without end; gives what each of them took.
+    async fn endless(listener: TcpListener, head: &'static str, requests: usize) -> Vec<usize> {
+        let mut taken = Vec::new();
+        for _ in 0..requests {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            stream.write_all(head.as_bytes()).await.unwrap();
+            let chunk = format!("10000\r\n{}\r\n", "a".repeat(0x10000));
+            let mut sent = 0;
+            while stream.write_all(chunk.as_bytes()).await.is_ok() {
+                sent += chunk.len();
+            }
+            taken.push(sent);
+        }
+        taken
+    }
+
+    #[tokio::test]
+    async fn a_page_without_end_is_dropped_soon_after_1_mib() {
+        // What lies in the buffers of both sockets, beyond what was read.
+        const BUFFERS: usize = 12 << 20;
+        // An address of this test's own: the port is always the same.
+        const ADDRESS: &str = "127.31.41.59";
+        let head = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
+        let listener = TcpListener::bind((ADDRESS, METRICS_PORT)).await.unwrap();
+        let server = tokio::spawn(endless(listener, head, 2));
+        let probe = Probe::new().unwrap();
+        assert_eq!(probe.readiness(ADDRESS).await, Readiness::Silent);
+        assert_eq!(probe.read(ADDRESS, "metrics").await, None);
+        let taken = tokio::time::timeout(Duration::from_secs(30), server).await.expect("it hangs").unwrap();
+        assert!(taken.iter().all(|sent| *sent <= MAX_BYTES + BUFFERS), "{taken:?} bytes were taken");
     }
 }

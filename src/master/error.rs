@@ -168,7 +168,7 @@ pub(super) fn sort(status: StatusCode, headers: &HeaderMap, text: &[u8]) -> Mast
 }
 
 /// What another side says goes into one log line, and not all of it.
-fn printable(text: &str) -> String {
+pub(crate) fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_MESSAGE_CHARS).collect()
 }
 

@@ -12,6 +12,14 @@ fn store() -> (tempfile::TempDir, Store) {
     (dir, store)
 }
 
+/// What is in the folder, sorted.
+fn names(dir: &Path) -> Vec<String> {
+    let mut names: Vec<_> =
+        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
 fn token(json: serde_json::Value) -> Token {
     Token::new(base64::engine::general_purpose::STANDARD.encode(json.to_string()))
 }
@@ -37,8 +45,7 @@ async fn documents_come_back_as_they_were_written_and_only_the_owner_can_read_th
         let mode = fs::metadata(dir.path().join(name)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600, "{name}");
     }
-    let names: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-    assert_eq!(names.len(), 2, "nothing else is left in the folder: {names:?}");
+    assert_eq!(names(dir.path()), [lock::LOCK, AGENT_ID, TUNNEL], "nothing else is left in the folder");
 }
 
 #[tokio::test]
@@ -110,7 +117,8 @@ fn setting_aside_twice_keeps_both() {
         fs::write(dir.path().join(TUNNEL), text).unwrap();
         assert!(store.tunnel().unwrap().set_aside.is_some());
     }
-    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3);
+    let set_aside = names(dir.path()).into_iter().filter(|name| name.contains("unreadable")).count();
+    assert_eq!(set_aside, 3);
 }
 
 #[test]
@@ -151,6 +159,45 @@ fn tokens_that_cloudflared_would_refuse_have_no_claims() {
     ] {
         assert!(token(bad.clone()).claims().is_err(), "{bad} was taken");
     }
+}
+
+#[test]
+fn what_a_crash_in_the_middle_of_a_write_left_is_ignored_and_removed_at_the_next_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let leftovers =
+        [".tunnel_state.json.a1B2c3", ".agent_id.txt.ZZZZZZ", ".decommission.json.000000", "..writable.xyzXYZ"];
+    let of_others = [
+        ".tunnel_state.json.a1B2c",
+        ".tunnel_state.json.a1B2c3d",
+        ".tunnel_state.json.a1-2c3",
+        ".tunnel_state.json",
+        "tunnel_state.json.a1B2c3",
+        ".notes.json.a1B2c3",
+        "tunnel_state.json.unreadable-20260101T000000Z",
+        ".env",
+    ];
+    for name in leftovers.iter().chain(&of_others) {
+        fs::write(dir.path().join(name), r#"{"desired_state": "running"}"#).unwrap();
+    }
+    fs::create_dir(dir.path().join(".tunnel_state.json.folder")).unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    assert!(store.tunnel().unwrap().document.is_none(), "a leftover is no document");
+    let mut expected = of_others.map(str::to_owned).to_vec();
+    expected.extend([".tunnel_state.json.folder".to_owned(), lock::LOCK.to_owned()]);
+    expected.sort();
+    assert_eq!(names(dir.path()), expected);
+}
+
+#[test]
+fn a_second_store_on_one_folder_is_refused_and_told_by_whom() {
+    let (dir, store) = store();
+    let error = Store::open(dir.path()).unwrap_err().to_string();
+    assert!(
+        error.contains(&format!("pid {} on host", std::process::id())) && error.contains("stop that one"),
+        "{error}"
+    );
+    drop(store);
+    Store::open(dir.path()).unwrap();
 }
 
 #[test]

@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 
 use crate::cause::Cause;
 use crate::channels::Refusal;
+use crate::master::printable;
 use crate::master::wire::Assignment;
 use crate::state::{DesiredState, Token, TunnelId, TunnelState};
 
@@ -101,7 +102,11 @@ pub(super) fn check(assignment: &Assignment) -> Result<(), Refusal> {
         Err(problem) => Err(refusal(Cause::TokenMalformed, problem.to_owned())),
         Ok(claims) if claims.tunnel != assignment.id => Err(refusal(
             Cause::TokenMismatch,
-            format!("the token is for tunnel {} and the command for tunnel {}", claims.tunnel, assignment.id),
+            format!(
+                "the token is for tunnel {} and the command for tunnel {}",
+                printable(&claims.tunnel.0),
+                printable(&assignment.id.0)
+            ),
         )),
         Ok(_) => Ok(()),
     }
@@ -113,7 +118,8 @@ pub(super) fn apply(state: &mut TunnelState, command: &Command) {
         Command::Start(assignment) => adopt(state, assignment),
         Command::Restart(assignment) => {
             adopt(state, assignment);
-            state.redeploys += 1;
+            // Only that it is another number counts, whatever the file held.
+            state.redeploys = state.redeploys.wrapping_add(1);
         }
         Command::Stop => state.desired_state = DesiredState::Stopped,
         Command::Ingress(rules) => state.pending_ingress = Some(Value::Object(rules.clone())),
@@ -191,6 +197,12 @@ mod tests {
         let state = after(&TunnelState::default(), &[start("t1"), restart("t1"), restart("t1")]);
         assert_eq!(state.redeploys, 2);
         assert_eq!(state.desired_state, DesiredState::Running);
+    }
+
+    #[test]
+    fn a_restart_counts_also_behind_the_highest_number() {
+        let state = TunnelState { redeploys: u64::MAX, ..TunnelState::default() };
+        assert_eq!(after(&state, &[restart("t1")]).redeploys, 0);
     }
 
     #[test]

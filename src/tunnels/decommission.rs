@@ -9,8 +9,8 @@ use tracing::{info, warn};
 use super::commands::Decommission;
 use super::{LONGEST_WAIT, Poller};
 use crate::channels::Departure;
-use crate::master::MasterError;
 use crate::master::wire::{Ack, AckPhase};
+use crate::master::{MasterError, printable};
 use crate::state::{AgentId, Phase, TOMBSTONE, Tombstone, TunnelId};
 
 /// An acknowledgement that the master has not taken yet.
@@ -197,8 +197,8 @@ impl Poller {
 pub(crate) fn epitaph(tombstone: &Tombstone, data: &std::path::Path) -> String {
     format!(
         "this agent was decommissioned at {} by operation {}: it does nothing; to enrol it again, delete {} and set a new agent key",
-        tombstone.finalized_at.as_deref().unwrap_or("an unknown time"),
-        tombstone.operation_id,
+        printable(tombstone.finalized_at.as_deref().unwrap_or("an unknown time")),
+        printable(&tombstone.operation_id),
         data.join(TOMBSTONE).display()
     )
 }

@@ -5,7 +5,9 @@
 mod support;
 
 mod desk;
+mod folder;
 mod key;
+mod kills;
 mod outages;
 mod program;
 mod registration;

@@ -19,7 +19,7 @@ async fn run(args: &[&str], env: &[(&str, &str)]) -> (Option<i32>, String) {
     (code, program.log())
 }
 
-fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port()
 }
 

@@ -1,0 +1,33 @@
+//! What a crash between writing a document and renaming it leaves: a hidden file beside it with a random end.
+//!
+//! Nobody reads such a file, and each crash would leave one more, with a token in it. Only what carries such a name
+//! is removed.
+
+use std::fs;
+use std::path::Path;
+
+use super::{AGENT_ID, TOMBSTONE, TUNNEL, WRITABLE};
+
+/// Length of the random end that atomic-write-file (0.3) gives its files.
+const SUFFIX: usize = 6;
+
+/// Removes the leftovers of earlier runs. What cannot be removed does no harm, and is tried again at the next start.
+pub(super) fn remove(dir: &Path) {
+    let Ok(entries) = fs::read_dir(dir) else { return };
+    for entry in entries.flatten() {
+        let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
+        if is_file && entry.file_name().to_str().is_some_and(is_leftover) {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// `.<document>.<six letters or digits>`
+fn is_leftover(name: &str) -> bool {
+    let document_and_end = name.strip_prefix('.').and_then(|rest| rest.rsplit_once('.'));
+    document_and_end.is_some_and(|(document, end)| {
+        [AGENT_ID, TUNNEL, TOMBSTONE, WRITABLE].contains(&document)
+            && end.len() == SUFFIX
+            && end.chars().all(|c| c.is_ascii_alphanumeric())
+    })
+}

@@ -1,0 +1,145 @@
+//! One agent for one data folder: a lock on a file in it, held as long as the [`super::Store`] and its clones live.
+//!
+//! The kernel holds the lock and not the file's existence, so it is free the moment its holder is gone, however it
+//! went, and it works between containers that share the folder. The text in the file is for people only: who holds
+//! it, for the message of the next one who asks.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use tracing::warn;
+
+/// Name of the file that is locked. It stays when the agent ends: only the lock in the kernel counts.
+pub(super) const LOCK: &str = "agent.lock";
+/// What is read of what the holder wrote: an honest line is far shorter.
+const MAX_TEXT_BYTES: u64 = 300;
+
+/// What came of asking for the lock: the open file, which holds it, or nothing where the file system has no locks and
+/// nobody can be kept out.
+#[derive(Debug)]
+pub(super) struct Lock(Option<File>);
+
+impl Lock {
+    /// Whether it keeps others out.
+    pub(super) fn is_held(&self) -> bool {
+        self.0.is_some()
+    }
+}
+
+/// Why the folder is somebody else's.
+#[derive(Debug)]
+pub(super) enum Refused {
+    /// Another agent holds the lock; what it wrote of itself.
+    Taken(String),
+    /// The file cannot be made or opened.
+    Io(io::Error),
+}
+
+/// Takes the lock of this folder, or says who has it.
+pub(super) fn take(dir: &Path) -> Result<Lock, Refused> {
+    let path = dir.join(LOCK);
+    let file = OpenOptions::new().create(true).truncate(false).read(true).write(true).mode(0o600).open(&path);
+    let mut file = file.map_err(Refused::Io)?;
+    let asked = file.try_lock();
+    match asked {
+        Ok(()) => {
+            // A full disk is no reason not to start: then the next one is told less.
+            let _ = file.set_len(0).and_then(|()| file.write_all(own_line().as_bytes()));
+            Ok(Lock(Some(file)))
+        }
+        Err(TryLockError::WouldBlock) => Err(Refused::Taken(holder(&mut file))),
+        Err(TryLockError::Error(problem)) => Ok(without_locks(dir, &problem)),
+    }
+}
+
+/// Network file systems may have no locks: better an agent that cannot be protected than none.
+fn without_locks(dir: &Path, problem: &io::Error) -> Lock {
+    warn!(
+        "the data folder {} is on a file system without locks ({problem}): going on; make sure that no second agent uses it",
+        dir.display()
+    );
+    Lock(None)
+}
+
+/// `pid 7 on host 0f9c3a21b4d5 since 2026-01-31T10:00:00Z`; inside a container its host name is the start of its id.
+fn own_line() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let now = jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ");
+    format!("pid {} on host {} since {now}\n", std::process::id(), host.trim())
+}
+
+/// The first line of what the holder wrote. It may be in the middle of writing, and the file may hold anything.
+fn holder(file: &mut File) -> String {
+    let mut text = Vec::new();
+    // What cannot be read is the same as what was not written.
+    let _ = file.take(MAX_TEXT_BYTES).read_to_end(&mut text);
+    let text = String::from_utf8_lossy(&text);
+    let line: String = text.lines().next().unwrap_or_default().chars().filter(|c| !c.is_control()).collect();
+    if line.trim().is_empty() { "one that has not said which".to_owned() } else { line.trim().to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The lock, or what is said of its holder.
+    fn asked(dir: &Path) -> Result<Lock, String> {
+        take(dir).map_err(|refused| match refused {
+            Refused::Taken(holder) => holder,
+            Refused::Io(error) => panic!("{error}"),
+        })
+    }
+
+    #[test]
+    fn a_folder_has_one_holder_and_the_next_one_is_told_who() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = asked(dir.path()).unwrap();
+        let told = asked(dir.path()).unwrap_err();
+        let is_ours = told.starts_with(&format!("pid {} on host ", std::process::id()));
+        assert!(is_ours && told.contains(" since 2"), "{told}");
+        drop(first);
+        assert!(asked(dir.path()).unwrap().is_held());
+    }
+
+    #[test]
+    fn an_old_text_in_the_file_refuses_nobody_and_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join(LOCK), "pid 1 on host gone since 1999-01-01T00:00:00Z\n".repeat(50)).unwrap();
+        let _first = asked(dir.path()).unwrap();
+        let text = std::fs::read_to_string(dir.path().join(LOCK)).unwrap();
+        assert_eq!(text, own_line_of(&text), "nothing of the old text is left");
+    }
+
+    /// The line as it would be now, with the time that `text` has.
+    fn own_line_of(text: &str) -> String {
+        let time = text.trim_end().rsplit_once(' ').map(|(_, time)| time).unwrap_or_default();
+        let line = own_line();
+        format!("{} {time}\n", line.trim_end().rsplit_once(' ').map(|(line, _)| line).unwrap_or_default())
+    }
+
+    #[test]
+    fn what_the_holder_wrote_cannot_forge_log_lines_or_fill_the_log() {
+        let dir = tempfile::tempdir().unwrap();
+        let _first = asked(dir.path()).unwrap();
+        for (text, expected) in [
+            (&b""[..], "one that has not said which"),
+            (b"\n\nERROR forged", "one that has not said which"),
+            (b"pid 7\x1b[31m\r\nERROR forged", "pid 7[31m"),
+        ] {
+            std::fs::write(dir.path().join(LOCK), text).unwrap();
+            assert_eq!(asked(dir.path()).unwrap_err(), expected);
+        }
+        std::fs::write(dir.path().join(LOCK), vec![0xff; 100_000]).unwrap();
+        assert!(asked(dir.path()).unwrap_err().len() <= 3 * MAX_TEXT_BYTES as usize);
+    }
+
+    #[test]
+    fn a_file_system_without_locks_is_gone_on_with() {
+        for errno in [37 /* ENOLCK */, 38 /* ENOSYS */, 95 /* EOPNOTSUPP */] {
+            let lock = without_locks(Path::new("/app/data"), &io::Error::from_raw_os_error(errno));
+            assert!(!lock.is_held());
+        }
+    }
+}
