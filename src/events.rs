@@ -6,6 +6,10 @@
 //! (`die`, `stop`, `destroy` of one end) are harmless. A cut stream is routine: the inventory counts as unknown
 //! until the next listing has succeeded. Nothing is on disk; after a crash it starts with a listing.
 //!
+//! A stream may also go deaf: cut somewhere on the way, while the connection stays open. So a listing is compared
+//! with the picture again and again. It puts right what it finds, and if no event follows that tells of it, the
+//! stream is opened anew.
+//!
 //! The reporter reads the inventory and is sent each change; the supervisor is woken by everything that happens
 //! to its container and network, the look at the neighbours by what may open or close a way.
 
@@ -32,12 +36,16 @@ const LABEL_PREFIXES: [&str; 2] = ["dockflare.", "cloudflare.tunnel."];
 const ENABLE_KEYS: [&str; 2] = ["dockflare.enable", "cloudflare.tunnel.enable"];
 const YES: [&str; 4] = ["true", "1", "t", "yes"];
 
-/// A stream that is silent for this long may have been cut without a word (a proxy that drops idle connections);
-/// it is opened again, which costs three small requests.
+/// A stream that is silent for this long is opened again, before something on the way drops it for being idle: that
+/// costs three small requests, and no event is late.
 const IDLE_LIMIT: Duration = Duration::from_secs(300);
 /// Docker answers the subscription a moment before it takes effect. A second listing after this time finds what
 /// happened in that moment.
 const SECOND_LOOK: Duration = Duration::from_secs(1);
+/// Longest time between two listings, however rare the reports are.
+const LONGEST_UNSEEN: Duration = Duration::from_secs(30);
+/// Longest wait for a Docker that is away: it may be back at any moment, and to ask costs a refused connection.
+const AWAY_WAIT: Duration = Duration::from_secs(1);
 /// Docker, or a proxy, refuses a subscription within this time.
 const REFUSAL_LIMIT: Duration = Duration::from_millis(100);
 /// Docker may list a container as it was before its last event: the event is right for this long.
@@ -56,20 +64,25 @@ pub struct EventStream {
     /// Names of the tunnel container, its successor and its network, whose events wake the supervisor.
     watched: [String; 3],
     seen: Seen,
-    /// When each container last started or ended, for as long as that counts more than a listing.
+    /// When each container last started, ended or was renamed, for as long as that counts more than a listing.
     fresh: BTreeMap<String, Instant>,
+    /// When the listing was asked for that is under way: what is told after that counts more, however long it takes.
+    asked: Option<Instant>,
+    look_every: Duration,
     trouble: Trouble,
 }
 
 impl EventStream {
     /// `wakes` are those of the supervisor and of the neighbours' task; each holds one message: several wakes are
-    /// one. `watched` are the names of the tunnel container, its successor and its network.
+    /// one. `watched` are the names of the tunnel container, its successor and its network. The picture is compared
+    /// with a listing as often as it is reported, and at least twice a minute.
     pub fn new(
         docker: Arc<Docker>,
         inventory: watch::Sender<Inventory>,
         changes: mpsc::Sender<Change>,
         wakes: [mpsc::Sender<()>; 2],
         watched: [String; 3],
+        report_interval: Duration,
     ) -> Self {
         let trouble = Trouble::new("Docker");
         let [wake_supervisor, wake_neighbours] = wakes;
@@ -82,6 +95,8 @@ impl EventStream {
             watched,
             seen: Seen::default(),
             fresh: BTreeMap::new(),
+            asked: None,
+            look_every: report_interval.min(LONGEST_UNSEEN),
             trouble,
         }
     }
@@ -96,13 +111,16 @@ impl EventStream {
             self.inventory.send_if_modified(|inventory| std::mem::take(&mut inventory.complete));
             match &ended {
                 Ended::Idle | Ended::Closed => debug!(?ended, "event stream ended, opening it again"),
+                Ended::Deaf => self.trouble.failed(&DEAF, DEAF_REMEDY),
                 Ended::Failed(error) => self.trouble.failed(error, error.remedy()),
             }
             if began.elapsed() > Duration::from_secs(10) {
                 backoff.reset();
             }
-            if !matches!(ended, Ended::Idle) {
-                sleep(backoff.next(None)).await;
+            match &ended {
+                Ended::Idle | Ended::Deaf => {}
+                Ended::Failed(error) if !error.is_away() => sleep(backoff.next(None)).await,
+                Ended::Closed | Ended::Failed(_) => sleep(backoff.next(None).min(AWAY_WAIT)).await,
             }
         }
     }
@@ -114,6 +132,8 @@ impl EventStream {
             Ok(stream) => pin!(stream),
             Err(error) => return Ended::Failed(error),
         };
+        // The last life may have ended in the middle of a listing.
+        self.asked = None;
         let asked = Instant::now();
         let mut listing = Box::pin(docker.list_with_label_keys(&ENABLE_KEYS));
         let mut early = VecDeque::new();
@@ -152,31 +172,41 @@ impl EventStream {
         for event in early {
             self.take(event).await;
         }
-        let mut second_look = Some(Instant::now() + SECOND_LOOK);
+        let (mut heard, mut next_look) = (Instant::now(), Instant::now() + SECOND_LOOK);
+        // What the second listing finds happened before the subscription took effect. What a later one finds must be
+        // told by an event as well, or the stream is deaf.
+        let (mut is_second, mut deaf_at) = (true, None);
+        // The stream is read on while a listing is under way: a slow one must not make an event late.
+        let mut listing = None;
         loop {
-            let look = async {
-                match second_look {
-                    Some(at) => sleep_until(at).await,
-                    None => pending().await,
-                }
-            };
             tokio::select! {
-                event = timeout(IDLE_LIMIT, stream.next()) => match event {
-                    Ok(Some(Ok(event))) => self.take(event).await,
-                    Ok(Some(Err(error))) => return Ended::Failed(error),
-                    Ok(None) => return Ended::Closed,
-                    Err(_) => return Ended::Idle,
-                },
-                () = look => {
-                    let asked = Instant::now();
-                    match docker.list_with_label_keys(&ENABLE_KEYS).await {
-                        Ok(containers) => {
-                            let agreed = self.replace(containers, asked).await;
-                            second_look = (!agreed).then(|| Instant::now() + EVENTS_WIN);
-                        }
-                        Err(error) => return Ended::Failed(error),
+                event = stream.next() => match event {
+                    Some(Ok(event)) => {
+                        (heard, deaf_at) = (Instant::now(), None);
+                        self.take(event).await;
                     }
+                    Some(Err(error)) => return Ended::Failed(error),
+                    None => return Ended::Closed,
+                },
+                () = sleep_until(next_look), if listing.is_none() => {
+                    self.asked = Some(Instant::now());
+                    listing = Some(Box::pin(docker.list_with_label_keys(&ENABLE_KEYS)));
                 }
+                listed = when_there(&mut listing) => {
+                    listing = None;
+                    let asked = self.asked.take().unwrap_or_else(Instant::now);
+                    let found = match listed {
+                        Ok(containers) => self.replace(containers, asked).await,
+                        Err(error) => return Ended::Failed(error),
+                    };
+                    let is_second = std::mem::take(&mut is_second);
+                    if found.news && !is_second && deaf_at.is_none() {
+                        deaf_at = Some(Instant::now() + EVENTS_WIN);
+                    }
+                    next_look = Instant::now() + if found.agreed { self.look_every } else { EVENTS_WIN };
+                }
+                () = until(deaf_at) => return Ended::Deaf,
+                () = sleep_until(heard + IDLE_LIMIT) => return Ended::Idle,
             }
         }
     }
@@ -184,8 +214,8 @@ impl EventStream {
     /// Puts a listing in the place of the picture and tells the differences. The first one tells every container:
     /// a master that takes nothing from reports, as one that agreed to a lower protocol, then knows them too.
     ///
-    /// `asked` is when it was asked for. Returns false when it contradicted a fresh event, which then won: somebody should look again.
-    async fn replace(&mut self, listed: Vec<Container>, asked: Instant) -> bool {
+    /// `asked` is when it was asked for.
+    async fn replace(&mut self, listed: Vec<Container>, asked: Instant) -> Found {
         let now = Timestamp::now();
         self.fresh.retain(|_, at| asked - *at < EVENTS_WIN);
         // Between two runs a container is listed as well; its next start is an event.
@@ -196,7 +226,7 @@ impl EventStream {
         self.inventory.send_if_modified(|inventory| {
             for id in fresh.keys() {
                 let known = inventory.containers.get(id);
-                if known.is_some() == after.contains_key(id) {
+                if known.map(|known| &known.name) == after.get(id).map(|listed| &listed.name) {
                     continue;
                 }
                 agreed = false;
@@ -210,14 +240,17 @@ impl EventStream {
             let gone = before.iter().filter(|(id, _)| !after.contains_key(*id)).map(|(_, c)| (false, c.clone()));
             let new = after.iter().filter(|(id, _)| !before.contains_key(*id)).map(|(_, c)| (true, c.clone()));
             changes.extend(gone.chain(new).map(|(running, container)| Change { at: now, running, container }));
+            let is_renamed = |(id, c): (&String, &Container)| before.get(id).is_some_and(|known| known.name != c.name);
+            let renamed = after.iter().any(is_renamed);
             let again = !std::mem::replace(&mut inventory.complete, true);
-            inventory.revision += u64::from(again);
+            inventory.revision += u64::from(again || renamed);
             again || before != inventory.containers
         });
+        let news = !changes.is_empty();
         for change in changes {
             self.tell(change).await;
         }
-        agreed
+        Found { agreed, news }
     }
 
     /// Applies one event.
@@ -232,10 +265,11 @@ impl EventStream {
             // Full means that a wake is already waiting.
             let _ = self.wake_neighbours.try_send(());
         }
-        if matches!(event.action, Action::Start | Action::End) {
+        if matches!(event.action, Action::Start | Action::End | Action::Rename) {
             let now = Instant::now();
+            let judged_at = self.asked.unwrap_or(now);
+            self.fresh.retain(|_, at| judged_at - *at < EVENTS_WIN);
             self.fresh.insert(event.id.clone(), now);
-            self.fresh.retain(|_, at| now - *at < EVENTS_WIN);
         }
         let at = Timestamp::from_nanosecond(event.at.into()).unwrap_or_else(|_| Timestamp::now());
         let change = match event.action {
@@ -298,12 +332,44 @@ impl EventStream {
 /// How a stream came to its end.
 #[derive(Debug)]
 enum Ended {
-    /// Silent for too long.
+    /// Silent for so long that it may be cut for it.
     Idle,
+    /// A listing showed what no event told.
+    Deaf,
     /// Closed by the other side, as on a restart of Docker or a proxy.
     Closed,
     /// Never opened, cut, or the listing beside it failed.
     Failed(DockerError),
+}
+
+/// How the log says of a deaf stream what it is, after "Docker", and what can be done.
+const DEAF: &str = "did not tell a change that its listing shows: the stream of its events is cut without a word";
+const DEAF_REMEDY: &str =
+    "opening it again; if this comes back, let what is between agent and Docker keep idle connections";
+
+/// What a listing was worth.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Found {
+    /// False when it contradicted a fresh event, which then won: somebody should look again.
+    agreed: bool,
+    /// Whether it changed what is known to run.
+    news: bool,
+}
+
+/// The result of the work under way; never, while there is none.
+async fn when_there<T>(work: &mut Option<impl Future<Output = T> + Unpin>) -> T {
+    match work {
+        Some(work) => work.await,
+        None => pending().await,
+    }
+}
+
+/// Never, while there is no such time.
+async fn until(at: Option<Instant>) {
+    match at {
+        Some(at) => sleep_until(at).await,
+        None => pending().await,
+    }
 }
 
 /// Whether it may open or close a way that no change of the inventory tells: a network, a name, a connector. A

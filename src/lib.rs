@@ -155,7 +155,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunE
         let tunnel = &config.tunnel;
         let watched = [tunnel.container_name.clone(), tunnel.successor_name(), tunnel.network.clone()];
         let wakes = [wake_tx, look_tx];
-        let stream = events::EventStream::new(docker.clone(), inventory_tx, changes_tx, wakes, watched);
+        let stream =
+            events::EventStream::new(docker.clone(), inventory_tx, changes_tx, wakes, watched, config.report_interval);
         Task::spawn("events", async move { match stream.run().await {} })
     };
     let neighbours = {

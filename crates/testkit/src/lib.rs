@@ -37,7 +37,8 @@
 //!
 //! [`main`], [`case`], [`cases!`] run tests · [`docker`], [`engine`], [`wait_until`] reach the engine ·
 //! [`Scope`] with [`Spec`] and [`Proxy`] makes containers, networks and volumes · [`images`] makes images from
-//! [`Files`] · [`binary`] builds the workspace's programs · [`AgentProcess`] runs one outside Docker ·
+//! [`Files`] · [`FakeDocker`] is an engine that fails on demand ·
+//! [`binary`] builds the workspace's programs · [`AgentProcess`] runs one outside Docker ·
 //! [`token`], [`http`] talk to the `cloudflared` stand-in.
 #![allow(
     clippy::expect_used,
@@ -51,6 +52,7 @@ mod cleanup;
 mod containers;
 mod dockerfile;
 mod engine;
+mod fake_docker;
 mod files;
 mod haproxy;
 mod images;
@@ -67,6 +69,7 @@ pub use cloudflared_stand_in::edge::Edge;
 pub use cloudflared_stand_in::http;
 pub use containers::{Spec, logs};
 pub use engine::{docker, engine, in_ci, socket_path, wait_until};
+pub use fake_docker::{FakeDocker, Listing};
 pub use files::Files;
 pub use images::{Images, images};
 pub use proxy::Proxy;

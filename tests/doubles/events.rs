@@ -1,0 +1,155 @@
+//! Each way to lose sight of Docker by itself, and the master's picture within two seconds of the way's return.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use dockflare_dev_master::Protocol;
+use tokio::time::{Instant, sleep_until};
+
+use crate::scene::{SOON, Scene, with_both};
+
+/// What an outage may cost at most, once it is over.
+const MOMENTS: Duration = Duration::from_secs(2);
+/// Between two reports and looks.
+const INTERVAL: Duration = Duration::from_secs(1);
+
+/// A scene whose agent has reported a container that will run all the time.
+async fn scene(protocol: Protocol) -> Result<(Scene, [String; 1])> {
+    let mut scene = Scene::new(protocol, INTERVAL).await?;
+    let always = [scene.docker.run("always")];
+    scene.start()?;
+    scene.agreed(SOON).await?;
+    // The looks at the beginning would find whatever is changed now.
+    scene.more_reports(2).await?;
+    Ok((scene, always))
+}
+
+#[tokio::test]
+async fn a_stream_that_was_cut_without_a_word_is_found_out_within_one_report_interval() {
+    with_both(async |protocol| {
+        let (scene, always) = scene(protocol).await?;
+        let ends = scene.docker.run("ends");
+        scene.agreed(SOON).await?;
+        scene.docker.deafen();
+        let _begins = scene.docker.run("begins");
+        scene.docker.stop(&ends);
+        let took = scene.agreed(INTERVAL + MOMENTS).await?;
+        // It listens again, and needs no look to hear.
+        scene.listens().await?;
+        let _heard = scene.docker.run("heard");
+        let heard = scene.agreed(MOMENTS).await?;
+        eprintln!("{protocol}: known after {took:.1?}, and events again in {heard:.1?}");
+        scene.assert_never_missed(&always)
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn events_that_got_lost_on_a_stream_that_lives_are_made_up_for_by_the_next_listing() {
+    with_both(async |protocol| {
+        let (scene, always) = scene(protocol).await?;
+        let ends = scene.docker.run("ends");
+        scene.agreed(SOON).await?;
+        scene.docker.mute(true);
+        let _begins = scene.docker.run("begins");
+        scene.docker.rename(&ends, "renamed");
+        scene.docker.mute(false);
+        scene.agreed(INTERVAL + MOMENTS).await?;
+        scene.docker.mute(true);
+        scene.docker.stop(&ends);
+        scene.docker.mute(false);
+        scene.agreed(INTERVAL + MOMENTS).await?;
+        scene.assert_never_missed(&always)
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_docker_that_comes_later_or_comes_back_is_known_in_moments() {
+    with_both(async |protocol| {
+        let mut scene = Scene::new(protocol, INTERVAL).await?;
+        scene.docker.down();
+        let always = [scene.docker.run("always")];
+        scene.start()?;
+        // Long enough for waits that grow to have grown.
+        let outage = Duration::from_secs(6);
+        sleep_until(Instant::now() + outage).await;
+        anyhow::ensure!(scene.known().is_some_and(|agent| agent.complete_reports == 0), "it cannot know that");
+        scene.docker.up()?;
+        let came = scene.agreed(MOMENTS).await?;
+        let ends = scene.docker.run("ends");
+        scene.agreed(MOMENTS).await?;
+        scene.docker.down();
+        scene.docker.stop(&ends);
+        let _begins = scene.docker.run("begins");
+        sleep_until(Instant::now() + outage).await;
+        scene.docker.up()?;
+        let back = scene.agreed(MOMENTS).await?;
+        eprintln!("{protocol}: known {came:.1?} after it came, and {back:.1?} after it came back");
+        scene.assert_never_missed(&always)
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_burst_of_two_thousand_starts_and_stops_leaves_the_right_picture() {
+    with_both(async |protocol| {
+        let (scene, always) = scene(protocol).await?;
+        let (began, every) = (Instant::now(), Duration::from_millis(5));
+        for count in 0..2000_u32 {
+            let id = scene.docker.run(&format!("burst-{count}"));
+            // One in a hundred stays.
+            if count % 100 != 0 {
+                scene.docker.stop(&id);
+            }
+            sleep_until(began + every * count).await;
+        }
+        let within = began.elapsed();
+        let took = scene.agreed(MOMENTS).await?;
+        let known = scene.known().unwrap_or_default();
+        let told: u64 = known.starts.values().sum();
+        eprintln!("{protocol}: 2,000 in {within:.1?}, the picture right {took:.1?} later, {told} starts told");
+        anyhow::ensure!(known.containers.len() == 21);
+        scene.assert_never_missed(&always)
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_engine_that_insists_on_a_new_api_is_spoken_to() {
+    with_both(async |protocol| {
+        let mut scene = Scene::new(protocol, INTERVAL).await?;
+        scene.docker.insist_on(44);
+        let always = [scene.docker.run("always")];
+        scene.start()?;
+        scene.agreed(SOON).await?;
+        let _later = scene.docker.run("later");
+        scene.agreed(MOMENTS).await?;
+        scene.assert_never_missed(&always)
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_slow_docker_makes_no_event_late_and_undoes_none() {
+    with_both(async |protocol| {
+        let (scene, always) = scene(protocol).await?;
+        let ends = scene.docker.run("ends");
+        scene.agreed(SOON).await?;
+        scene.docker.slow_down(Duration::from_secs(4));
+        // By now a look is under way, or comes in a moment.
+        scene.more_reports(2).await?;
+        let began = Instant::now();
+        let _begins = scene.docker.run("begins");
+        scene.docker.stop(&ends);
+        let took = scene.agreed(MOMENTS).await?;
+        // The listing that was asked for before comes, and changes nothing.
+        while began.elapsed() < Duration::from_secs(5) {
+            scene.more_reports(1).await?;
+            scene.agreed(Duration::ZERO).await?;
+        }
+        eprintln!("{protocol}: told after {took:.1?} while listings take 4 s");
+        scene.assert_never_missed(&always)
+    })
+    .await;
+}
