@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use dockflare_dev_master::{Fault, Route, Times};
+use dockflare_dev_master::{Fault, Protocol, Route, Times};
 use fastrand::Rng;
 use serde_json::{Value, json};
 
@@ -260,6 +260,10 @@ impl Faults {
                     KeyRolled => self.key = Some(scene.master.roll_key(&agent)?),
                     _ => {
                         scene.master.forget(&agent)?;
+                        // The first protocol takes the agent as new; the second will not have that key again.
+                        if scene.master.snapshot().protocol == Protocol::V1 {
+                            return Ok(None);
+                        }
                         self.key = Some(scene.master.generate_key("soak"));
                     }
                 }

@@ -73,7 +73,9 @@ impl<'a> Scene<'a> {
         let binary = testkit::binary("dockflare-agent")?;
         testkit::images().workload().await?;
         let master = DevMaster::builder().protocol(protocol).account("soak-account").start().await?;
-        let proxy = match scope.socket_proxy(&PROXY_OPENS).await {
+        let proxy_network = scope.name("soak-proxy");
+        scope.create_network(&proxy_network).await?;
+        let proxy = match scope.socket_proxy_in(&PROXY_OPENS, Some(&proxy_network)).await {
             Ok(proxy) => Some(proxy),
             Err(error) => {
                 println!("no socket proxy, the agent reaches Docker without one: {error:#}");
@@ -273,9 +275,9 @@ impl<'a> Scene<'a> {
     /// One of the others comes, goes, or comes back.
     pub(crate) async fn move_workload(&mut self, rng: &mut Rng) -> Result<()> {
         if self.present.is_empty() || (self.present.len() < MOST_WORKLOADS && rng.bool()) {
-            // Some end by themselves.
+            // Some end by themselves. None needs a network to be told of.
             let args: &[&str] = if rng.u8(..4) == 0 { &["sleep", "1500"] } else { &[] };
-            let id = self.scope.run_workload(&WORKLOAD_LABELS, args, None, false).await?;
+            let id = self.scope.run_workload(&WORKLOAD_LABELS, args, Some("none"), false).await?;
             self.made.insert(id.clone());
             self.present.push(id);
             return Ok(());
