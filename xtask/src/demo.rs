@@ -23,7 +23,7 @@ use scene::{AGENT, Scene, TUNNEL, WEB};
 use story::Story;
 
 /// `sysexits.h`: a service is not there.
-const UNAVAILABLE: u8 = 69;
+pub(crate) const UNAVAILABLE: u8 = 69;
 /// How long an engine may take to answer.
 const PING_LIMIT: Duration = Duration::from_secs(10);
 /// What the agent's tunnel is called at the master.
@@ -90,7 +90,7 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
 }
 
 /// The engine behind a socket of this machine, if it answers.
-async fn engine() -> Result<Docker> {
+pub(crate) async fn engine() -> Result<Docker> {
     if let Ok(host) = std::env::var("DOCKER_HOST") {
         let usable = host.is_empty() || host.starts_with("unix://");
         ensure!(usable, "DOCKER_HOST={host} cannot be mounted into a container; unset it, or use unix://<path>");

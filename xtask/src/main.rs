@@ -2,12 +2,14 @@
 //!
 //! - [`mod@test`]: `cargo xtask test`, every check there is, with one line of sums at the end.
 //! - [`demo`]: `cargo xtask demo`, the main job on this machine without a master or a Cloudflare account.
+//! - [`soak`]: `cargo xtask soak`, the agent under one fault after the other, for as long as one likes.
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
 mod demo;
+mod soak;
 mod test;
 
 /// The project's own commands.
@@ -28,11 +30,16 @@ enum Command {
     ///
     /// Exit codes: 0 all steps seen, 1 one was not, 69 no Docker Engine answers.
     Demo(demo::Arguments),
+    /// Let the agent work for a while, with a fault every few seconds, and see that nothing is lost.
+    ///
+    /// Exit codes: 0 nothing was lost, 1 something was, 69 no Docker Engine answers.
+    Soak(soak::Arguments),
 }
 
 fn main() -> ExitCode {
     match Arguments::parse().command {
         Command::Test => test::run(),
         Command::Demo(arguments) => demo::run(&arguments),
+        Command::Soak(arguments) => soak::run(&arguments),
     }
 }

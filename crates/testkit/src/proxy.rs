@@ -27,12 +27,21 @@ impl Scope {
     /// # Errors
     /// When HAProxy is not installed, or it does not come up.
     pub async fn socket_proxy(&self, env: &[(&str, &str)]) -> Result<Proxy<'_>> {
+        self.socket_proxy_in(env, None).await
+    }
+
+    /// As [`Scope::socket_proxy`], in this network instead of Docker's `bridge`.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn socket_proxy_in(&self, env: &[(&str, &str)], network: Option<&str>) -> Result<Proxy<'_>> {
         let image = images().haproxy().await?;
         // The port is ours to choose, for it must be the same after a restart. Another process may take
         // it before Docker does: then the next one.
         for _ in 0..5 {
             let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
-            let container = self.create(Spec { image: &image, env, host: host(port), ..Spec::default() }).await?;
+            let container =
+                self.create(Spec { image: &image, env, network, host: host(port), ..Spec::default() }).await?;
             match self.start(&container).await {
                 Err(error) if format!("{error:#}").contains("already allocated") => self.rm(&container).await?,
                 Err(error) => return Err(error),

@@ -1,0 +1,412 @@
+//! The faults: what each is called, how it begins, and how it ends.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use dockflare_dev_master::{Fault, Protocol, Route, Times};
+use fastrand::Rng;
+use serde_json::{Value, json};
+
+use super::relay::Door;
+use super::scene::Scene;
+
+/// All kinds of faults, and the orders that may come in the middle of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    MasterStatus,
+    MasterRetryAfter,
+    MasterDelay,
+    MasterHold,
+    MasterCutBefore,
+    MasterCutHalfway,
+    MasterLostReply,
+    MasterTruncated,
+    MasterNotJson,
+    MasterLoginRedirect,
+    MasterPaused,
+    SessionEnded,
+    AgentForgotten,
+    KeyRolled,
+    OrderStart,
+    OrderRestart,
+    OrderStopAndStart,
+    OrderNewToken,
+    OrderIngress,
+    DockerCut,
+    DockerRefused,
+    DockerSilent,
+    ProxyKilled,
+    TunnelKilled,
+    TunnelStopped,
+    TunnelRemoved,
+    TunnelPaused,
+    TunnelHung,
+    TunnelUnready,
+    TunnelCrashed,
+    AgentKilled,
+    AgentStopped,
+    DiskRefuses,
+}
+
+use Kind::*;
+
+/// Each of them once: a deck that is shuffled and dealt, so that none is left out.
+const ALL: [Kind; 33] = [
+    MasterStatus,
+    MasterRetryAfter,
+    MasterDelay,
+    MasterHold,
+    MasterCutBefore,
+    MasterCutHalfway,
+    MasterLostReply,
+    MasterTruncated,
+    MasterNotJson,
+    MasterLoginRedirect,
+    MasterPaused,
+    SessionEnded,
+    AgentForgotten,
+    KeyRolled,
+    OrderStart,
+    OrderRestart,
+    OrderStopAndStart,
+    OrderNewToken,
+    OrderIngress,
+    DockerCut,
+    DockerRefused,
+    DockerSilent,
+    ProxyKilled,
+    TunnelKilled,
+    TunnelStopped,
+    TunnelRemoved,
+    TunnelPaused,
+    TunnelHung,
+    TunnelUnready,
+    TunnelCrashed,
+    AgentKilled,
+    AgentStopped,
+    DiskRefuses,
+];
+
+/// What one fault at a time can act upon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Organ {
+    Master,
+    Key,
+    Orders,
+    Docker,
+    Tunnel,
+    Disk,
+    None,
+}
+
+impl Kind {
+    fn organ(self) -> Organ {
+        match self {
+            MasterHold | MasterPaused => Organ::Master,
+            AgentForgotten | KeyRolled => Organ::Key,
+            OrderStart | OrderRestart | OrderStopAndStart | OrderNewToken => Organ::Orders,
+            DockerCut | DockerRefused | DockerSilent | ProxyKilled => Organ::Docker,
+            TunnelKilled | TunnelStopped | TunnelRemoved | TunnelPaused | TunnelHung | TunnelUnready
+            | TunnelCrashed => Organ::Tunnel,
+            DiskRefuses => Organ::Disk,
+            _ => Organ::None,
+        }
+    }
+}
+
+/// The faults that last, and the deck that the next one comes from.
+pub(crate) struct Faults {
+    rng: Rng,
+    deck: Vec<Kind>,
+    lasting: Vec<(Kind, Instant)>,
+    key: Option<String>,
+    /// How many there were of each kind.
+    pub(crate) count: [u32; ALL.len()],
+}
+
+impl Faults {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self { rng: Rng::with_seed(seed), deck: Vec::new(), lasting: Vec::new(), key: None, count: [0; ALL.len()] }
+    }
+
+    pub(crate) fn total(&self) -> u32 {
+        self.count.iter().sum()
+    }
+
+    pub(crate) fn of(&self, kind: Kind) -> u32 {
+        self.count[kind as usize]
+    }
+
+    /// The kinds that never came.
+    pub(crate) fn missing(&self) -> Vec<Kind> {
+        ALL.iter().zip(self.count).filter(|(_, count)| *count == 0).map(|(kind, _)| *kind).collect()
+    }
+
+    /// Begins one more, if the next in the deck can begin now.
+    pub(crate) async fn strike(&mut self, scene: &mut Scene<'_>, may_end_the_agent: bool) -> Result<()> {
+        if self.deck.is_empty() {
+            self.deck = ALL.to_vec();
+            self.rng.shuffle(&mut self.deck);
+        }
+        let busy = |organ: Organ| organ != Organ::None && self.lasting.iter().any(|(kind, _)| kind.organ() == organ);
+        let fits = |kind: &Kind| {
+            let possible = match kind {
+                ProxyKilled => scene.proxy.is_some(),
+                DiskRefuses => scene.disk.can_refuse(),
+                // One that starts on a disk that refuses says so and ends.
+                AgentKilled | AgentStopped => may_end_the_agent && !busy(Organ::Disk),
+                SessionEnded | AgentForgotten | KeyRolled => scene.known().is_some(),
+                _ => true,
+            };
+            possible && !busy(kind.organ())
+        };
+        let Some(at) = self.deck.iter().rposition(fits) else {
+            self.deck.clear();
+            return Ok(());
+        };
+        let kind = self.deck.remove(at);
+        self.count[kind as usize] += 1;
+        let lasts = self.begin(kind, scene).await.with_context(|| format!("{kind:?} cannot begin"))?;
+        if let Some(lasts) = lasts {
+            self.lasting.push((kind, Instant::now() + lasts));
+        }
+        Ok(())
+    }
+
+    /// Ends what has lasted long enough.
+    pub(crate) async fn relent(&mut self, scene: &mut Scene<'_>) -> Result<()> {
+        while let Some(at) = self.lasting.iter().position(|(_, until)| *until <= Instant::now()) {
+            let (kind, _) = self.lasting.remove(at);
+            self.end(kind, scene).await.with_context(|| format!("{kind:?} cannot end"))?;
+        }
+        Ok(())
+    }
+
+    /// Ends all.
+    pub(crate) async fn end_all(&mut self, scene: &mut Scene<'_>) -> Result<()> {
+        self.lasting.iter_mut().for_each(|(_, until)| *until = Instant::now());
+        self.relent(scene).await?;
+        scene.master.clear_faults();
+        Ok(())
+    }
+
+    fn seconds(&mut self, least: u64, most: u64) -> Duration {
+        Duration::from_millis(self.rng.u64(least * 1000..=most * 1000))
+    }
+
+    /// Sets a fault of the master, on some route, for some requests.
+    fn at_the_master(&mut self, scene: &mut Scene<'_>, kind: Kind, fault: Fault) {
+        let route = [Route::Any, Route::Commands, Route::Events, Route::Register][self.rng.usize(..4)];
+        let times = self.rng.u32(1..=4);
+        // What was asked for has had its effect, and the answer does not arrive.
+        let loses = matches!(fault, Fault::LostReply | Fault::CutHalfway | Fault::Truncated);
+        scene.may_be_lost |= loses && matches!(route, Route::Any | Route::Commands);
+        scene.say("fault", format_args!("{kind:?} on {times} request(s), route {route}: {fault:?}"));
+        scene.master.fault(route, fault, times);
+    }
+
+    /// Begins; gives how long it lasts, if it is not over at once.
+    async fn begin(&mut self, kind: Kind, scene: &mut Scene<'_>) -> Result<Option<Duration>> {
+        let agent = scene.known().map(|agent| agent.id);
+        let tunnel = scene.tunnel.clone();
+        let say = |scene: &Scene<'_>, lasts: Option<Duration>| match lasts {
+            Some(lasts) => scene.say("fault", format_args!("{kind:?} for {:.1} s", lasts.as_secs_f64())),
+            None => scene.say("fault", format_args!("{kind:?}")),
+        };
+        match kind {
+            MasterStatus => {
+                let status = [500, 502, 503, 504][self.rng.usize(..4)];
+                self.at_the_master(scene, kind, Fault::status(status));
+            }
+            MasterRetryAfter => {
+                let fault = if self.rng.bool() { Fault::code(429, "rate_limited") } else { Fault::status(503) };
+                let after = self.rng.u32(1..=3).to_string();
+                self.at_the_master(scene, kind, fault.retry_after(&after));
+            }
+            MasterDelay => {
+                let delay = self.seconds(1, 6);
+                self.at_the_master(scene, kind, Fault::delay(delay));
+            }
+            MasterCutBefore => self.at_the_master(scene, kind, Fault::CutBefore),
+            MasterCutHalfway => self.at_the_master(scene, kind, Fault::CutHalfway),
+            MasterLostReply => self.at_the_master(scene, kind, Fault::LostReply),
+            MasterTruncated => self.at_the_master(scene, kind, Fault::Truncated),
+            MasterNotJson => self.at_the_master(scene, kind, Fault::NotJson),
+            MasterLoginRedirect => self.at_the_master(scene, kind, Fault::LoginRedirect),
+            MasterHold => {
+                let lasts = self.seconds(2, 8);
+                say(scene, Some(lasts));
+                scene.master.fault(Route::Any, Fault::Hold, Times::UntilCleared);
+                return Ok(Some(lasts));
+            }
+            MasterPaused => {
+                let lasts = self.seconds(2, 10);
+                say(scene, Some(lasts));
+                // A reply may be on its way.
+                scene.may_be_lost = true;
+                scene.master.pause().await?;
+                return Ok(Some(lasts));
+            }
+            SessionEnded | AgentForgotten | KeyRolled => {
+                let Some(agent) = agent else { return Ok(None) };
+                let lasts = self.seconds(0, 3);
+                say(scene, None);
+                match kind {
+                    SessionEnded => {
+                        scene.master.end_session(&agent)?;
+                        return Ok(None);
+                    }
+                    // The operator needs a moment to put the new key into the file.
+                    KeyRolled => self.key = Some(scene.master.roll_key(&agent)?),
+                    _ => {
+                        scene.master.forget(&agent)?;
+                        // The first protocol takes the agent as new; the second will not have that key again.
+                        if scene.master.snapshot().protocol == Protocol::V1 {
+                            return Ok(None);
+                        }
+                        self.key = Some(scene.master.generate_key("soak"));
+                    }
+                }
+                return Ok(Some(lasts));
+            }
+            OrderStart | OrderRestart | OrderNewToken | OrderStopAndStart | OrderIngress => {
+                say(scene, None);
+                if kind == OrderNewToken {
+                    scene.new_token();
+                }
+                // Whom the master does not know gets it all when it enrols.
+                let Some(agent) = agent else { return Ok(None) };
+                match kind {
+                    OrderRestart => drop(scene.master.redeploy(&agent)),
+                    OrderIngress => scene.order(&agent, Scene::ingress(self.rng.u32(..100)))?,
+                    OrderStopAndStart => {
+                        scene.order(&agent, json!({ "action": "stop_tunnel" }))?;
+                        return Ok(Some(self.seconds(1, 6)));
+                    }
+                    _ => scene.order_start(&agent)?,
+                }
+            }
+            DockerCut => {
+                say(scene, None);
+                scene.relay.turn(Door::Open);
+            }
+            DockerRefused => {
+                let lasts = self.seconds(1, 8);
+                say(scene, Some(lasts));
+                scene.relay.turn(Door::Refused);
+                return Ok(Some(lasts));
+            }
+            DockerSilent => {
+                // Now and then longer than a call of the agent waits.
+                let lasts = if self.rng.u8(..4) == 0 { self.seconds(20, 25) } else { self.seconds(1, 8) };
+                say(scene, Some(lasts));
+                scene.relay.turn(Door::Silent);
+                return Ok(Some(lasts));
+            }
+            ProxyKilled => {
+                let lasts = self.seconds(1, 6);
+                say(scene, Some(lasts));
+                if let Some(proxy) = &scene.proxy {
+                    proxy.kill().await?;
+                }
+                return Ok(Some(lasts));
+            }
+            TunnelKilled | TunnelStopped | TunnelRemoved | TunnelCrashed => {
+                let done = match kind {
+                    TunnelKilled => scene.scope.kill(&tunnel, "SIGKILL").await,
+                    TunnelStopped => scene.scope.stop(&tunnel, 5).await,
+                    TunnelRemoved => scene.scope.rm(&tunnel).await,
+                    _ => scene.scope.tell_stand_in(&tunnel, &json!({ "exit": 1 })).await,
+                };
+                // It may be away at this moment.
+                scene.say("fault", format_args!("{kind:?}{}", if done.is_ok() { "" } else { " (there is none)" }));
+            }
+            TunnelPaused | TunnelHung | TunnelUnready => {
+                // Now and then long enough for the agent to restart a hung one.
+                let lasts = if self.rng.u8(..4) == 0 { self.seconds(20, 40) } else { self.seconds(2, 10) };
+                let done = match kind {
+                    TunnelPaused => scene.scope.pause(&tunnel).await,
+                    TunnelHung => scene.scope.tell_stand_in(&tunnel, &json!({ "hang": true })).await,
+                    _ => scene.scope.tell_stand_in(&tunnel, &json!({ "unready": true })).await,
+                };
+                match done {
+                    Ok(()) => {
+                        say(scene, Some(lasts));
+                        return Ok(Some(lasts));
+                    }
+                    Err(_) => scene.say("fault", format_args!("{kind:?} (there is none)")),
+                }
+            }
+            AgentKilled => {
+                say(scene, None);
+                // What it was just told may not be on its disk.
+                scene.may_be_lost = true;
+                scene.kill_agent().await?;
+                tokio::time::sleep(self.seconds(0, 2)).await;
+                let on_exit = self.on_exit();
+                scene.start_agent(on_exit)?;
+            }
+            AgentStopped => {
+                let took = scene.stop_agent().await?;
+                scene.say("fault", format_args!("{kind:?}, which took {:.1} s", took.as_secs_f64()));
+                tokio::time::sleep(self.seconds(0, 2)).await;
+                let on_exit = self.on_exit();
+                scene.start_agent(on_exit)?;
+            }
+            DiskRefuses => {
+                let lasts = self.seconds(2, 10);
+                say(scene, Some(lasts));
+                scene.disk.refuse()?;
+                return Ok(Some(lasts));
+            }
+        }
+        Ok(None)
+    }
+
+    async fn end(&mut self, kind: Kind, scene: &mut Scene<'_>) -> Result<()> {
+        let tunnel = scene.tunnel.clone();
+        match kind {
+            MasterHold => scene.master.clear_faults(),
+            MasterPaused => scene.master.resume().await?,
+            AgentForgotten | KeyRolled => {
+                if let Some(key) = self.key.take() {
+                    scene.hand_over(&key)?;
+                    scene.say("operator", "puts the new key into the agent's file");
+                }
+            }
+            OrderStopAndStart => {
+                if let Some(agent) = scene.known() {
+                    scene.order_start(&agent.id)?;
+                }
+            }
+            DockerRefused | DockerSilent => scene.relay.turn(Door::Open),
+            ProxyKilled => {
+                if let Some(proxy) = &scene.proxy {
+                    proxy.restart().await?;
+                }
+            }
+            // It may be another one by now, or none.
+            TunnelPaused => drop(scene.scope.unpause(&tunnel).await),
+            TunnelHung => drop(scene.scope.tell_stand_in(&tunnel, &json!({ "hang": Value::Null })).await),
+            TunnelUnready => drop(scene.scope.tell_stand_in(&tunnel, &json!({ "unready": Value::Null })).await),
+            DiskRefuses => scene.disk.relent()?,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn on_exit(&mut self) -> &'static str {
+        if self.rng.bool() { "remove" } else { "keep" }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_is_in_the_deck_at_its_own_place() {
+        assert!(ALL.iter().enumerate().all(|(at, kind)| *kind as usize == at));
+        assert_eq!(ALL.len() - 1, DiskRefuses as usize, "the last one");
+    }
+}

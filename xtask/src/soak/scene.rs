@@ -1,0 +1,347 @@
+//! Everything there is in a soak: the agent's process, its master and Docker, the tunnel's container and others that
+//! come and go; and the operator, who does what an operator would.
+
+use std::collections::{BTreeSet, HashMap};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use dockflare_dev_master::{Agent, AgentStatus, DevMaster, Protocol};
+use fastrand::Rng;
+use serde_json::{Value, json};
+use testkit::bollard::query_parameters::ListContainersOptions;
+use testkit::{AgentProcess, Proxy, Scope};
+
+use super::disk::Disk;
+use super::relay::{Behind, Relay};
+
+/// What the agent needs of a socket proxy.
+const PROXY_OPENS: [(&str, &str); 7] = [
+    ("CONTAINERS", "1"),
+    ("EVENTS", "1"),
+    ("NETWORKS", "1"),
+    ("IMAGES", "1"),
+    ("PING", "1"),
+    ("VERSION", "1"),
+    ("POST", "1"),
+];
+/// The label that tells a container of the agent's own.
+const SPEC_LABEL: &str = "com.dockflare.agent.spec";
+const WORKLOAD_LABELS: [(&str, &str); 2] =
+    [("dockflare.enable", "true"), ("dockflare.service", "http://workload:8080")];
+/// Other containers at a time.
+const MOST_WORKLOADS: usize = 6;
+/// How long a stop may take: Docker may just be silent.
+const STOP_LIMIT: Duration = Duration::from_secs(60);
+/// How many of the last lines are shown with a failure.
+const LAST_LINES: usize = 100;
+
+pub(crate) struct Scene<'a> {
+    began: Instant,
+    pub(crate) scope: &'a Scope,
+    pub(crate) master: DevMaster,
+    pub(crate) proxy: Option<Proxy<'a>>,
+    pub(crate) relay: Relay,
+    pub(crate) disk: Disk,
+    /// The running agent; none only between two of them.
+    agent: Option<AgentProcess>,
+    /// Counts its processes, and the lines that those before wrote.
+    pub(crate) lives: u32,
+    lines_before: usize,
+    /// The end of the log of the one before.
+    earlier: Vec<String>,
+    binary: PathBuf,
+    env: Vec<(String, String)>,
+    /// Holds the file with the agent key; not on the disk that refuses.
+    desk: tempfile::TempDir,
+    keys: Vec<String>,
+    /// The tunnel's container, and the one that follows it.
+    pub(crate) tunnel: String,
+    tunnel_id: String,
+    token: String,
+    /// A command may have been lost with a reply, which no master notices, only its operator.
+    pub(crate) may_be_lost: bool,
+    /// Every other container that was ever made, and those that are there now.
+    made: BTreeSet<String>,
+    present: Vec<String>,
+}
+
+impl<'a> Scene<'a> {
+    pub(crate) async fn new(scope: &'a Scope, protocol: Protocol) -> Result<Self> {
+        let image = testkit::images().stand_in_with(&[("STAND_IN_DRAIN", "300")]).await?;
+        let binary = testkit::binary("dockflare-agent")?;
+        testkit::images().workload().await?;
+        let master = DevMaster::builder().protocol(protocol).account("soak-account").start().await?;
+        let proxy_network = scope.name("soak-proxy");
+        scope.create_network(&proxy_network).await?;
+        let proxy = match scope.socket_proxy_in(&PROXY_OPENS, Some(&proxy_network)).await {
+            Ok(proxy) => Some(proxy),
+            Err(error) => {
+                println!("no socket proxy, the agent reaches Docker without one: {error:#}");
+                None
+            }
+        };
+        let behind = match &proxy {
+            Some(proxy) => Behind::Proxy(proxy.address().to_owned()),
+            None => Behind::Engine(testkit::socket_path()),
+        };
+        let (relay, disk, desk) = (Relay::start(behind).await?, Disk::new()?, tempfile::tempdir()?);
+        let (tunnel, network) = (scope.name("soak-tunnel"), scope.name("soak-net"));
+        scope.owns_container(&tunnel);
+        scope.owns_container(&format!("{tunnel}-next"));
+        scope.owns_network(&network);
+        let env = [
+            ("DOCKFLARE_MASTER_URL", master.url()),
+            ("DOCKFLARE_API_KEY_FILE", desk.path().join("key").display().to_string()),
+            ("DOCKFLARE_DATA_DIR", disk.path().display().to_string()),
+            ("DOCKER_HOST", relay.host_url()),
+            ("CLOUDFLARED_IMAGE", image),
+            ("CLOUDFLARED_NETWORK_NAME", network),
+            ("TUNNEL_CONTAINER_NAME", tunnel.clone()),
+            ("COMMAND_POLL_INTERVAL_SECONDS", "1".to_owned()),
+            ("REPORT_INTERVAL_SECONDS", "5".to_owned()),
+            ("HEALTH_CHECK_PORT", "0".to_owned()),
+        ];
+        let env = env.map(|(name, value)| (name.to_owned(), value)).to_vec();
+        let tunnel_id = scope.name("soak");
+        let token = testkit::token(&tunnel_id, "");
+        let mut scene = Self {
+            began: Instant::now(),
+            scope,
+            master,
+            proxy,
+            relay,
+            disk,
+            agent: None,
+            lives: 0,
+            lines_before: 0,
+            earlier: Vec::new(),
+            binary,
+            env,
+            desk,
+            keys: Vec::new(),
+            tunnel,
+            tunnel_id,
+            token,
+            may_be_lost: false,
+            made: BTreeSet::new(),
+            present: Vec::new(),
+        };
+        let key = scene.master.generate_key("soak");
+        scene.hand_over(&key)?;
+        scene.start_agent("remove")?;
+        Ok(scene)
+    }
+
+    /// A line of what happens.
+    pub(crate) fn say(&self, who: &str, what: impl std::fmt::Display) {
+        println!("{:7.1} s  {who:<8} {what}", self.began.elapsed().as_secs_f64());
+    }
+
+    // The agent.
+
+    pub(crate) fn start_agent(&mut self, on_exit: &str) -> Result<()> {
+        let mut env = self.env.clone();
+        env.push(("TUNNEL_ON_EXIT".to_owned(), on_exit.to_owned()));
+        let mut agent = AgentProcess::spawn(&self.binary, &env, self.desk.path())?;
+        self.keys.iter().for_each(|key| agent.plant(key));
+        self.agent = Some(agent);
+        self.lives += 1;
+        Ok(())
+    }
+
+    fn agent(&self) -> Result<&AgentProcess> {
+        self.agent.as_ref().context("there is no agent")
+    }
+
+    pub(crate) fn pid(&self) -> Result<u32> {
+        Ok(self.agent()?.pid())
+    }
+
+    /// The agent may end only when it is asked to.
+    pub(crate) fn agent_runs(&mut self) -> Result<()> {
+        let agent = self.agent.as_mut().context("there is no agent")?;
+        ensure!(agent.is_running()?, "the agent has ended by itself");
+        Ok(())
+    }
+
+    /// Ends it without its having a say.
+    pub(crate) async fn kill_agent(&mut self) -> Result<()> {
+        let agent = self.agent.as_mut().context("there is no agent")?;
+        agent.sigkill()?;
+        agent.wait_exit(STOP_LIMIT).await?;
+        self.bury()
+    }
+
+    /// Asks it to stop, which it does with 0.
+    pub(crate) async fn stop_agent(&mut self) -> Result<Duration> {
+        let began = Instant::now();
+        let agent = self.agent.as_mut().context("there is no agent")?;
+        agent.sigterm()?;
+        let code = agent.wait_exit(STOP_LIMIT).await?.code();
+        ensure!(code == Some(0), "the agent was asked to stop and ended with {code:?}");
+        self.bury()?;
+        Ok(began.elapsed())
+    }
+
+    /// The end of a process, which looks for secrets in all that it wrote.
+    pub(crate) fn bury(&mut self) -> Result<()> {
+        let Some(agent) = self.agent.take() else { return Ok(()) };
+        let log = agent.log();
+        self.lines_before += log.lines().count();
+        let lines: Vec<_> = log.lines().map(str::to_owned).collect();
+        self.earlier = lines.iter().skip(lines.len().saturating_sub(LAST_LINES)).cloned().collect();
+        let clean = catch_unwind(AssertUnwindSafe(|| drop(agent)));
+        ensure!(clean.is_ok(), "the agent wrote a secret to its log");
+        Ok(())
+    }
+
+    /// How many lines the agents have written.
+    pub(crate) fn lines(&self) -> usize {
+        self.lines_before + self.agent.as_ref().map_or(0, AgentProcess::mark)
+    }
+
+    /// The last lines of their log.
+    pub(crate) fn last_lines(&self) -> Vec<String> {
+        let mut lines = self.earlier.clone();
+        if let Some(agent) = &self.agent {
+            lines.push(format!("--- pid {} ---", agent.pid()));
+            lines.extend(agent.log().lines().map(str::to_owned));
+        }
+        lines.split_off(lines.len().saturating_sub(LAST_LINES))
+    }
+
+    // The operator.
+
+    /// Puts a key into the agent's file.
+    pub(crate) fn hand_over(&mut self, key: &str) -> Result<()> {
+        std::fs::write(self.desk.path().join("key"), format!("{key}\n"))?;
+        self.keys.push(key.to_owned());
+        if let Some(agent) = &mut self.agent {
+            agent.plant(key);
+        }
+        Ok(())
+    }
+
+    /// The agent as its master knows it; none while it does not.
+    pub(crate) fn known(&self) -> Option<Agent> {
+        let known = self.master.snapshot();
+        let stored = std::fs::read_to_string(self.disk.path().join("agent_id.txt")).unwrap_or_default();
+        known.agent(stored.trim()).or_else(|| known.only_agent()).cloned()
+    }
+
+    /// Whoever is pending gets the tunnel.
+    pub(crate) fn enrol_pending(&mut self) -> Result<()> {
+        if let Some(agent) = self.known().filter(|agent| agent.status == AgentStatus::Pending) {
+            self.say("operator", format_args!("enrols the agent {}", agent.id));
+            self.order_start(&agent.id)?;
+        }
+        Ok(())
+    }
+
+    /// What an operator does who sees that the tunnel is not as it should be.
+    pub(crate) fn repeat_what_may_be_lost(&mut self) -> Result<()> {
+        if std::mem::take(&mut self.may_be_lost)
+            && let Some(agent) = self.known()
+        {
+            self.say("operator", "enrols again, since a command may have been lost with a reply");
+            self.order_start(&agent.id)?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn order_start(&self, agent: &str) -> Result<()> {
+        self.master.enroll_with(agent, "soak", &self.tunnel_id, &self.token)?;
+        Ok(())
+    }
+
+    pub(crate) fn order(&self, agent: &str, command: Value) -> Result<()> {
+        self.master.push_commands(agent, vec![command])
+    }
+
+    pub(crate) fn new_token(&mut self) {
+        self.token = testkit::token(&self.tunnel_id, "");
+    }
+
+    pub(crate) fn ingress(number: u32) -> Value {
+        let hostname = format!("soak-{number}.example.com");
+        let rule = json!({ "hostname": hostname, "service": "http://workload:8080", "status": "active" });
+        json!({ "action": "update_tunnel_config", "rules": { hostname: rule } })
+    }
+
+    // The containers.
+
+    /// One of the others comes, goes, or comes back.
+    pub(crate) async fn move_workload(&mut self, rng: &mut Rng) -> Result<()> {
+        if self.present.is_empty() || (self.present.len() < MOST_WORKLOADS && rng.bool()) {
+            // Some end by themselves. None needs a network to be told of.
+            let args: &[&str] = if rng.u8(..4) == 0 { &["sleep", "1500"] } else { &[] };
+            let id = self.scope.run_workload(&WORKLOAD_LABELS, args, Some("none"), false).await?;
+            self.made.insert(id.clone());
+            self.present.push(id);
+            return Ok(());
+        }
+        let at = rng.usize(..self.present.len());
+        let id = self.present[at].clone();
+        match rng.u8(..4) {
+            // Docker says no to what is so already.
+            0 => drop(self.scope.stop(&id, 1).await),
+            1 => drop(self.scope.kill(&id, "SIGKILL").await),
+            2 => drop(self.scope.start(&id).await),
+            _ => {
+                self.scope.rm(&id).await?;
+                self.present.swap_remove(at);
+            }
+        }
+        Ok(())
+    }
+
+    async fn list(&self, all: bool, filter: (&str, String)) -> Result<Vec<testkit::models::ContainerSummary>> {
+        let filters = Some(HashMap::from([(filter.0.to_owned(), vec![filter.1])]));
+        let options = ListContainersOptions { all, filters, ..Default::default() };
+        Ok(self.scope.docker().list_containers(Some(options)).await?)
+    }
+
+    /// The containers that the agent has made for the tunnel, whether or not they run.
+    pub(crate) async fn connectors(&self) -> Result<Vec<String>> {
+        let found = self.list(true, ("label", SPEC_LABEL.to_owned())).await?;
+        let names = found.into_iter().filter_map(|container| container.names?.pop());
+        let names = names.map(|name| name.trim_start_matches('/').to_owned());
+        // Those of other agents on this machine are none of ours.
+        Ok(names.filter(|name| name.contains(self.scope.suffix())).collect())
+    }
+
+    /// At most the two of a replacement.
+    pub(crate) async fn at_most_two_connectors(&self) -> Result<()> {
+        let names = self.connectors().await?;
+        let next = format!("{}-next", self.tunnel);
+        let known = names.iter().all(|name| *name == self.tunnel || *name == next);
+        ensure!(known && names.len() <= 2, "the tunnel has these containers: {}", names.join(", "));
+        Ok(())
+    }
+
+    /// Whether all is as it should be, or what is not.
+    pub(crate) async fn is_well(&self) -> Result<()> {
+        let agent = self.known().context("the master does not know the agent")?;
+        ensure!(agent.online, "the master has not heard of the agent for a minute");
+        ensure!(agent.queued == 0, "{} command(s) are not fetched", agent.queued);
+        let state = agent.tunnel_state().unwrap_or("unknown");
+        ensure!(state == "running", "the master has the tunnel as {state}");
+        let connectors = self.connectors().await?;
+        ensure!(connectors == [self.tunnel.as_str()], "the tunnel has these containers: {}", connectors.join(", "));
+        let config = self.scope.inspect(&self.tunnel).await?.config.and_then(|config| config.env);
+        let wanted = format!("TUNNEL_TOKEN={}", self.token);
+        ensure!(config.is_some_and(|env| env.contains(&wanted)), "the tunnel container has an older token");
+        let label = format!("{}={}", "dockflare-test.scope", self.scope.suffix());
+        let running = self.list(false, ("label", label)).await?.into_iter().filter_map(|container| container.id);
+        let running: BTreeSet<_> = running.filter(|id| self.made.contains(id)).collect();
+        // Containers of other tests on this machine are told as well.
+        let told: BTreeSet<_> = agent.containers.keys().filter(|id| self.made.contains(*id)).cloned().collect();
+        if running != told {
+            let (missing, stale) = (running.difference(&told).count(), told.difference(&running).count());
+            bail!("of {} running containers the master misses {missing}, and has {stale} that are gone", running.len());
+        }
+        Ok(())
+    }
+}
