@@ -22,6 +22,10 @@ const OWNER_LABEL: (&str, &str) = ("com.dockflare.agent.owner", "dockflare-agent
 /// What a connector that hangs gets to end by itself: its own drain would be no use.
 const HANG_GRACE: Duration = Duration::from_secs(10);
 
+/// Between the removal of one container and the renaming of another on its network. Without it Engine 20.10 miscounts
+/// the containers on that network in one of a hundred cases, and then nobody can remove it until dockerd restarts.
+const RELEASE_TIME: Duration = Duration::from_secs(1);
+
 /// How far a plan was carried out without a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Came {
@@ -90,7 +94,12 @@ impl<H: Host> Supervisor<H> {
                 (Step::Create(_), None) => Ok(()),
                 (Step::Start(slot), _) => self.host.start(&self.name(*slot)).await,
                 (Step::Restart, _) => self.restart().await,
-                (Step::Rename, _) => self.host.rename(&self.name(Slot::Next), &self.name(Slot::Main)).await,
+                (Step::Rename, _) => {
+                    if steps.contains(&Step::Remove(Slot::Main)) {
+                        sleep(RELEASE_TIME).await;
+                    }
+                    self.host.rename(&self.name(Slot::Next), &self.name(Slot::Main)).await
+                }
             };
             if let Err(error) = done {
                 if let Some(spec) = spec
