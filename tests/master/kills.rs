@@ -129,6 +129,9 @@ impl Files {
     }
 }
 
+/// Whether the files are where a command was to bring them.
+type Reached = fn(&Files) -> bool;
+
 /// What the kills met.
 #[derive(Debug, Default)]
 struct Tally {
@@ -358,7 +361,7 @@ async fn decommissions(protocol: Protocol) -> Tally {
     while tally.kills < KILLS_LEAVING {
         let mut round = Round::new(protocol).await;
         let operation = format!("{:x}", fastrand::u64(..));
-        let steps: [(Order, fn(&Files) -> bool); 3] = [
+        let steps: [(Order, Reached); 3] = [
             (Order::Start(Tunnel::new()), |files| files.desired == "running"),
             (Order::Prepare(operation.clone()), |files| files.tombstone.is_some() && files.desired == "stopped"),
             (Order::Finalize(operation), |files| {
