@@ -11,6 +11,7 @@ use testkit::{AgentProcess, Case};
 use crate::support::{SOON, Stage};
 
 mod gaps;
+mod outages;
 
 /// Each case once with either kind of master.
 macro_rules! with_either_master {
@@ -35,6 +36,7 @@ pub(crate) fn cases() -> Vec<Case> {
         a_start_reaches_the_master_in_moments,
     ];
     cases.extend(gaps::cases());
+    cases.extend(outages::cases());
     cases
 }
 

@@ -8,6 +8,7 @@ mod containers;
 mod containers_commands;
 mod containers_scene;
 mod containers_status;
+mod daemon;
 mod decommission;
 mod events;
 mod neighbours;
@@ -26,6 +27,7 @@ fn main() -> std::process::ExitCode {
         containers::cases(),
         containers_commands::cases(),
         containers_status::cases(),
+        daemon::cases(),
         events::cases(),
         decommission::cases(),
         neighbours::cases(),

@@ -30,6 +30,8 @@ pub(crate) const REFUSAL: &str =
 pub(crate) struct Relay {
     address: SocketAddr,
     way: watch::Sender<Way>,
+    /// How often the connections of the moment were made deaf and dumb.
+    frozen: watch::Sender<u64>,
     /// How many requests were answered here.
     answered: watch::Receiver<u64>,
     server: JoinHandle<()>,
@@ -41,13 +43,14 @@ impl Relay {
         let address = listener.local_addr()?;
         let (way, ways) = watch::channel(way);
         let (count, answered) = watch::channel(0);
+        let (frozen, freezes) = watch::channel(0);
         let server = tokio::spawn(async move {
             let mut connections = JoinSet::new();
             while let Ok((client, _)) = listener.accept().await {
-                connections.spawn(serve(client, ways.clone(), count.clone()));
+                connections.spawn(serve(client, ways.clone(), freezes.clone(), count.clone()));
             }
         });
-        Ok(Self { address, way, answered, server })
+        Ok(Self { address, way, frozen, answered, server })
     }
 
     /// What an agent puts into `DOCKER_HOST`.
@@ -58,6 +61,11 @@ impl Relay {
     /// Cuts all connections; new ones go another way.
     pub(crate) fn switch(&self, way: Way) {
         self.way.send_replace(way);
+    }
+
+    /// Nothing more passes through the connections that are open now, and they stay open. New ones work.
+    pub(crate) fn freeze(&self) {
+        self.frozen.send_modify(|count| *count += 1);
     }
 
     /// Goes this way, and waits until a request was answered here.
@@ -74,11 +82,18 @@ impl Drop for Relay {
     }
 }
 
-async fn serve(mut client: TcpStream, mut ways: watch::Receiver<Way>, answered: watch::Sender<u64>) {
+async fn serve(
+    mut client: TcpStream,
+    mut ways: watch::Receiver<Way>,
+    mut freezes: watch::Receiver<u64>,
+    answered: watch::Sender<u64>,
+) {
     let way = ways.borrow_and_update().clone();
-    // Both arms may be dropped half-way: that is what a cut is.
+    freezes.mark_unchanged();
+    // All arms may be dropped half-way: that is what a cut is.
     tokio::select! {
         _ = ways.changed() => {}
+        _ = freezes.changed() => drop(ways.changed().await),
         _ = forward(&mut client, way, &answered) => {}
     }
 }

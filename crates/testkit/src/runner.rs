@@ -32,6 +32,7 @@ type Body = Box<dyn FnOnce() -> Pin<Box<dyn Future<Output = Result<()>>>> + Send
 pub struct Case {
     name: String,
     limit: Duration,
+    missing: Option<String>,
     body: Body,
 }
 
@@ -41,7 +42,7 @@ where
     F: FnOnce() -> Fut + Send + 'static,
     Fut: Future<Output = Result<()>> + 'static,
 {
-    Case { name: name.into(), limit: TIME_LIMIT, body: Box::new(move || Box::pin(body())) }
+    Case { name: name.into(), limit: TIME_LIMIT, missing: None, body: Box::new(move || Box::pin(body())) }
 }
 
 impl Case {
@@ -49,6 +50,13 @@ impl Case {
     #[must_use]
     pub fn limit(mut self, limit: Duration) -> Self {
         self.limit = limit;
+        self
+    }
+
+    /// It cannot run here if something is `missing`, and is then reported as if there were no engine.
+    #[must_use]
+    pub fn without(mut self, missing: Option<String>) -> Self {
+        self.missing = missing;
         self
     }
 }
@@ -102,19 +110,17 @@ async fn prepare() -> Result<()> {
 }
 
 fn trial(case: Case, no_engine: Option<&anyhow::Error>) -> Trial {
-    match no_engine {
+    let no_engine = no_engine.map(|error| format!("no Docker Engine: {error:#}"));
+    match no_engine.or_else(|| case.missing.clone()) {
         None => Trial::test(case.name.clone(), move || run(case)),
-        Some(error) => {
-            let problem = format!("no Docker Engine: {error:#}");
-            Trial::test(case.name, move || Err(Failed::from(problem))).with_ignored_flag(!in_ci())
-        }
+        Some(problem) => Trial::test(case.name, move || Err(Failed::from(problem))).with_ignored_flag(!in_ci()),
     }
 }
 
 /// Runs one case on its own thread, so that one that blocks for ever does not take the runner with it.
 fn run(case: Case) -> Result<(), Failed> {
     let (report, reported) = mpsc::channel();
-    let Case { name, limit, body } = case;
+    let Case { name, limit, body, .. } = case;
     let thread = std::thread::Builder::new().name(name.clone());
     let spawned = thread.spawn(move || {
         NOTES.set(Some(Vec::new()));

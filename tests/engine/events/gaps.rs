@@ -59,7 +59,7 @@ async fn what_ended_while_the_agent_was_down_disappears_with_the_first_complete_
 }
 
 /// Waits until an agent that does not know its containers has said so once more.
-async fn says_that_it_does_not_know(stage: &Stage) -> Result<Agent> {
+pub(super) async fn says_that_it_does_not_know(stage: &Stage) -> Result<Agent> {
     let said = |agent: &Agent| match agent.protocol {
         1 => agent.heartbeats,
         _ => agent.incomplete_reports,
@@ -102,7 +102,7 @@ async fn a_listing_that_fails_is_never_reported_as_complete(protocol: Protocol) 
     Ok(())
 }
 
-const NEEDED: &[(&str, &str)] =
+pub(super) const NEEDED: &[(&str, &str)] =
     &[("CONTAINERS", "1"), ("EVENTS", "1"), ("NETWORKS", "1"), ("IMAGES", "1"), ("POST", "1")];
 
 async fn a_cut_stream_leaves_the_masters_picture_right(protocol: Protocol) -> Result<()> {

@@ -1,0 +1,330 @@
+//! An Engine that belongs to the test, so that it can be absent, killed, frozen and started again under the agent.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use dockflare_dev_master::{Agent, Protocol};
+use testkit::bollard::Docker;
+use testkit::bollard::query_parameters::ListContainersOptions;
+use testkit::{Case, case, wait_until};
+
+use crate::support::{SOON, Stage};
+
+pub(crate) fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for protocol in [Protocol::V1, Protocol::V2] {
+        let name = |what: &str| format!("{protocol}_master_{what}");
+        cases.push(case(name("a_docker_that_is_started_after_the_agent_is_known_in_moments"), move || later(protocol)));
+        cases.push(case(name("a_killed_docker_is_known_again_in_moments_and_stops_nothing"), move || killed(protocol)));
+        cases.push(case(name("a_docker_that_hangs_is_known_again_in_moments"), move || hangs(protocol)));
+    }
+    cases.into_iter().map(|case| case.without(missing())).collect()
+}
+
+/// What an outage may cost at most, once it is over.
+const MOMENTS: Duration = Duration::from_secs(2);
+
+/// Why no Engine of the test's own can run here.
+fn missing() -> Option<String> {
+    let has = |name: &str| {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        std::env::split_paths(&path).any(|folder| folder.join(name).exists())
+    };
+    let is_root = || {
+        std::fs::metadata("/proc/self").is_ok_and(|process| {
+            use std::os::unix::fs::MetadataExt;
+            process.uid() == 0
+        })
+    };
+    let absent = ["dockerd", "docker", "setpriv", "unshare"].into_iter().find(|name| !has(name));
+    match absent {
+        Some(name) => Some(format!("no Engine of its own: {name} is not installed")),
+        None => (!is_root()).then(|| "no Engine of its own: that takes root".to_owned()),
+    }
+}
+
+/// An Engine in a folder of its own, with the one image that the tests need. It leaves its containers running when
+/// it is killed, as with `live-restore`. Dropped, all of it is gone.
+struct Daemon {
+    folder: tempfile::TempDir,
+    child: Option<Child>,
+}
+
+const IMAGE: &str = "workload:1";
+
+impl Daemon {
+    fn new() -> Result<Self> {
+        // Short: the path of a socket in it may have 107 bytes.
+        Ok(Self { folder: tempfile::Builder::new().prefix("dfd-").tempdir_in("/tmp")?, child: None })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn host_url(&self) -> String {
+        format!("unix://{}", self.path("docker.sock").display())
+    }
+
+    fn client(&self) -> Result<Docker> {
+        Ok(Docker::connect_with_unix(&self.host_url(), 20, testkit::bollard::API_DEFAULT_VERSION)?)
+    }
+
+    /// Starts it, again or for the first time, and waits until it answers.
+    async fn start(&mut self) -> Result<()> {
+        self.spawn()?;
+        let answers = wait_until("the test's own Engine to answer", SOON, async || {
+            self.client().ok()?.ping().await.ok().map(drop)
+        });
+        answers.await.with_context(|| std::fs::read_to_string(self.path("log")).unwrap_or_default())
+    }
+
+    fn spawn(&mut self) -> Result<()> {
+        let settings = self.path("daemon.json");
+        std::fs::write(&settings, r#"{"live-restore":true}"#)?;
+        let log = File::options().create(true).append(true).open(self.path("log"))?;
+        // Whatever ends this thread ends the Engine, a SIGKILL of the tests included. And it has a network of its own:
+        // an Engine without a bridge removes the `docker0` that it finds, which is the machine's.
+        let child = Command::new("setpriv")
+            .args([
+                "--pdeathsig",
+                "KILL",
+                "--",
+                "unshare",
+                "--net",
+                "--",
+                "dockerd",
+                "--storage-driver=vfs",
+                "--bridge=none",
+                "--iptables=false",
+            ])
+            .args(["--ip6tables=false", "--ip-masq=false", "--ip-forward=false"])
+            .arg("--config-file")
+            .arg(&settings)
+            .arg("--data-root")
+            .arg(self.path("data"))
+            .arg("--exec-root")
+            .arg(self.path("exec"))
+            .arg("--pidfile")
+            .arg(self.path("pid"))
+            .arg("--host")
+            .arg(self.host_url())
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("cannot start dockerd")?;
+        self.child = Some(child);
+        Ok(())
+    }
+
+    /// SIGKILL; what runs in it goes on.
+    fn kill(&mut self) -> Result<()> {
+        let mut child = self.child.take().context("it does not run")?;
+        child.kill()?;
+        child.wait()?;
+        // Its containerd ends with it. Where nobody waits for orphans both leave a process id that looks alive, and
+        // the next dockerd would wait for them.
+        let containerd = self.path("exec/containerd/containerd.pid");
+        if let Ok(pid) = std::fs::read_to_string(&containerd) {
+            let _ = Command::new("kill").args(["-KILL", pid.trim()]).stderr(Stdio::null()).status();
+        }
+        for file in [containerd, self.path("pid")] {
+            drop(std::fs::remove_file(file));
+        }
+        Ok(())
+    }
+
+    /// Stops or continues all of it.
+    fn signal(&self, signal: &str) -> Result<()> {
+        let pid = self.child.as_ref().context("it does not run")?.id();
+        ensure!(Command::new("kill").args([signal, &pid.to_string()]).status()?.success(), "kill {signal} {pid}");
+        Ok(())
+    }
+
+    fn docker(&self, args: &[&str]) -> Result<String> {
+        let done =
+            Command::new("docker").arg("--host").arg(self.host_url()).args(args).stdin(Stdio::null()).output()?;
+        ensure!(done.status.success(), "docker {args:?}: {}", String::from_utf8_lossy(&done.stderr));
+        Ok(String::from_utf8_lossy(&done.stdout).trim().to_owned())
+    }
+
+    /// Imports the image of the workload.
+    fn import(&self) -> Result<()> {
+        let archive = self.path("image.tar");
+        let mut tar = tar::Builder::new(File::create(&archive)?);
+        // The Engine does not read what this library makes of holes.
+        tar.sparse(false);
+        tar.append_path_with_name(testkit::binary("workload")?, "workload")?;
+        tar.finish()?;
+        self.docker(&["import", &archive.display().to_string(), IMAGE]).map(drop)
+    }
+
+    /// Starts a labelled workload. It ends by itself after a while, should all else fail.
+    fn run(&self) -> Result<String> {
+        self.docker(&[
+            "run",
+            "-d",
+            "--label",
+            "dockflare.enable=true",
+            "--network",
+            "none",
+            IMAGE,
+            "/workload",
+            "sleep",
+            "300000",
+        ])
+    }
+
+    /// The process of a container, on this host.
+    fn pid_of(&self, id: &str) -> Result<u32> {
+        Ok(self.docker(&["inspect", "--format", "{{.State.Pid}}", id])?.parse()?)
+    }
+
+    /// The containers that run: id and name.
+    async fn running(&self) -> Result<BTreeMap<String, String>> {
+        let listed = self.client()?.list_containers(None::<ListContainersOptions>).await?;
+        let pair = |container: testkit::models::ContainerSummary| {
+            let name = container.names?.first()?.trim_start_matches('/').to_owned();
+            Some((container.id?, name))
+        };
+        Ok(listed.into_iter().filter_map(pair).collect())
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // What runs is removed by the Engine itself, so it must run for that. Whatever fails here shows in what is
+        // left, and nothing more can be done about it.
+        if self.child.is_none() && self.path("data").exists() {
+            drop(self.spawn());
+        }
+        if let Some(child) = &mut self.child {
+            let _ = Command::new("kill").args(["-CONT", &child.id().to_string()]).status();
+        }
+        let end = std::time::Instant::now() + Duration::from_secs(10);
+        let all = loop {
+            match self.docker(&["ps", "-aq"]) {
+                Ok(all) => break all,
+                Err(_) if self.child.is_some() && std::time::Instant::now() < end => {
+                    std::thread::sleep(Duration::from_millis(50));
+                }
+                Err(_) => break String::new(),
+            }
+        };
+        let ids: Vec<&str> = all.split_whitespace().collect();
+        if !ids.is_empty() {
+            drop(self.docker(&[&["rm", "-f"], &ids[..]].concat()));
+        }
+        if let Some(mut child) = self.child.take() {
+            drop(child.kill());
+            drop(child.wait());
+        }
+        for mount in mounts_in(self.folder.path()) {
+            let _ = Command::new("umount").arg("-l").arg(mount).status();
+        }
+        if std::thread::panicking() {
+            testkit::note("dockerd", &std::fs::read_to_string(self.path("log")).unwrap_or_default());
+        }
+    }
+}
+
+/// The innermost first.
+fn mounts_in(folder: &Path) -> Vec<PathBuf> {
+    let mounts = std::fs::read_to_string("/proc/mounts").unwrap_or_default();
+    let places = mounts.lines().filter_map(|line| line.split(' ').nth(1)).map(PathBuf::from);
+    let mut inside: Vec<_> = places.filter(|place| place.starts_with(folder)).collect();
+    inside.reverse();
+    inside
+}
+
+/// Waits until the master believes what this Engine runs, and gives how long that took.
+async fn agreed(stage: &Stage, daemon: &Daemon, within: Duration) -> Result<Duration> {
+    let began = std::time::Instant::now();
+    let running = daemon.running().await?;
+    let believed = |agent: &Agent| {
+        agent.containers.iter().map(|(id, container)| (id.clone(), container.name.clone())).collect::<BTreeMap<_, _>>()
+    };
+    let right = |agent: &&Agent| believed(agent) == running;
+    let what = format!("the picture {running:?}");
+    stage.master.wait_for(&what, within, |known| known.only_agent().filter(right).map(drop)).await?;
+    Ok(began.elapsed())
+}
+
+fn assert_never_missed(stage: &Stage, id: &String) -> Result<()> {
+    let snapshot = stage.master.snapshot();
+    let known = snapshot.only_agent().context("no agent")?;
+    ensure!(known.stops_of(id) == 0 && !known.removals.contains(id), "{}", stage.master.report());
+    stage.assert_no_violations();
+    Ok(())
+}
+
+/// A daemon that is up, with an agent that has reported all it runs: two containers.
+async fn scene(protocol: Protocol) -> Result<(Stage, Daemon, testkit::AgentProcess, [String; 2])> {
+    let mut daemon = Daemon::new()?;
+    daemon.start().await?;
+    daemon.import()?;
+    let ids = [daemon.run()?, daemon.run()?];
+    let mut stage = Stage::new(protocol).await?;
+    stage.set("DOCKER_HOST", daemon.host_url());
+    let agent = stage.agent()?;
+    agreed(&stage, &daemon, SOON).await?;
+    Ok((stage, daemon, agent, ids))
+}
+
+async fn later(protocol: Protocol) -> Result<()> {
+    let mut daemon = Daemon::new()?;
+    let mut stage = Stage::new(protocol).await?;
+    stage.set("DOCKER_HOST", daemon.host_url());
+    let agent = stage.agent()?;
+    agent.wait_for_log("Docker cannot be reached", SOON).await?;
+    daemon.start().await?;
+    let came = tokio::time::Instant::now();
+    agent.wait_for_log("listening to Docker's events again", MOMENTS).await?;
+    let took = came.elapsed();
+    daemon.import()?;
+    daemon.run()?;
+    agreed(&stage, &daemon, MOMENTS).await?;
+    eprintln!("{protocol}: listens {took:.1?} after Docker came");
+    stage.assert_no_violations();
+    Ok(())
+}
+
+async fn killed(protocol: Protocol) -> Result<()> {
+    let (stage, mut daemon, agent, [always, ends]) = scene(protocol).await?;
+    let pid = daemon.pid_of(&ends)?;
+    let mark = agent.mark();
+    daemon.kill()?;
+    agent.wait_for_log_after(mark, "Docker cannot be reached", SOON).await?;
+    ensure!(Command::new("kill").args(["-KILL", &pid.to_string()]).status()?.success());
+    daemon.start().await?;
+    let took = agreed(&stage, &daemon, MOMENTS).await?;
+    let running = daemon.running().await?;
+    ensure!(running.contains_key(&always) && !running.contains_key(&ends), "{running:?}");
+    // Events as well.
+    daemon.run()?;
+    agreed(&stage, &daemon, MOMENTS).await?;
+    eprintln!("{protocol}: the picture right {took:.1?} after the killed Docker answered again");
+    assert_never_missed(&stage, &always)
+}
+
+async fn hangs(protocol: Protocol) -> Result<()> {
+    let (stage, daemon, agent, [always, ends]) = scene(protocol).await?;
+    let pid = daemon.pid_of(&ends)?;
+    let mark = agent.mark();
+    daemon.signal("-STOP")?;
+    ensure!(Command::new("kill").args(["-KILL", &pid.to_string()]).status()?.success());
+    // Found out by the listing that comes with the next report, which is not answered.
+    agent
+        .wait_for_log_after(mark, "WARN Docker did not answer within 20s when asked to list containers", 2 * SOON)
+        .await?;
+    daemon.signal("-CONT")?;
+    agent.wait_for_log_after(mark, "listening to Docker's events again", SOON).await?;
+    let took = agreed(&stage, &daemon, MOMENTS).await?;
+    eprintln!("{protocol}: the picture right {took:.1?} after the hung Docker answered again");
+    assert_never_missed(&stage, &always)
+}
