@@ -269,8 +269,11 @@ mod tests {
         let listener = TcpListener::bind((ADDRESS, METRICS_PORT)).await.unwrap();
         let server = tokio::spawn(endless(listener, head, 2));
         let probe = Probe::new().unwrap();
+        let began = tokio::time::Instant::now();
         assert_eq!(probe.readiness(ADDRESS).await, Readiness::Silent);
         assert_eq!(probe.read(ADDRESS, "metrics").await, None);
+        // Not for the time that each of the two took.
+        assert!(began.elapsed() < LIMIT, "{:?}", began.elapsed());
         let taken = tokio::time::timeout(Duration::from_secs(30), server).await.expect("it hangs").unwrap();
         assert!(taken.iter().all(|sent| *sent <= MAX_BYTES + BUFFERS), "{taken:?} bytes were taken");
     }
