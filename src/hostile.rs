@@ -7,6 +7,8 @@ use proptest::collection::{hash_map, vec};
 use proptest::option;
 use proptest::prelude::*;
 use serde_json::Value;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpListener;
 
 /// Planted where a secret belongs; no error text may hold it.
 pub(crate) const SECRET: &str = "s3cret-of-the-test";
@@ -111,6 +113,28 @@ fn replace(value: &mut Value, at: &mut usize, part: &Option<Value>) -> bool {
 /// What goes into one log line: no control characters, and not without end.
 pub(crate) fn is_one_line(text: &str) -> bool {
     !text.contains(char::is_control) && text.chars().count() <= 1000
+}
+
+/// What lies in the buffers of both sockets, beyond what was read.
+pub(crate) const BUFFERS: usize = 12 << 20;
+
+/// Answers each request with this and then a body without end; gives how much of it each took before it hung up.
+pub(crate) async fn endless(listener: TcpListener, head: &'static str, requests: usize) -> Vec<usize> {
+    // One chunk of a chunked body; as a header or as a body with a length it is as good.
+    let chunk = format!("10000\r\n{}\r\n", "a".repeat(0x10000));
+    let mut taken = Vec::new();
+    for _ in 0..requests {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        // An answer that comes before the request is none, and would not be read at all.
+        let _ = stream.read(&mut [0; 4096]).await.unwrap();
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let mut sent = 0;
+        while stream.write_all(chunk.as_bytes()).await.is_ok() {
+            sent += chunk.len();
+        }
+        taken.push(sent);
+    }
+    taken
 }
 
 mod tests {

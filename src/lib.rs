@@ -46,6 +46,9 @@ pub mod cloudflare;
 pub mod config;
 pub mod docker;
 pub mod events;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod health;
 #[cfg(test)]
 mod hostile;

@@ -277,6 +277,19 @@ async fn read_bounded(mut response: Response) -> Result<Vec<u8>, MasterError> {
     Ok(text)
 }
 
+/// See [`crate::fuzzing`].
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz(body: &[u8]) {
+    drop(read::<wire::Registered>(body).map(|reply| reply.agent.and_then(wire::AgentRecord::assignment)));
+    drop(read::<wire::Accounts>(body));
+    for status in [302, 400, 401, 403, 404, 409, 429, 503] {
+        if let Ok(status) = reqwest::StatusCode::from_u16(status) {
+            let text = sort(status, &HeaderMap::new(), body).to_string();
+            assert!(!text.contains(char::is_control), "more than a line");
+        }
+    }
+}
+
 #[cfg(test)]
 mod hostile;
 #[cfg(test)]

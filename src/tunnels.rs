@@ -379,6 +379,22 @@ impl Poller {
     }
 }
 
+/// See [`crate::fuzzing`].
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz(body: &[u8]) {
+    let Ok(reply) = serde_json::from_slice::<crate::master::wire::Commands>(body) else { return };
+    let mut state = TunnelState::default();
+    for command in &reply.commands {
+        match Command::parse(command) {
+            Ok(command) => commands::apply(&mut state, &command),
+            Err(Rejected::NotUnderstood(text)) => assert!(!text.contains(char::is_control), "more than a line"),
+            Err(Rejected::Refused(refusal)) => {
+                assert!(!refusal.problem.contains(char::is_control), "more than a line");
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod hostile;
 #[cfg(test)]

@@ -122,17 +122,23 @@ async fn a_command_that_a_full_disk_refuses_is_kept_told_and_stored_when_there_i
     desk.master.enroll(&id, "second").unwrap();
     let said = agent.wait_for_log("refuses a command that the master has sent", SOON).await.unwrap();
     assert!(said.contains("make room"), "{said}");
-    let polls = desk.master.snapshot().agents[&id].polls;
-    desk.master.redeploy(&id).unwrap();
+    let known = || desk.master.snapshot().agents[&id].clone();
+    let (polls, reports) = (known().polls, known().incomplete_reports);
+    desk.master.push_commands(&id, vec![json!({"action": "stop_tunnel"})]).unwrap();
     let again = agent.mark();
+    // The interval of the reports is that of five polls.
+    let report = desk
+        .master
+        .wait_for("two reports", SOON, |now| (now.agents[&id].incomplete_reports >= reports + 2).then_some(()));
+    report.await.unwrap();
+    assert_eq!(known().polls, polls, "nothing more is fetched");
     assert_eq!(desk.file("tunnel_state.json").unwrap(), before, "the old file is whole");
-    assert_eq!(desk.master.snapshot().agents[&id].polls, polls, "nothing more is fetched");
 
     std::fs::remove_file(&filler).unwrap();
-    let second = async || desk.file("tunnel_state.json").ok().filter(|text| text.contains("\"redeploys\": 1"));
-    let after = testkit::wait_until("both commands on disk", SOON, second).await.unwrap();
+    agent.wait_for_log_after(again, "command stop_tunnel", SOON).await.unwrap();
+    let stopped = async || desk.file("tunnel_state.json").ok().filter(|text| text.contains("\"stopped\""));
+    let after = testkit::wait_until("both commands on disk", SOON, stopped).await.unwrap();
     assert!(after.contains("second"), "{after}");
-    agent.wait_for_log_after(again, "command restart_tunnel", SOON).await.unwrap();
     let left: Vec<_> =
         std::fs::read_dir(desk.data.path()).unwrap().flatten().filter(|file| is_hidden(&file.path())).collect();
     assert!(left.is_empty(), "a write that failed leaves nothing behind: {left:?}");
