@@ -224,6 +224,10 @@ impl Drop for Daemon {
             drop(child.kill());
             drop(child.wait());
         }
+        // Those who watch over its containers, if it could not be started to remove them; the workloads end by themselves.
+        for pid in processes_of(self.folder.path()) {
+            let _ = Command::new("kill").args(["-KILL", &pid]).stderr(Stdio::null()).status();
+        }
         for mount in mounts_in(self.folder.path()) {
             let _ = Command::new("umount").arg("-l").arg(mount).status();
         }
@@ -231,6 +235,17 @@ impl Drop for Daemon {
             testkit::note("dockerd", &std::fs::read_to_string(self.path("log")).unwrap_or_default());
         }
     }
+}
+
+/// The processes with this folder, which nobody else has, in their command.
+fn processes_of(folder: &Path) -> Vec<String> {
+    let folder = folder.display().to_string();
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    let is_its = |pid: &String| {
+        std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| String::from_utf8_lossy(&line).contains(&folder))
+    };
+    pids.filter(|pid| pid.bytes().all(|byte| byte.is_ascii_digit())).filter(is_its).collect()
 }
 
 /// The innermost first.
