@@ -228,7 +228,7 @@ impl Master {
     fn note(&self, error: Option<&MasterError>) {
         let mut link = self.link();
         match error {
-            Some(error @ (MasterError::Away { .. } | MasterError::Access { .. })) => {
+            Some(error) if error.is_away() => {
                 link.trouble.failed(error, error.remedy());
             }
             _ => {

@@ -149,7 +149,7 @@ impl Registrar {
                     if error.code() == KEY_OF_ANOTHER {
                         self.removed.send_if_modified(|removed| !std::mem::replace(removed, true));
                     }
-                    if !matches!(error, MasterError::Away { .. } | MasterError::Access { .. }) {
+                    if !error.is_away() {
                         work.refused.failed(&format_args!("the master {error}"), self.remedy(&error));
                     }
                     let wait = work.backoff.next(error.retry_after());

@@ -309,7 +309,7 @@ impl Reporter {
     fn judge(&mut self, result: Result<(), MasterError>, message: &Message) -> Sent {
         let Err(error) = result else { return Sent::Yes };
         match (&error, error.status(), error.code()) {
-            (MasterError::Away { .. } | MasterError::Access { .. }, ..) => Sent::Later(error.retry_after()),
+            _ if error.is_away() => Sent::Later(error.retry_after()),
             // Whoever registers says what is wrong with the key.
             (_, Some(401 | 403 | 404), _) | (_, Some(409), "registration_required") => Sent::Unregistered,
             (_, Some(409), "stale_sequence") => {

@@ -150,6 +150,49 @@ mod tests {
         assert!(backoff.next(Some(Duration::from_secs(1 << 40))) <= Duration::from_secs(7200));
     }
 
+    /// When one who asks in vain asks again, over so long a time: the same waits that poller, reporter and registrar
+    /// draw, added up.
+    fn tries(first: Duration, cap: Duration, over: Duration) -> Vec<Duration> {
+        let mut backoff = Backoff::new(first, cap);
+        let mut at = Duration::ZERO;
+        let next = std::iter::repeat_with(|| {
+            at += backoff.next(None);
+            at
+        });
+        next.take_while(|at| *at < over).collect()
+    }
+
+    #[test]
+    fn a_master_that_is_away_for_a_day_is_asked_within_bounds_and_found_within_one_wait() {
+        let day = Duration::from_secs(24 * 3600);
+        // The waits of poller and registrar, and those of the reporter.
+        for (first, cap) in [(1000, 60), (500, 30)] {
+            let cap = Duration::from_secs(cap);
+            let tries = tries(Duration::from_millis(first), cap, day);
+            let mean = day.as_secs_f64() / tries.len() as f64;
+            let half = cap.as_secs_f64() / 2.0;
+            assert!((0.9 * half..1.1 * half).contains(&mean), "{} tries, one in {mean:.1} s", tries.len());
+            let longest = tries.windows(2).map(|two| two[1] - two[0]).max().unwrap();
+            assert!(longest <= cap, "{longest:?}: nobody waits longer for a master that is back");
+            let hour = tries.iter().filter(|at| at.as_secs() < 3600).count();
+            assert!(hour as f64 <= 3600.0 / half * 1.5, "{hour} tries in the first hour");
+        }
+    }
+
+    #[test]
+    fn a_thousand_agents_whose_master_was_away_for_an_hour_come_back_spread() {
+        let (first, cap) = (Duration::from_secs(1), Duration::from_secs(60));
+        let hour = Duration::from_secs(3600);
+        let mut tenths = [0; 10];
+        for _ in 0..1000 {
+            // All lost it at one instant, and it is back an hour later.
+            let back = tries(first, cap, hour + 2 * cap).into_iter().find(|at| *at >= hour).unwrap() - hour;
+            tenths[((back.as_secs_f64() / 6.0) as usize).min(9)] += 1;
+        }
+        // Evenly drawn waits leave remainders that are shorter rather than longer: a fifth in the first tenth.
+        assert!(tenths.iter().all(|count| *count < 300), "{tenths:?}");
+    }
+
     #[test]
     fn lengths_read_as_people_say_them() {
         let said = |seconds: f64| Lasts(Duration::from_secs_f64(seconds)).to_string();

@@ -210,7 +210,7 @@ impl Poller {
                 self.timers.poll = Instant::now() + wait;
                 self.reply_lost |= matches!(error, MasterError::Away { .. });
                 match (&error, error.status()) {
-                    (MasterError::Away { .. } | MasterError::Access { .. }, _) => false,
+                    _ if error.is_away() => false,
                     (_, Some(401 | 403 | 404)) if self.is_finalized() => self.bury().await,
                     (_, Some(401 | 403 | 404)) => {
                         if error.status() == Some(404) {

@@ -1,10 +1,14 @@
 //! What can go wrong with a request, sorted by what a caller does about it.
 
 use std::fmt;
+use std::io;
 use std::time::{Duration, SystemTime};
 
+use jiff::Timestamp;
 use reqwest::StatusCode;
 use reqwest::header::{HeaderMap, LOCATION, RETRY_AFTER};
+use rustls::CertificateError;
+use rustls::pki_types::UnixTime;
 
 use super::wire;
 
@@ -20,6 +24,14 @@ pub enum MasterError {
         problem: String,
         /// What the master asked for.
         retry_after: Option<Duration>,
+    },
+    /// There is no talking to whoever answers there, since their certificate is not to be trusted. Try again with
+    /// back-off: it may be renewed, or a clock set right.
+    Certificate {
+        /// What is wrong with it; the same words each time.
+        problem: String,
+        /// What an operator can do about it.
+        remedy: &'static str,
     },
     /// 401 or 403: the key or the id is not accepted.
     Refused {
@@ -55,7 +67,7 @@ impl fmt::Display for MasterError {
             if code.is_empty() && message.is_empty() { Ok(()) } else { write!(f, " ({code}{separator}{message})") }
         };
         match self {
-            Self::Away { problem, .. } => f.write_str(problem),
+            Self::Away { problem, .. } | Self::Certificate { problem, .. } => f.write_str(problem),
             Self::Refused { status, code, message } => {
                 write!(f, "refuses the agent key with {}", status.as_u16())?;
                 said(f, code, message)
@@ -89,8 +101,14 @@ impl MasterError {
             Self::Refused { status, .. } | Self::Status { status, .. } | Self::Access { status } => {
                 Some(status.as_u16())
             }
-            Self::Away { .. } | Self::Client(_) => None,
+            Self::Away { .. } | Self::Certificate { .. } | Self::Client(_) => None,
         }
+    }
+
+    /// Whether the request did not come to a master at all, or not to one that could answer it: it may be repeated
+    /// as it was, after a wait.
+    pub fn is_away(&self) -> bool {
+        matches!(self, Self::Away { .. } | Self::Certificate { .. } | Self::Access { .. })
     }
 
     /// What the master asked to wait.
@@ -105,6 +123,7 @@ impl MasterError {
     pub fn remedy(&self) -> &'static str {
         match self {
             Self::Away { .. } => "trying again, the tunnel is not touched",
+            Self::Certificate { remedy, .. } => remedy,
             Self::Refused { .. } => {
                 "the tunnel is not touched; set DOCKFLARE_API_KEY to a key from the master's Agents page (a key file is read again by itself)"
             }
@@ -121,6 +140,9 @@ impl MasterError {
 
 /// Sorts what the HTTP client says.
 pub(super) fn away(error: &reqwest::Error) -> MasterError {
+    if let Some(certificate) = refused_certificate(error) {
+        return distrusted(certificate);
+    }
     let kind = if error.is_timeout() {
         "does not answer"
     } else if error.is_connect() {
@@ -130,6 +152,61 @@ pub(super) fn away(error: &reqwest::Error) -> MasterError {
     };
     MasterError::Away { problem: format!("{kind}: {}", chain(error)), retry_after: None }
 }
+
+/// What the TLS library has against the other side's certificate, if that is the matter.
+fn refused_certificate<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a CertificateError> {
+    let mut next = Some(error);
+    while let Some(cause) = next {
+        if let Some(rustls::Error::InvalidCertificate(certificate)) = cause.downcast_ref() {
+            return Some(certificate);
+        }
+        // An I/O error does not count what it was made of among its causes, and may be made of another one.
+        next = match cause.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
+            Some(inner) => Some(inner),
+            None => cause.source(),
+        };
+    }
+    None
+}
+
+/// Says what is wrong in words that do not change from try to try, which the library's do: they tell the time.
+fn distrusted(certificate: &CertificateError) -> MasterError {
+    let date = |time: UnixTime| {
+        let seconds = i64::try_from(time.as_secs()).unwrap_or(i64::MAX);
+        Timestamp::from_second(seconds).map_or_else(|_| "an unknown date".to_owned(), |date| date.to_string())
+    };
+    let (problem, remedy) = match certificate {
+        CertificateError::ExpiredContext { not_after, .. } => {
+            (format!("has a certificate that expired at {}", date(*not_after)), RENEW)
+        }
+        CertificateError::Expired => ("has a certificate that has expired".to_owned(), RENEW),
+        CertificateError::NotValidYetContext { not_before, .. } => {
+            (format!("has a certificate that is not valid before {}", date(*not_before)), SET_CLOCK)
+        }
+        CertificateError::NotValidYet => ("has a certificate that is not valid yet".to_owned(), SET_CLOCK),
+        CertificateError::NotValidForNameContext { presented, .. } => {
+            // The library's words for a name: `DnsName("master.example.com")`.
+            let names = presented.iter().map(|name| name.split('"').nth(1).unwrap_or(name));
+            let names = printable(&names.collect::<Vec<_>>().join(", "));
+            (format!("has a certificate for another name: {names}"), USE_NAME)
+        }
+        CertificateError::NotValidForName => ("has a certificate for another name".to_owned(), USE_NAME),
+        CertificateError::UnknownIssuer => {
+            ("has a certificate of an authority that is not known here".to_owned(), KNOW_ISSUER)
+        }
+        other => (format!("has a certificate that is not accepted: {}", printable(&other.to_string())), REPLACE),
+    };
+    MasterError::Certificate { problem, remedy }
+}
+
+const RENEW: &str = "renew the certificate at the master or the proxy before it, or set this host's clock; trying again, the tunnel is not touched";
+const REPLACE: &str =
+    "replace the certificate at the master or the proxy before it; trying again, the tunnel is not touched";
+const SET_CLOCK: &str =
+    "set the clock of this host, or of the one that made the certificate; trying again, the tunnel is not touched";
+const USE_NAME: &str =
+    "set DOCKFLARE_MASTER_URL to a name that the certificate is for; trying again, the tunnel is not touched";
+const KNOW_ISSUER: &str = "mount a file with the authority's certificate and set SSL_CERT_FILE to it; trying again, the tunnel is not touched";
 
 /// The causes of an error without its own text, which repeats the address; the last one names the matter.
 pub(super) fn chain(error: &dyn std::error::Error) -> String {

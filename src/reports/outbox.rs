@@ -256,6 +256,21 @@ mod tests {
     }
 
     #[test]
+    fn ten_thousand_changes_of_fifty_containers_while_the_master_is_away_are_fifty() {
+        let mut outbox = Outbox::default();
+        outbox.went_away();
+        for number in 0..10_000 {
+            outbox.push(change(&(number % 50).to_string(), number % 100 < 50));
+            assert!(outbox.len() <= 50);
+        }
+        let probe = outbox.next(true, false).unwrap();
+        outbox.delivered(&probe);
+        let said = said(&mut outbox, true);
+        assert_eq!((probe, said.len()), (Message::Report, 50));
+        assert!(said.iter().all(|word| word.starts_with('-')), "the newest of each: {said:?}");
+    }
+
+    #[test]
     fn a_heartbeat_is_said_only_when_nothing_else_is() {
         let mut outbox = Outbox::default();
         outbox.push(change("a", true));

@@ -148,7 +148,7 @@ impl Poller {
             Err(error) => {
                 self.timers.ack = Instant::now() + self.timers.acking.next(error.retry_after());
                 match (&error, error.status(), error.code()) {
-                    (MasterError::Away { .. } | MasterError::Access { .. }, ..) => false,
+                    _ if error.is_away() => false,
                     // The first one arrived and only its answer was lost: the key and the agent are gone.
                     (_, Some(401 | 403 | 404), _) if finalized => self.bury().await,
                     (_, Some(401 | 403 | 404), _) | (_, Some(409), "registration_required") => {

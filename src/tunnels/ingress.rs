@@ -28,7 +28,7 @@ impl Poller {
                 }
                 self.forget_ingress().await;
             }
-            Err(error @ (MasterError::Away { .. } | MasterError::Access { .. } | MasterError::Refused { .. })) => {
+            Err(error) if error.is_away() || matches!(error, MasterError::Refused { .. }) => {
                 self.timers.push = Instant::now() + self.timers.pushing.next(error.retry_after());
             }
             Err(error) => {

@@ -4,6 +4,8 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod certificates;
+mod counts;
 mod desk;
 mod folder;
 mod key;

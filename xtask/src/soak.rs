@@ -34,6 +34,8 @@ const CALM: Duration = Duration::from_secs(10);
 /// How long all may take to come right: the longest wait between two tries is a minute, and a new connector that
 /// was disturbed is tried again after one more.
 const SETTLE_LIMIT: Duration = Duration::from_secs(180);
+/// How long all must have been right.
+const SETTLED: Duration = Duration::from_secs(5);
 /// The agent's lines in a minute, with a fault every three seconds.
 const MOST_LINES_A_MINUTE: usize = 400;
 /// A process this young is not looked at: it has not done anything yet.
@@ -206,22 +208,29 @@ impl Soak<'_> {
         Ok(())
     }
 
-    /// Waits until all is right.
+    /// Waits until all is right, and not just because the last order has not been heard yet.
     async fn settle(&mut self) -> Result<()> {
         let began = Instant::now();
+        let mut right_since = None;
         self.scene.repeat_what_may_be_lost()?;
-        loop {
+        let since = loop {
             self.scene.enrol_pending()?;
             self.look(false).await?;
             match self.scene.is_well().await {
-                Ok(()) => break,
+                Ok(()) => {
+                    let since = *right_since.get_or_insert_with(Instant::now);
+                    if since.elapsed() >= SETTLED {
+                        break since;
+                    }
+                }
                 Err(error) if began.elapsed() > SETTLE_LIMIT => {
                     return Err(error.context(format!("{SETTLE_LIMIT:?} without a fault were not enough")));
                 }
-                Err(_) => tokio::time::sleep(TICK / 4).await,
+                Err(_) => right_since = None,
             }
-        }
-        let took = began.elapsed();
+            tokio::time::sleep(TICK / 4).await;
+        };
+        let took = since - began;
         self.slowest = self.slowest.max(took);
         self.calms += 1;
         self.scene.say("soak", format_args!("all is right again after {:.1} s", took.as_secs_f64()));

@@ -328,6 +328,9 @@ impl<'a> Scene<'a> {
         ensure!(agent.queued == 0, "{} command(s) are not fetched", agent.queued);
         let state = agent.tunnel_state().unwrap_or("unknown");
         ensure!(state == "running", "the master has the tunnel as {state}");
+        // With a reason, what runs is not yet what is wanted.
+        let reason = agent.tunnel_status.as_ref().and_then(|status| status.event["reason"].as_str());
+        ensure!(reason.is_none(), "the master has the tunnel as running, but {}", reason.unwrap_or_default());
         let connectors = self.connectors().await?;
         ensure!(connectors == [self.tunnel.as_str()], "the tunnel has these containers: {}", connectors.join(", "));
         let config = self.scope.inspect(&self.tunnel).await?.config.and_then(|config| config.env);
