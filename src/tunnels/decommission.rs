@@ -9,8 +9,8 @@ use tracing::{info, warn};
 use super::commands::Decommission;
 use super::{LONGEST_WAIT, Poller};
 use crate::channels::Departure;
+use crate::master::printable;
 use crate::master::wire::{Ack, AckPhase};
-use crate::master::{MasterError, printable};
 use crate::state::{AgentId, Phase, TOMBSTONE, Tombstone, TunnelId};
 
 /// An acknowledgement that the master has not taken yet.
