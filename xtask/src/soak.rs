@@ -233,6 +233,7 @@ impl Soak<'_> {
         let took = since - began;
         self.slowest = self.slowest.max(took);
         self.calms += 1;
+        self.scene.settled = true;
         self.scene.say("soak", format_args!("all is right again after {:.1} s", took.as_secs_f64()));
         Ok(())
     }

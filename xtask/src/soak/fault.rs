@@ -155,7 +155,7 @@ impl Faults {
                 DiskRefuses => scene.disk.can_refuse(),
                 // One that starts on a disk that refuses says so and ends.
                 AgentKilled | AgentStopped => may_end_the_agent && !busy(Organ::Disk),
-                SessionEnded | AgentForgotten | KeyRolled => scene.known().is_some(),
+                SessionEnded | AgentForgotten | KeyRolled | OrderNewToken => scene.known().is_some(),
                 _ => true,
             };
             possible && !busy(kind.organ())
@@ -166,7 +166,7 @@ impl Faults {
         };
         let kind = self.deck.remove(at);
         self.count[kind as usize] += 1;
-        let lasts = self.begin(kind, scene).await.with_context(|| format!("{kind:?} cannot begin"))?;
+        let lasts = self.begin(kind, scene).await.with_context(|| format!("at {kind:?}"))?;
         if let Some(lasts) = lasts {
             self.lasting.push((kind, Instant::now() + lasts));
         }
@@ -177,7 +177,7 @@ impl Faults {
     pub(crate) async fn relent(&mut self, scene: &mut Scene<'_>) -> Result<()> {
         while let Some(at) = self.lasting.iter().position(|(_, until)| *until <= Instant::now()) {
             let (kind, _) = self.lasting.remove(at);
-            self.end(kind, scene).await.with_context(|| format!("{kind:?} cannot end"))?;
+            self.end(kind, scene).await.with_context(|| format!("at the end of {kind:?}"))?;
         }
         Ok(())
     }
@@ -277,7 +277,11 @@ impl Faults {
                 // Whom the master does not know gets it all when it enrols.
                 let Some(agent) = agent else { return Ok(None) };
                 match kind {
-                    OrderRestart => drop(scene.master.redeploy(&agent)),
+                    OrderRestart => {
+                        scene.note_order();
+                        // It may be pending.
+                        drop(scene.master.redeploy(&agent));
+                    }
                     OrderIngress => scene.order(&agent, Scene::ingress(self.rng.u32(..100)))?,
                     OrderStopAndStart => {
                         scene.order(&agent, json!({ "action": "stop_tunnel" }))?;
@@ -339,15 +343,23 @@ impl Faults {
             }
             AgentKilled => {
                 say(scene, None);
-                // What it was just told may not be on its disk.
-                scene.may_be_lost = true;
+                let arrived = scene.has_arrived();
                 scene.kill_agent().await?;
+                // What it was just told may not be on its disk; what it was told before is.
+                if arrived {
+                    scene.is_kept()?;
+                }
+                scene.may_be_lost |= !arrived;
                 tokio::time::sleep(self.seconds(0, 2)).await;
                 let on_exit = self.on_exit();
                 scene.start_agent(on_exit)?;
             }
             AgentStopped => {
+                let arrived = scene.has_arrived();
                 let took = scene.stop_agent().await?;
+                if arrived {
+                    scene.is_kept()?;
+                }
                 scene.say("fault", format_args!("{kind:?}, which took {:.1} s", took.as_secs_f64()));
                 tokio::time::sleep(self.seconds(0, 2)).await;
                 let on_exit = self.on_exit();

@@ -34,6 +34,8 @@ const WORKLOAD_LABELS: [(&str, &str); 2] =
 const MOST_WORKLOADS: usize = 6;
 /// How long a stop may take: Docker may just be silent.
 const STOP_LIMIT: Duration = Duration::from_secs(60);
+/// How long a command may take from the master to the agent's disk, with the faults in between.
+const ON_ITS_WAY: Duration = Duration::from_secs(15);
 /// How many of the last lines are shown with a failure.
 const LAST_LINES: usize = 100;
 
@@ -62,6 +64,9 @@ pub(crate) struct Scene<'a> {
     token: String,
     /// A command may have been lost with a reply, which no master notices, only its operator.
     pub(crate) may_be_lost: bool,
+    /// When the last command was given, and whether all was right since.
+    ordered: Instant,
+    pub(crate) settled: bool,
     /// Every other container that was ever made, and those that are there now.
     made: BTreeSet<String>,
     present: Vec<String>,
@@ -125,6 +130,8 @@ impl<'a> Scene<'a> {
             tunnel_id,
             token,
             may_be_lost: false,
+            ordered: Instant::now(),
+            settled: false,
             made: BTreeSet::new(),
             present: Vec::new(),
         };
@@ -251,13 +258,32 @@ impl<'a> Scene<'a> {
         Ok(())
     }
 
-    pub(crate) fn order_start(&self, agent: &str) -> Result<()> {
+    pub(crate) fn order_start(&mut self, agent: &str) -> Result<()> {
+        self.note_order();
         self.master.enroll_with(agent, "soak", &self.tunnel_id, &self.token)?;
         Ok(())
     }
 
-    pub(crate) fn order(&self, agent: &str, command: Value) -> Result<()> {
+    pub(crate) fn order(&mut self, agent: &str, command: Value) -> Result<()> {
+        self.note_order();
         self.master.push_commands(agent, vec![command])
+    }
+
+    pub(crate) fn note_order(&mut self) {
+        self.ordered = Instant::now();
+        self.settled = false;
+    }
+
+    /// Whether the last command must have reached the agent's disk.
+    pub(crate) fn has_arrived(&self) -> bool {
+        !self.may_be_lost && (self.settled || self.ordered.elapsed() > ON_ITS_WAY)
+    }
+
+    /// What the agent was told last is on its disk.
+    pub(crate) fn is_kept(&self) -> Result<()> {
+        let state = std::fs::read_to_string(self.disk.path().join("tunnel_state.json")).unwrap_or_default();
+        ensure!(state.contains(&self.token), "the agent has ended, and the token it was given last is not on its disk");
+        Ok(())
     }
 
     pub(crate) fn new_token(&mut self) {
