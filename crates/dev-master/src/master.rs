@@ -248,7 +248,7 @@ impl DevMaster {
                 task.abort();
                 // The only way for it to end is the abort just made.
                 let _ = task.await;
-                let kept = keep(self.address).context("cannot keep the port")?;
+                let kept = keep(self.address).await.context("cannot keep the port")?;
                 *self.server() = Server::Paused(kept);
             }
             other => *self.server() = other,
@@ -291,8 +291,23 @@ impl DevMaster {
     }
 }
 
-/// Holds a port without listening on it.
-fn keep(address: SocketAddr) -> std::io::Result<TcpSocket> {
+/// Holds a port without listening on it. Somebody's outgoing connection may have it for a moment.
+async fn keep(address: SocketAddr) -> std::io::Result<TcpSocket> {
+    let mut tries = 0;
+    loop {
+        match bind(address) {
+            Err(error) if error.kind() == std::io::ErrorKind::AddrInUse && tries < KEEP_TRIES => tries += 1,
+            kept => return kept,
+        }
+        tokio::time::sleep(KEEP_PAUSE).await;
+    }
+}
+
+/// Ten seconds of tries.
+const KEEP_TRIES: u32 = 200;
+const KEEP_PAUSE: Duration = Duration::from_millis(50);
+
+fn bind(address: SocketAddr) -> std::io::Result<TcpSocket> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;

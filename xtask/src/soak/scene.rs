@@ -196,7 +196,7 @@ impl<'a> Scene<'a> {
     pub(crate) fn bury(&mut self) -> Result<()> {
         let Some(agent) = self.agent.take() else { return Ok(()) };
         let log = agent.log();
-        self.lines_before += log.lines().count();
+        self.lines_before += self.count(&log);
         let lines: Vec<_> = log.lines().map(str::to_owned).collect();
         self.earlier = lines.iter().skip(lines.len().saturating_sub(LAST_LINES)).cloned().collect();
         let clean = catch_unwind(AssertUnwindSafe(|| drop(agent)));
@@ -204,9 +204,17 @@ impl<'a> Scene<'a> {
         Ok(())
     }
 
-    /// How many lines the agents have written.
+    /// How many lines the agents have written, but for those about other people's containers.
     pub(crate) fn lines(&self) -> usize {
-        self.lines_before + self.agent.as_ref().map_or(0, AgentProcess::mark)
+        self.lines_before + self.agent.as_ref().map_or(0, |agent| self.count(&agent.log()))
+    }
+
+    fn count(&self, log: &str) -> usize {
+        const OF_CONTAINERS: [&str; 4] =
+            ["container started", "container stopped", "the tunnel can", "nothing is known any more that keeps"];
+        let is_of_others =
+            |line: &&str| !line.contains(self.scope.suffix()) && OF_CONTAINERS.iter().any(|begin| line.contains(begin));
+        log.lines().filter(|line| !is_of_others(line)).count()
     }
 
     /// The last lines of their log.
