@@ -111,8 +111,9 @@ async fn remove_all(docker: &Docker, label: &str, wanted: impl Fn(&Labels) -> bo
         removed.push(format!("container {name}"));
     }
     for (id, name) in networks(docker, label, &wanted).await? {
-        remove_network(docker, &id).await?;
-        removed.push(format!("network {name}"));
+        if remove_network(docker, &id).await? {
+            removed.push(format!("network {name}"));
+        }
     }
     for name in volumes(docker, label, &wanted).await? {
         remove_volume(docker, &name).await?;
@@ -177,7 +178,7 @@ async fn remove_owned(docker: &Docker, owned: &Owned) -> Result<bool> {
     let Some(id) = found else { return Ok(false) };
     match owned.kind {
         Kind::Container => remove_container(docker, &id).await?,
-        Kind::Network => remove_network(docker, &id).await?,
+        Kind::Network => return remove_network(docker, &id).await,
     }
     Ok(true)
 }
@@ -223,7 +224,8 @@ async fn remove_container(docker: &Docker, id: &str) -> Result<()> {
     tolerate_gone(removed).with_context(|| format!("cannot remove container {id}"))
 }
 
-async fn remove_network(docker: &Docker, id: &str) -> Result<()> {
+/// False when Docker cannot remove it.
+async fn remove_network(docker: &Docker, id: &str) -> Result<bool> {
     // Docker lets go of the last container's place there a moment after the container is gone.
     for _ in 0..REMOVAL_TRIES {
         // What is still attached was made by someone else, but the network is ours.
@@ -236,13 +238,15 @@ async fn remove_network(docker: &Docker, id: &str) -> Result<()> {
         match docker.remove_network(id).await {
             Err(Error::DockerResponseServerError { status_code: 403, message })
                 if message.contains("has active endpoints") => {}
-            removed => return tolerate_gone(removed).with_context(|| format!("cannot remove network {id}")),
+            removed => {
+                return tolerate_gone(removed).map(|()| true).with_context(|| format!("cannot remove network {id}"));
+            }
         }
         tokio::time::sleep(REMOVAL_PAUSE).await;
     }
     // Engine 20.10 may count a place that is not there, and then nobody can remove the network until it restarts.
     eprintln!("testkit: Docker miscounts the places on network {id}, which stays until dockerd is restarted");
-    Ok(())
+    Ok(false)
 }
 
 async fn remove_volume(docker: &Docker, name: &str) -> Result<()> {
