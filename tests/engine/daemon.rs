@@ -270,14 +270,6 @@ async fn agreed(stage: &Stage, daemon: &Daemon, within: Duration) -> Result<Dura
     Ok(began.elapsed())
 }
 
-fn assert_never_missed(stage: &Stage, id: &String) -> Result<()> {
-    let snapshot = stage.master.snapshot();
-    let known = snapshot.only_agent().context("no agent")?;
-    ensure!(known.stops_of(id) == 0 && !known.removals.contains(id), "{}", stage.master.report());
-    stage.assert_no_violations();
-    Ok(())
-}
-
 /// A daemon that is up, with an agent that has reported all it runs: two containers.
 async fn scene(protocol: Protocol) -> Result<(Stage, Daemon, testkit::AgentProcess, [String; 2])> {
     let mut daemon = Daemon::new()?;
@@ -324,7 +316,7 @@ async fn killed(protocol: Protocol) -> Result<()> {
     daemon.run()?;
     agreed(&stage, &daemon, MOMENTS).await?;
     eprintln!("{protocol}: the picture right {took:.1?} after the killed Docker answered again");
-    assert_never_missed(&stage, &always)
+    stage.assert_never_missed(&always)
 }
 
 async fn hangs(protocol: Protocol) -> Result<()> {
@@ -341,5 +333,5 @@ async fn hangs(protocol: Protocol) -> Result<()> {
     agent.wait_for_log_after(mark, "listening to Docker's events again", SOON).await?;
     let took = agreed(&stage, &daemon, MOMENTS).await?;
     eprintln!("{protocol}: the picture right {took:.1?} after the hung Docker answered again");
-    assert_never_missed(&stage, &always)
+    stage.assert_never_missed(&always)
 }

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use dockflare_dev_master::{Agent, DevMaster, Protocol};
 use testkit::{AgentProcess, Scope};
 
@@ -90,6 +90,15 @@ impl Stage {
     /// What the agent keeps, as text.
     pub(crate) fn file(&self, name: &str) -> Result<String> {
         Ok(std::fs::read_to_string(self.data.path().join(name))?)
+    }
+
+    /// Nobody said of this container that it stopped, nor left it out of a report.
+    pub(crate) fn assert_never_missed(&self, id: &str) -> Result<()> {
+        let snapshot = self.master.snapshot();
+        let known = snapshot.only_agent().context("no agent")?;
+        ensure!(known.stops_of(id) == 0 && !known.removals.iter().any(|gone| gone == id), "{}", self.master.report());
+        self.assert_no_violations();
+        Ok(())
     }
 
     /// What the master saw that no agent should do.

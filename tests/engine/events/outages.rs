@@ -36,15 +36,6 @@ async fn picture(stage: &Stage, all: &[&String], run: &[&String], within: Durati
     Ok(began.elapsed())
 }
 
-/// Nobody said that it stopped, nor left it out of a report.
-fn assert_never_missed(stage: &Stage, id: &String) -> Result<()> {
-    let snapshot = stage.master.snapshot();
-    let known = snapshot.only_agent().context("no agent")?;
-    ensure!(known.stops_of(id) == 0 && !known.removals.contains(id), "{}", stage.master.report());
-    stage.assert_no_violations();
-    Ok(())
-}
-
 async fn a_proxy_that_comes_back_costs_two_seconds_at_most(protocol: Protocol) -> Result<()> {
     let mut stage = Stage::new(protocol).await?;
     // A scope of its own: a proxy borrows the one it is in.
@@ -68,7 +59,7 @@ async fn a_proxy_that_comes_back_costs_two_seconds_at_most(protocol: Protocol) -
     stage.scope.stop(&begins, 5).await?;
     picture(&stage, &[&always, &ends, &begins], &[&always], MOMENTS).await?;
     eprintln!("{protocol}: the picture right {took:.1?} after the proxy answered again");
-    assert_never_missed(&stage, &always)
+    stage.assert_never_missed(&always)
 }
 
 async fn a_stream_that_was_cut_without_a_word_is_found_out_within_one_report_interval(
@@ -95,7 +86,7 @@ async fn a_stream_that_was_cut_without_a_word_is_found_out_within_one_report_int
     stage.scope.stop(&begins, 5).await?;
     let heard = picture(&stage, &all, &[&always], MOMENTS).await?;
     eprintln!("{protocol}: known after {took:.1?}, and events again in {heard:.1?}");
-    assert_never_missed(&stage, &always)
+    stage.assert_never_missed(&always)
 }
 
 async fn ten_seconds_of_as_many_short_lives_as_docker_manages_leave_the_right_picture(
@@ -126,5 +117,5 @@ async fn ten_seconds_of_as_many_short_lives_as_docker_manages_leave_the_right_pi
         ids.len()
     );
     ensure!(told == ids.len(), "while the master is there, each life is told");
-    assert_never_missed(&stage, &always)
+    stage.assert_never_missed(&always)
 }

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use clap::ValueEnum as _;
 use dockflare_dev_master::{Fault, Protocol, Route, Times};
 use fastrand::Rng;
 use serde_json::{Value, json};
@@ -10,8 +11,9 @@ use serde_json::{Value, json};
 use super::relay::Door;
 use super::scene::Scene;
 
-/// All kinds of faults, and the orders that may come in the middle of them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// All kinds of faults, and the orders that may come in the middle of them. They are dealt from a shuffled deck with
+/// each of them once, so that none is left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Kind {
     MasterStatus,
     MasterRetryAfter,
@@ -50,43 +52,6 @@ pub(crate) enum Kind {
 
 use Kind::*;
 
-/// Each of them once: a deck that is shuffled and dealt, so that none is left out.
-const ALL: [Kind; 33] = [
-    MasterStatus,
-    MasterRetryAfter,
-    MasterDelay,
-    MasterHold,
-    MasterCutBefore,
-    MasterCutHalfway,
-    MasterLostReply,
-    MasterTruncated,
-    MasterNotJson,
-    MasterLoginRedirect,
-    MasterPaused,
-    SessionEnded,
-    AgentForgotten,
-    KeyRolled,
-    OrderStart,
-    OrderRestart,
-    OrderStopAndStart,
-    OrderNewToken,
-    OrderIngress,
-    DockerCut,
-    DockerRefused,
-    DockerSilent,
-    ProxyKilled,
-    TunnelKilled,
-    TunnelStopped,
-    TunnelRemoved,
-    TunnelPaused,
-    TunnelHung,
-    TunnelUnready,
-    TunnelCrashed,
-    AgentKilled,
-    AgentStopped,
-    DiskRefuses,
-];
-
 /// What one fault at a time can act upon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Organ {
@@ -121,12 +86,13 @@ pub(crate) struct Faults {
     lasting: Vec<(Kind, Instant)>,
     key: Option<String>,
     /// How many there were of each kind.
-    pub(crate) count: [u32; ALL.len()],
+    pub(crate) count: Vec<u32>,
 }
 
 impl Faults {
     pub(crate) fn new(seed: u64) -> Self {
-        Self { rng: Rng::with_seed(seed), deck: Vec::new(), lasting: Vec::new(), key: None, count: [0; ALL.len()] }
+        let count = vec![0; Kind::value_variants().len()];
+        Self { rng: Rng::with_seed(seed), deck: Vec::new(), lasting: Vec::new(), key: None, count }
     }
 
     pub(crate) fn total(&self) -> u32 {
@@ -139,13 +105,18 @@ impl Faults {
 
     /// The kinds that never came.
     pub(crate) fn missing(&self) -> Vec<Kind> {
-        ALL.iter().zip(self.count).filter(|(_, count)| *count == 0).map(|(kind, _)| *kind).collect()
+        Kind::value_variants()
+            .iter()
+            .zip(&self.count)
+            .filter(|(_, count)| **count == 0)
+            .map(|(kind, _)| *kind)
+            .collect()
     }
 
     /// Begins one more, if the next in the deck can begin now.
     pub(crate) async fn strike(&mut self, scene: &mut Scene<'_>, may_end_the_agent: bool) -> Result<()> {
         if self.deck.is_empty() {
-            self.deck = ALL.to_vec();
+            self.deck = Kind::value_variants().to_vec();
             self.rng.shuffle(&mut self.deck);
         }
         let busy = |organ: Organ| organ != Organ::None && self.lasting.iter().any(|(kind, _)| kind.organ() == organ);
@@ -409,16 +380,5 @@ impl Faults {
 
     fn on_exit(&mut self) -> &'static str {
         if self.rng.bool() { "remove" } else { "keep" }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_kind_is_in_the_deck_at_its_own_place() {
-        assert!(ALL.iter().enumerate().all(|(at, kind)| *kind as usize == at));
-        assert_eq!(ALL.len() - 1, DiskRefuses as usize, "the last one");
     }
 }
