@@ -159,6 +159,10 @@ impl DockerError {
         Self::Forbidden { call: CREATE }
     }
 
+    pub(crate) fn failure() -> Self {
+        Self::Failed { call: CREATE, message: "500 no space left on device".to_owned() }
+    }
+
     pub(crate) fn taken() -> Self {
         Self::Conflict { call: CREATE, message: "the name is taken".to_owned() }
     }

@@ -181,7 +181,10 @@ impl<H: Host> Supervisor<H> {
             self.refused = Refused { hash, ..Refused::default() };
         }
         match step {
-            Step::Create(Slot::Next) if !error.is_away() => {
+            // Not what failed otherwise, as on a full disk: in place it would fail as well, with nothing left that runs.
+            Step::Create(Slot::Next)
+                if matches!(error, DockerError::Forbidden { .. } | DockerError::Conflict { .. }) =>
+            {
                 // Nothing is given up for what cannot be had: the taken name shows whether one could be created there.
                 let own = self.host.create(&self.name(Slot::Main), spec).await;
                 let may = matches!(own, Err(DockerError::Conflict { .. }));

@@ -66,6 +66,8 @@ pub(super) struct World {
     pub(super) calls: Vec<String>,
     /// Calls that are refused with 403, by how they begin.
     pub(super) refused: Vec<&'static str>,
+    /// Calls that fail with 500, by how they begin.
+    pub(super) failing: Vec<&'static str>,
     /// How often the last connector that visitors were led to was taken away.
     pub(super) gaps: u32,
     /// The agent dies at this changing call: before it has had its effect, or after.
@@ -153,6 +155,9 @@ impl Double {
             let mut world = self.world();
             if world.refused.iter().any(|refused| call.starts_with(refused)) {
                 return Err(DockerError::refusal());
+            }
+            if world.failing.iter().any(|failing| call.starts_with(failing)) {
+                return Err(DockerError::failure());
             }
             let number = world.calls.len();
             world.calls.push(call);

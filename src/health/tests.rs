@@ -406,6 +406,20 @@ async fn where_a_second_container_is_refused_it_is_replaced_in_place() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_successor_that_cannot_be_created_for_want_of_space_costs_nothing_that_runs() {
+    let mut bench = running().await;
+    sleep(MINUTE).await;
+    bench.host.world().failing = vec!["create tunnel-next"];
+    bench.order(&key('b'));
+    bench.until(Status::Running, Some("docker_failed")).await;
+    sleep(30 * MINUTE).await;
+    assert_eq!(bench.host.world().count("stop"), 0);
+    bench.host.world().failing.clear();
+    bench.until_served_with('b').await;
+    assert_eq!(bench.host.world().gaps, 0);
+}
+
+#[tokio::test(start_paused = true)]
 async fn where_creating_is_refused_altogether_nothing_is_given_up() {
     let mut bench = running().await;
     bench.host.world().refused = vec!["create"];

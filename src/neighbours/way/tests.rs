@@ -1,3 +1,5 @@
+//! The table that says what is reachable, and with which remedy where it is not.
+
 use super::*;
 use crate::docker::RunState;
 
