@@ -23,10 +23,12 @@ use crate::retry::Backoff;
 mod error;
 #[cfg(test)]
 mod hostile;
+mod permissions;
 mod spec;
 mod types;
 pub use error::DockerError;
 use error::*;
+pub(crate) use permissions::{Engine, Gate, Registry, Surplus};
 pub use spec::{METRICS_PORT, SPEC_LABEL, STOP_GRACE_SECONDS, Spec};
 pub use types::{Action, Container, Endpoint, Event, Health, Inspected, LastCheck, RunState};
 

@@ -8,8 +8,8 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue};
-use reqwest::{Client, Method, Response, Url};
+use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, DATE, HeaderMap, HeaderValue};
+use reqwest::{Client, Method, Response, StatusCode, Url};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Serialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
@@ -21,8 +21,10 @@ use crate::http;
 use crate::retry::Trouble;
 use crate::state::AgentId;
 
+mod certificate;
 mod error;
 pub(crate) mod wire;
+pub(crate) use certificate::shown as certificate_shown;
 pub use error::MasterError;
 pub(crate) use error::printable;
 use error::{away, chain, sort};
@@ -52,6 +54,15 @@ struct Link {
     trouble: Trouble,
     last_contact: Option<Instant>,
     last_report: Option<SystemTime>,
+}
+
+/// What came of [`Master::probe`].
+#[derive(Debug)]
+pub(crate) struct Probed {
+    /// The protocol of a master that accepts the key, 1 or 2; or why none does.
+    pub(crate) answer: Result<u32, MasterError>,
+    /// The header `Date` of the answer, and the clock of this host when it came.
+    pub(crate) clocks: Option<(SystemTime, SystemTime)>,
 }
 
 impl Master {
@@ -132,6 +143,23 @@ impl Master {
         self.tell(Method::POST, &path, Some(ack)).await
     }
 
+    /// Asks whether the key is accepted, and by which kind of master, without an effect: an event without content,
+    /// which both protocols refuse with 400 after they have looked at the key, and note nowhere. The id may be any.
+    /// Nothing is logged.
+    pub(crate) async fn probe(&self, agent: &AgentId) -> Probed {
+        let url = route(&self.base, &["api", "v2", "agents", agent.as_str(), "events"]);
+        let (status, headers, text) = match self.send(Method::POST, url, Some(b"{}".to_vec())).await {
+            Ok(answered) => answered,
+            Err(error) => return Probed { answer: Err(error), clocks: None },
+        };
+        let date = headers.get(DATE).and_then(|date| httpdate::parse_http_date(date.to_str().ok()?).ok());
+        let answer = match wire::protocol_of_refusal(&text) {
+            Some(protocol) if status == StatusCode::BAD_REQUEST => Ok(protocol),
+            _ => Err(sort(status, &headers, &text)),
+        };
+        Probed { answer, clocks: date.map(|date| (date, SystemTime::now())) }
+    }
+
     /// `GET /accounts`.
     pub(crate) async fn accounts(&self) -> Result<wire::Accounts, MasterError> {
         self.call(Method::GET, &["accounts"], None::<&()>).await
@@ -189,6 +217,16 @@ impl Master {
     }
 
     async fn attempt(&self, method: Method, url: Url, body: Option<Vec<u8>>) -> Result<Vec<u8>, MasterError> {
+        let (status, headers, text) = self.send(method, url, body).await?;
+        if status.is_success() { Ok(text) } else { Err(sort(status, &headers, &text)) }
+    }
+
+    async fn send(
+        &self,
+        method: Method,
+        url: Url,
+        body: Option<Vec<u8>>,
+    ) -> Result<(StatusCode, HeaderMap, Vec<u8>), MasterError> {
         let mut request = self.client.request(method, url).headers(self.access.clone());
         let mut authorization = {
             let key: SecretString = lock(&self.key).value.clone();
@@ -202,8 +240,7 @@ impl Master {
         }
         let response = request.send().await.map_err(|error| away(&error))?;
         let (status, headers) = (response.status(), response.headers().clone());
-        let text = read_bounded(response).await?;
-        if status.is_success() { Ok(text) } else { Err(sort(status, &headers, &text)) }
+        Ok((status, headers, read_bounded(response).await?))
     }
 
     /// Takes a rolled key from its file. Returns whether there is a new one.

@@ -8,9 +8,9 @@ use bollard::errors::Error as EngineError;
 /// What a call is for and what allows it, for error texts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Call {
-    doing: &'static str,
+    pub(super) doing: &'static str,
     /// Variables of the common socket proxy.
-    grant: &'static str,
+    pub(super) grant: &'static str,
 }
 
 pub(super) const LIST: Call = Call { doing: "list containers", grant: "CONTAINERS=1" };
@@ -132,7 +132,7 @@ pub(super) fn sort(call: Call, error: EngineError) -> DockerError {
 }
 
 /// The last cause names the matter ("Connection refused"); what is around it repeats the address.
-fn last_cause(error: &dyn std::error::Error) -> String {
+pub(super) fn last_cause(error: &dyn std::error::Error) -> String {
     let mut last = error;
     while let Some(cause) = last.source() {
         last = cause;
