@@ -101,6 +101,12 @@ impl TunnelConfig {
     pub fn successor_name(&self) -> String {
         format!("{}-next", self.container_name)
     }
+
+    /// Whether cloudflared may use nothing but QUIC.
+    pub(crate) fn only_quic(&self) -> bool {
+        let set = |name: &str, value: &str| self.options.get(name).is_some_and(|set| set == value);
+        set("TUNNEL_TRANSPORT_PROTOCOL", "quic") || set("TUNNEL_POST_QUANTUM", "true")
+    }
 }
 
 /// What becomes of the tunnel container when the agent stops.

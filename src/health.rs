@@ -23,6 +23,7 @@ use crate::state::DesiredState;
 
 mod act;
 mod course;
+mod glance;
 mod host;
 mod leave;
 mod look;
@@ -31,11 +32,12 @@ mod plan;
 mod probe;
 mod problem;
 use act::{Came, owner_labels};
+pub(crate) use glance::{Glance, glance};
 use host::{Host, Machine};
 use look::{EAGER, Known, Sight};
 pub(crate) use own::own_container;
 use plan::{Goal, Owner, Progress, Scene, Slot, Step};
-use probe::Readiness;
+pub(crate) use probe::Readiness;
 use problem::Problem;
 
 /// Labels with what the container was made for.

@@ -42,6 +42,7 @@ use tracing::{error, info, warn};
 
 pub mod cause;
 pub mod channels;
+pub mod check;
 pub mod cloudflare;
 pub mod config;
 pub mod docker;

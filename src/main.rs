@@ -1,10 +1,12 @@
 //! The program: arguments, signals, exit codes.
 
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use dockflare_agent::check::Style;
 use dockflare_agent::config::Config;
-use dockflare_agent::{logging, page, run};
+use dockflare_agent::{check, logging, page, run};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
@@ -26,6 +28,12 @@ enum Command {
     Run,
     /// Ask the agent that runs in this container whether it does its job; exit 0 if so, 1 if not.
     Healthcheck,
+    /// Try, without changing anything, each thing that the agent needs; exit 0 if nothing fails, 1 if something does.
+    Check {
+        /// Print one JSON document, for programs.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 #[tokio::main(flavor = "current_thread")]
@@ -44,7 +52,18 @@ async fn main() -> anyhow::Result<ExitCode> {
             println!("{}", healthy.as_ref().unwrap_or_else(|problem| problem));
             Ok(ExitCode::from(u8::from(healthy.is_err())))
         }
+        Command::Check { json } => {
+            let report = check::run(Config::load()).await;
+            let text = if json { format!("{:#}\n", report.to_json()) } else { report.to_text(Style::of_stdout()) };
+            print(&text);
+            Ok(ExitCode::from(u8::from(!report.passed())))
+        }
     }
+}
+
+/// Whoever reads it may have enough and hang up.
+fn print(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
 async fn start() -> anyhow::Result<ExitCode> {

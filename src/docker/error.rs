@@ -94,6 +94,26 @@ impl DockerError {
         matches!(self, Self::Unreachable { .. } | Self::TimedOut { .. })
     }
 
+    /// What an operator can do, when nobody is trying again.
+    pub(crate) fn advice(&self) -> String {
+        match self {
+            Self::Unreachable { problem, .. } if problem.contains("Permission denied") => {
+                "let the agent's user use the socket (group_add with the group of the socket), or put a socket proxy between".to_owned()
+            }
+            Self::Unreachable { .. } | Self::TimedOut { .. } => {
+                "check DOCKER_HOST, the socket's permissions and the socket proxy".to_owned()
+            }
+            Self::Forbidden { call } => format!("set {} on the socket proxy and recreate it", call.grant),
+            Self::Failed { message, .. } if message.contains("ambiguous") => {
+                "several networks have this name, remove all but one: docker network ls, docker network rm with the id"
+                    .to_owned()
+            }
+            Self::NotFound { .. } | Self::Conflict { .. } | Self::Failed { .. } => {
+                "see what Docker says, and the log of the Docker daemon".to_owned()
+            }
+        }
+    }
+
     /// What an operator can do, for the end of a log line.
     pub fn remedy(&self) -> &'static str {
         match self {

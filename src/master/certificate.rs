@@ -74,7 +74,7 @@ fn read(certificate: &CertificateDer<'_>) -> (String, Option<Timestamp>) {
     let facts = certificate.tbs_certificate();
     let issuer = facts.issuer();
     let text = |part: Result<Option<x509_cert::ext::pkix::name::DirectoryString>, _>| {
-        part.ok().flatten().map(|text| printable(text.as_ref()))
+        part.ok().flatten().map(|text| printable(&text.value()))
     };
     let parts: Vec<_> = [text(issuer.organization()), text(issuer.common_name())].into_iter().flatten().collect();
     let issuer = if parts.is_empty() { printable(&issuer.to_string()) } else { parts.join(" ") };
