@@ -21,9 +21,11 @@ mod check;
 mod connector;
 mod environment;
 mod image;
+mod shown;
 use check::{Check, health_port};
 use environment::environment;
 pub use image::ImageRef;
+pub(crate) use shown::Settings;
 
 /// The agent's whole configuration, valid by construction.
 #[derive(Debug, Clone)]
@@ -317,7 +319,7 @@ impl Config {
                     poll_interval,
                     display_name: raw.agent_display_name,
                     health_port,
-                    data_dir: PathBuf::from(raw.dockflare_data_dir.as_deref().unwrap_or("/app/data")),
+                    data_dir: PathBuf::from(raw.dockflare_data_dir.as_deref().unwrap_or(shown::DEFAULT_DATA_DIR)),
                     hostname: raw.hostname,
                     log: LogConfig { filter, format, time_zone },
                 },

@@ -40,6 +40,7 @@ use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
+pub mod bundle;
 pub mod cause;
 pub mod channels;
 pub mod check;

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use dockflare_agent::check::Style;
 use dockflare_agent::config::Config;
-use dockflare_agent::{check, logging, page, run};
+use dockflare_agent::{bundle, check, logging, page, run};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
@@ -34,6 +34,8 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Print one JSON document without secrets that helps to find out what is wrong.
+    SupportBundle,
 }
 
 #[tokio::main(flavor = "current_thread")]
@@ -57,6 +59,10 @@ async fn main() -> anyhow::Result<ExitCode> {
             let text = if json { format!("{:#}\n", report.to_json()) } else { report.to_text(Style::of_stdout()) };
             print(&text);
             Ok(ExitCode::from(u8::from(!report.passed())))
+        }
+        Command::SupportBundle => {
+            print(&format!("{:#}\n", bundle::gather().await));
+            Ok(ExitCode::SUCCESS)
         }
     }
 }

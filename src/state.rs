@@ -21,7 +21,7 @@ mod lock;
 mod peek;
 pub use documents::{AgentId, DesiredState, Phase, Token, TokenClaims, Tombstone, TunnelId, TunnelState};
 use lock::{Lock, Refused};
-pub(crate) use peek::{FileFacts, Folder, files, peek};
+pub(crate) use peek::{Folder, files, peek};
 
 /// Why the data folder cannot be used.
 #[derive(Debug, thiserror::Error)]

@@ -78,7 +78,9 @@ async fn surplus(docker: &Docker, to: &mut Section) {
         Surplus::Everything => {
             let detail = match docker.host() {
                 DockerHost::Unix(_) => "none: whoever takes over the agent has the whole host",
-                DockerHost::Http(_) => "none, or one that lets through everything: whoever reaches it has the whole host",
+                DockerHost::Http(_) => {
+                    "none, or one that lets through everything: whoever reaches it has the whole host"
+                }
             };
             return to.warn("docker.proxy", "socket proxy", detail, "put one between, as docker-compose.yml does");
         }

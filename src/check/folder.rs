@@ -32,11 +32,7 @@ pub(super) fn look(config: &Config, folder: &Folder, to: &mut Section) {
 
 fn documents(folder: &Folder, to: &mut Section) {
     let (id, title) = ("folder.documents", "documents");
-    let problems = [
-        folder.agent_id.as_ref().err(),
-        folder.tunnel.as_ref().err(),
-        folder.tombstone.as_ref().err(),
-    ];
+    let problems = [folder.agent_id.as_ref().err(), folder.tunnel.as_ref().err(), folder.tombstone.as_ref().err()];
     for problem in problems.iter().flatten() {
         let remedy = "mend it or move it away; at its next start the agent moves it aside and goes on without it";
         to.fail(id, title, *problem, remedy);
@@ -93,11 +89,17 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("tunnel_state.json"), "{").unwrap();
         let found = outcomes(dir.path());
-        assert!(found.iter().any(|(id, outcome, _)| id == "folder.documents" && *outcome == Outcome::Fail), "{found:#?}");
+        assert!(
+            found.iter().any(|(id, outcome, _)| id == "folder.documents" && *outcome == Outcome::Fail),
+            "{found:#?}"
+        );
         std::fs::write(dir.path().join("tunnel_state.json"), "{}").unwrap();
         let stone = r#"{"schema_version":1,"operation_id":"op","agent_id":"a","phase":"finalized","requested_self_action":"stop","prepared_at":null,"finalized_at":null}"#;
         std::fs::write(dir.path().join("decommission.json"), stone).unwrap();
         let found = outcomes(dir.path());
-        assert!(found.iter().any(|(_, outcome, detail)| *outcome == Outcome::Warn && detail.contains("op")), "{found:#?}");
+        assert!(
+            found.iter().any(|(_, outcome, detail)| *outcome == Outcome::Warn && detail.contains("op")),
+            "{found:#?}"
+        );
     }
 }

@@ -178,7 +178,8 @@ fn judge(probed: &Probed, with_access: bool, to: &mut Section) {
             to.fail("master.key", "key accepted", format!("the master {error}"), error.advice());
         }
         (_, Some(_)) => {
-            let remedy = "something before the master wants a login: let the agent's routes, /api/v2/agents, through it";
+            let remedy =
+                "something before the master wants a login: let the agent's routes, /api/v2/agents, through it";
             to.fail("master.answer", "answer", format!("{error}, and does not say why"), remedy);
             not_asked(probed, "no master answered", to);
             to.skip("master.key", "key accepted", "no master answered");
@@ -257,7 +258,11 @@ mod tests {
 
     fn judged(answer: Result<u32, MasterError>, off: i64, with_access: bool) -> Vec<Finding> {
         let ours = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000);
-        let theirs = if off < 0 { ours + Duration::from_secs(off.unsigned_abs()) } else { ours - Duration::from_secs(off as u64) };
+        let theirs = if off < 0 {
+            ours + Duration::from_secs(off.unsigned_abs())
+        } else {
+            ours - Duration::from_secs(off as u64)
+        };
         let mut to = Section::default();
         to.begin(MASTER);
         judge(&Probed { answer, clocks: Some((theirs, ours)) }, with_access, &mut to);
@@ -277,7 +282,8 @@ mod tests {
         use Outcome::{Fail, Pass, Skip};
         let away = || MasterError::Away { problem: "answered 502".into(), retry_after: None };
         let access = || MasterError::Access { status: StatusCode::FOUND };
-        let status = || MasterError::Status { status: StatusCode::NOT_FOUND, code: String::new(), message: String::new() };
+        let status =
+            || MasterError::Status { status: StatusCode::NOT_FOUND, code: String::new(), message: String::new() };
         for (answer, with_access, expected) in [
             (Ok(2), false, [Pass, Pass, Skip, Pass]),
             (Ok(1), true, [Pass, Pass, Pass, Pass]),

@@ -25,7 +25,8 @@ pub(super) async fn look(docker: &Docker, config: &Config, folder: &Folder, to: 
         }
         Ok(glance) => container(config, glance.as_ref(), wanted.is_some(), to),
     }
-    let serves = matches!(&glance, Ok(Some(seen)) if !seen.foreign && seen.state == RunState::Running && seen.on_network);
+    let serves =
+        matches!(&glance, Ok(Some(seen)) if !seen.foreign && seen.state == RunState::Running && seen.on_network);
     let tunnel = wanted.and_then(|state| Some((state.id.as_ref()?, state.name.as_deref())));
     ways(docker, config, tunnel, serves, to).await;
 }

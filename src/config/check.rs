@@ -241,7 +241,7 @@ pub(super) fn health_port(value: Option<&str>) -> Result<Option<u16>, String> {
 }
 
 /// An address as it may be shown when it is wrong: without what may be a password before an `@` or behind a `?`.
-fn without_secrets(address: &str) -> String {
+pub(super) fn without_secrets(address: &str) -> String {
     let end = address.find(['?', '#']).unwrap_or(address.len());
     let shown = &address[..end];
     let (start, hidden) = shown.rfind('@').map_or((0, ""), |at| (at, "<hidden>"));

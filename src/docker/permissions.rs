@@ -181,8 +181,9 @@ impl Docker {
     pub(crate) async fn engine(&self) -> Result<Engine> {
         let answer = self.ask(VERSION, LIMIT, Method::GET, "/version", "").await?;
         let version = match answer.gate() {
-            Gate::Open => Some(serde_json::from_slice::<Version>(&answer.body).map_err(|_| {
-                DockerError::Failed { call: VERSION, message: "what answers there is not Docker".to_owned() }
+            Gate::Open => Some(serde_json::from_slice::<Version>(&answer.body).map_err(|_| DockerError::Failed {
+                call: VERSION,
+                message: "what answers there is not Docker".to_owned(),
             })?),
             Gate::Closed => None,
             Gate::Unclear(problem) => return Err(DockerError::Unreachable { call: VERSION, problem }),
@@ -251,7 +252,8 @@ impl Docker {
     /// One request on a connection of its own.
     async fn ask(&self, call: Call, limit: Duration, method: Method, path: &str, body: &str) -> Result<Answer> {
         let answered = timeout(limit, async {
-            let unreachable = |error: &dyn std::error::Error| DockerError::Unreachable { call, problem: last_cause(error) };
+            let unreachable =
+                |error: &dyn std::error::Error| DockerError::Unreachable { call, problem: last_cause(error) };
             match &self.host {
                 DockerHost::Unix(socket) => {
                     let stream = UnixStream::connect(socket).await.map_err(|error| unreachable(&error))?;

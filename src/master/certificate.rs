@@ -105,8 +105,7 @@ impl ServerCertVerifier for Looker {
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         let verdict = self.inner.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now);
-        *lock(&self.seen) =
-            Some(Seen { certificate: end_entity.clone().into_owned(), verdict: verdict.map(drop) });
+        *lock(&self.seen) = Some(Seen { certificate: end_entity.clone().into_owned(), verdict: verdict.map(drop) });
         // Nothing is sent over this connection.
         Ok(ServerCertVerified::assertion())
     }

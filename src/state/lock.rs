@@ -158,7 +158,9 @@ mod tests {
         let line = "12: FLOCK  ADVISORY  WRITE 708 fe:01:1048581 0 EOF";
         assert!(is_lock_of(line, 1_048_581));
         assert!(!is_lock_of(line, 1_048_582));
-        for other in ["", "1:", "1: POSIX  ADVISORY  WRITE 708 fe:01:1048581 0 EOF", "1: -> FLOCK  ADVISORY  WRITE 7 a:1 0"] {
+        for other in
+            ["", "1:", "1: POSIX  ADVISORY  WRITE 708 fe:01:1048581 0 EOF", "1: -> FLOCK  ADVISORY  WRITE 7 a:1 0"]
+        {
             assert!(!is_lock_of(other, 1_048_581), "{other}");
         }
     }
