@@ -4,7 +4,9 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod bundle;
 mod certificates;
+mod check;
 mod counts;
 mod desk;
 mod folder;

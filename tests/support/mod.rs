@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use dockflare_dev_master::{Agent, DevMaster, Protocol};
 use testkit::{AgentProcess, Scope};
 
+pub(crate) mod checked;
 pub(crate) mod relay;
 
 /// Longest wait for anything that should take moments; the machine may be busy.
