@@ -4,6 +4,7 @@
 mod support;
 
 mod causes;
+mod check;
 mod containers;
 mod containers_commands;
 mod containers_scene;
@@ -24,6 +25,7 @@ fn main() -> std::process::ExitCode {
     let files = [
         story::cases(),
         causes::cases(),
+        check::cases(),
         containers::cases(),
         containers_commands::cases(),
         containers_status::cases(),

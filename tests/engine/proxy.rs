@@ -33,7 +33,7 @@ pub(crate) fn cases() -> Vec<Case> {
 }
 
 /// What the agent needs of a socket proxy, and no more.
-const NEEDED: [(&str, &str); 7] = [
+pub(crate) const NEEDED: [(&str, &str); 7] = [
     ("CONTAINERS", "1"),
     ("EVENTS", "1"),
     ("NETWORKS", "1"),
@@ -44,7 +44,7 @@ const NEEDED: [(&str, &str); 7] = [
 ];
 
 /// All of it but this variable, which is forbidden.
-fn without(missing: &str) -> Vec<(&str, &str)> {
+pub(crate) fn without(missing: &str) -> Vec<(&str, &str)> {
     NEEDED.iter().map(|&(name, value)| (name, if name == missing { "0" } else { value })).collect()
 }
 
