@@ -25,8 +25,13 @@ const MAX_PAGE_BYTES: usize = 4 << 20;
 /// A shorter secret is in too many other words, and no key or token is one.
 const LEAST_SECRET_CHARS: usize = 6;
 
+/// The subcommand: prints the document.
+pub async fn command() {
+    check::to_stdout(&format!("{:#}\n", gather().await));
+}
+
 /// Gathers the document. Takes as long as a check.
-pub async fn gather() -> Value {
+async fn gather() -> Value {
     let settings = Settings::of_environment();
     let loaded = Config::load();
     let port = Config::load_health_port().ok().flatten();

@@ -24,7 +24,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
-use crate::config::{ConfigErrors, Loaded};
+use crate::config::{Config, ConfigErrors, Loaded};
 use crate::state;
 
 mod docker;
@@ -33,6 +33,7 @@ mod master;
 mod print;
 mod tunnel;
 pub use print::Style;
+pub(crate) use print::to_stdout;
 
 /// For each of the two sides, all waits together.
 const SIDE_LIMIT: Duration = Duration::from_secs(60);
@@ -145,6 +146,15 @@ const DOCKER: &str = "Docker";
 const TUNNEL: &str = "tunnel";
 const CONTAINERS: &str = "containers";
 
+/// The subcommand: tries everything with the settings of this process and prints the list, or with `json` one
+/// document. Returns whether nothing failed.
+pub async fn command(json: bool) -> bool {
+    let report = run(Config::load()).await;
+    let text = if json { format!("{:#}\n", report.to_json()) } else { report.to_text(Style::of_stdout()) };
+    to_stdout(&text);
+    report.passed()
+}
+
 /// Tries everything. Takes seconds where all is well, and about a minute where nothing answers.
 pub async fn run(loaded: Result<Loaded, ConfigErrors>) -> Report {
     let mut findings = Section::default();
@@ -196,7 +206,6 @@ fn overdue(section: &mut Section, id: &str, done: bool) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Config;
 
     #[tokio::test]
     async fn each_mistake_of_the_configuration_fails_and_the_rest_says_why_it_was_not_tried() {

@@ -27,6 +27,9 @@
 //! kind: [`master`] to the master, [`docker`] to Docker, [`state`] to the data folder. [`logging`], the waits of
 //! `retry` and the set-up of `http` are shared by all.
 //!
+//! Two subcommands stand beside all this and start none of it: [`check`] tries each thing that the agent needs without
+//! changing anything, [`bundle`] gathers what helps to find out what is wrong.
+//!
 //! The agent may be killed at any instant. What is wanted is on disk before it is acted upon; everything else is
 //! found out again by looking. Commands and events only change what is wanted or known and wake a loop; the loop
 //! compares and acts.

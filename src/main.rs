@@ -1,10 +1,8 @@
 //! The program: arguments, signals, exit codes.
 
-use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use dockflare_agent::check::Style;
 use dockflare_agent::config::Config;
 use dockflare_agent::{bundle, check, logging, page, run};
 use tokio::signal::unix::{SignalKind, signal};
@@ -54,22 +52,12 @@ async fn main() -> anyhow::Result<ExitCode> {
             println!("{}", healthy.as_ref().unwrap_or_else(|problem| problem));
             Ok(ExitCode::from(u8::from(healthy.is_err())))
         }
-        Command::Check { json } => {
-            let report = check::run(Config::load()).await;
-            let text = if json { format!("{:#}\n", report.to_json()) } else { report.to_text(Style::of_stdout()) };
-            print(&text);
-            Ok(ExitCode::from(u8::from(!report.passed())))
-        }
+        Command::Check { json } => Ok(ExitCode::from(u8::from(!check::command(json).await))),
         Command::SupportBundle => {
-            print(&format!("{:#}\n", bundle::gather().await));
+            bundle::command().await;
             Ok(ExitCode::SUCCESS)
         }
     }
-}
-
-/// Whoever reads it may have enough and hang up.
-fn print(text: &str) {
-    let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
 async fn start() -> anyhow::Result<ExitCode> {

@@ -26,7 +26,14 @@ pub(crate) fn free_port() -> u16 {
 #[tokio::test]
 async fn help_and_version_end_with_0_and_a_bad_argument_with_64() {
     let (code, text) = run(&["--help"], &[]).await;
-    assert!(code == Some(0) && text.contains("healthcheck") && text.contains("64") && text.contains("73"), "{text}");
+    assert!(
+        code == Some(0)
+            && text.contains("healthcheck")
+            && text.contains("support-bundle")
+            && text.contains("64")
+            && text.contains("73"),
+        "{text}"
+    );
     let (code, text) = run(&["--version"], &[]).await;
     assert_eq!((code, &*text), (Some(0), concat!("dockflare-agent ", env!("CARGO_PKG_VERSION"))));
     for bad in [&["--no-such-option"][..], &["explode"], &["run", "twice"]] {
