@@ -93,7 +93,7 @@ async fn surplus(docker: &Docker, to: &mut Section) {
         to.pass("docker.exec", "no exec", "refused, as it should be");
     }
     if variables.is_empty() {
-        to.pass("docker.proxy", "socket proxy", "lets through nothing else that was asked for");
+        to.pass("docker.proxy", "socket proxy", "lets through nothing else of what was tried");
     } else {
         let off: Vec<_> = variables.iter().map(|variable| format!("{variable}=0")).collect();
         let remedy = format!("set {} on the socket proxy and recreate it", off.join(" "));

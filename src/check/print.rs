@@ -62,14 +62,12 @@ pub(crate) fn to_stdout(text: &str) {
     let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
-/// A longer title pushes its own line and no other.
+/// A longer title pushes its own line and no other. Container names may have any length.
 const WIDEST_TITLE: usize = 48;
 
 impl Report {
     /// As text that ends with a line of sums.
     pub fn to_text(&self, style: Style) -> String {
-        let width = self.findings().iter().map(|finding| finding.title.chars().count()).filter(|n| *n <= WIDEST_TITLE);
-        let width = width.max().unwrap_or_default();
         let mut text = String::new();
         let mut group = "";
         for finding in self.findings() {
@@ -79,7 +77,7 @@ impl Report {
                 // Writing to a `String` does not fail, here and below.
                 let _ = writeln!(text, "{gap}{group}");
             }
-            write_line(&mut text, style, width, finding);
+            write_line(&mut text, style, self.width(group), finding);
         }
         let sum = |outcome, word: &str| format!("{} {word}", self.count(outcome));
         let warnings = if self.count(Outcome::Warn) == 1 { "warning" } else { "warnings" };
@@ -91,6 +89,12 @@ impl Report {
         ];
         let _ = writeln!(text, "\n{}", sums.join(", "));
         text
+    }
+
+    /// Of the titles of a group.
+    fn width(&self, group: &str) -> usize {
+        let titles = self.findings().iter().filter(|finding| finding.group == group);
+        titles.map(|finding| finding.title.chars().count()).filter(|n| *n <= WIDEST_TITLE).max().unwrap_or_default()
     }
 }
 
@@ -131,9 +135,9 @@ master
        -> set another.
 
 Docker
-  warn exec          is let through
+  warn exec   is let through
        -> set EXEC=0
-  -    image         ? Gr??e
+  -    image  ? Gr??e
 
 1 passed, 1 failed, 1 not tried, 1 warning
 ";
