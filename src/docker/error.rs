@@ -191,3 +191,23 @@ impl DockerError {
         Self::NotFound { call: INSPECT, message: "no such container".to_owned() }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_to_do_names_the_variable_or_the_socket_and_promises_no_further_try() {
+        let unreachable = |problem: &str| DockerError::Unreachable { call: VERSION, problem: problem.to_owned() };
+        for (error, words) in [
+            (unreachable("Permission denied (os error 13)"), "group_add"),
+            (unreachable("Connection refused (os error 111)"), "DOCKER_HOST"),
+            (DockerError::TimedOut { call: LIST, limit: Duration::from_secs(1) }, "socket proxy"),
+            (DockerError::Forbidden { call: PULL }, "set IMAGES=1 and POST=1 on the socket proxy"),
+            (DockerError::Failed { call: NETWORK, message: "network x is ambiguous".to_owned() }, "remove all but one"),
+        ] {
+            let advice = error.advice();
+            assert!(advice.contains(words) && !advice.contains("trying again"), "{error}: {advice}");
+        }
+    }
+}
