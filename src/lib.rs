@@ -32,11 +32,12 @@
 //! compares and acts.
 
 use std::error::Error;
-use std::sync::{Arc, Weak};
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinHandle};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
@@ -55,8 +56,10 @@ mod hostile;
 mod http;
 pub mod logging;
 pub mod master;
+pub mod metrics;
 pub mod neighbours;
 pub mod page;
+pub mod pulse;
 pub mod registration;
 pub mod reports;
 mod retry;
@@ -65,6 +68,10 @@ pub mod tunnels;
 
 use channels::{Inventory, View, Wanted, Ways};
 use config::{Config, OnExit};
+use logging::Ring;
+use metrics::Metrics;
+use pulse::Pulse;
+use registration::Session;
 use state::{Found, Phase, Store, TunnelState};
 
 /// Why the agent does not run, or not any longer, though nobody asked it to stop.
@@ -98,11 +105,17 @@ impl RunError {
 /// beyond this makes the event task wait, and Docker's socket buffer with it.
 const CHANGES: usize = 256;
 
+/// The longest time for which each task may wait in one piece: that of its longest call, and half as much again. A
+/// request to the master may take 90 s, a listing 20 s, a look around 60 s, a silent pull 120 s.
+const DEADLINES: [(&str, u64); 5] =
+    [("commands", 150), ("reports", 150), ("events", 90), ("neighbours", 90), ("tunnel", 180)];
+
 /// Runs the agent until `shutdown`, or until its master has let go of it and its own container cannot be stopped.
+/// `log` is what the page shows of the log.
 ///
 /// # Errors
 /// See [`RunError`]. The tunnel container is then left as it is.
-pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunError> {
+pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Result<(), RunError> {
     let store = Store::open(&config.data_dir)?;
     let agent_id = taken(store.agent_id()?);
     let tombstone = taken(store.tombstone()?);
@@ -117,15 +130,17 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunE
     let (wake_tx, wake) = mpsc::channel(1);
     let (look_tx, look) = mpsc::channel(1);
 
+    let metrics = Metrics::default();
     let refused = |error: &dyn Error| RunError::Config(error_chain(error));
-    let master = Arc::new(master::Master::new(config.master).map_err(|error| refused(&error))?);
+    let master = Arc::new(master::Master::new(config.master, metrics.clone()).map_err(|error| refused(&error))?);
     let docker = Arc::new(docker::Docker::new(config.docker_host));
+    let known_id = agent_id.clone();
     let registrar =
         Arc::new(registration::Registrar::new(master.clone(), store.clone(), agent_id, config.display_name));
-    let listener = match config.health_port {
+    let listener = match config.health_page {
         None => None,
-        Some(port) => Some(page::bind(port).await.map_err(|error| {
-            RunError::Config(format!("HEALTH_CHECK_PORT={port}: cannot be listened on ({error}); use another port, or 0 to switch the page off"))
+        Some(address) => Some(page::bind(address).await.map_err(|error| {
+            RunError::Config(format!("HEALTH_CHECK_PORT and HEALTH_CHECK_BIND: {address} cannot be listened on ({error}); use another port or address, or port 0 to switch the page off"))
         })?),
     };
     let mut sources = page::Sources {
@@ -135,8 +150,11 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunE
         view: view.clone(),
         inventory: inventory.clone(),
         ways: ways.clone(),
+        metrics: metrics.clone(),
+        log,
         started: Instant::now(),
         tasks: Vec::new(),
+        disk: page::Disk::new(store.clone()),
     };
     if let Some(stone) = tombstone.as_ref().filter(|stone| stone.phase == Phase::Finalized && stone.acknowledged) {
         warn!("{}", tunnels::epitaph(stone, store.dir()));
@@ -144,22 +162,27 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunE
         shutdown.cancelled().await;
         return Ok(());
     }
-    info!(
-        version = env!("CARGO_PKG_VERSION"),
-        master = %master.url(),
-        docker = %docker.host(),
-        image = %config.tunnel.image,
-        network = config.tunnel.network,
-        data = %store.dir().display(),
-        "dockflare-agent starts"
-    );
+    let banner = Banner {
+        id: known_id,
+        master: master.url().to_string(),
+        image: config.tunnel.image.to_string(),
+        network: config.tunnel.network.clone(),
+    };
+    tokio::spawn(banner.show(docker.clone(), registrar.watch()));
 
     let events = {
         let tunnel = &config.tunnel;
         let watched = [tunnel.container_name.clone(), tunnel.successor_name(), tunnel.network.clone()];
         let wakes = [wake_tx, look_tx];
-        let stream =
-            events::EventStream::new(docker.clone(), inventory_tx, changes_tx, wakes, watched, config.report_interval);
+        let stream = events::EventStream::new(
+            docker.clone(),
+            inventory_tx,
+            changes_tx,
+            wakes,
+            watched,
+            config.report_interval,
+            metrics.clone(),
+        );
         Task::spawn("events", async move { match stream.run().await {} })
     };
     let neighbours = {
@@ -170,8 +193,13 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunE
     };
     let reports = {
         let announces_stop = config.tunnel.on_exit == OnExit::Remove;
-        let inputs =
-            reports::Inputs { inventory: inventory.clone(), changes, tunnel: view.clone(), wanted: wanted.clone() };
+        let inputs = reports::Inputs {
+            inventory: inventory.clone(),
+            changes,
+            tunnel: view.clone(),
+            wanted: wanted.clone(),
+            metrics: metrics.clone(),
+        };
         let reporter =
             reports::Reporter::new(master.clone(), registrar.clone(), inputs, config.report_interval, announces_stop);
         Task::spawn("reports", reporter.run(shutdown.clone()))
@@ -181,20 +209,20 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunE
     let tunnel = {
         let (made_of, own_name) = (config.tunnel.clone(), config.hostname.clone());
         let inputs = health::Inputs { wanted: wanted.clone(), ways: ways.clone(), wake };
-        let supervisor = health::Supervisor::new(docker.clone(), made_of, own_name, inputs, view_tx)
+        let supervisor = health::Supervisor::new(docker.clone(), made_of, own_name, inputs, view_tx, metrics.clone())
             .map_err(|error| refused(&error))?;
         Task::spawn("tunnel", supervisor.run(last.clone()))
     };
     let commands = {
         let disk = tunnels::OnDisk { store, state, tombstone };
         let (interval, image) = (config.poll_interval, config.tunnel.image.to_string());
-        let poller =
-            tunnels::Poller::new(master.clone(), registrar.clone(), disk, interval, image, wanted_tx, view.clone());
+        let links = tunnels::Links { wanted: wanted_tx, view: view.clone(), metrics };
+        let poller = tunnels::Poller::new(master.clone(), registrar.clone(), disk, interval, image, links);
         Task::spawn("commands", poller.run(shutdown.clone()))
     };
-    sources.tasks = vec![commands.pulse(), reports.pulse(), events.pulse(), neighbours.pulse(), tunnel.pulse()];
-    let page =
-        listener.map(|listener| Task::spawn("page", async move { match page::serve(listener, sources).await {} }));
+    sources.tasks =
+        [&commands.pulse, &reports.pulse, &events.pulse, &neighbours.pulse, &tunnel.pulse].map(Pulse::clone).to_vec();
+    let mut page = listener.map(|listener| tokio::spawn(async move { match page::serve(listener, sources).await {} }));
 
     // Until the poller ends, nothing else may; it ends by a shutdown or by the master's last command.
     let Task { handle: mut commands, .. } = commands;
@@ -202,7 +230,6 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunE
     let Task { handle: mut events, .. } = events;
     let Task { handle: mut neighbours, .. } = neighbours;
     let Task { handle: mut reports, .. } = reports;
-    let mut page = page.map(|task| task.handle);
     let ended = tokio::select! {
         ended = &mut commands => joined("commands", ended)?,
         ended = &mut tunnel => return Err(broken("tunnel", ended)),
@@ -250,25 +277,52 @@ async fn stop_self(docker: &docker::Docker, hostname: Option<&str>, shutdown: &C
     shutdown.cancelled().await;
 }
 
-/// A task and whether it lives.
+/// The one line that says what runs here. Its parts come from all sides.
+struct Banner {
+    /// As it was known at the start.
+    id: Option<state::AgentId>,
+    master: String,
+    image: String,
+    network: String,
+}
+
+/// How long the banner waits for what the master and Docker have to say.
+const BANNER_LIMIT: Duration = Duration::from_secs(2);
+
+impl Banner {
+    /// Shows it as soon as master and Docker have answered, or without what they did not say in time.
+    async fn show(self, docker: Arc<docker::Docker>, mut session: watch::Receiver<Option<Arc<Session>>>) {
+        let registered = async { session.wait_for(Option::is_some).await.ok().and_then(|session| session.clone()) };
+        let (session, version) =
+            tokio::join!(timeout(BANNER_LIMIT, registered), timeout(BANNER_LIMIT, docker.version()));
+        let session = session.ok().flatten();
+        let id = session.as_ref().map(|session| session.agent_id.clone()).or(self.id);
+        let unknown = || "unknown".to_owned();
+        info!(
+            version = env!("CARGO_PKG_VERSION"),
+            id = id.map_or_else(|| "none yet".to_owned(), |id| id.to_string()),
+            master = self.master,
+            protocol = session.map_or_else(unknown, |session| session.protocol.version().to_string()),
+            docker = version.ok().and_then(Result::ok).map_or_else(unknown, |version| version.engine),
+            host = %docker.host(),
+            network = self.network,
+            image = self.image,
+            "dockflare-agent runs"
+        );
+    }
+}
+
+/// A task and whether it is at work.
 struct Task<T> {
     handle: JoinHandle<T>,
-    pulse: (&'static str, Weak<()>),
+    pulse: Pulse,
 }
 
 impl<T: Send + 'static> Task<T> {
     fn spawn(name: &'static str, work: impl Future<Output = T> + Send + 'static) -> Self {
-        let pulse = Arc::new(());
-        let weak = Arc::downgrade(&pulse);
-        let handle = tokio::spawn(async move {
-            let _pulse = pulse;
-            work.await
-        });
-        Self { handle, pulse: (name, weak) }
-    }
-
-    fn pulse(&self) -> (&'static str, Weak<()>) {
-        self.pulse.clone()
+        let deadline = DEADLINES.into_iter().find(|(of, _)| *of == name).map_or(60, |(_, seconds)| seconds);
+        let pulse = Pulse::new(name, Duration::from_secs(deadline));
+        Self { handle: tokio::spawn(pulse.clone().watch(work)), pulse }
     }
 }
 

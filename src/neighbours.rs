@@ -21,6 +21,7 @@ use tracing::{debug, info, warn};
 use crate::channels::{Inventory, View, Wanted, Ways};
 use crate::config::TunnelConfig;
 use crate::docker::{Container, Docker, DockerError, Inspected, RunState};
+use crate::pulse::rest;
 use crate::retry::Trouble;
 use crate::state::DesiredState;
 
@@ -165,7 +166,8 @@ impl Neighbours {
         };
         if self.desktop.is_none() {
             // A proxy may refuse it; then what depends on it is not judged.
-            self.desktop = self.docker.is_desktop().await.inspect_err(|error| debug!("Docker {error}")).ok();
+            let version = self.docker.version().await.inspect_err(|error| debug!("Docker {error}"));
+            self.desktop = version.ok().map(|version| version.is_desktop);
         }
         let others = names_of(running, |id| inventory.containers.contains_key(id));
         let scene = Scene { tunnel: &tunnel, network, desktop: self.desktop, others: &others };
@@ -214,7 +216,7 @@ impl Inputs {
             Ok(()) = self.view.changed() => true,
             Ok(()) = self.wanted.changed() => true,
             Some(()) = self.wake.recv() => true,
-            () = sleep(limit) => false,
+            () = rest(limit) => false,
         }
     }
 }

@@ -4,6 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+use jiff::Timestamp;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
@@ -59,6 +60,8 @@ pub(crate) struct Trouble {
 #[derive(Debug)]
 struct Lasting {
     began: Instant,
+    /// The same by the wall clock, for people.
+    since: Timestamp,
     said: Instant,
     tries: u32,
     /// The causes that were told; each is news once.
@@ -82,15 +85,17 @@ impl Trouble {
         match &mut self.since {
             None => {
                 warn!("{what} {text}; {next}");
-                self.since = Some(Lasting { began: now, said: now, tries: 1, told: vec![text] });
+                let since = Timestamp::now();
+                self.since = Some(Lasting { began: now, since, said: now, tries: 1, told: vec![text] });
             }
             Some(lasting) => {
                 lasting.tries += 1;
-                let (tries, since) = (lasting.tries, Lasts(now - lasting.began));
+                let (tries, lasts) = (lasting.tries, Lasts(now - lasting.began));
+                let since = lasting.since.strftime("%Y-%m-%dT%H:%M:%SZ");
                 if now - lasting.said >= REPEAT {
-                    warn!(tries, %since, "{what} still {text}; {next}");
+                    warn!(tries, %since, %lasts, "{what} still {text}; {next}");
                 } else if lasting.told.len() < MOST_CAUSES && !lasting.told.contains(&text) {
-                    warn!(tries, %since, "{what} {text}; {next}");
+                    warn!(tries, %since, %lasts, "{what} {text}; {next}");
                     lasting.told.push(text);
                 } else {
                     return;

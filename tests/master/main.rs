@@ -11,6 +11,7 @@ mod folder;
 mod key;
 mod kills;
 mod outages;
+mod pages;
 mod program;
 mod registration;
 mod secrets;
