@@ -23,7 +23,8 @@
 //! what is done about it, is one table for all: [`cause`].
 //!
 //! Around them: [`config`] (the environment, checked as a whole), [`registration`] (who the agent is at its
-//! master), [`cloudflare`] (ingress rules), [`page`] (`GET /health`), and three doors, each the only one of its
+//! master), [`cloudflare`] (ingress rules), [`page`] (`GET /health`, `/metrics` and others), [`metrics`] (what is
+//! counted), [`pulse`] (whether each task is still at work), and three doors, each the only one of its
 //! kind: [`master`] to the master, [`docker`] to Docker, [`state`] to the data folder. [`logging`], the waits of
 //! `retry` and the set-up of `http` are shared by all.
 //!

@@ -198,6 +198,26 @@ mod tests {
         assert!(tenths.iter().all(|count| *count < 300), "{tenths:?}");
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn what_lasts_is_said_when_it_begins_every_ten_minutes_with_its_count_and_when_it_ends() {
+        let ring = crate::logging::Ring::default();
+        let kept = ring.clone();
+        let log = tracing_subscriber::fmt().with_ansi(false).with_writer(move || kept.clone()).finish();
+        let _log = tracing::subscriber::set_default(log);
+        let mut trouble = Trouble::new("the master");
+        for _ in 0..42 {
+            trouble.failed(&"cannot be reached", "trying again");
+            tokio::time::sleep(Duration::from_secs(15)).await;
+        }
+        assert!(trouble.ended());
+        let lines = ring.lines();
+        assert_eq!(lines.len(), 3, "{lines:#?}");
+        assert!(lines[0].contains("WARN") && lines[0].ends_with("the master cannot be reached; trying again"));
+        assert!(lines[1].contains("the master still cannot be reached; trying again tries=41 since=2"), "{}", lines[1]);
+        assert!(lines[1].ends_with(" lasts=10m00s"), "{}", lines[1]);
+        assert!(lines[2].contains("INFO") && lines[2].contains("the master works again tries=42"), "{}", lines[2]);
+    }
+
     #[test]
     fn lengths_read_as_people_say_them() {
         let said = |seconds: f64| Lasts(Duration::from_secs_f64(seconds)).to_string();

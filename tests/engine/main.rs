@@ -12,6 +12,7 @@ mod daemon;
 mod decommission;
 mod events;
 mod neighbours;
+mod newcomer;
 mod proxy;
 mod pull;
 mod replacement;
@@ -31,6 +32,7 @@ fn main() -> std::process::ExitCode {
         events::cases(),
         decommission::cases(),
         neighbours::cases(),
+        newcomer::cases(),
         proxy::cases(),
         pull::cases(),
         replacement::cases(),

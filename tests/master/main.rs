@@ -10,6 +10,7 @@ mod desk;
 mod folder;
 mod key;
 mod kills;
+mod monitoring;
 mod outages;
 mod pages;
 mod program;

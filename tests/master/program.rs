@@ -4,6 +4,7 @@ use std::net::{Ipv4Addr, TcpListener};
 use std::process::ExitStatus;
 
 use dockflare_dev_master::Protocol;
+use serde_json::{Value, json};
 use testkit::AgentProcess;
 
 use crate::desk::Desk;
@@ -81,4 +82,30 @@ async fn a_dotenv_in_the_working_folder_fills_what_is_unset_or_empty_and_nothing
     let line = agent.wait_for_log("registered at the master", SOON).await.unwrap();
     assert!(line.starts_with('{'), "{line}");
     desk.assert_no_violations();
+}
+
+/// Names on which people's collectors rely.
+#[tokio::test]
+async fn the_log_as_json_has_the_fields_that_the_readme_names() {
+    let mut desk = Desk::new(Protocol::V2).await.unwrap();
+    desk.set("LOG_FORMAT", "json");
+    desk.set("LOG_LEVEL", "INFO");
+    let agent = desk.agent().unwrap();
+    let banner = agent.wait_for_log("dockflare-agent runs", SOON).await.unwrap();
+    let lines: Vec<Value> = agent.log().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    for line in &lines {
+        for key in ["timestamp", "level", "message"] {
+            assert!(line[key].is_string(), "{key} of {line}");
+        }
+        line["timestamp"].as_str().unwrap().parse::<jiff::Timestamp>().unwrap();
+    }
+    let banner: Value = serde_json::from_str(&banner).unwrap();
+    assert_eq!((&banner["level"], &banner["message"]), (&json!("INFO"), &json!("dockflare-agent runs")));
+    let fields = ["version", "id", "master", "protocol", "docker", "host", "network", "image"];
+    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
+    for field in ["timestamp", "level", "message"].into_iter().chain(fields) {
+        assert!(banner.get(field).is_some(), "{field} of {banner}");
+        assert!(readme.contains(&format!("`{field}`")), "{field} is not in the README");
+    }
+    assert_eq!(banner.as_object().unwrap().len(), 3 + fields.len(), "{banner}");
 }
