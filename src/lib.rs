@@ -34,14 +34,14 @@
 
 use std::error::Error;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinHandle};
-use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
+mod banner;
 pub mod cause;
 pub mod channels;
 pub mod cloudflare;
@@ -72,7 +72,6 @@ use config::{Config, OnExit};
 use logging::Ring;
 use metrics::Metrics;
 use pulse::Pulse;
-use registration::Session;
 use state::{Found, Phase, Store, TunnelState};
 
 /// Why the agent does not run, or not any longer, though nobody asked it to stop.
@@ -105,11 +104,6 @@ impl RunError {
 /// Container changes on their way to the reporter, which drains them even while it waits for the master; a burst
 /// beyond this makes the event task wait, and Docker's socket buffer with it.
 const CHANGES: usize = 256;
-
-/// The longest time for which each task may wait in one piece: that of its longest call, and half as much again. A
-/// request to the master may take 90 s, a listing 20 s, a look around 60 s, a silent pull 120 s.
-const DEADLINES: [(&str, u64); 5] =
-    [("commands", 150), ("reports", 150), ("events", 90), ("neighbours", 90), ("tunnel", 180)];
 
 /// Runs the agent until `shutdown`, or until its master has let go of it and its own container cannot be stopped.
 /// `log` is what the page shows of the log.
@@ -163,13 +157,13 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
         shutdown.cancelled().await;
         return Ok(());
     }
-    let banner = Banner {
-        id: known_id,
-        master: master.url().to_string(),
-        image: config.tunnel.image.to_string(),
-        network: config.tunnel.network.clone(),
-    };
-    tokio::spawn(banner.show(docker.clone(), registrar.watch()));
+    tokio::spawn(banner::show(
+        docker.clone(),
+        master.url().clone(),
+        registrar.watch(),
+        known_id,
+        config.tunnel.clone(),
+    ));
 
     let events = {
         let tunnel = &config.tunnel;
@@ -278,41 +272,6 @@ async fn stop_self(docker: &docker::Docker, hostname: Option<&str>, shutdown: &C
     shutdown.cancelled().await;
 }
 
-/// The one line that says what runs here. Its parts come from all sides.
-struct Banner {
-    /// As it was known at the start.
-    id: Option<state::AgentId>,
-    master: String,
-    image: String,
-    network: String,
-}
-
-/// How long the banner waits for what the master and Docker have to say.
-const BANNER_LIMIT: Duration = Duration::from_secs(2);
-
-impl Banner {
-    /// Shows it as soon as master and Docker have answered, or without what they did not say in time.
-    async fn show(self, docker: Arc<docker::Docker>, mut session: watch::Receiver<Option<Arc<Session>>>) {
-        let registered = async { session.wait_for(Option::is_some).await.ok().and_then(|session| session.clone()) };
-        let (session, version) =
-            tokio::join!(timeout(BANNER_LIMIT, registered), timeout(BANNER_LIMIT, docker.version()));
-        let session = session.ok().flatten();
-        let id = session.as_ref().map(|session| session.agent_id.clone()).or(self.id);
-        let unknown = || "unknown".to_owned();
-        info!(
-            version = env!("CARGO_PKG_VERSION"),
-            id = id.map_or_else(|| "none yet".to_owned(), |id| id.to_string()),
-            master = self.master,
-            protocol = session.map_or_else(unknown, |session| session.protocol.version().to_string()),
-            docker = version.ok().and_then(Result::ok).map_or_else(unknown, |version| version.engine),
-            host = %docker.host(),
-            network = self.network,
-            image = self.image,
-            "dockflare-agent runs"
-        );
-    }
-}
-
 /// A task and whether it is at work.
 struct Task<T> {
     handle: JoinHandle<T>,
@@ -321,8 +280,7 @@ struct Task<T> {
 
 impl<T: Send + 'static> Task<T> {
     fn spawn(name: &'static str, work: impl Future<Output = T> + Send + 'static) -> Self {
-        let deadline = DEADLINES.into_iter().find(|(of, _)| *of == name).map_or(60, |(_, seconds)| seconds);
-        let pulse = Pulse::new(name, Duration::from_secs(deadline));
+        let pulse = Pulse::new(name);
         Self { handle: tokio::spawn(pulse.clone().watch(work)), pulse }
     }
 }

@@ -1,7 +1,7 @@
 //! Whether each task is still at work, for the health page.
 //!
 //! A task that waits for something does so with a time limit, and while it waits for long it shows itself every
-//! [`BEAT`]. So one whose turn has not come for longer than its deadline hangs: it waits for a lock, a channel or a
+//! [`BEAT`]. So one whose turn has not come for longer than three minutes hangs: it waits for a lock, a channel or a
 //! disk that will not come back. That is found out from outside, by noting when the runtime last gave it its turn.
 
 use std::future::{Future, poll_fn};
@@ -14,12 +14,15 @@ use tokio::time::{Instant, sleep};
 /// A task that waits for longer shows itself at least this often.
 pub(crate) const BEAT: Duration = Duration::from_secs(30);
 
+/// The longest time for which a task may wait in one piece. The longest limit of a single wait is that of a pull from
+/// which nothing comes, 120 s; a request to the master has 90 s, a stop of a container 95 s.
+const DEADLINE: Duration = Duration::from_secs(180);
+
 /// When a task was last at work.
 #[derive(Debug, Clone)]
 pub struct Pulse {
     /// Name of the task.
     pub name: &'static str,
-    deadline: Duration,
     last: Arc<Mutex<Last>>,
 }
 
@@ -41,10 +44,9 @@ pub enum Life {
 }
 
 impl Pulse {
-    /// `deadline` is the longest time that the task may wait in one piece: the longest limit of its waits, and room
-    /// for a busy machine.
-    pub(crate) fn new(name: &'static str, deadline: Duration) -> Self {
-        Self { name, deadline, last: Arc::new(Mutex::new(Last::Turn(Instant::now()))) }
+    /// For a task that has not begun.
+    pub(crate) fn new(name: &'static str) -> Self {
+        Self { name, last: Arc::new(Mutex::new(Last::Turn(Instant::now()))) }
     }
 
     /// How the task is.
@@ -52,7 +54,7 @@ impl Pulse {
         let last = *self.last.lock().unwrap_or_else(PoisonError::into_inner);
         match last {
             Last::Ended => Life::Ended,
-            Last::Turn(at) if at.elapsed() > self.deadline => Life::Hangs(at.elapsed()),
+            Last::Turn(at) if at.elapsed() > DEADLINE => Life::Hangs(at.elapsed()),
             Last::Turn(_) => Life::AtWork,
         }
     }
@@ -111,10 +113,8 @@ mod tests {
 
     use super::*;
 
-    const DEADLINE: Duration = Duration::from_secs(90);
-
     async fn after(seconds: u64, work: impl Future<Output = ()> + Send + 'static) -> Life {
-        let pulse = Pulse::new("test", DEADLINE);
+        let pulse = Pulse::new("test");
         tokio::spawn(pulse.clone().watch(work));
         sleep(Duration::from_secs(seconds)).await;
         pulse.life()
@@ -124,15 +124,15 @@ mod tests {
     async fn a_task_that_rests_is_at_work_and_one_that_waits_in_vain_hangs() {
         assert_eq!(after(3000, rest(Duration::from_secs(7200))).await, Life::AtWork);
         assert_eq!(after(3000, rest_until(Box::pin(pending()))).await, Life::AtWork);
-        assert_eq!(after(80, pending()).await, Life::AtWork);
-        assert_eq!(after(100, pending()).await, Life::Hangs(Duration::from_secs(100)));
+        assert_eq!(after(170, pending()).await, Life::AtWork);
+        assert_eq!(after(200, pending()).await, Life::Hangs(Duration::from_secs(200)));
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_task_that_returns_is_dropped_or_panics_has_ended() {
         assert_eq!(after(100, async {}).await, Life::Ended);
         assert_eq!(after(100, async { panic!("a mistake") }).await, Life::Ended);
-        let pulse = Pulse::new("test", DEADLINE);
+        let pulse = Pulse::new("test");
         let task = tokio::spawn(pulse.clone().watch(pending::<()>()));
         sleep(Duration::from_secs(1)).await;
         task.abort();

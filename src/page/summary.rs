@@ -221,10 +221,10 @@ mod tests {
         let (code, health) = sources.health().await;
         assert_eq!((code, &health["status"]), (StatusCode::OK, &json!("degraded")), "{health}");
         assert_eq!(sources.live().await.0, StatusCode::OK);
-        let pulse = Pulse::new("events", Duration::from_secs(90));
+        let pulse = Pulse::new("events");
         let task = tokio::spawn(pulse.clone().watch(pending::<()>()));
         sources.tasks.push(pulse);
-        for (seconds, is_alive) in [(60, true), (90, false)] {
+        for (seconds, is_alive) in [(120, true), (90, false)] {
             tokio::time::sleep(Duration::from_secs(seconds)).await;
             let (code, health) = sources.health().await;
             let expected =
@@ -234,7 +234,7 @@ mod tests {
             assert_eq!(sources.live().await.0, expected.0);
         }
         let (_, live) = sources.live().await;
-        assert_eq!(live["problems"], json!(["the task events hangs for 2m30s"]));
+        assert_eq!(live["problems"], json!(["the task events hangs for 3m30s"]));
         task.abort();
         let _ = task.await;
         assert_eq!(sources.live().await.1["problems"], json!(["the task events has ended"]));
