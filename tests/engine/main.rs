@@ -13,6 +13,7 @@ mod decommission;
 mod events;
 mod neighbours;
 mod newcomer;
+mod payloads;
 mod proxy;
 mod pull;
 mod replacement;
@@ -33,6 +34,7 @@ fn main() -> std::process::ExitCode {
         decommission::cases(),
         neighbours::cases(),
         newcomer::cases(),
+        payloads::cases(),
         proxy::cases(),
         pull::cases(),
         replacement::cases(),
