@@ -1,7 +1,7 @@
 //! Whether each task is still at work, for the health page.
 //!
 //! A task that waits for something does so with a time limit, and while it waits for long it shows itself every
-//! [`BEAT`]. So one whose turn has not come for longer than three minutes hangs: it waits for a lock, a channel or a
+//! 30 s. So one whose turn has not come for longer than three minutes hangs: it waits for a lock, a channel or a
 //! disk that will not come back. That is found out from outside, by noting when the runtime last gave it its turn.
 
 use std::future::{Future, poll_fn};
