@@ -14,14 +14,12 @@ use serde_json::{Value, json};
 use tokio::time::timeout;
 
 use crate::check;
-use crate::config::{Config, Loaded, Settings};
+use crate::config::{Config, Loaded, PageAddress, Settings};
 use crate::docker::Docker;
-use crate::{health, http, state};
+use crate::{health, page, state};
 
-/// For each page of the agent, and for each answer of Docker.
-const LIMIT: Duration = Duration::from_secs(5);
-/// 200 lines of log, each of some kilobytes at most.
-const MAX_PAGE_BYTES: usize = 4 << 20;
+/// For Docker's version and the look at the tunnel container.
+const LIMIT: Duration = Duration::from_secs(10);
 /// A shorter secret is in too many other words, and no key or token is one.
 const LEAST_SECRET_CHARS: usize = 6;
 
@@ -34,13 +32,19 @@ pub async fn command() {
 async fn gather() -> Value {
     let settings = Settings::of_environment();
     let loaded = Config::load();
-    let port = Config::load_health_port().ok().flatten();
+    let address = Config::load_health_page().ok().flatten();
     let data_dir = PathBuf::from(settings.shown["DOCKFLARE_DATA_DIR"].as_str().unwrap_or_default());
     let config = loaded.as_ref().ok().map(|Loaded { config, .. }| config.clone());
-    let (check, health, log, versions) =
-        tokio::join!(check::run(loaded), page(port, "health"), page(port, "log"), versions(config.as_ref()));
+    let (check, health, log, versions) = tokio::join!(
+        check::run(loaded),
+        agent_says(address, "/health"),
+        agent_says(address, "/log"),
+        versions(config.as_ref())
+    );
     let log = match log {
-        Ok(page) => page["lines"].clone(),
+        Ok(page) if page["lines"].is_array() => page["lines"].clone(),
+        // It is another agent's, or the address is not this container's own.
+        Ok(page) => not_available(page["error"].as_str().unwrap_or("the agent that runs does not show it")),
         Err(why) => not_available(&why),
     };
     let files = state::files(&data_dir).map(|files| json!(files));
@@ -62,25 +66,11 @@ fn not_available(why: &str) -> Value {
 }
 
 /// A page of the agent that runs in the same container.
-async fn page(port: Option<u16>, name: &str) -> Result<Value, String> {
-    let Some(port) = port else { return Err("the agent's page is switched off (HEALTH_CHECK_PORT=0)".to_owned()) };
-    let away = |error: &reqwest::Error| format!("no agent answers on port {port}: {}", crate::error_chain(error));
-    let client = http::neighbour(LIMIT).map_err(|error| away(&error))?;
-    let mut answer =
-        client.get(format!("http://127.0.0.1:{port}/{name}")).send().await.map_err(|error| away(&error))?;
-    if answer.status() == reqwest::StatusCode::NOT_FOUND {
-        return Err(format!("the agent that runs has no page /{name}"));
-    }
-    let mut body = Vec::new();
-    while let Some(chunk) = answer.chunk().await.map_err(|error| away(&error))? {
-        body.extend_from_slice(&chunk);
-        if body.len() > MAX_PAGE_BYTES {
-            return Err(format!("port {port} is served by something else"));
-        }
-    }
-    let is_well = answer.status().is_success();
-    let page = serde_json::from_slice(&body).ok().filter(|_| is_well);
-    page.ok_or_else(|| format!("port {port} answers /{name} with {} and no document", answer.status()))
+async fn agent_says(address: Option<PageAddress>, path: &str) -> Result<Value, String> {
+    let Some(address) = address else {
+        return Err("the agent's page is switched off (HEALTH_CHECK_PORT=0)".to_owned());
+    };
+    page::ask(address, path).await
 }
 
 async fn versions(config: Option<&Config>) -> Value {
@@ -89,7 +79,7 @@ async fn versions(config: Option<&Config>) -> Value {
     if let Some(config) = config {
         let client = Docker::new(config.docker_host.clone());
         let asked = async { (client.engine().await, health::glance(&client, &config.tunnel).await) };
-        if let Ok((engine, glance)) = timeout(2 * LIMIT, asked).await {
+        if let Ok((engine, glance)) = timeout(LIMIT, asked).await {
             docker = match engine {
                 Ok(engine) => engine.version.map_or(Value::Null, |version| {
                     json!({

@@ -30,7 +30,7 @@ pub use error::DockerError;
 use error::*;
 pub(crate) use permissions::{Engine, Gate, Registry, Surplus};
 pub use spec::{METRICS_PORT, SPEC_LABEL, STOP_GRACE_SECONDS, Spec};
-pub use types::{Action, Container, Endpoint, Event, Health, Inspected, LastCheck, RunState};
+pub use types::{Action, Container, Endpoint, Event, Health, Inspected, LastCheck, RunState, Version};
 
 /// A Docker Engine, or the part of it that a socket proxy lets through.
 #[derive(Debug)]
@@ -92,14 +92,13 @@ impl Docker {
         Ok(listed.into_iter().map(Container::from).collect())
     }
 
-    /// Whether this is Docker Desktop, in whose containers `host.docker.internal` is known without being asked for.
+    /// What Engine this is.
     ///
     /// # Errors
     /// As all calls.
-    pub async fn is_desktop(&self) -> Result<bool> {
+    pub async fn version(&self) -> Result<Version> {
         let docker = self.client(VERSION)?;
-        let version = limited(VERSION, READ_LIMIT, docker.version()).await?;
-        Ok(version.platform.is_some_and(|platform| platform.name.contains("Docker Desktop")))
+        limited(VERSION, READ_LIMIT, docker.version()).await.map(Version::from)
     }
 
     /// Events of containers and networks from now on, or from `since` (seconds and nanoseconds of the Engine's

@@ -28,6 +28,7 @@ use tracing::{debug, info};
 
 use crate::channels::{Change, Inventory};
 use crate::docker::{self, Action, Container, Docker, DockerError, Event};
+use crate::metrics::Metrics;
 use crate::retry::Trouble;
 
 /// What may leave the host of a container's labels.
@@ -70,6 +71,7 @@ pub struct EventStream {
     asked: Option<Instant>,
     look_every: Duration,
     trouble: Trouble,
+    metrics: Metrics,
 }
 
 impl EventStream {
@@ -83,6 +85,7 @@ impl EventStream {
         wakes: [mpsc::Sender<()>; 2],
         watched: [String; 3],
         report_interval: Duration,
+        metrics: Metrics,
     ) -> Self {
         let trouble = Trouble::new("Docker");
         let [wake_supervisor, wake_neighbours] = wakes;
@@ -98,6 +101,7 @@ impl EventStream {
             asked: None,
             look_every: report_interval.min(LONGEST_UNSEEN),
             trouble,
+            metrics,
         }
     }
 
@@ -258,6 +262,7 @@ impl EventStream {
         if !self.seen.is_new(&event) {
             return;
         }
+        self.metrics.docker_event(event.action.name());
         if self.watched.contains(&event.name) || event.action == Action::Rename {
             self.wake();
         }

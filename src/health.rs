@@ -18,6 +18,7 @@ use crate::cause::{Cause, Status};
 use crate::channels::{View, Wanted, Ways};
 use crate::config::TunnelConfig;
 use crate::docker::{Docker, DockerError, Inspected, RunState, SPEC_LABEL, Spec};
+use crate::metrics::Metrics;
 use crate::retry::{Backoff, Trouble};
 use crate::state::DesiredState;
 
@@ -80,6 +81,7 @@ pub(crate) struct Supervisor<H = Machine> {
     attempts: Trouble,
     sick: Trouble,
     connecting: Trouble,
+    metrics: Metrics,
 }
 
 /// What the supervisor reads.
@@ -121,13 +123,21 @@ impl Supervisor {
         hostname: Option<String>,
         inputs: Inputs,
         view: watch::Sender<View>,
+        metrics: Metrics,
     ) -> Result<Self, reqwest::Error> {
-        Ok(Self::on(Machine::new(docker)?, config, hostname, inputs, view))
+        Ok(Self::on(Machine::new(docker)?, config, hostname, inputs, view, metrics))
     }
 }
 
 impl<H: Host> Supervisor<H> {
-    fn on(host: H, config: TunnelConfig, hostname: Option<String>, inputs: Inputs, view: watch::Sender<View>) -> Self {
+    fn on(
+        host: H,
+        config: TunnelConfig,
+        hostname: Option<String>,
+        inputs: Inputs,
+        view: watch::Sender<View>,
+        metrics: Metrics,
+    ) -> Self {
         let pauses = || Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         Self {
             host,
@@ -148,6 +158,7 @@ impl<H: Host> Supervisor<H> {
             attempts: Trouble::new("the tunnel"),
             sick: Trouble::new("the tunnel"),
             connecting: Trouble::new("connecting the tunnel to a container's network:"),
+            metrics,
         }
     }
 
@@ -221,6 +232,10 @@ impl<H: Host> Supervisor<H> {
             match self.act(&steps, spec.as_ref(), stop).await {
                 Ok(Came::ToTheEnd) => match failure {
                     Some(cause) => self.successor_failed(cause, &goal),
+                    None if is_takeover(&goal, &steps) => {
+                        self.metrics.replacement(true);
+                        self.settle();
+                    }
                     // Whether it becomes ready is still to be seen.
                     None if steps.contains(&Step::Create(Slot::Next)) => {}
                     None => self.settle(),
@@ -345,6 +360,7 @@ impl<H: Host> Supervisor<H> {
 
     /// A successor was taken back: the one before it stays.
     fn successor_failed(&mut self, cause: Cause, goal: &Goal) {
+        self.metrics.replacement(false);
         let next = match goal {
             Goal::Run { hash, .. } if matches!(cause, Cause::TokenMalformed | Cause::TokenRefused) => {
                 self.given_up = Some(hash.clone());
@@ -401,6 +417,13 @@ impl<H: Host> Supervisor<H> {
             Slot::Next => self.config.successor_name(),
         }
     }
+}
+
+/// Whether these steps end a replacement: the successor has the name, or it was made in place.
+fn is_takeover(goal: &Goal, steps: &[Step]) -> bool {
+    let in_place = [Step::Stop(Slot::Main), Step::Start(Slot::Main)];
+    matches!(goal, Goal::Run { .. })
+        && (steps.contains(&Step::Rename) || in_place.iter().all(|step| steps.contains(step)))
 }
 
 #[cfg(test)]

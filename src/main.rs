@@ -48,7 +48,7 @@ async fn main() -> anyhow::Result<ExitCode> {
     match arguments.command.unwrap_or(Command::Run) {
         Command::Run => start().await,
         Command::Healthcheck => {
-            let healthy = page::check(Config::load_health_port()).await;
+            let healthy = page::check(Config::load_health_page()).await;
             println!("{}", healthy.as_ref().unwrap_or_else(|problem| problem));
             Ok(ExitCode::from(u8::from(healthy.is_err())))
         }
@@ -68,7 +68,7 @@ async fn start() -> anyhow::Result<ExitCode> {
             return Ok(ExitCode::from(64));
         }
     };
-    logging::start(&loaded.config.log)?;
+    let log = logging::start(&loaded.config.log)?;
     logging::end_on_panic();
     for warning in loaded.warnings {
         warn!("{warning}");
@@ -85,7 +85,7 @@ async fn start() -> anyhow::Result<ExitCode> {
         warn!("asked to stop a second time: ending at once, the next start puts right what is left");
         std::process::exit(0);
     });
-    if let Err(failure) = run(loaded.config, shutdown).await {
+    if let Err(failure) = run(loaded.config, log, shutdown).await {
         error!("{}", dockflare_agent::error_chain(&failure));
         return Ok(ExitCode::from(failure.exit_code()));
     }

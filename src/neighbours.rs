@@ -21,6 +21,7 @@ use tracing::{info, warn};
 use crate::channels::{Inventory, View, Wanted, Ways};
 use crate::config::TunnelConfig;
 use crate::docker::{Container, Docker, DockerError, Inspected};
+use crate::pulse::rest;
 use crate::retry::Trouble;
 use crate::state::DesiredState;
 
@@ -187,7 +188,7 @@ impl Inputs {
             Ok(()) = self.view.changed() => true,
             Ok(()) = self.wanted.changed() => true,
             Some(()) = self.wake.recv() => true,
-            () = sleep(limit) => false,
+            () = rest(limit) => false,
         }
     }
 }

@@ -60,6 +60,11 @@ pub enum StateError {
     },
 }
 
+/// The user this runs as: Linux shows a process's own folder under it.
+fn own_uid() -> u32 {
+    fs::metadata("/proc/self").map(|own| own.uid()).unwrap_or_default()
+}
+
 /// What an operator can do about a folder that cannot be written.
 fn remedy(problem: &io::Error, uid: u32, dir: &Path) -> String {
     let dir = dir.display();
@@ -102,7 +107,7 @@ const AGENT_ID: &str = "agent_id.txt";
 const TUNNEL: &str = "tunnel_state.json";
 /// Name of the tombstone; an operator deletes it to enrol the agent again.
 pub const TOMBSTONE: &str = "decommission.json";
-/// Written and removed at each start, to see whether the folder can be written.
+/// Written and removed, to see whether the folder can be written.
 const WRITABLE: &str = ".writable";
 
 /// No document comes near this; whatever is larger was not written by an agent.
@@ -202,6 +207,21 @@ impl Store {
         written.map_err(io::Error::other).flatten().map_err(|source| self.failed(name, "replaced", source))
     }
 
+    /// Sees whether the folder can be written: makes a file and removes it, without waiting for the disk itself.
+    ///
+    /// # Errors
+    /// What the system says, with the remedy, for people.
+    pub async fn try_out(&self) -> Result<(), String> {
+        let store = self.clone();
+        let path = self.dir.join(WRITABLE);
+        let tried = tokio::task::spawn_blocking(move || fs::write(&path, b"?").and_then(|()| fs::remove_file(&path)));
+        let tried = tried.await.map_err(io::Error::other).flatten();
+        tried.map_err(|problem| {
+            let remedy = remedy(&problem, own_uid(), &store.dir);
+            format!("the data folder {} cannot be written ({problem}): {remedy}", store.dir.display())
+        })
+    }
+
     fn replace(&self, name: &str, text: &[u8]) -> io::Result<()> {
         let mut file = atomic_write_file::OpenOptions::new()
             .mode(0o600)
@@ -240,11 +260,6 @@ impl Store {
     fn failed(&self, name: &str, doing: &'static str, source: io::Error) -> StateError {
         StateError::File { path: self.dir.join(name), doing, source }
     }
-}
-
-/// Who this process runs as.
-fn own_uid() -> u32 {
-    nix::unistd::Uid::effective().as_raw()
 }
 
 /// Why a document is not known.

@@ -12,6 +12,7 @@ use super::{MASTER, Section};
 use crate::config::Config;
 use crate::http;
 use crate::master::{Master, MasterError, Probed, certificate_shown};
+use crate::metrics::Metrics;
 use crate::state::{AgentId, Folder};
 
 /// For DNS, for one connection, and for a handshake: well above what a bad line takes.
@@ -52,7 +53,7 @@ pub(super) async fn look(config: &Config, folder: &Folder, to: &mut Section) {
         }
         return;
     }
-    let master = match Master::new(config.master.clone()) {
+    let master = match Master::new(config.master.clone(), Metrics::default()) {
         Ok(master) => master,
         Err(error) => return answer_fails(&error, to),
     };

@@ -25,7 +25,7 @@ enum Kind {
 }
 
 /// All variables of the README's table, in its order.
-const SETTINGS: [(&str, Kind); 26] = {
+const SETTINGS: [(&str, Kind); 27] = {
     use Kind::{Address, Plain, Secret, SecretFile};
     [
         ("DOCKFLARE_MASTER_URL", Address(None)),
@@ -52,6 +52,7 @@ const SETTINGS: [(&str, Kind); 26] = {
         ("LOG_FORMAT", Plain(Some("text"))),
         ("TZ", Plain(Some("UTC"))),
         ("HEALTH_CHECK_PORT", Plain(Some("8080"))),
+        ("HEALTH_CHECK_BIND", Plain(Some("0.0.0.0"))),
         ("DOCKFLARE_DATA_DIR", Plain(Some(DEFAULT_DATA_DIR))),
         ("HOSTNAME", Plain(None)),
     ]

@@ -132,7 +132,9 @@ impl MasterError {
     /// What an operator can do, for the end of a log line.
     pub fn remedy(&self) -> &'static str {
         match self {
-            Self::Away { .. } => "trying again, the tunnel is not touched",
+            Self::Away { .. } => {
+                "trying again, the tunnel is not touched; if this lasts, check that the master runs and that DOCKFLARE_MASTER_URL leads to it"
+            }
             Self::Certificate { remedy, .. } => remedy,
             Self::Refused { .. } => {
                 "the tunnel is not touched; set DOCKFLARE_API_KEY to a key from the master's Agents page (a key file is read again by itself)"

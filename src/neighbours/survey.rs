@@ -41,7 +41,8 @@ pub(super) async fn survey(
     };
     if desktop.is_none() {
         // A proxy may refuse it; then what depends on it is not judged.
-        *desktop = docker.is_desktop().await.inspect_err(|error| debug!("Docker {error}")).ok();
+        let version = docker.version().await.inspect_err(|error| debug!("Docker {error}"));
+        *desktop = version.ok().map(|version| version.is_desktop);
     }
     let others = names_of(running, |id| labelled.contains_key(id));
     let scene = Scene { tunnel: &tunnel, network, desktop: *desktop, others: &others };

@@ -13,6 +13,8 @@ mod daemon;
 mod decommission;
 mod events;
 mod neighbours;
+mod newcomer;
+mod payloads;
 mod proxy;
 mod pull;
 mod replacement;
@@ -33,6 +35,8 @@ fn main() -> std::process::ExitCode {
         events::cases(),
         decommission::cases(),
         neighbours::cases(),
+        newcomer::cases(),
+        payloads::cases(),
         proxy::cases(),
         pull::cases(),
         replacement::cases(),
