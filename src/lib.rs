@@ -53,6 +53,7 @@ pub mod health;
 #[cfg(test)]
 mod hostile;
 mod http;
+mod labels;
 pub mod logging;
 pub mod master;
 pub mod neighbours;

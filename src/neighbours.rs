@@ -21,6 +21,7 @@ use tracing::{debug, info, warn};
 use crate::channels::{Inventory, View, Wanted, Ways};
 use crate::config::TunnelConfig;
 use crate::docker::{Container, Docker, DockerError, Inspected, RunState};
+use crate::labels::COMPOSE_SERVICE;
 use crate::retry::Trouble;
 use crate::state::DesiredState;
 
@@ -29,8 +30,12 @@ mod rivals;
 mod service;
 mod way;
 use memory::{Memory, News};
+pub(crate) use rivals::{is_connector, tells_connector};
 use rivals::{Rivalry, is_candidate, rivalry};
-use way::{COMPOSE_SERVICE, Lender, Scene, Workload, networks_needed, services, way};
+pub(crate) use service::named_host;
+use way::{Lender, Scene, Workload, networks_needed, way};
+pub(crate) use way::services;
+pub(crate) use way::DOCKERS_OWN;
 
 /// What happens together is looked at once: a compose project that starts is a burst of events.
 const SETTLE: Duration = Duration::from_millis(500);

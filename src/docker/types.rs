@@ -36,6 +36,28 @@ impl From<models::ContainerSummary> for Container {
     }
 }
 
+/// A running container's place on networks, from a listing.
+#[derive(Debug, Clone)]
+pub(crate) struct Placed {
+    /// All of its labels.
+    pub(crate) labels: BTreeMap<String, String>,
+    /// As in [`Inspected`].
+    pub(crate) network_mode: String,
+    /// Names of the networks that it is on.
+    pub(crate) networks: BTreeSet<String>,
+}
+
+impl From<models::ContainerSummary> for Placed {
+    fn from(summary: models::ContainerSummary) -> Self {
+        let networks = summary.network_settings.and_then(|settings| settings.networks).unwrap_or_default();
+        Self {
+            labels: summary.labels.unwrap_or_default().into_iter().collect(),
+            network_mode: summary.host_config.and_then(|host| host.network_mode).unwrap_or_default(),
+            networks: networks.into_keys().collect(),
+        }
+    }
+}
+
 /// Something that happened to a container or a network.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Event {
