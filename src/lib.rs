@@ -61,6 +61,8 @@ pub mod page;
 pub mod registration;
 pub mod reports;
 mod retry;
+pub mod signals;
+pub mod socket_proxy;
 pub mod state;
 pub mod tunnels;
 

@@ -1,6 +1,5 @@
 //! Carrying out a plan: the steps themselves, what each needs before it, and what is done where Docker refuses one.
 
-use std::collections::BTreeMap;
 use std::future::Future;
 use std::time::Duration;
 
