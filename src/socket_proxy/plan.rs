@@ -179,10 +179,7 @@ fn call(policy: &Policy, route: Route<'_>, head: &Head, body: &[u8]) -> Result<C
             query.take("filters").map_or(Err("query_filters"), |filters| event_filter(&filters))?;
             Call::Events(query.take("since").map(moment).transpose()?)
         }
-        Route::Inspect(name) => {
-            query.is("size", "false")?;
-            Call::Inspect(subject(policy, name)?)
-        }
+        Route::Inspect(name) => Call::Inspect(subject(policy, name)?),
         Route::Logs(name) => {
             for (key, value) in [("follow", "false"), ("stdout", "true"), ("stderr", "true"), ("until", "0")] {
                 query.is(key, value)?;
@@ -196,7 +193,6 @@ fn call(policy: &Policy, route: Route<'_>, head: &Head, body: &[u8]) -> Result<C
             Call::Logs { name: ours(name)?, since: since.unwrap_or_default() as i64, last }
         }
         Route::Network(name) => {
-            query.is("verbose", "false")?;
             if name != policy.tunnel.network {
                 return Err("network_name");
             }
@@ -223,9 +219,7 @@ fn call(policy: &Policy, route: Route<'_>, head: &Head, body: &[u8]) -> Result<C
             let image = &policy.tunnel.image;
             query.must_be("fromImage", image.repository(), "image")?;
             query.must_be("tag", image.tag_or_digest(), "image")?;
-            for key in ["fromSrc", "repo", "message", "platform", "changes"] {
-                query.is(key, "")?;
-            }
+            query.is("platform", "")?;
             Call::Pull
         }
         Route::Create => {

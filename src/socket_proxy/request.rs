@@ -198,7 +198,8 @@ fn is_version(segment: &str) -> bool {
 fn read_query(text: &str) -> Result<BTreeMap<String, String>, Refusal> {
     let odd = Refusal::http("query_malformed");
     let mut query = BTreeMap::new();
-    for pair in text.split('&') {
+    // The agent's Docker client writes a question mark with nothing behind it.
+    for pair in text.split('&').filter(|_| !text.is_empty()) {
         let (key, value) = pair.split_once('=').ok_or(odd)?;
         if key.is_empty() || !key.bytes().all(|byte| byte.is_ascii_alphabetic()) {
             return Err(odd);
