@@ -65,6 +65,12 @@ impl Spec {
         body
     }
 
+    /// The same, as it is written.
+    #[cfg(test)]
+    pub(crate) fn body_for_tests(&self) -> serde_json::Value {
+        serde_json::to_value(self.body()).unwrap_or_default()
+    }
+
     fn plain_body(&self) -> models::ContainerCreateBody {
         let words = |list: &[&str]| Some(list.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>());
         let seconds = |n: i64| Some(n * 1_000_000_000);

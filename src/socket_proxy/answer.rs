@@ -249,3 +249,6 @@ pub(super) fn log(lines: &[String]) -> Vec<u8> {
     };
     lines.iter().flat_map(frame).collect()
 }
+
+#[cfg(test)]
+mod tests;
