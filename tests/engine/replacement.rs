@@ -71,7 +71,9 @@ async fn a_redeploy(protocol: Protocol) -> Result<()> {
     let statuses = statuses.skip_while(|status| status.body["status"] != "running");
     let other: Vec<_> = statuses.filter(|status| status.body["status"] != "running").collect();
     assert!(other.is_empty(), "{other:?}");
-    assert!(!agent.log().contains("WARN"), "{}", agent.log());
+    // Labelled containers of other cases come and go on the same Engine.
+    let warned = agent.log().lines().any(|line| line.contains("WARN") && !line.contains("cannot reach the container"));
+    assert!(!warned, "{}", agent.log());
     stage.assert_no_violations();
     Ok(())
 }
