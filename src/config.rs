@@ -234,8 +234,11 @@ impl Config {
         if key.is_none() && check.errors.iter().all(|error| !error.starts_with("DOCKFLARE_API_KEY")) {
             check.error("DOCKFLARE_API_KEY is not set: generate a key on the master's Agents page and set it, or name a file that holds it in DOCKFLARE_API_KEY_FILE");
         }
-        let access_secret =
-            check.secret("CF_ACCESS_CLIENT_SECRET", raw.cf_access_client_secret.take(), raw.cf_access_client_secret_file.take());
+        let access_secret = check.secret(
+            "CF_ACCESS_CLIENT_SECRET",
+            raw.cf_access_client_secret.take(),
+            raw.cf_access_client_secret_file.take(),
+        );
         let access = match (raw.cf_access_client_id.take(), access_secret) {
             (None, None) => None,
             (Some(id), Some(secret)) if HeaderValue::from_str(&id).is_ok() => {
@@ -254,10 +257,12 @@ impl Config {
                 None
             }
         };
-        let docker_host = check.docker_host("DOCKER_HOST", raw.docker_host.as_deref().unwrap_or("unix:///var/run/docker.sock"));
+        let docker_host =
+            check.docker_host("DOCKER_HOST", raw.docker_host.as_deref().unwrap_or("unix:///var/run/docker.sock"));
         let tunnel = tunnel(&mut check, &mut raw);
         let report_interval = check.seconds("REPORT_INTERVAL_SECONDS", raw.report_interval_seconds.take(), 30, 5);
-        let poll_interval = check.seconds("COMMAND_POLL_INTERVAL_SECONDS", raw.command_poll_interval_seconds.take(), 10, 1);
+        let poll_interval =
+            check.seconds("COMMAND_POLL_INTERVAL_SECONDS", raw.command_poll_interval_seconds.take(), 10, 1);
         let health_port = health_port(raw.health_check_port.as_deref()).unwrap_or_else(|problem| {
             check.error(problem);
             None
@@ -318,7 +323,8 @@ fn tunnel(check: &mut Check, raw: &mut Raw) -> Option<TunnelConfig> {
     if ["host", "none", "bridge", "default"].contains(&network.as_str()) {
         check.error(format!("CLOUDFLARED_NETWORK_NAME={network}: is one of Docker's own networks, on which containers do not find each other by name; name a network of your own, for example cloudflare-net"));
     }
-    let container_name = check.name("TUNNEL_CONTAINER_NAME", raw.tunnel_container_name.take(), "dockflare-agent-tunnel");
+    let container_name =
+        check.name("TUNNEL_CONTAINER_NAME", raw.tunnel_container_name.take(), "dockflare-agent-tunnel");
     let on_exit = check.one_of(
         "TUNNEL_ON_EXIT",
         raw.tunnel_on_exit.as_deref(),
@@ -337,11 +343,8 @@ fn tunnel(check: &mut Check, raw: &mut Raw) -> Option<TunnelConfig> {
 
 fn log(check: &mut Check, raw: &Raw) -> LogConfig {
     let filter = check.log_filter(raw.log_level.as_deref().unwrap_or("INFO"));
-    let format = check.one_of(
-        "LOG_FORMAT",
-        raw.log_format.as_deref(),
-        &[("text", LogFormat::Text), ("json", LogFormat::Json)],
-    );
+    let format =
+        check.one_of("LOG_FORMAT", raw.log_format.as_deref(), &[("text", LogFormat::Text), ("json", LogFormat::Json)]);
     let time_zone = match raw.tz.as_deref() {
         None => TimeZone::UTC,
         Some(name) => TimeZone::get(name.trim_start_matches(':')).unwrap_or_else(|_| {

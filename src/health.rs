@@ -17,7 +17,9 @@ use tokio_util::sync::CancellationToken;
 use crate::cause::{Cause, Status};
 use crate::channels::{View, Wanted, Ways};
 use crate::config::TunnelConfig;
-use crate::docker::{Docker, DockerError, Inspected, REDEPLOY_LABEL, RunState, SPEC_LABEL, Spec, TUNNEL_LABEL, owner_labels};
+use crate::docker::{
+    Docker, DockerError, Inspected, REDEPLOY_LABEL, RunState, SPEC_LABEL, Spec, TUNNEL_LABEL, owner_labels,
+};
 use crate::retry::{Backoff, Trouble};
 use crate::state::DesiredState;
 

@@ -30,12 +30,12 @@ mod rivals;
 mod service;
 mod way;
 use memory::{Memory, News};
-pub(crate) use rivals::{is_connector, tells_connector};
 use rivals::{Rivalry, is_candidate, rivalry};
+pub(crate) use rivals::{is_connector, tells_connector};
 pub(crate) use service::named_host;
-use way::{Lender, Scene, Workload, networks_needed, way};
-pub(crate) use way::services;
 pub(crate) use way::DOCKERS_OWN;
+pub(crate) use way::services;
+use way::{Lender, Scene, Workload, networks_needed, way};
 
 /// What happens together is looked at once: a compose project that starts is a burst of events.
 const SETTLE: Duration = Duration::from_millis(500);

@@ -55,9 +55,7 @@ impl SocketProxyConfig {
     ///
     /// # Errors
     /// All that is wrong, at once.
-    pub fn from_vars(
-        vars: impl IntoIterator<Item = (String, String)>,
-    ) -> Result<(Self, Vec<String>), ConfigErrors> {
+    pub fn from_vars(vars: impl IntoIterator<Item = (String, String)>) -> Result<(Self, Vec<String>), ConfigErrors> {
         let mut raw = Raw::read(vars)?;
         let mut check = Check::default();
         let listen = check.listen(raw.socket_proxy_listen.as_deref().unwrap_or(DEFAULT_LISTEN));

@@ -139,7 +139,9 @@ pub(super) fn sort(call: Call, error: EngineError) -> DockerError {
         EngineError::DockerResponseServerError { status_code, message } => {
             let message = one_line(&message);
             match status_code {
-                403 if message.starts_with(OWN_REFUSAL) => DockerError::Forbidden { call: Call { grant: OWN_GRANT, ..call } },
+                403 if message.starts_with(OWN_REFUSAL) => {
+                    DockerError::Forbidden { call: Call { grant: OWN_GRANT, ..call } }
+                }
                 403 => DockerError::Forbidden { call },
                 404 => DockerError::NotFound { call, message },
                 409 => DockerError::Conflict { call, message },

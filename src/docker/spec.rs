@@ -74,8 +74,7 @@ impl Spec {
     fn plain_body(&self) -> models::ContainerCreateBody {
         let words = |list: &[&str]| Some(list.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>());
         let seconds = |n: i64| Some(n * 1_000_000_000);
-        let mut env =
-            vec![format!("TUNNEL_TOKEN={}", self.token.expose()), metrics_variable()];
+        let mut env = vec![format!("TUNNEL_TOKEN={}", self.token.expose()), metrics_variable()];
         env.extend(self.options.iter().map(|(name, value)| format!("{name}={value}")));
         models::ContainerCreateBody {
             image: Some(self.image.clone()),

@@ -70,7 +70,14 @@ pub(super) fn place_only(mut seen: Inspected) -> Inspected {
     let (networks, ports) = (std::mem::take(&mut seen.networks), std::mem::take(&mut seen.ports));
     let network_mode = std::mem::take(&mut seen.network_mode);
     let service = seen.labels.get(COMPOSE_SERVICE).map(|name| (COMPOSE_SERVICE.to_owned(), name.clone()));
-    Inspected { networks, ports, network_mode, labels: service.into_iter().collect(), image: String::new(), ..bare(seen) }
+    Inspected {
+        networks,
+        ports,
+        network_mode,
+        labels: service.into_iter().collect(),
+        image: String::new(),
+        ..bare(seen)
+    }
 }
 
 fn connector_only(mut seen: Inspected) -> Inspected {
@@ -106,7 +113,8 @@ pub(super) fn inspection(seen: &Inspected) -> Value {
         STANDARD.encode(json!({ "a": "hidden", "t": tunnel.0, "s": "hidden" }).to_string())
     });
     let command: Vec<_> = seen.command.iter().map(|word| word.replace("<token>", &token)).collect();
-    let env = seen.env_names.iter().map(|name| if name == TOKEN { format!("{name}={token}") } else { format!("{name}=") });
+    let env =
+        seen.env_names.iter().map(|name| if name == TOKEN { format!("{name}={token}") } else { format!("{name}=") });
     let networks: Map<_, _> = seen
         .networks
         .iter()

@@ -218,9 +218,7 @@ async fn inspect(docker: &Docker, policy: &Policy, subject: Subject) -> Result<A
 async fn lends(docker: &Docker, lender: &Inspected) -> Result<bool, DockerError> {
     let placed = docker.placed_with_label_keys(&ENABLE_KEYS).await?;
     let mut modes = placed.iter().filter(|placed| is_enabled(&placed.labels)).map(|placed| &placed.network_mode);
-    Ok(modes.any(|mode| {
-        mode.strip_prefix("container:").is_some_and(|of| of == lender.id || of == lender.name)
-    }))
+    Ok(modes.any(|mode| mode.strip_prefix("container:").is_some_and(|of| of == lender.id || of == lender.name)))
 }
 
 /// The networks that labelled containers are on, by themselves or by whom they lend them from.

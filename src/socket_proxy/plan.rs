@@ -50,18 +50,34 @@ pub(super) enum Call {
     Events(Option<String>),
     Inspect(Subject),
     /// The first lines, or so many of the last.
-    Logs { name: String, since: i64, last: Option<usize> },
+    Logs {
+        name: String,
+        since: i64,
+        last: Option<usize>,
+    },
     Network,
     NewNetwork,
-    Connect { network: String, name: String },
+    Connect {
+        network: String,
+        name: String,
+    },
     Image,
     Pull,
-    Create { name: String, spec: Box<Spec> },
+    Create {
+        name: String,
+        spec: Box<Spec>,
+    },
     Start(String),
-    Stop { name: String, seconds: u16 },
+    Stop {
+        name: String,
+        seconds: u16,
+    },
     /// Full id of what must be the agent's own container.
     StopSelf(String),
-    Restart { name: String, seconds: u16 },
+    Restart {
+        name: String,
+        seconds: u16,
+    },
     /// The successor gets the tunnel's name.
     Rename,
     Remove(String),

@@ -73,7 +73,9 @@ impl Head {
         let mut request = httparse::Request::new(&mut headers);
         match request.parse(bytes) {
             Ok(httparse::Status::Complete(length)) if length == bytes.len() => {}
-            Err(httparse::Error::TooManyHeaders) => return Err(Refusal { status: 431, ..Refusal::http("head_length") }),
+            Err(httparse::Error::TooManyHeaders) => {
+                return Err(Refusal { status: 431, ..Refusal::http("head_length") });
+            }
             Err(httparse::Error::Version) => return Err(Refusal { status: 505, ..Refusal::http("http_version") }),
             _ => return Err(Refusal::http("head_malformed")),
         }

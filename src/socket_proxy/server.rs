@@ -31,6 +31,9 @@ const READ_LIMIT: Duration = Duration::from_secs(5);
 /// The client must take an answer that is no stream within this time.
 const WRITE_LIMIT: Duration = Duration::from_secs(30);
 
+/// A refused client has this long to read its answer and close, however much it still sends.
+const REST_LIMIT: Duration = Duration::from_millis(500);
+
 /// How reading a request ended.
 enum Unread {
     /// The client went before it had sent one.
@@ -51,11 +54,11 @@ impl Service {
         let (head, body) = match read(&mut from).await {
             Ok(read) => read,
             Err(Unread::Gone) => return Ok(()),
-            Err(Unread::Refused(refusal)) => return self.refuse(&mut to, refusal).await,
+            Err(Unread::Refused(refusal)) => return self.refuse(&mut from, &mut to, refusal).await,
         };
         let call = match plan(&self.policy, &head, &body) {
             Ok(call) => call,
-            Err(refusal) => return self.refuse(&mut to, refusal).await,
+            Err(refusal) => return self.refuse(&mut from, &mut to, refusal).await,
         };
         drop(body);
         let answer = tokio::select! {
@@ -67,7 +70,7 @@ impl Service {
                 self.refusals.docker_answered();
                 answer
             }
-            Err(Failure::Refused(refusal)) => return self.refuse(&mut to, refusal).await,
+            Err(Failure::Refused(refusal)) => return self.refuse(&mut from, &mut to, refusal).await,
             Err(Failure::Docker(error)) => {
                 self.refusals.docker_failed(&error);
                 let (status, message) = error.answer();
@@ -80,10 +83,19 @@ impl Service {
         }
     }
 
-    async fn refuse<S: AsyncWrite>(&self, to: &mut WriteHalf<S>, refusal: Refusal) -> std::io::Result<()> {
+    async fn refuse<S: AsyncRead + AsyncWrite>(
+        &self,
+        from: &mut ReadHalf<S>,
+        to: &mut WriteHalf<S>,
+        refusal: Refusal,
+    ) -> std::io::Result<()> {
         self.refusals.tell(refusal);
         let message = format!("{OWN_REFUSAL}: {}", refusal.rule);
-        write(to, Answer::Json(refusal.status, json!({ "message": message })), false).await
+        write(to, Answer::Json(refusal.status, json!({ "message": message })), false).await?;
+        // Closed with bytes that were not read, the answer would be lost on its way.
+        let rest = async { while from.read(&mut [0; 4096]).await.is_ok_and(|read| read > 0) {} };
+        let _ = timeout(REST_LIMIT, rest).await;
+        Ok(())
     }
 }
 
@@ -110,7 +122,7 @@ async fn read<S: AsyncRead>(from: &mut ReadHalf<S>) -> Result<(Head, Vec<u8>), U
 /// Reads up to the empty line; gives the head, and what has come of the body.
 async fn read_head<S: AsyncRead>(from: &mut ReadHalf<S>) -> Result<(Head, Vec<u8>), Unread> {
     const END: &[u8] = b"\r\n\r\n";
-    let mut bytes = Vec::new();
+    let mut bytes = Vec::with_capacity(4096);
     loop {
         let seen = bytes.len().saturating_sub(END.len() - 1);
         match from.read_buf(&mut bytes).await {

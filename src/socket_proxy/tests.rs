@@ -197,8 +197,10 @@ async fn every_attack_is_refused_by_its_rule_and_nothing_is_forwarded() {
 #[tokio::test(start_paused = true)]
 async fn a_head_or_a_body_that_does_not_come_in_time_is_not_waited_for() {
     let service = service(crate::docker::Docker::new(DockerHost::Unix("/nowhere".into())));
-    let head = "POST /networks/create HTTP/1.1\r\nHost: d\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n";
-    for (sent, rule) in [("", "head_slow"), ("GET /ver", "head_slow"), (head, "body_slow"), (&format!("{head}{{"), "body_slow")]
+    let head =
+        "POST /networks/create HTTP/1.1\r\nHost: d\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n";
+    for (sent, rule) in
+        [("", "head_slow"), ("GET /ver", "head_slow"), (head, "body_slow"), (&format!("{head}{{"), "body_slow")]
     {
         let (mut client, server) = duplex(1 << 16);
         client.write_all(sent.as_bytes()).await.unwrap();
@@ -231,7 +233,8 @@ async fn a_head_that_comes_byte_by_byte_does_not_gain_time_with_each() {
 #[tokio::test]
 async fn a_request_that_is_cut_off_is_refused_and_a_connection_without_one_is_nothing() {
     let service = service(crate::docker::Docker::new(DockerHost::Unix("/nowhere".into())));
-    let body = "POST /networks/create HTTP/1.1\r\nHost: d\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{";
+    let body =
+        "POST /networks/create HTTP/1.1\r\nHost: d\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{";
     for (sent, rule) in [("", ""), ("GET /ver", "head_short"), (body, "body_short")] {
         let (mut client, server) = duplex(1 << 16);
         client.write_all(sent.as_bytes()).await.unwrap();
@@ -322,7 +325,8 @@ async fn a_stream_that_docker_cuts_is_cut_and_one_that_it_ends_is_ended() {
 async fn what_docker_refuses_or_does_not_answer_is_told_in_its_own_shape() {
     let refusal = "HTTP/1.1 409 Conflict\r\nContent-Length: 22\r\n\r\n{\"message\":\"in use\"}\r\n";
     let nobody = crate::docker::Docker::new(DockerHost::Http("127.0.0.1:1".into()));
-    for (docker, status, text) in [(engine(refusal.into(), false).await.0, "409", "in use"), (nobody, "502", "refused")] {
+    for (docker, status, text) in [(engine(refusal.into(), false).await.0, "409", "in use"), (nobody, "502", "refused")]
+    {
         let answer = answer_to(&service(docker), b"GET /_ping HTTP/1.1\r\nHost: d\r\n\r\n").await;
         assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")) && answer.contains(text), "{answer}");
         assert!(answer.contains("{\"message\":\""), "{answer}");

@@ -73,15 +73,53 @@ fn create_path(target: &Target<'_>) -> String {
 fn routes(attacks: &mut Attacks, target: &Target<'_>) {
     let Target { tunnel, victim, .. } = target;
     for line in [
-        "GET /info", "GET /system/df", "POST /auth", "POST /build", "POST /build/prune", "POST /session",
-        "POST /commit", "POST /containers/prune", "POST /networks/prune", "POST /images/prune", "POST /volumes/prune",
-        "GET /volumes", "POST /volumes/create", "DELETE /volumes/x", "GET /swarm", "POST /swarm/init",
-        "POST /swarm/join", "POST /swarm/leave", "GET /nodes", "GET /services", "POST /services/create",
-        "GET /tasks", "GET /secrets", "POST /secrets/create", "GET /configs", "POST /configs/create",
-        "GET /plugins", "POST /plugins/pull", "GET /images/json", "GET /images/search?term=x", "GET /images/get",
-        "POST /images/load", "GET /networks", "GET /distribution/x/json", "POST /grpc", "GET /", "GET /metrics",
-        "GET /debug/pprof/heap", "PUT /version", "DELETE /version", "POST /version", "POST /_ping", "HEAD /version",
-        "POST /events", "POST /containers/json", "HEAD /containers/json", "DELETE /containers/json",
+        "GET /info",
+        "GET /system/df",
+        "POST /auth",
+        "POST /build",
+        "POST /build/prune",
+        "POST /session",
+        "POST /commit",
+        "POST /containers/prune",
+        "POST /networks/prune",
+        "POST /images/prune",
+        "POST /volumes/prune",
+        "GET /volumes",
+        "POST /volumes/create",
+        "DELETE /volumes/x",
+        "GET /swarm",
+        "POST /swarm/init",
+        "POST /swarm/join",
+        "POST /swarm/leave",
+        "GET /nodes",
+        "GET /services",
+        "POST /services/create",
+        "GET /tasks",
+        "GET /secrets",
+        "POST /secrets/create",
+        "GET /configs",
+        "POST /configs/create",
+        "GET /plugins",
+        "POST /plugins/pull",
+        "GET /images/json",
+        "GET /images/search?term=x",
+        "GET /images/get",
+        "POST /images/load",
+        "GET /networks",
+        "GET /distribution/x/json",
+        "POST /grpc",
+        "GET /",
+        "GET /metrics",
+        "GET /debug/pprof/heap",
+        "PUT /version",
+        "DELETE /version",
+        "POST /version",
+        "POST /_ping",
+        "HEAD /version",
+        "POST /events",
+        "POST /containers/json",
+        "HEAD /containers/json",
+        "DELETE /containers/json",
     ] {
         let rule = if line.starts_with("PUT") {
             "method"
@@ -257,7 +295,10 @@ fn queries(attacks: &mut Attacks, target: &Target<'_>) {
         (r#"GET /containers/json?filters={"label":["x"]}"#.to_owned(), "query_filters"),
         (r#"GET /containers/json?filters={"label":["dockflare.enable","x"]}"#.to_owned(), "query_filters"),
         (r#"GET /containers/json?filters={"label":{"dockflare.enable":true}}"#.to_owned(), "query_filters"),
-        (r#"GET /containers/json?filters={"label":["dockflare.enable"],"status":["exited"]}"#.to_owned(), "query_filters"),
+        (
+            r#"GET /containers/json?filters={"label":["dockflare.enable"],"status":["exited"]}"#.to_owned(),
+            "query_filters",
+        ),
         (r#"GET /containers/json?filters={"label":["dockflare.enable"],"label":["x"]}"#.to_owned(), "query_filters"),
         (r#"GET /containers/json?filters={"Label":["dockflare.enable"]}"#.to_owned(), "query_filters"),
         ("GET /events".to_owned(), "query_filters"),
@@ -406,8 +447,18 @@ fn bodies(attacks: &mut Attacks, target: &Target<'_>) {
     let utf16: Vec<u8> = good.encode_utf16().flat_map(u16::to_le_bytes).collect();
     attacks.post("UTF-16", &path, utf16, "body_json");
     attacks.post("a byte order mark", &path, format!("\u{feff}{good}"), "body_json");
-    attacks.post("invalid UTF-8 in a key", &path, [b"{\"\xff\":1,".as_slice(), inner.as_bytes(), b"}"].concat(), "body_fields");
-    attacks.post("invalid UTF-8 in a value", &path, [b"{\"Image\":\"\xff\",".as_slice(), inner.as_bytes(), b"}"].concat(), "body_fields");
+    attacks.post(
+        "invalid UTF-8 in a key",
+        &path,
+        [b"{\"\xff\":1,".as_slice(), inner.as_bytes(), b"}"].concat(),
+        "body_fields",
+    );
+    attacks.post(
+        "invalid UTF-8 in a value",
+        &path,
+        [b"{\"Image\":\"\xff\",".as_slice(), inner.as_bytes(), b"}"].concat(),
+        "body_fields",
+    );
     let mut deep = format!("{{\"X\":{}", "[".repeat(10_000));
     deep.push_str(&"]".repeat(10_000));
     deep.push('}');
@@ -528,7 +579,8 @@ fn fields(attacks: &mut Attacks, target: &Target<'_>) {
     for key in ["image", "IMAGE", "env", "ENV", "cmd", "labels", "Labelſ", "healthcheck", "HealthchecK"] {
         with(None, key, json!(null));
     }
-    for key in ["privileged", "PRIVILEGED", "binds", "Bindſ", "bInDs", "networkmode", "NetworKMode", "capadd", "Mountſ"] {
+    for key in ["privileged", "PRIVILEGED", "binds", "Bindſ", "bInDs", "networkmode", "NetworKMode", "capadd", "Mountſ"]
+    {
         with(Some("HostConfig"), key, json!(null));
     }
     with(Some("Healthcheck"), "test", json!(["CMD-SHELL", "x"]));
@@ -551,9 +603,8 @@ fn values(attacks: &mut Attacks, target: &Target<'_>) {
     let mut with = |pointer: &str, value: Value, rule: &'static str| {
         let mut body = target.body.clone();
         let name = format!("{pointer}={value}");
-        if let Some(place) = body.pointer_mut(pointer) {
-            *place = value;
-        }
+        let Some(place) = body.pointer_mut(pointer) else { panic!("the agent's own call has no {pointer}") };
+        *place = value;
         attacks.post(name, &path, body.to_string(), rule);
     };
     for image in [json!("alpine"), json!(format!("{}x", target.image)), json!("sha256:00"), json!(""), json!(" ")] {
@@ -662,7 +713,9 @@ fn values(attacks: &mut Attacks, target: &Target<'_>) {
         body[key] = value;
         attacks.post(format!("network {key}"), "/networks/create", body.to_string(), rule);
     }
-    for (key, value) in [("EndpointConfig", json!({ "IPAMConfig": {} })), ("container", json!("x")), ("Force", json!(true))] {
+    for (key, value) in
+        [("EndpointConfig", json!({ "IPAMConfig": {} })), ("container", json!("x")), ("Force", json!(true))]
+    {
         let mut body = json!({ "Container": target.tunnel });
         body[key] = value;
         attacks.post(format!("connect with {key}"), "/networks/app/connect", body.to_string(), "body_fields");

@@ -44,13 +44,8 @@ pub(crate) const NEEDED: [(&str, &str); 7] = [
 ];
 
 /// The settings that its policy comes from.
-const SETTINGS: [&str; 5] = [
-    "CLOUDFLARED_IMAGE",
-    "CLOUDFLARED_NETWORK_NAME",
-    "TUNNEL_CONTAINER_NAME",
-    "AUTO_CONNECT_NETWORKS",
-    "LOG_LEVEL",
-];
+const SETTINGS: [&str; 5] =
+    ["CLOUDFLARED_IMAGE", "CLOUDFLARED_NETWORK_NAME", "TUNNEL_CONTAINER_NAME", "AUTO_CONNECT_NETWORKS", "LOG_LEVEL"];
 
 type Settings = Vec<(String, String)>;
 
@@ -68,8 +63,7 @@ impl Proxies {
     /// What an agent with these settings puts into `DOCKER_HOST`.
     pub(crate) fn for_agent(&self, env: &Settings, key: &str) -> Result<String> {
         let mut running = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let settings: Settings =
-            env.iter().filter(|(name, _)| SETTINGS.contains(&name.as_str())).cloned().collect();
+        let settings: Settings = env.iter().filter(|(name, _)| SETTINGS.contains(&name.as_str())).cloned().collect();
         if let Some((_, proxy)) = running.iter().find(|(known, _)| *known == settings) {
             return Ok(proxy.host_url());
         }
@@ -78,6 +72,22 @@ impl Proxies {
         let url = proxy.host_url();
         running.push((settings, proxy));
         Ok(url)
+    }
+}
+
+/// What an agent asks for is let through; a refusal would be a mistake of one of the two.
+impl Drop for Proxies {
+    fn drop(&mut self) {
+        let running = std::mem::take(self.0.get_mut().unwrap_or_else(PoisonError::into_inner));
+        let refused: Vec<_> = running
+            .iter()
+            .flat_map(|(_, proxy)| proxy.process.log().lines().map(str::to_owned).collect::<Vec<_>>())
+            .filter(|line| line.contains("refused a request"))
+            .collect();
+        drop(running);
+        if !refused.is_empty() && !std::thread::panicking() {
+            panic!("the socket proxy refused what the agent asked for: {refused:#?}");
+        }
     }
 }
 
@@ -92,7 +102,8 @@ impl SocketProxy {
     }
 
     fn spawn(settings: &[(String, String)], more: &[(&str, &str)], folder: &Path) -> Result<AgentProcess> {
-        let mut env: Settings = settings.iter().filter(|(name, _)| SETTINGS.contains(&name.as_str())).cloned().collect();
+        let mut env: Settings =
+            settings.iter().filter(|(name, _)| SETTINGS.contains(&name.as_str())).cloned().collect();
         env.push(("SOCKET_PROXY_LISTEN".to_owned(), format!("unix://{}", folder.join("docker.sock").display())));
         env.push(("SOCKET_PROXY_DOCKER_HOST".to_owned(), format!("unix://{}", testkit::socket_path())));
         env.extend(more.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));

@@ -131,7 +131,11 @@ fn listed(name: &str, image: &str, labels: &[(&str, &str)]) -> Container {
 #[test]
 fn a_listing_shows_labelled_ones_our_own_connectors_and_names_that_labels_say() {
     let all = [
-        listed("web", "nginx", &[("dockflare.enable", "true"), ("dockflare.service", "http://Front:80"), ("s", "s3cret")]),
+        listed(
+            "web",
+            "nginx",
+            &[("dockflare.enable", "true"), ("dockflare.service", "http://Front:80"), ("s", "s3cret")],
+        ),
         listed("front", "caddy", &[("s", "s3cret")]),
         listed("project-front-1", "caddy", &[(COMPOSE_SERVICE, "front")]),
         listed("db", "postgres", &[]),

@@ -5,8 +5,7 @@ use std::os::unix::fs::MetadataExt;
 
 use anyhow::{Context, Result, ensure};
 use testkit::bollard::models::{
-    ContainerCreateBody, HealthConfig, HostConfig, NetworkCreateRequest, PortBinding,
-    VolumeCreateRequest,
+    ContainerCreateBody, HealthConfig, HostConfig, NetworkCreateRequest, PortBinding, VolumeCreateRequest,
 };
 use testkit::bollard::query_parameters::CreateContainerOptions;
 use testkit::{Docker, Images};
@@ -93,11 +92,8 @@ impl Scene {
         let size = docker.inspect_image(&agent).await?.size.unwrap_or_default();
         let megabytes = size as f64 / 1e6;
         story.say("docker", format_args!("images made from local files; the agent's has {megabytes:.1} MB"));
-        let request = NetworkCreateRequest {
-            name: NETWORK.to_owned(),
-            labels: labels([]),
-            ..NetworkCreateRequest::default()
-        };
+        let request =
+            NetworkCreateRequest { name: NETWORK.to_owned(), labels: labels([]), ..NetworkCreateRequest::default() };
         docker.create_network(request).await.with_context(|| format!("cannot create network {NETWORK}"))?;
         for name in [VOLUME, SOCKET_VOLUME] {
             let volume = VolumeCreateRequest { name: Some(name.to_owned()), labels: labels([]), ..Default::default() };
