@@ -41,8 +41,6 @@ pub(crate) use plan::{Owner, owner};
 use probe::Readiness;
 use problem::Problem;
 
-/// Labels with what the container was made for.
-
 /// Between two passes while all is well; events wake it at once.
 const CALM: Duration = Duration::from_secs(15);
 /// What a shutdown allows a step that is under way, or a look, to Docker: it kills the agent itself after 10 s.

@@ -41,6 +41,8 @@ use crate::docker::Docker;
 
 mod answer;
 mod create;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzz;
 mod perform;
 mod plan;
 mod refusals;
