@@ -27,6 +27,9 @@
 //! kind: [`master`] to the master, [`docker`] to Docker, [`state`] to the data folder. [`logging`], the waits of
 //! `retry` and the set-up of `http` are shared by all.
 //!
+//! [`socket_proxy`] is another program in the same file, which holds the Docker socket in a container of its own: the
+//! agent reaches Docker through it. It knows of the above only what the agent asks of Docker and reads of its answers.
+//!
 //! The agent may be killed at any instant. What is wanted is on disk before it is acted upon; everything else is
 //! found out again by looking. Commands and events only change what is wanted or known and wake a loop; the loop
 //! compares and acts.

@@ -80,8 +80,14 @@ pub(super) fn place_only(mut seen: Inspected) -> Inspected {
     }
 }
 
+/// No tunnel has a longer name, and what is longer may be a secret.
+const MOST_LETTERS: usize = 64;
+
 fn connector_only(mut seen: Inspected) -> Inspected {
     let (command, serves) = (std::mem::take(&mut seen.command), seen.serves.take());
+    let brief = |word: &str| if word.len() > MOST_LETTERS { "<hidden>".to_owned() } else { word.to_owned() };
+    // An entry may be a line for a shell.
+    let command = command.iter().map(|entry| entry.split(' ').map(brief).collect::<Vec<_>>().join(" ")).collect();
     seen.env_names.retain(|name| name == TOKEN);
     let env_names = std::mem::take(&mut seen.env_names);
     Inspected { command, serves, env_names, ..bare(seen) }

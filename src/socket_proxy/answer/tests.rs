@@ -109,6 +109,10 @@ fn of_each_other_kind_only_what_is_needed_is_shown() {
         assert!(!seen.env_names.contains(&"PASSWORD".to_owned()), "{seen:?}");
         assert!(!format!("{seen:?}").contains("s3cret") && seen.error.is_empty(), "{seen:?}");
     }
+    let long = format!("cloudflared tunnel --credentials-contents={} run edge", "x".repeat(65));
+    let shell = Inspected { command: vec![long], ..full("other", "cloudflare/cloudflared:1", &[]) };
+    let shell = read(&shown(&policy(), shell).unwrap());
+    assert_eq!(shell.command, ["cloudflared tunnel <hidden> run edge"]);
     // The Python agent's container is told from anybody's by its command and the name of its variable.
     let python = sees("dockflare-agent-tunnel", "cloudflare/cloudflared:1", &[]).unwrap();
     assert_eq!(owner(&python), Owner::PythonAgent);
