@@ -163,9 +163,16 @@ fn all_attacks() -> Vec<attacks::Attack> {
 async fn answer_to(service: &Service, bytes: &[u8]) -> String {
     let (mut client, server) = duplex(1 << 20);
     client.write_all(bytes).await.unwrap();
-    service.serve(server).await.unwrap();
-    let mut answer = String::new();
-    client.read_to_string(&mut answer).await.unwrap();
+    let talk = async {
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        // The client closes when it has its answer.
+        drop(client);
+        answer
+    };
+    let (served, answer) = tokio::join!(service.serve(server), talk);
+    // A stream's writer may see the end that the client made.
+    let _ = served;
     answer
 }
 
