@@ -120,6 +120,14 @@ impl Stage {
     }
 }
 
+/// What an agent warned of. Labelled containers of other cases come and go on the same Engine, and it says of each
+/// that the tunnel cannot reach it: that is left out.
+pub(crate) fn complaints(agent: &AgentProcess) -> Vec<String> {
+    let log = agent.log();
+    let warned = log.lines().filter(|line| line.contains("WARN") && !line.contains("cannot reach the container"));
+    warned.map(str::to_owned).collect()
+}
+
 pub(crate) fn agent_binary() -> PathBuf {
     Path::new(env!("CARGO_BIN_EXE_dockflare-agent")).to_owned()
 }
