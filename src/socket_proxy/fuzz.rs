@@ -18,7 +18,7 @@ pub(crate) fn request(bytes: &[u8]) {
     let (head, body) = bytes.split_at(end);
     let Ok(head) = Head::read(head) else { return };
     assert!(head.path.iter().all(|segment| !["", ".", ".."].contains(&segment.as_str())));
-    match plan(&policy, &head, body) {
+    match plan(&policy, &head, body).map(|planned| planned.call) {
         Ok(Call::Create { name, spec }) => {
             assert!(policy.is_tunnel(&name));
             is_ours(&policy, &spec);

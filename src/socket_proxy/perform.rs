@@ -13,7 +13,6 @@ use tokio::time::timeout;
 
 use super::answer;
 use super::plan::{Call, MOST_LINES, Policy, Subject};
-use super::request::Refusal;
 use crate::docker::{Docker, DockerError, Inspected, owner_labels};
 use crate::health::{Owner, is_own, owner};
 use crate::labels::{ENABLE_KEYS, is_enabled};
@@ -35,8 +34,10 @@ const REFUSAL_LIMIT: Duration = Duration::from_millis(50);
 
 /// Why a call was not made, or what became of it.
 pub(super) enum Failure {
-    /// By a rule that needs a look at Docker.
-    Refused(Refusal),
+    /// By the rule of this name, which needs a look at Docker.
+    Refused(&'static str),
+    /// There is no such container.
+    Absent(String),
     Docker(DockerError),
 }
 
@@ -44,15 +45,6 @@ impl From<DockerError> for Failure {
     fn from(error: DockerError) -> Self {
         Self::Docker(error)
     }
-}
-
-/// A refusal after a look.
-fn refused<T>(route: &'static str, rule: &'static str) -> Result<T, Failure> {
-    Err(Failure::Refused(Refusal { status: 403, route, rule }))
-}
-
-fn absent(name: &str) -> Answer {
-    Answer::Json(404, json!({ "message": format!("No such container: {name}") }))
 }
 
 /// Makes the call. Cancel-safe in so far as Docker is: a call that is cut off may have been carried out.
@@ -76,10 +68,7 @@ pub(super) async fn perform(docker: &Arc<Docker>, policy: &Policy, call: Call) -
         Call::Events(since) => events(docker, policy, since).await?,
         Call::Inspect(subject) => inspect(docker, policy, subject).await?,
         Call::Logs { name, since, last } => {
-            const ROUTE: &str = "GET /containers/{name}/logs";
-            let Some(seen) = own_container(docker, &name, ROUTE, &[Owner::Agent, Owner::PythonAgent]).await? else {
-                return Ok(absent(&name));
-            };
+            let seen = own_container(docker, &name, &[Owner::Agent, Owner::PythonAgent]).await?;
             let lines = match last {
                 Some(last) => docker.log_tail(&seen.id, since, last).await?,
                 None => docker.log_start(&seen.id, since, MOST_LINES).await?,
@@ -99,12 +88,9 @@ pub(super) async fn perform(docker: &Arc<Docker>, policy: &Policy, call: Call) -
             Answer::Json(201, json!({ "Id": policy.tunnel.network, "Warning": "" }))
         }
         Call::Connect { network, name } => {
-            const ROUTE: &str = "POST /networks/{name}/connect";
-            let Some(seen) = own_container(docker, &name, ROUTE, &[Owner::Agent]).await? else {
-                return Ok(absent(&name));
-            };
+            let seen = own_container(docker, &name, &[Owner::Agent]).await?;
             if !networks_of_labelled(docker).await?.contains(&network) {
-                return refused(ROUTE, "network_not_of_labelled");
+                return Err(Failure::Refused("network_not_of_labelled"));
             }
             docker.connect(&network, &seen.id).await?;
             Answer::Json(200, json!({}))
@@ -123,82 +109,60 @@ pub(super) async fn perform(docker: &Arc<Docker>, policy: &Policy, call: Call) -
             Answer::Json(201, json!({ "Id": id, "Warnings": [] }))
         }
         Call::Start(name) => {
-            const ROUTE: &str = "POST /containers/{name}/start";
-            let Some(seen) = own_container(docker, &name, ROUTE, &[Owner::Agent]).await? else {
-                return Ok(absent(&name));
-            };
+            let seen = own_container(docker, &name, &[Owner::Agent]).await?;
             docker.start(&seen.id).await?;
             Answer::Done
         }
         Call::Stop { name, seconds } => {
-            const ROUTE: &str = "POST /containers/{name}/stop";
-            let Some(seen) = own_container(docker, &name, ROUTE, &[Owner::Agent, Owner::PythonAgent]).await? else {
-                return Ok(absent(&name));
-            };
+            let seen = own_container(docker, &name, &[Owner::Agent, Owner::PythonAgent]).await?;
             docker.stop(&seen.id, Duration::from_secs(seconds.into())).await?;
             Answer::Done
         }
         Call::StopSelf(id) => {
-            const ROUTE: &str = "POST /containers/{name}/stop";
             match docker.inspect(&id).await? {
                 Some(seen) if seen.id == id && is_own(&seen) => docker.stop_self(&id).await?,
-                Some(_) => return refused(ROUTE, "owner"),
-                None => return Ok(absent(&id)),
+                Some(_) => return Err(Failure::Refused("owner")),
+                None => return Err(Failure::Absent(id)),
             }
             Answer::Done
         }
         Call::Restart { name, seconds } => {
-            const ROUTE: &str = "POST /containers/{name}/restart";
-            let Some(seen) = own_container(docker, &name, ROUTE, &[Owner::Agent]).await? else {
-                return Ok(absent(&name));
-            };
+            let seen = own_container(docker, &name, &[Owner::Agent]).await?;
             docker.restart(&seen.id, Duration::from_secs(seconds.into())).await?;
             Answer::Done
         }
         Call::Rename => {
-            const ROUTE: &str = "POST /containers/{name}/rename";
             let name = policy.tunnel.successor_name();
-            let Some(seen) = own_container(docker, &name, ROUTE, &[Owner::Agent]).await? else {
-                return Ok(absent(&name));
-            };
+            let seen = own_container(docker, &name, &[Owner::Agent]).await?;
             docker.rename(&seen.id, &policy.tunnel.container_name).await?;
             Answer::Done
         }
         Call::Remove(name) => {
-            const ROUTE: &str = "DELETE /containers/{name}";
-            let Some(seen) = own_container(docker, &name, ROUTE, &[Owner::Agent, Owner::PythonAgent]).await? else {
-                return Ok(absent(&name));
-            };
+            let seen = own_container(docker, &name, &[Owner::Agent, Owner::PythonAgent]).await?;
             docker.remove(&seen.id).await?;
             Answer::Done
         }
     })
 }
 
-/// The container with exactly this name, if there is one; refused unless it belongs to one of these.
-async fn own_container(
-    docker: &Docker,
-    name: &str,
-    route: &'static str,
-    owners: &[Owner],
-) -> Result<Option<Inspected>, Failure> {
+/// The container with exactly this name; refused unless it belongs to one of these.
+async fn own_container(docker: &Docker, name: &str, owners: &[Owner]) -> Result<Inspected, Failure> {
     // Docker also finds a container by the start of its id.
     match docker.inspect(name).await?.filter(|seen| seen.name == name) {
-        Some(seen) if owners.contains(&owner(&seen)) => Ok(Some(seen)),
-        Some(_) => refused(route, "owner"),
-        None => Ok(None),
+        Some(seen) if owners.contains(&owner(&seen)) => Ok(seen),
+        Some(_) => Err(Failure::Refused("owner")),
+        None => Err(Failure::Absent(name.to_owned())),
     }
 }
 
 async fn inspect(docker: &Docker, policy: &Policy, subject: Subject) -> Result<Answer, Failure> {
-    const ROUTE: &str = "GET /containers/{name}/json";
     let (Subject::Named(asked) | Subject::Id(asked) | Subject::Start(asked)) = &subject;
     let seen = docker.inspect(asked).await?.filter(|seen| match &subject {
         Subject::Named(name) => seen.name == *name,
         Subject::Id(id) => seen.id == *id,
         Subject::Start(start) => seen.id.starts_with(start),
     });
-    let Some(seen) = seen else { return Ok(absent(asked)) };
+    let Some(seen) = seen else { return Err(Failure::Absent(asked.clone())) };
     let shown = match subject {
         Subject::Start(_) => is_own(&seen).then(|| answer::own(seen)),
         Subject::Named(_) => answer::shown(policy, seen),
@@ -210,7 +174,7 @@ async fn inspect(docker: &Docker, policy: &Policy, subject: Subject) -> Result<A
     };
     match shown {
         Some(shown) => Ok(Answer::Json(200, answer::inspection(&shown))),
-        None => refused(ROUTE, "container_not_shown"),
+        None => Err(Failure::Refused("container_not_shown")),
     }
 }
 

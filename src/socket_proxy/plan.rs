@@ -83,9 +83,16 @@ pub(super) enum Call {
     Remove(String),
 }
 
+/// A call and the template of the route that it came by, for the log.
+#[derive(Debug)]
+pub(super) struct Planned {
+    pub(super) route: &'static str,
+    pub(super) call: Call,
+}
+
 /// A route, with what its path names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Route<'a> {
+pub(super) enum Route<'a> {
     Ping,
     Version,
     List,
@@ -161,21 +168,22 @@ impl<'a> Route<'a> {
     }
 }
 
-/// Whether a body may follow this head, before it is read.
-pub(super) fn admits(head: &Head) -> Result<(), Refusal> {
+/// The route of a head, if a body may follow it or not as it says. Asked before that is read.
+pub(super) fn admits(head: &Head) -> Result<Route<'_>, Refusal> {
     let route = Route::of(head).ok_or(Refusal { status: 403, route: "-", rule: "route" })?;
     match (route.takes_body(), head.length) {
         (true, 0) => Err(Refusal { status: 403, route: route.template(), rule: "body_missing" }),
         (false, 1..) => Err(Refusal { status: 403, route: route.template(), rule: "body_unexpected" }),
-        _ => Ok(()),
+        _ => Ok(route),
     }
 }
 
 /// The call that a request may be. Its body is as long as its head says.
-pub(super) fn plan(policy: &Policy, head: &Head, body: &[u8]) -> Result<Call, Refusal> {
-    admits(head)?;
-    let route = Route::of(head).ok_or(Refusal { status: 403, route: "-", rule: "route" })?;
-    call(policy, route, head, body).map_err(|rule| Refusal { status: 403, route: route.template(), rule })
+pub(super) fn plan(policy: &Policy, head: &Head, body: &[u8]) -> Result<Planned, Refusal> {
+    let route = admits(head)?;
+    let refused = |rule| Refusal { status: 403, route: route.template(), rule };
+    let call = call(policy, route, head, body).map_err(refused)?;
+    Ok(Planned { route: route.template(), call })
 }
 
 type Rule = &'static str;

@@ -67,10 +67,12 @@ impl Refusals {
         self.window.lock().unwrap_or_else(PoisonError::into_inner).began + WINDOW
     }
 
-    /// Notes that Docker did not answer, when that is what the error says.
+    /// Notes that Docker did not answer, or that it answered with an error.
     pub(super) fn docker_failed(&self, error: &DockerError) {
         if error.is_away() {
             self.docker.lock().unwrap_or_else(PoisonError::into_inner).failed(error, "trying again at the next call");
+        } else {
+            self.docker_answered();
         }
     }
 

@@ -13,7 +13,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, Wr
 use tokio::time::timeout;
 
 use super::perform::{Answer, Failure, perform};
-use super::plan::{Policy, admits, plan};
+use super::plan::{Planned, Policy, admits, plan};
 use super::refusals::Refusals;
 use super::request::{Head, MOST_HEAD, Method, Refusal};
 use crate::docker::{Docker, OWN_REFUSAL};
@@ -56,8 +56,8 @@ impl Service {
             Err(Unread::Gone) => return Ok(()),
             Err(Unread::Refused(refusal)) => return self.refuse(&mut from, &mut to, refusal).await,
         };
-        let call = match plan(&self.policy, &head, &body) {
-            Ok(call) => call,
+        let Planned { route, call } = match plan(&self.policy, &head, &body) {
+            Ok(planned) => planned,
             Err(refusal) => return self.refuse(&mut from, &mut to, refusal).await,
         };
         drop(body);
@@ -70,7 +70,13 @@ impl Service {
                 self.refusals.docker_answered();
                 answer
             }
-            Err(Failure::Refused(refusal)) => return self.refuse(&mut from, &mut to, refusal).await,
+            Err(Failure::Refused(rule)) => {
+                return self.refuse(&mut from, &mut to, Refusal { status: 403, route, rule }).await;
+            }
+            Err(Failure::Absent(name)) => {
+                self.refusals.docker_answered();
+                Answer::Json(404, json!({ "message": format!("No such container: {name}") }))
+            }
             Err(Failure::Docker(error)) => {
                 self.refusals.docker_failed(&error);
                 let (status, message) = error.answer();
