@@ -24,8 +24,8 @@
 //!
 //! Around them: [`config`] (the environment, checked as a whole), [`registration`] (who the agent is at its
 //! master), [`cloudflare`] (ingress rules), [`page`] (`GET /health`), and three doors, each the only one of its
-//! kind: [`master`] to the master, [`docker`] to Docker, [`state`] to the data folder. [`logging`], the waits of
-//! `retry` and the set-up of `http` are shared by all.
+//! kind: [`master`] to the master, [`docker`] to Docker, [`state`] to the data folder. [`logging`], [`signals`],
+//! the waits of `retry`, the set-up of `http` and what is known of `labels` are shared by all.
 //!
 //! [`socket_proxy`] is another program in the same file, which holds the Docker socket in a container of its own: the
 //! agent reaches Docker through it. It knows of the above only what the agent asks of Docker and reads of its answers.
