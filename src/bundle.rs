@@ -83,10 +83,10 @@ async fn versions(config: Option<&Config>) -> Value {
             docker = match engine {
                 Ok(engine) => engine.version.map_or(Value::Null, |version| {
                     json!({
-                        "engine": version.version,
-                        "api": version.api_version,
+                        "engine": version.engine,
+                        "api": version.api,
                         "platform": format!("{}/{}", version.os, version.arch),
-                        "kernel": version.kernel_version,
+                        "kernel": version.kernel,
                     })
                 }),
                 Err(error) => not_available(&format!("Docker {error}")),

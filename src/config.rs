@@ -23,10 +23,13 @@ mod connector;
 mod environment;
 mod image;
 mod shown;
+mod socket_proxy;
 use check::{Check, health_page};
+pub(crate) use connector::connector_option;
 use environment::environment;
 pub use image::ImageRef;
 pub(crate) use shown::Settings;
+pub use socket_proxy::{Listen, SocketProxyConfig};
 
 /// The agent's whole configuration, valid by construction.
 #[derive(Debug, Clone)]
@@ -193,6 +196,8 @@ struct Raw {
     cf_access_client_secret: Option<String>,
     cf_access_client_secret_file: Option<String>,
     docker_host: Option<String>,
+    socket_proxy_listen: Option<String>,
+    socket_proxy_docker_host: Option<String>,
     cloudflared_image: Option<String>,
     cloudflared_network_name: Option<String>,
     tunnel_container_name: Option<String>,
@@ -221,15 +226,7 @@ impl Config {
     /// # Errors
     /// All that is wrong, at once.
     pub fn load() -> Result<Loaded, ConfigErrors> {
-        let (vars, mut errors) = environment();
-        match Self::from_vars(vars) {
-            Ok(loaded) if errors.is_empty() => Ok(loaded),
-            Ok(_) => Err(ConfigErrors(errors)),
-            Err(ConfigErrors(more)) => {
-                errors.extend(more);
-                Err(ConfigErrors(errors))
-            }
-        }
+        from_environment(Self::from_vars)
     }
 
     /// Reads only where the health page is, for those who ask it.
@@ -244,11 +241,7 @@ impl Config {
 
     /// Checks a list of variables. An empty value counts as unset.
     pub fn from_vars(vars: impl IntoIterator<Item = (String, String)>) -> Result<Loaded, ConfigErrors> {
-        let set = vars
-            .into_iter()
-            .map(|(name, value)| (name, value.trim().to_owned()))
-            .filter(|(_, value)| !value.is_empty());
-        let raw: Raw = envy::from_iter(set).map_err(|error| ConfigErrors(vec![error.to_string()]))?;
+        let mut raw = Raw::read(vars)?;
         let mut check = Check::default();
 
         let url = check.required(
@@ -257,13 +250,16 @@ impl Config {
             "set it to the master's address, for example https://dockflare.example.com",
         );
         let url = url.and_then(|value| check.master_url(value));
-        let key = check.secret("DOCKFLARE_API_KEY", raw.dockflare_api_key, raw.dockflare_api_key_file);
+        let key = check.secret("DOCKFLARE_API_KEY", raw.dockflare_api_key.take(), raw.dockflare_api_key_file.take());
         if key.is_none() && check.errors.iter().all(|error| !error.starts_with("DOCKFLARE_API_KEY")) {
             check.error("DOCKFLARE_API_KEY is not set: generate a key on the master's Agents page and set it, or name a file that holds it in DOCKFLARE_API_KEY_FILE");
         }
-        let access_secret =
-            check.secret("CF_ACCESS_CLIENT_SECRET", raw.cf_access_client_secret, raw.cf_access_client_secret_file);
-        let access = match (raw.cf_access_client_id, access_secret) {
+        let access_secret = check.secret(
+            "CF_ACCESS_CLIENT_SECRET",
+            raw.cf_access_client_secret.take(),
+            raw.cf_access_client_secret_file.take(),
+        );
+        let access = match (raw.cf_access_client_id.take(), access_secret) {
             (None, None) => None,
             (Some(id), Some(secret)) if HeaderValue::from_str(&id).is_ok() => {
                 Some(AccessToken { client_id: id.into(), client_secret: secret.value })
@@ -281,66 +277,103 @@ impl Config {
                 None
             }
         };
-        let docker_host = check.docker_host(raw.docker_host.as_deref().unwrap_or("unix:///var/run/docker.sock"));
-        let image = check.image(raw.cloudflared_image.as_deref().unwrap_or(DEFAULT_IMAGE));
-        let network = check.name("CLOUDFLARED_NETWORK_NAME", raw.cloudflared_network_name, "cloudflare-net");
-        if ["host", "none", "bridge", "default"].contains(&network.as_str()) {
-            check.error(format!("CLOUDFLARED_NETWORK_NAME={network}: is one of Docker's own networks, on which containers do not find each other by name; name a network of your own, for example cloudflare-net"));
-        }
-        let container_name = check.name("TUNNEL_CONTAINER_NAME", raw.tunnel_container_name, "dockflare-agent-tunnel");
-        let on_exit = check.one_of(
-            "TUNNEL_ON_EXIT",
-            raw.tunnel_on_exit.as_deref(),
-            &[("remove", OnExit::Remove), ("keep", OnExit::Keep)],
-        );
-        let auto_connect = check.yes_or_no("AUTO_CONNECT_NETWORKS", raw.auto_connect_networks.as_deref());
-        let options = check.connector_options(&[
-            ("CLOUDFLARED_PROTOCOL", raw.cloudflared_protocol),
-            ("CLOUDFLARED_REGION", raw.cloudflared_region),
-            ("CLOUDFLARED_EDGE_IP_VERSION", raw.cloudflared_edge_ip_version),
-            ("CLOUDFLARED_POST_QUANTUM", raw.cloudflared_post_quantum),
-            ("CLOUDFLARED_LOGLEVEL", raw.cloudflared_loglevel),
-        ]);
-        let report_interval = check.seconds("REPORT_INTERVAL_SECONDS", raw.report_interval_seconds, 30, 5);
-        let poll_interval = check.seconds("COMMAND_POLL_INTERVAL_SECONDS", raw.command_poll_interval_seconds, 10, 1);
+        let docker_host =
+            check.docker_host("DOCKER_HOST", raw.docker_host.as_deref().unwrap_or("unix:///var/run/docker.sock"));
+        let tunnel = tunnel(&mut check, &mut raw);
+        let report_interval = check.seconds("REPORT_INTERVAL_SECONDS", raw.report_interval_seconds.take(), 30, 5);
+        let poll_interval =
+            check.seconds("COMMAND_POLL_INTERVAL_SECONDS", raw.command_poll_interval_seconds.take(), 10, 1);
         let health_page = health_page(raw.health_check_port.as_deref(), raw.health_check_bind.as_deref());
         let health_page = health_page.unwrap_or_else(|problems| {
             check.errors.extend(problems);
             None
         });
-        let filter = check.log_filter(raw.log_level.as_deref().unwrap_or("INFO"));
-        let format = check.one_of(
-            "LOG_FORMAT",
-            raw.log_format.as_deref(),
-            &[("text", LogFormat::Text), ("json", LogFormat::Json)],
-        );
-        let time_zone = match raw.tz.as_deref() {
-            None => TimeZone::UTC,
-            Some(name) => TimeZone::get(name.trim_start_matches(':')).unwrap_or_else(|_| {
-                check.error(format!("TZ={name}: is no IANA time zone; use a name like Europe/Berlin or UTC"));
-                TimeZone::UTC
-            }),
-        };
+        let log = log(&mut check, &raw);
 
-        match (url, key, docker_host, image) {
-            (Some(url), Some(key), Some(docker_host), Some(image)) if check.errors.is_empty() => Ok(Loaded {
+        match (url, key, docker_host, tunnel) {
+            (Some(url), Some(key), Some(docker_host), Some(tunnel)) if check.errors.is_empty() => Ok(Loaded {
                 config: Config {
                     master: MasterConfig { url, key, access },
                     docker_host,
-                    tunnel: TunnelConfig { image, network, container_name, on_exit, options, auto_connect },
+                    tunnel,
                     report_interval,
                     poll_interval,
                     display_name: raw.agent_display_name,
                     health_page,
                     data_dir: PathBuf::from(raw.dockflare_data_dir.as_deref().unwrap_or(shown::DEFAULT_DATA_DIR)),
                     hostname: raw.hostname,
-                    log: LogConfig { filter, format, time_zone },
+                    log,
                 },
                 warnings: check.warnings,
             }),
             _ => Err(ConfigErrors(check.errors)),
         }
     }
+}
+
+/// What a reader of variables makes of the process environment, with all that is wrong in either.
+fn from_environment<T>(
+    read: impl FnOnce(BTreeMap<String, String>) -> Result<T, ConfigErrors>,
+) -> Result<T, ConfigErrors> {
+    let (vars, mut errors) = environment();
+    match read(vars) {
+        Ok(loaded) if errors.is_empty() => Ok(loaded),
+        Ok(_) => Err(ConfigErrors(errors)),
+        Err(ConfigErrors(more)) => {
+            errors.extend(more);
+            Err(ConfigErrors(errors))
+        }
+    }
+}
+
+impl Raw {
+    /// An empty value counts as unset.
+    fn read(vars: impl IntoIterator<Item = (String, String)>) -> Result<Self, ConfigErrors> {
+        let set = vars
+            .into_iter()
+            .map(|(name, value)| (name, value.trim().to_owned()))
+            .filter(|(_, value)| !value.is_empty());
+        envy::from_iter(set).map_err(|error| ConfigErrors(vec![error.to_string()]))
+    }
+}
+
+/// What the tunnel container is made of; none when its image is no reference.
+fn tunnel(check: &mut Check, raw: &mut Raw) -> Option<TunnelConfig> {
+    let image = check.image(raw.cloudflared_image.as_deref().unwrap_or(DEFAULT_IMAGE));
+    let network = check.name("CLOUDFLARED_NETWORK_NAME", raw.cloudflared_network_name.take(), "cloudflare-net");
+    if ["host", "none", "bridge", "default"].contains(&network.as_str()) {
+        check.error(format!("CLOUDFLARED_NETWORK_NAME={network}: is one of Docker's own networks, on which containers do not find each other by name; name a network of your own, for example cloudflare-net"));
+    }
+    let container_name =
+        check.name("TUNNEL_CONTAINER_NAME", raw.tunnel_container_name.take(), "dockflare-agent-tunnel");
+    let on_exit = check.one_of(
+        "TUNNEL_ON_EXIT",
+        raw.tunnel_on_exit.as_deref(),
+        &[("remove", OnExit::Remove), ("keep", OnExit::Keep)],
+    );
+    let auto_connect = check.yes_or_no("AUTO_CONNECT_NETWORKS", raw.auto_connect_networks.as_deref());
+    let options = check.connector_options(&[
+        ("CLOUDFLARED_PROTOCOL", raw.cloudflared_protocol.take()),
+        ("CLOUDFLARED_REGION", raw.cloudflared_region.take()),
+        ("CLOUDFLARED_EDGE_IP_VERSION", raw.cloudflared_edge_ip_version.take()),
+        ("CLOUDFLARED_POST_QUANTUM", raw.cloudflared_post_quantum.take()),
+        ("CLOUDFLARED_LOGLEVEL", raw.cloudflared_loglevel.take()),
+    ]);
+    Some(TunnelConfig { image: image?, network, container_name, on_exit, options, auto_connect })
+}
+
+fn log(check: &mut Check, raw: &Raw) -> LogConfig {
+    let filter = check.log_filter(raw.log_level.as_deref().unwrap_or("INFO"));
+    let format =
+        check.one_of("LOG_FORMAT", raw.log_format.as_deref(), &[("text", LogFormat::Text), ("json", LogFormat::Json)]);
+    let time_zone = match raw.tz.as_deref() {
+        None => TimeZone::UTC,
+        Some(name) => TimeZone::get(name.trim_start_matches(':')).unwrap_or_else(|_| {
+            check.error(format!("TZ={name}: is no IANA time zone; use a name like Europe/Berlin or UTC"));
+            TimeZone::UTC
+        }),
+    };
+    LogConfig { filter, format, time_zone }
 }
 
 /// The image that a fresh installation runs.

@@ -27,9 +27,12 @@ mod permissions;
 mod spec;
 mod types;
 pub use error::DockerError;
+pub(crate) use error::OWN_REFUSAL;
 use error::*;
-pub(crate) use permissions::{Engine, Gate, Registry, Surplus};
+pub(crate) use permissions::{Engine, Gate, OWN_PROXY, Registry, Surplus};
+pub(crate) use spec::{COMMAND, OWNER_LABEL, REDEPLOY_LABEL, TUNNEL_LABEL, metrics_variable, owner_labels};
 pub use spec::{METRICS_PORT, SPEC_LABEL, STOP_GRACE_SECONDS, Spec};
+pub(crate) use types::Placed;
 pub use types::{Action, Container, Endpoint, Event, Health, Inspected, LastCheck, RunState, Version};
 
 /// A Docker Engine, or the part of it that a socket proxy lets through.
@@ -48,6 +51,11 @@ const READ_LIMIT: Duration = Duration::from_secs(20);
 const CHANGE_LIMIT: Duration = Duration::from_secs(60);
 /// Longest silence of a pull before it counts as stuck.
 const PULL_SILENCE: Duration = Duration::from_secs(120);
+/// The kinds of things whose events are asked for.
+pub(crate) const EVENT_TYPES: [&str; 2] = ["container", "network"];
+/// The events that are asked for. Not `exec_*`, which the container's own health check would send all day.
+pub(crate) const EVENT_ACTIONS: [&str; 10] =
+    ["start", "die", "stop", "destroy", "rename", "pause", "unpause", "health_status", "connect", "disconnect"];
 /// Longer than any limit above, so that ours is the one that counts: theirs covers the headers only.
 const CLIENT_TIMEOUT_SECONDS: u64 = 3600;
 
@@ -92,6 +100,31 @@ impl Docker {
         Ok(listed.into_iter().map(Container::from).collect())
     }
 
+    /// Where the running containers are that carry one of the two keys.
+    ///
+    /// # Errors
+    /// As all calls.
+    pub(crate) async fn placed_with_label_keys(&self, keys: &[&str]) -> Result<Vec<Placed>> {
+        let docker = self.client(LIST)?;
+        let mut found = Vec::new();
+        for key in keys {
+            let filters = HashMap::from([("label".to_owned(), vec![(*key).to_owned()])]);
+            let options = query::ListContainersOptions { filters: Some(filters), ..Default::default() };
+            let listed = limited(LIST, READ_LIMIT, docker.list_containers(Some(options))).await?;
+            found.extend(listed.into_iter().map(Placed::from));
+        }
+        Ok(found)
+    }
+
+    /// Whether Docker answers.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub async fn ping(&self) -> Result<()> {
+        let docker = self.client(PING)?;
+        limited(PING, READ_LIMIT, docker.ping()).await.map(drop)
+    }
+
     /// What Engine this is.
     ///
     /// # Errors
@@ -108,25 +141,7 @@ impl Docker {
     /// When Docker cannot be called at all; what happens to the stream comes out of the stream.
     pub fn events(&self, since: Option<String>) -> Result<impl Stream<Item = Result<Event>> + use<>> {
         let docker = self.client(EVENTS)?.clone();
-        let filters = [
-            ("type", &["container", "network"][..]),
-            // Not `exec_*`, which the container's own health check would send all day.
-            (
-                "event",
-                &[
-                    "start",
-                    "die",
-                    "stop",
-                    "destroy",
-                    "rename",
-                    "pause",
-                    "unpause",
-                    "health_status",
-                    "connect",
-                    "disconnect",
-                ],
-            ),
-        ];
+        let filters = [("type", &EVENT_TYPES[..]), ("event", &EVENT_ACTIONS)];
         let filters = filters
             .into_iter()
             .map(|(kind, values)| (kind.to_owned(), values.iter().map(|value| (*value).to_owned()).collect()))
@@ -207,7 +222,7 @@ impl Docker {
         Ok(absent_is_none(found)?.is_some())
     }
 
-    /// Pulls an image, telling `progress` the bytes that came and the bytes that are known to be due.
+    /// Pulls an image, telling `progress` at each step the bytes that came and the bytes that are known to be due.
     ///
     /// # Errors
     /// As all calls; [`DockerError::TimedOut`] when nothing moves for two minutes.
@@ -230,20 +245,20 @@ impl Docker {
             {
                 let bytes = |number: Option<i64>| number.and_then(|n| u64::try_from(n).ok()).unwrap_or_default();
                 layers.insert(layer, (bytes(detail.current), bytes(detail.total)));
-                let (come, due) = layers.values().fold((0, 0), |sum, layer| (sum.0 + layer.0, sum.1 + layer.1));
-                progress(come, due);
             }
+            let (come, due) = layers.values().fold((0, 0), |sum, layer| (sum.0 + layer.0, sum.1 + layer.1));
+            progress(come, due);
         }
     }
 
-    /// Creates a container, without starting it.
+    /// Creates a container, without starting it. Gives its id.
     ///
     /// # Errors
     /// [`DockerError::Conflict`] when the name is taken, [`DockerError::NotFound`] when the image is missing.
-    pub async fn create(&self, name: &str, spec: &Spec) -> Result<()> {
+    pub async fn create(&self, name: &str, spec: &Spec) -> Result<String> {
         let docker = self.client(CREATE)?;
         let options = query::CreateContainerOptions { name: Some(name.to_owned()), ..Default::default() };
-        limited(CREATE, CHANGE_LIMIT, docker.create_container(Some(options), spec.body())).await.map(drop)
+        limited(CREATE, CHANGE_LIMIT, docker.create_container(Some(options), spec.body())).await.map(|made| made.id)
     }
 
     /// Starts a container; its running already is a success.

@@ -28,14 +28,9 @@ use tracing::{debug, info};
 
 use crate::channels::{Change, Inventory};
 use crate::docker::{self, Action, Container, Docker, DockerError, Event};
+use crate::labels::{ENABLE_KEYS, is_enabled, may_leave};
 use crate::metrics::Metrics;
 use crate::retry::Trouble;
-
-/// What may leave the host of a container's labels.
-const LABEL_PREFIXES: [&str; 2] = ["dockflare.", "cloudflare.tunnel."];
-/// A container counts when one of these says yes.
-pub(crate) const ENABLE_KEYS: [&str; 2] = ["dockflare.enable", "cloudflare.tunnel.enable"];
-const YES: [&str; 4] = ["true", "1", "t", "yes"];
 
 /// A stream that is silent for this long is opened again, before something on the way drops it for being idle: that
 /// costs three small requests, and no event is late.
@@ -391,11 +386,10 @@ fn concerns_neighbours(event: &Event) -> bool {
 
 /// The container with only the labels that may leave the host, when it counts at all.
 pub(crate) fn counted(mut container: Container) -> Option<Container> {
-    let says_yes = |value: &String| YES.iter().any(|yes| yes.eq_ignore_ascii_case(value.trim()));
-    if !ENABLE_KEYS.iter().any(|key| container.labels.get(*key).is_some_and(says_yes)) {
+    if !is_enabled(&container.labels) {
         return None;
     }
-    container.labels.retain(|key, _| LABEL_PREFIXES.iter().any(|prefix| key.starts_with(prefix)));
+    container.labels.retain(|key, _| may_leave(key));
     Some(container)
 }
 

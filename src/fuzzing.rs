@@ -5,3 +5,13 @@ pub fn reply(body: &[u8]) {
     crate::master::fuzz(body);
     crate::tunnels::fuzz(body);
 }
+
+/// A request to the socket proxy, head and body.
+pub fn socket_proxy_request(bytes: &[u8]) {
+    crate::socket_proxy::fuzz::request(bytes);
+}
+
+/// The body of a create call that the socket proxy is sent.
+pub fn socket_proxy_create(body: &[u8]) {
+    crate::socket_proxy::fuzz::create(body);
+}

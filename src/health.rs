@@ -17,7 +17,9 @@ use tokio_util::sync::CancellationToken;
 use crate::cause::{Cause, Status};
 use crate::channels::{View, Wanted, Ways};
 use crate::config::TunnelConfig;
-use crate::docker::{Docker, DockerError, Inspected, RunState, SPEC_LABEL, Spec};
+use crate::docker::{
+    Docker, DockerError, Inspected, REDEPLOY_LABEL, RunState, SPEC_LABEL, Spec, TUNNEL_LABEL, owner_labels,
+};
 use crate::metrics::Metrics;
 use crate::retry::{Backoff, Trouble};
 use crate::state::DesiredState;
@@ -32,18 +34,15 @@ mod own;
 mod plan;
 mod probe;
 mod problem;
-use act::{Came, owner_labels};
+use act::Came;
 pub(crate) use glance::{Glance, glance};
 use host::{Host, Machine};
 use look::{EAGER, Known, Sight};
-pub(crate) use own::own_container;
-use plan::{Goal, Owner, Progress, Scene, Slot, Step};
+pub(crate) use own::{is_own, own_container};
+use plan::{Goal, Progress, Scene, Slot, Step};
+pub(crate) use plan::{Owner, owner};
 pub(crate) use probe::Readiness;
 use problem::Problem;
-
-/// Labels with what the container was made for.
-const TUNNEL_LABEL: &str = "com.dockflare.agent.tunnel-id";
-const REDEPLOY_LABEL: &str = "com.dockflare.agent.redeploy";
 
 /// Between two passes while all is well; events wake it at once.
 const CALM: Duration = Duration::from_secs(15);

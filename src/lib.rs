@@ -25,8 +25,11 @@
 //! Around them: [`config`] (the environment, checked as a whole), [`registration`] (who the agent is at its
 //! master), [`cloudflare`] (ingress rules), [`page`] (`GET /health`, `/metrics` and others), [`metrics`] (what is
 //! counted), [`pulse`] (whether each task is still at work), and three doors, each the only one of its
-//! kind: [`master`] to the master, [`docker`] to Docker, [`state`] to the data folder. [`logging`], the waits of
-//! `retry` and the set-up of `http` are shared by all.
+//! kind: [`master`] to the master, [`docker`] to Docker, [`state`] to the data folder. [`logging`], [`signals`],
+//! the waits of `retry`, the set-up of `http` and what is known of `labels` are shared by all.
+//!
+//! [`socket_proxy`] is another program in the same file, which holds the Docker socket in a container of its own: the
+//! agent reaches Docker through it. It knows of the above only what the agent asks of Docker and reads of its answers.
 //!
 //! Two subcommands stand beside all this and start none of it: [`check`] tries each thing that the agent needs without
 //! changing anything, [`bundle`] gathers what helps to find out what is wrong.
@@ -60,6 +63,7 @@ pub mod health;
 #[cfg(test)]
 mod hostile;
 mod http;
+mod labels;
 pub mod logging;
 pub mod master;
 pub mod metrics;
@@ -69,6 +73,8 @@ pub mod pulse;
 pub mod registration;
 pub mod reports;
 mod retry;
+pub mod signals;
+pub mod socket_proxy;
 pub mod state;
 pub mod tunnels;
 

@@ -3,11 +3,12 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use dockflare_agent::config::Config;
-use dockflare_agent::{bundle, check, logging, page, run};
-use tokio::signal::unix::{SignalKind, signal};
+use dockflare_agent::config::{Config, ConfigErrors, Loaded, LogConfig, SocketProxyConfig};
+use dockflare_agent::logging::Ring;
+use dockflare_agent::signals::shutdown_on_signals;
+use dockflare_agent::{RunError, bundle, check, logging, page, run, socket_proxy};
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{error, warn};
 
 /// Makes a Docker host reachable through Cloudflare Tunnel. Configured by environment variables, see env-example.
 ///
@@ -34,6 +35,12 @@ enum Command {
     },
     /// Print one JSON document without secrets that helps to find out what is wrong.
     SupportBundle,
+    /// Stand between the agent and the Docker socket, and let through what the agent needs.
+    SocketProxy {
+        /// Ask the one that runs in this container whether it reaches Docker; exit 0 if so, 1 if not.
+        #[arg(long)]
+        check: bool,
+    },
 }
 
 #[tokio::main(flavor = "current_thread")]
@@ -46,48 +53,52 @@ async fn main() -> anyhow::Result<ExitCode> {
         }
     };
     match arguments.command.unwrap_or(Command::Run) {
-        Command::Run => start().await,
-        Command::Healthcheck => {
-            let healthy = page::check(Config::load_health_page()).await;
-            println!("{}", healthy.as_ref().unwrap_or_else(|problem| problem));
-            Ok(ExitCode::from(u8::from(healthy.is_err())))
-        }
+        Command::Run => match Config::load() {
+            Ok(Loaded { config, warnings }) => {
+                let (log, shutdown) = begin(&config.log, warnings)?;
+                Ok(ended(run(config, log, shutdown).await))
+            }
+            Err(errors) => Ok(misconfigured(&errors)),
+        },
+        Command::Healthcheck => Ok(told(page::check(Config::load_health_page()).await)),
         Command::Check { json } => Ok(ExitCode::from(u8::from(!check::command(json).await))),
         Command::SupportBundle => {
             bundle::command().await;
             Ok(ExitCode::SUCCESS)
         }
+        Command::SocketProxy { check } => match SocketProxyConfig::load() {
+            Ok((config, _)) if check => Ok(told(socket_proxy::check(&config.listen).await)),
+            Ok((config, warnings)) => {
+                let (_, shutdown) = begin(&config.log, warnings)?;
+                Ok(ended(socket_proxy::run(config, shutdown).await))
+            }
+            Err(errors) => Ok(misconfigured(&errors)),
+        },
     }
 }
 
-async fn start() -> anyhow::Result<ExitCode> {
-    let loaded = match Config::load() {
-        Ok(loaded) => loaded,
-        Err(errors) => {
-            eprintln!("dockflare-agent: {errors}");
-            return Ok(ExitCode::from(64));
-        }
-    };
-    let log = logging::start(&loaded.config.log)?;
+fn told(answer: Result<String, String>) -> ExitCode {
+    println!("{}", answer.as_ref().unwrap_or_else(|problem| problem));
+    ExitCode::from(u8::from(answer.is_err()))
+}
+
+fn misconfigured(errors: &ConfigErrors) -> ExitCode {
+    eprintln!("dockflare-agent: {errors}");
+    ExitCode::from(64)
+}
+
+fn ended(ended: Result<(), RunError>) -> ExitCode {
+    let Err(failure) = ended else { return ExitCode::SUCCESS };
+    error!("{}", dockflare_agent::error_chain(&failure));
+    ExitCode::from(failure.exit_code())
+}
+
+/// Starts logging; gives the last lines of the log, and the token that tells when to stop.
+fn begin(log: &LogConfig, warnings: Vec<String>) -> anyhow::Result<(Ring, CancellationToken)> {
+    let ring = logging::start(log)?;
     logging::end_on_panic();
-    for warning in loaded.warnings {
+    for warning in warnings {
         warn!("{warning}");
     }
-    // As PID 1 a process is sent only the signals that it asks for.
-    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let shutdown = CancellationToken::new();
-    let asked = shutdown.clone();
-    tokio::spawn(async move {
-        tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
-        info!("asked to stop");
-        asked.cancel();
-        tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
-        warn!("asked to stop a second time: ending at once, the next start puts right what is left");
-        std::process::exit(0);
-    });
-    if let Err(failure) = run(loaded.config, log, shutdown).await {
-        error!("{}", dockflare_agent::error_chain(&failure));
-        return Ok(ExitCode::from(failure.exit_code()));
-    }
-    Ok(ExitCode::SUCCESS)
+    Ok((ring, shutdown_on_signals()?))
 }

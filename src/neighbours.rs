@@ -34,7 +34,11 @@ mod way;
 pub(crate) use glance::{Verdict, glance};
 use memory::{Memory, News};
 use rivals::{Rivalry, is_candidate, rivalry};
+pub(crate) use rivals::{is_connector, tells_connector};
+pub(crate) use service::named_host;
 use survey::{Judged, survey};
+pub(crate) use way::DOCKERS_OWN;
+pub(crate) use way::services;
 
 /// What happens together is looked at once: a compose project that starts is a burst of events.
 const SETTLE: Duration = Duration::from_millis(500);

@@ -40,7 +40,7 @@ fn answer(docker: &Docker, engine: &Engine, to: &mut Section) {
     let (id, title) = ("docker.version", "version");
     match &engine.version {
         Some(seen) => {
-            to.pass(id, title, format!("{}, API {}, {}/{}", seen.version, seen.api_version, seen.os, seen.arch));
+            to.pass(id, title, format!("{}, API {}, {}/{}", seen.engine, seen.api, seen.os, seen.arch));
         }
         None => to.warn(
             id,

@@ -6,8 +6,9 @@ use super::docker::refused_or_failed;
 use super::{CONTAINERS, Section, TUNNEL};
 use crate::config::Config;
 use crate::docker::{Container, Docker, DockerError, Health, RunState};
-use crate::events::{ENABLE_KEYS, counted};
+use crate::events::counted;
 use crate::health::{self, Glance, Readiness};
+use crate::labels::ENABLE_KEYS;
 use crate::neighbours::{self, Verdict};
 use crate::state::{DesiredState, Folder, TunnelId, TunnelState};
 

@@ -93,7 +93,7 @@ impl Check {
         Some(Secret { value: value.into(), file })
     }
 
-    pub(super) fn docker_host(&mut self, value: &str) -> Option<DockerHost> {
+    pub(super) fn docker_host(&mut self, name: &str, value: &str) -> Option<DockerHost> {
         let problem = match value.split_once("://") {
             Some(("unix", path)) if path.starts_with('/') => return Some(DockerHost::Unix(path.to_owned())),
             Some(("unix", _)) => "needs an absolute path".to_owned(),
@@ -112,7 +112,7 @@ impl Check {
             None => "has no scheme".to_owned(),
         };
         self.error(format!(
-            "DOCKER_HOST={}: {problem}; use unix:///var/run/docker.sock or tcp://socket-proxy:2375",
+            "{name}={}: {problem}; use unix:///var/run/docker.sock or tcp://socket-proxy:2375",
             without_secrets(value)
         ));
         None

@@ -25,6 +25,12 @@ const CHOICES: [Choice; 5] = [
     },
 ];
 
+/// The variable of cloudflared with this name, when it may be given to it with this value.
+pub(crate) fn connector_option(name: &str, value: &str) -> Option<&'static str> {
+    let choice = CHOICES.iter().find(|choice| choice.theirs == name)?;
+    choice.values.contains(&value).then_some(choice.theirs)
+}
+
 impl Check {
     /// cloudflared's variables for what is set of ours, any case; what is unset is left to cloudflared.
     pub(super) fn connector_options(&mut self, given: &[(&str, Option<String>)]) -> BTreeMap<&'static str, String> {

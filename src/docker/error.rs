@@ -26,6 +26,7 @@ pub(super) const RENAME: Call = Call { doing: "rename the tunnel container", gra
 pub(super) const CONNECT: Call =
     Call { doing: "connect the tunnel container to a network", grant: "NETWORKS=1 and POST=1" };
 pub(super) const VERSION: Call = Call { doing: "tell its version", grant: "VERSION=1" };
+pub(super) const PING: Call = Call { doing: "say that it is there", grant: "PING=1" };
 pub(super) const SELF_STOP: Call = Call { doing: "stop the agent's own container", grant: "CONTAINERS=1 and POST=1" };
 pub(super) const NETWORK: Call = Call { doing: "look for the tunnel network", grant: "NETWORKS=1" };
 pub(super) const NEW_NETWORK: Call = Call { doing: "create the tunnel network", grant: "NETWORKS=1 and POST=1" };
@@ -83,7 +84,29 @@ pub enum DockerError {
     },
 }
 
+/// How a refusal of the agent's own socket proxy begins.
+pub(crate) const OWN_REFUSAL: &str = "dockflare-agent socket-proxy refuses this";
+/// What allows a call there.
+const OWN_GRANT: &str = "the version and the settings of the agent (CLOUDFLARED_IMAGE, CLOUDFLARED_NETWORK_NAME, TUNNEL_CONTAINER_NAME, AUTO_CONNECT_NETWORKS), and its log names the rule";
+
 impl DockerError {
+    /// The status and the text of an answer that says this.
+    pub(crate) fn answer(&self) -> (u16, String) {
+        match self {
+            Self::Unreachable { problem, .. } => (502, problem.clone()),
+            Self::TimedOut { .. } => (504, self.to_string()),
+            Self::Forbidden { .. } => (403, self.to_string()),
+            Self::NotFound { message, .. } => (404, message.clone()),
+            Self::Conflict { message, .. } => (409, message.clone()),
+            Self::Failed { message, .. } => match message.split_once(' ') {
+                Some((status, text)) if matches!(status.parse(), Ok(400..=599_u16)) => {
+                    (status.parse().unwrap_or(500), text.to_owned())
+                }
+                _ => (500, message.clone()),
+            },
+        }
+    }
+
     /// For a caller that gave up sooner than the call itself would have.
     pub(crate) fn silent() -> Self {
         Self::Unreachable { call: INSPECT, problem: "no answer in time".to_owned() }
@@ -136,6 +159,9 @@ pub(super) fn sort(call: Call, error: EngineError) -> DockerError {
         EngineError::DockerResponseServerError { status_code, message } => {
             let message = one_line(&message);
             match status_code {
+                403 if message.starts_with(OWN_REFUSAL) => {
+                    DockerError::Forbidden { call: Call { grant: OWN_GRANT, ..call } }
+                }
                 403 => DockerError::Forbidden { call },
                 404 => DockerError::NotFound { call, message },
                 409 => DockerError::Conflict { call, message },

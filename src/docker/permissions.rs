@@ -8,6 +8,7 @@
 
 use std::time::Duration;
 
+use bollard::models;
 use futures_util::{StreamExt, stream};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
@@ -20,7 +21,7 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
 use super::error::*;
-use super::{Docker, DockerError, Result};
+use super::{Docker, DockerError, Result, Version};
 use crate::config::{DockerHost, ImageRef};
 
 /// For one of these requests: Docker refuses most of them without looking anything up.
@@ -32,7 +33,7 @@ const MAX_ANSWER_BYTES: usize = 1 << 20;
 /// Asked at the same time: few enough for a small proxy.
 const AT_ONCE: usize = 4;
 /// How the socket proxy of this project names itself in the header `Server`.
-const OWN_PROXY: &str = "dockflare-socket-proxy";
+pub(crate) const OWN_PROXY: &str = "dockflare-socket-proxy";
 
 /// What is known of the Engine.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -41,17 +42,6 @@ pub(crate) struct Engine {
     pub(crate) version: Option<Version>,
     /// Whether this project's own socket proxy stands before it, which lets through the agent's calls and no others.
     pub(crate) own_proxy: bool,
-}
-
-/// `GET /version`, what of it helps.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "PascalCase", default)]
-pub(crate) struct Version {
-    pub(crate) version: String,
-    pub(crate) api_version: String,
-    pub(crate) os: String,
-    pub(crate) arch: String,
-    pub(crate) kernel_version: String,
 }
 
 /// One call and whether it is let through.
@@ -181,10 +171,11 @@ impl Docker {
     pub(crate) async fn engine(&self) -> Result<Engine> {
         let answer = self.ask(VERSION, LIMIT, Method::GET, "/version", "").await?;
         let version = match answer.gate() {
-            Gate::Open => Some(serde_json::from_slice::<Version>(&answer.body).map_err(|_| DockerError::Failed {
-                call: VERSION,
-                message: "what answers there is not Docker".to_owned(),
-            })?),
+            Gate::Open => {
+                Some(serde_json::from_slice::<models::SystemVersion>(&answer.body).map(Version::from).map_err(
+                    |_| DockerError::Failed { call: VERSION, message: "what answers there is not Docker".to_owned() },
+                )?)
+            }
             Gate::Closed => None,
             Gate::Unclear(problem) => return Err(DockerError::Unreachable { call: VERSION, problem }),
         };

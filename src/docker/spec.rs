@@ -24,6 +24,25 @@ pub struct Spec {
 
 /// Label whose value is the hash of the spec.
 pub const SPEC_LABEL: &str = "com.dockflare.agent.spec";
+/// Label whose value is the id of the tunnel.
+pub(crate) const TUNNEL_LABEL: &str = "com.dockflare.agent.tunnel-id";
+/// Label whose value is the number of the redeploy that it was made for.
+pub(crate) const REDEPLOY_LABEL: &str = "com.dockflare.agent.redeploy";
+/// What everything that the agent makes is marked with: key and value.
+pub(crate) const OWNER_LABEL: (&str, &str) = ("com.dockflare.agent.owner", "dockflare-agent");
+
+/// The labels of a thing of which nothing is said but whose it is.
+pub(crate) fn owner_labels() -> BTreeMap<String, String> {
+    BTreeMap::from([(OWNER_LABEL.0.to_owned(), OWNER_LABEL.1.to_owned())])
+}
+
+/// What a tunnel container runs, after its image's entry point.
+pub(crate) const COMMAND: [&str; 3] = ["tunnel", "--no-autoupdate", "run"];
+
+/// The variable that tells cloudflared where to serve its metrics, with its value.
+pub(crate) fn metrics_variable() -> String {
+    format!("TUNNEL_METRICS=0.0.0.0:{METRICS_PORT}")
+}
 
 /// cloudflared's drain is 30 s unless told otherwise; a shorter time-out kills it in the middle.
 pub const STOP_GRACE_SECONDS: u16 = 35;
@@ -46,15 +65,20 @@ impl Spec {
         body
     }
 
+    /// The same, as it is written.
+    #[cfg(test)]
+    pub(crate) fn body_for_tests(&self) -> serde_json::Value {
+        serde_json::to_value(self.body()).unwrap_or_default()
+    }
+
     fn plain_body(&self) -> models::ContainerCreateBody {
         let words = |list: &[&str]| Some(list.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>());
         let seconds = |n: i64| Some(n * 1_000_000_000);
-        let mut env =
-            vec![format!("TUNNEL_TOKEN={}", self.token.expose()), format!("TUNNEL_METRICS=0.0.0.0:{METRICS_PORT}")];
+        let mut env = vec![format!("TUNNEL_TOKEN={}", self.token.expose()), metrics_variable()];
         env.extend(self.options.iter().map(|(name, value)| format!("{name}={value}")));
         models::ContainerCreateBody {
             image: Some(self.image.clone()),
-            cmd: words(&["tunnel", "--no-autoupdate", "run"]),
+            cmd: words(&COMMAND),
             env: Some(env),
             labels: Some(self.labels.clone().into_iter().collect()),
             stop_timeout: Some(STOP_GRACE_SECONDS.into()),

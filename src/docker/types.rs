@@ -37,12 +37,18 @@ impl From<models::ContainerSummary> for Container {
 }
 
 /// What Engine it is.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Version {
     /// Its version, such as `28.2.2`.
     pub engine: String,
     /// Version of the newest API that it speaks.
     pub api: String,
+    /// Its operating system, such as `linux`.
+    pub os: String,
+    /// Its processor, such as `amd64`.
+    pub arch: String,
+    /// Version of its kernel.
+    pub kernel: String,
     /// Whether it is Docker Desktop, in whose containers `host.docker.internal` is known without being asked for.
     pub is_desktop: bool,
 }
@@ -52,7 +58,32 @@ impl From<models::SystemVersion> for Version {
         Self {
             engine: version.version.unwrap_or_default(),
             api: version.api_version.unwrap_or_default(),
+            os: version.os.unwrap_or_default(),
+            arch: version.arch.unwrap_or_default(),
+            kernel: version.kernel_version.unwrap_or_default(),
             is_desktop: version.platform.is_some_and(|platform| platform.name.contains("Docker Desktop")),
+        }
+    }
+}
+
+/// A running container's place on networks, from a listing.
+#[derive(Debug, Clone)]
+pub(crate) struct Placed {
+    /// All of its labels.
+    pub(crate) labels: BTreeMap<String, String>,
+    /// As in [`Inspected`].
+    pub(crate) network_mode: String,
+    /// Names of the networks that it is on.
+    pub(crate) networks: BTreeSet<String>,
+}
+
+impl From<models::ContainerSummary> for Placed {
+    fn from(summary: models::ContainerSummary) -> Self {
+        let networks = summary.network_settings.and_then(|settings| settings.networks).unwrap_or_default();
+        Self {
+            labels: summary.labels.unwrap_or_default().into_iter().collect(),
+            network_mode: summary.host_config.and_then(|host| host.network_mode).unwrap_or_default(),
+            networks: networks.into_keys().collect(),
         }
     }
 }

@@ -1,6 +1,5 @@
 //! Carrying out a plan: the steps themselves, what each needs before it, and what is done where Docker refuses one.
 
-use std::collections::BTreeMap;
 use std::future::Future;
 use std::time::Duration;
 
@@ -14,11 +13,9 @@ use super::plan::{self, Goal, Owner, Slot, Step};
 use super::problem::Problem;
 use super::{Refused, Supervisor};
 use crate::cause::Cause;
-use crate::docker::{DockerError, STOP_GRACE_SECONDS, Spec};
+use crate::docker::{DockerError, STOP_GRACE_SECONDS, Spec, owner_labels};
 use crate::retry::Lasts;
 
-/// Label that says whose the container and the network are.
-const OWNER_LABEL: (&str, &str) = ("com.dockflare.agent.owner", "dockflare-agent");
 /// What a connector that hangs gets to end by itself: its own drain would be no use.
 const HANG_GRACE: Duration = Duration::from_secs(10);
 
@@ -284,9 +281,4 @@ async fn said_while_long<T>(what: &str, work: impl Future<Output = T>) -> T {
     }
     info!(at_most = %Lasts(Duration::from_secs(STOP_GRACE_SECONDS.into())), "{what}");
     work.await
-}
-
-/// What everything that the agent makes is marked with.
-pub(super) fn owner_labels() -> BTreeMap<String, String> {
-    BTreeMap::from([(OWNER_LABEL.0.to_owned(), OWNER_LABEL.1.to_owned())])
 }

@@ -78,7 +78,7 @@ impl Host for Machine {
         self.docker.pull(image, progress).await
     }
     async fn create(&self, name: &str, spec: &Spec) -> Answer<()> {
-        self.docker.create(name, spec).await
+        self.docker.create(name, spec).await.map(drop)
     }
     async fn start(&self, name: &str) -> Answer<()> {
         self.docker.start(name).await

@@ -53,7 +53,7 @@ pub(super) enum Step {
 
 /// Whose container has the name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Owner {
+pub(crate) enum Owner {
     /// Made by this agent.
     Agent,
     /// Made by the Python agent: same name, runs cloudflared with a token, no label of ours.
@@ -63,7 +63,7 @@ pub(super) enum Owner {
 }
 
 /// Tells whose container it is.
-pub(super) fn owner(container: &Inspected) -> Owner {
+pub(crate) fn owner(container: &Inspected) -> Owner {
     if container.labels.contains_key(SPEC_LABEL) {
         return Owner::Agent;
     }

@@ -21,9 +21,17 @@ const LEAST_LETTERS: usize = 3;
 /// Whether a listed container is worth an inspection. An image that is known by its id only, or was built anew, is
 /// recognised by the labels that it keeps.
 pub(super) fn is_candidate(listed: &Container, own: &[String; 2]) -> bool {
-    let is_cloudflared = listed.image.to_ascii_lowercase().contains("cloudflared")
-        || listed.labels.values().any(|value| value.contains("cloudflare/cloudflared"));
-    is_cloudflared && !own.contains(&listed.name)
+    is_connector(&listed.image, listed.labels.values()) && !own.contains(&listed.name)
+}
+
+/// Whether a container with this image and these values of labels may be a connector.
+pub(crate) fn is_connector<'a>(image: &str, mut labels: impl Iterator<Item = &'a String>) -> bool {
+    image.to_ascii_lowercase().contains("cloudflared") || labels.any(|value| tells_connector(value))
+}
+
+/// Whether the value of a label tells that its container is made of cloudflared's image.
+pub(crate) fn tells_connector(value: &str) -> bool {
+    value.contains("cloudflare/cloudflared")
 }
 
 /// Whether the container serves this tunnel beside the agent's own.

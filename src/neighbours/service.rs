@@ -57,6 +57,14 @@ impl<'a> Service<'a> {
     }
 }
 
+/// The lower-case name that the value of a service label leads to, when it is a name.
+pub(crate) fn named_host(value: &str) -> Option<String> {
+    match Service::read(value) {
+        Service::At(Address { host: Host::Name(name), .. }) => Some(name.to_ascii_lowercase()),
+        _ => None,
+    }
+}
+
 /// The value as it may be shown: a name and password before the host, and what follows it, may be secrets.
 pub(super) fn shown(value: &str) -> String {
     let place = |rest: &str| {

@@ -5,9 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use tracing::debug;
 
 use super::Failures;
-use super::way::{COMPOSE_SERVICE, Lender, Scene, Way, Workload, networks_needed, services, way};
+use super::way::{Lender, Scene, Way, Workload, networks_needed, services, way};
 use crate::config::TunnelConfig;
 use crate::docker::{Container, Docker, DockerError, RunState};
+use crate::labels::COMPOSE_SERVICE;
 
 /// What was found out of one container.
 #[derive(Debug)]

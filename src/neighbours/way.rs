@@ -9,11 +9,10 @@ use std::net::IpAddr;
 
 use super::service::{Address, Host, Service, shown};
 use crate::docker::{Endpoint, Inspected};
+use crate::labels::COMPOSE_SERVICE;
 
 /// Networks of Docker's own, which nobody is connected to by choice.
-const DOCKERS_OWN: [&str; 3] = ["bridge", "host", "none"];
-/// Under which docker compose makes a container known on its networks.
-pub(super) const COMPOSE_SERVICE: &str = "com.docker.compose.service";
+pub(crate) const DOCKERS_OWN: [&str; 3] = ["bridge", "host", "none"];
 /// Names and ports told in one sentence; more of them help nobody.
 const MOST_TOLD: usize = 5;
 
@@ -92,7 +91,7 @@ enum Place<'a> {
 }
 
 /// The service labels among all labels: `dockflare.service`, `dockflare.0.service`, and under the older prefix.
-pub(super) fn services(labels: &BTreeMap<String, String>) -> Vec<(&str, &str)> {
+pub(crate) fn services(labels: &BTreeMap<String, String>) -> Vec<(&str, &str)> {
     let is_service = |key: &str| {
         let rest = key.strip_prefix("dockflare.").or_else(|| key.strip_prefix("cloudflare.tunnel."));
         let number = rest.and_then(|rest| rest.strip_suffix(".service"));

@@ -10,8 +10,9 @@ use testkit::bollard::query_parameters::{ListContainersOptions, ListImagesOption
 use testkit::{Case, Docker, Scope, Spec, wait_until};
 
 use crate::containers_scene::{COMMAND, Life, Tunnel, setting};
-use crate::proxy::{NEEDED, without};
+use crate::proxy::without;
 use crate::support::checked::{Checked, run};
+use crate::support::proxies::NEEDED;
 use crate::support::relay::{Relay, Way};
 use crate::support::{SOON, Stage};
 

@@ -20,6 +20,7 @@ mod pull;
 mod replacement;
 mod shutdown;
 mod shutdown_container;
+mod socket_proxy;
 mod story;
 mod visitors;
 
@@ -42,6 +43,7 @@ fn main() -> std::process::ExitCode {
         replacement::cases(),
         shutdown::cases(),
         shutdown_container::cases(),
+        socket_proxy::cases(),
     ];
     testkit::main(files.into_iter().flatten().collect())
 }

@@ -5,6 +5,7 @@ use dockflare_dev_master::{Agent, Protocol};
 use testkit::bollard::query_parameters::{RemoveImageOptions, TagImageOptions};
 use testkit::{AgentProcess, Case, Proxy, Scope, case, images, wait_until};
 
+use crate::support::proxies::NEEDED;
 use crate::support::relay::{REFUSAL, Relay, Way};
 use crate::support::{SOON, Stage};
 
@@ -31,17 +32,6 @@ pub(crate) fn cases() -> Vec<Case> {
     }
     cases
 }
-
-/// What the agent needs of a socket proxy, and no more.
-pub(crate) const NEEDED: [(&str, &str); 7] = [
-    ("CONTAINERS", "1"),
-    ("EVENTS", "1"),
-    ("NETWORKS", "1"),
-    ("IMAGES", "1"),
-    ("PING", "1"),
-    ("VERSION", "1"),
-    ("POST", "1"),
-];
 
 /// All of it but this variable, which is forbidden.
 pub(crate) fn without(missing: &str) -> Vec<(&str, &str)> {

@@ -107,6 +107,8 @@ async fn start(stage: &mut Stage, data: Mount, apart: Option<&str>) -> Result<St
     stage.set("DOCKFLARE_API_KEY", stage.key.clone());
     stage.set("DOCKFLARE_DATA_DIR", "");
     stage.set("HEALTH_CHECK_PORT", "");
+    // It has the socket itself; an address of this host would lead nowhere in there.
+    stage.set("DOCKER_HOST", "");
     let image = images().agent(&agent_binary()).await?;
     let env: Vec<_> = stage.env.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
     let spec = Spec {

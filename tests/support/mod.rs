@@ -6,9 +6,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use dockflare_dev_master::{Agent, DevMaster, Protocol};
+use proxies::Between;
 use testkit::{AgentProcess, Scope};
 
 pub(crate) mod checked;
+pub(crate) mod proxies;
 pub(crate) mod relay;
 
 /// Longest wait for anything that should take moments; the machine may be busy.
@@ -24,6 +26,7 @@ pub(crate) struct Stage {
     /// Name of the tunnel container, with a random suffix.
     pub(crate) tunnel: String,
     pub(crate) network: String,
+    proxies: proxies::Proxies,
 }
 
 impl Stage {
@@ -54,8 +57,12 @@ impl Stage {
             ("HEALTH_CHECK_PORT", "0".to_owned()),
             ("LOG_LEVEL", "DEBUG".to_owned()),
         ];
-        let env = env.map(|(name, value)| (name.to_owned(), value)).to_vec();
-        Ok(Self { master, scope, data, key, env, tunnel, network })
+        let mut env = env.map(|(name, value)| (name.to_owned(), value)).to_vec();
+        if Between::Haproxy == Between::chosen() {
+            let proxy = scope.socket_proxy(&proxies::NEEDED).await?;
+            env.push(("DOCKER_HOST".to_owned(), proxy.host_url()));
+        }
+        Ok(Self { master, scope, data, key, env, tunnel, network, proxies: proxies::Proxies::default() })
     }
 
     /// Sets a variable of the agents started from now on; an empty value unsets it.
@@ -64,9 +71,14 @@ impl Stage {
         self.env.push((name.to_owned(), value.into()));
     }
 
-    /// Starts an agent. Its log must not show the agent key or a tunnel token, at whatever level.
+    /// Starts an agent. Its log must not show the agent key or a tunnel token, at whatever level. Unless the case has
+    /// set another way, the agent reaches Docker as [`Between`] says.
     pub(crate) fn agent(&self) -> Result<AgentProcess> {
-        let mut agent = AgentProcess::spawn(&agent_binary(), &self.env, self.data.path())?;
+        let mut env = self.env.clone();
+        if Between::Own == Between::chosen() && !env.iter().any(|(name, _)| name == "DOCKER_HOST") {
+            env.push(("DOCKER_HOST".to_owned(), self.proxies.for_agent(&self.env, &self.key)?));
+        }
+        let mut agent = AgentProcess::spawn(&agent_binary(), &env, self.data.path())?;
         agent.plant(&self.key);
         Ok(agent)
     }
@@ -107,6 +119,14 @@ impl Stage {
         let violations = self.master.violations();
         assert!(violations.is_empty(), "protocol violations: {violations:#?}");
     }
+}
+
+/// What an agent warned of. Labelled containers of other cases come and go on the same Engine, and it says of each
+/// that the tunnel cannot reach it: that is left out.
+pub(crate) fn complaints(agent: &AgentProcess) -> Vec<String> {
+    let log = agent.log();
+    let warned = log.lines().filter(|line| line.contains("WARN") && !line.contains("cannot reach the container"));
+    warned.map(str::to_owned).collect()
 }
 
 pub(crate) fn agent_binary() -> PathBuf {

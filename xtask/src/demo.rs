@@ -40,7 +40,7 @@ pub(crate) struct Arguments {
     /// Port of the master's page on 127.0.0.1; 0 is any free one
     #[arg(long, default_value_t = 0)]
     port: u16,
-    /// Give the agent the Docker socket itself, even where HAProxy is installed to make a socket proxy of
+    /// Give the agent the Docker socket itself instead of the socket proxy
     #[arg(long)]
     socket: bool,
 }
@@ -140,7 +140,7 @@ async fn tell(docker: &Docker, story: &mut Story, arguments: &Arguments) -> Resu
 
     scene.start_agent(&key).await?;
     let access = if scene.has_proxy() {
-        "reaches Docker through the socket proxy (HAProxy, which holds each event back for 0.2 s)"
+        "reaches Docker through its own socket proxy, which has no network"
     } else {
         "has the Docker socket"
     };

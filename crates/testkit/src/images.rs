@@ -132,13 +132,18 @@ impl Images {
     /// The agent, by the last stage of the repository's own `Dockerfile`, with this program in it.
     ///
     /// # Errors
-    /// When the stage copies something else than a program, a CA bundle and an empty data folder.
+    /// When the stage copies something else than a program, a CA bundle and two empty folders.
     pub async fn agent(&self, program: &Path) -> Result<String> {
         let name = program.file_name().and_then(|name| name.to_str()).context("the agent's path has no name")?;
         self.once(&format!("agent {}", program.display()), async || {
-            let empty = tempfile::tempdir()?;
-            let sources: [(&str, &Path); 3] =
-                [(name, program), ("ca-certificates.crt", Path::new(CA_BUNDLE)), ("data", empty.path())];
+            let (empty, open) = (tempfile::tempdir()?, tempfile::tempdir()?);
+            std::fs::set_permissions(open.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+            let sources: [(&str, &Path); 4] = [
+                (name, program),
+                ("ca-certificates.crt", Path::new(CA_BUNDLE)),
+                ("data", empty.path()),
+                ("run", open.path()),
+            ];
             self.from_last_stage("agent", &workspace_root().join("Dockerfile"), &sources).await
         })
         .await

@@ -5,8 +5,7 @@ use std::os::unix::fs::MetadataExt;
 
 use anyhow::{Context, Result, ensure};
 use testkit::bollard::models::{
-    ContainerCreateBody, HealthConfig, HostConfig, NetworkConnectRequest, NetworkCreateRequest, PortBinding,
-    VolumeCreateRequest,
+    ContainerCreateBody, HealthConfig, HostConfig, NetworkCreateRequest, PortBinding, VolumeCreateRequest,
 };
 use testkit::bollard::query_parameters::CreateContainerOptions;
 use testkit::{Docker, Images};
@@ -24,9 +23,9 @@ const MASTER: &str = "dockflare-demo-master";
 const PROXY: &str = "dockflare-demo-socket-proxy";
 /// Shared by the tunnel and what it serves, and the agent's way to the master.
 pub(crate) const NETWORK: &str = "dockflare-demo-net";
-/// Between the agent and the socket proxy, with no way out.
-const SOCKET_NETWORK: &str = "dockflare-demo-docker-api";
 const VOLUME: &str = "dockflare-demo-data";
+/// Holds the socket between the agent and the socket proxy, as in the compose file.
+const SOCKET_VOLUME: &str = "dockflare-demo-docker-api";
 /// Images are called `dockflare-demo/<what>:local`.
 const REPOSITORY: &str = "dockflare-demo";
 
@@ -39,8 +38,6 @@ pub(crate) const AGENTS_OWN: &str = "com.dockflare.agent.owner";
 
 /// Where the master listens in its container.
 const MASTER_PORT: &str = "5000/tcp";
-/// What the agent is allowed, as in the compose file.
-const PROXY_OPENS: [&str; 7] = ["CONTAINERS", "EVENTS", "IMAGES", "NETWORKS", "PING", "POST", "VERSION"];
 const WEB_LABELS: [(&str, &str); 3] = [
     ("dockflare.enable", "true"),
     ("dockflare.hostname", "web.example.com"),
@@ -80,8 +77,8 @@ pub(crate) struct Scene {
     cloudflared: String,
     master: String,
     web: String,
-    /// None where the agent has to use the socket itself.
-    proxy: Option<String>,
+    /// Whether the agent reaches Docker through the socket proxy.
+    proxy: bool,
 }
 
 impl Scene {
@@ -92,29 +89,22 @@ impl Scene {
         // A drain as long as the real one's 30 s would only make `docker stop` of the agent slow.
         let cloudflared = images.stand_in_with(&[("STAND_IN_DRAIN", "1000")]).await?;
         let (master, web) = (images.dev_master().await?, images.workload().await?);
-        let proxy = if socket { None } else { proxy_image(&images, story).await };
         let size = docker.inspect_image(&agent).await?.size.unwrap_or_default();
         let megabytes = size as f64 / 1e6;
         story.say("docker", format_args!("images made from local files; the agent's has {megabytes:.1} MB"));
-        for (name, internal) in [(NETWORK, false), (SOCKET_NETWORK, true)] {
-            let request = NetworkCreateRequest {
-                name: name.to_owned(),
-                labels: labels([]),
-                internal: Some(internal),
-                ..NetworkCreateRequest::default()
-            };
-            if !internal || proxy.is_some() {
-                docker.create_network(request).await.with_context(|| format!("cannot create network {name}"))?;
-            }
+        let request =
+            NetworkCreateRequest { name: NETWORK.to_owned(), labels: labels([]), ..NetworkCreateRequest::default() };
+        docker.create_network(request).await.with_context(|| format!("cannot create network {NETWORK}"))?;
+        for name in [VOLUME, SOCKET_VOLUME] {
+            let volume = VolumeCreateRequest { name: Some(name.to_owned()), labels: labels([]), ..Default::default() };
+            docker.create_volume(volume).await.with_context(|| format!("cannot create the volume {name}"))?;
         }
-        let volume = VolumeCreateRequest { name: Some(VOLUME.to_owned()), labels: labels([]), ..Default::default() };
-        docker.create_volume(volume).await.context("cannot create the data volume")?;
-        Ok(Self { docker: docker.clone(), agent, cloudflared, master, web, proxy })
+        Ok(Self { docker: docker.clone(), agent, cloudflared, master, web, proxy: !socket })
     }
 
     /// Whether the agent reaches Docker through a socket proxy.
     pub(crate) fn has_proxy(&self) -> bool {
-        self.proxy.is_some()
+        self.proxy
     }
 
     /// Starts the master, its port published on 127.0.0.1; 0 is any free one.
@@ -160,16 +150,13 @@ impl Scene {
             binds: Some(vec![format!("{VOLUME}:/app/data")]),
             ..confined()
         };
-        let url = format!("tcp://{PROXY}:2375");
-        match &self.proxy {
-            Some(image) => {
-                self.start_proxy(image).await?;
-                variables.push(("DOCKER_HOST", &url));
-            }
-            None => {
-                host.binds.get_or_insert_default().push(format!("{}:/var/run/docker.sock:ro", testkit::socket_path()));
-                host.group_add = Some(vec![self.socket_group().await?.to_string()]);
-            }
+        if self.proxy {
+            self.start_proxy().await?;
+            host.binds.get_or_insert_default().push(format!("{SOCKET_VOLUME}:/run/dockflare:ro"));
+            variables.push(("DOCKER_HOST", "unix:///run/dockflare/docker.sock"));
+        } else {
+            host.binds.get_or_insert_default().push(format!("{}:/var/run/docker.sock:ro", testkit::socket_path()));
+            host.group_add = Some(vec![self.socket_group().await?.to_string()]);
         }
         let body = ContainerCreateBody {
             image: Some(self.agent.clone()),
@@ -182,9 +169,6 @@ impl Scene {
             ..ContainerCreateBody::default()
         };
         self.create(AGENT, body).await?;
-        if self.proxy.is_some() {
-            self.connect(SOCKET_NETWORK, AGENT).await?;
-        }
         self.start(AGENT).await
     }
 
@@ -201,16 +185,29 @@ impl Scene {
         Ok(id)
     }
 
-    async fn start_proxy(&self, image: &str) -> Result<()> {
+    async fn start_proxy(&self) -> Result<()> {
         let host = HostConfig {
-            network_mode: Some(SOCKET_NETWORK.into()),
-            binds: Some(vec![format!("{}:/var/run/docker.sock:ro", testkit::socket_path())]),
-            security_opt: Some(vec!["no-new-privileges".into()]),
-            ..HostConfig::default()
+            network_mode: Some("none".into()),
+            binds: Some(vec![
+                format!("{}:/var/run/docker.sock:ro", testkit::socket_path()),
+                format!("{SOCKET_VOLUME}:/run/dockflare"),
+            ]),
+            ..confined()
         };
         let body = ContainerCreateBody {
-            image: Some(image.to_owned()),
-            env: environment(PROXY_OPENS.map(|name| (name, "1"))),
+            image: Some(self.agent.clone()),
+            cmd: Some(vec!["socket-proxy".into()]),
+            user: Some("0:0".into()),
+            env: environment([
+                ("CLOUDFLARED_IMAGE", self.cloudflared.as_str()),
+                ("CLOUDFLARED_NETWORK_NAME", NETWORK),
+                ("TUNNEL_CONTAINER_NAME", TUNNEL),
+            ]),
+            healthcheck: Some(HealthConfig {
+                test: Some(["CMD", "/dockflare-agent", "socket-proxy", "--check"].map(str::to_owned).to_vec()),
+                interval: Some(2_000_000_000),
+                ..HealthConfig::default()
+            }),
             host_config: Some(host),
             labels: labels([]),
             ..ContainerCreateBody::default()
@@ -236,27 +233,8 @@ impl Scene {
         Ok(created.with_context(|| format!("cannot create {name}"))?.id)
     }
 
-    async fn connect(&self, network: &str, name: &str) -> Result<()> {
-        let request = NetworkConnectRequest { container: name.to_owned(), ..Default::default() };
-        let connected = self.docker.connect_network(network, request).await;
-        connected.with_context(|| format!("cannot connect {name} to {network}"))
-    }
-
     async fn start(&self, name: &str) -> Result<()> {
         self.docker.start_container(name, None).await.with_context(|| format!("cannot start {name}"))
-    }
-}
-
-/// The image of a socket proxy, where HAProxy is installed to be put into one.
-async fn proxy_image(images: &Images, story: &Story) -> Option<String> {
-    match images.haproxy().await {
-        Ok(image) => Some(image),
-        Err(error) => {
-            let why = format!("{error:#}").split_whitespace().collect::<Vec<_>>().join(" ");
-            let what = "no socket proxy: the agent gets the Docker socket, and with it the whole engine";
-            story.say("demo", format_args!("{what} ({why})"));
-            None
-        }
     }
 }
 

@@ -1,0 +1,221 @@
+//! The bodies that are read: each as a closed set of fields, spelled exactly, none of them twice.
+//!
+//! Docker's own reader takes `hostconfig`, `HoſtConfig` and a second `HostConfig` for the same field. Here the first
+//! two are unknown and the third is one too many. From the body of a create call comes a [`Spec`], which writes the
+//! body that Docker gets: command, hardening, health check and log limits are in it whatever the client sent.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::de::{Error, IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+
+use super::plan::Policy;
+use crate::config::connector_option;
+use crate::docker::{COMMAND, OWNER_LABEL, REDEPLOY_LABEL, SPEC_LABEL, Spec, TUNNEL_LABEL, metrics_variable};
+use crate::state::Token;
+
+type Rule = &'static str;
+
+/// The body of a create call, as far as [`Spec`] writes one.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "PascalCase")]
+struct Container {
+    image: String,
+    cmd: Vec<String>,
+    env: Vec<String>,
+    labels: Labels,
+    host_config: HostConfig,
+    // What follows is made anew; it only must be what it is called.
+    #[serde(default, rename = "StopTimeout")]
+    _stop_timeout: Option<u16>,
+    #[serde(default, rename = "Healthcheck")]
+    _healthcheck: Option<Healthcheck>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "PascalCase")]
+struct HostConfig {
+    network_mode: String,
+    #[serde(default, rename = "RestartPolicy")]
+    _restart_policy: Option<RestartPolicy>,
+    #[serde(default, rename = "LogConfig")]
+    _log_config: Option<LogConfig>,
+    #[serde(default, rename = "CapDrop")]
+    _cap_drop: Option<[String; 1]>,
+    #[serde(default, rename = "SecurityOpt")]
+    _security_opt: Option<[String; 1]>,
+    #[serde(default, rename = "ReadonlyRootfs")]
+    _readonly_rootfs: Option<bool>,
+    #[serde(default, rename = "PidsLimit")]
+    _pids_limit: Option<i64>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RestartPolicy {
+    #[serde(rename = "Name")]
+    _name: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LogConfig {
+    #[serde(rename = "Type")]
+    _type: String,
+    #[serde(rename = "Config")]
+    _config: Labels,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Healthcheck {
+    #[serde(rename = "Test")]
+    _test: Vec<String>,
+    #[serde(default, rename = "Interval")]
+    _interval: Option<i64>,
+    #[serde(default, rename = "Timeout")]
+    _timeout: Option<i64>,
+    #[serde(default, rename = "StartPeriod")]
+    _start_period: Option<i64>,
+    #[serde(default, rename = "StartInterval")]
+    _start_interval: Option<i64>,
+    #[serde(default, rename = "Retries")]
+    _retries: Option<i64>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "PascalCase")]
+struct Network {
+    name: String,
+    driver: String,
+    labels: Labels,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "PascalCase")]
+struct Connect {
+    container: String,
+}
+
+/// Names with values, no name twice.
+struct Labels(BTreeMap<String, String>);
+
+impl<'de> Deserialize<'de> for Labels {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Pairs;
+        impl<'de> Visitor<'de> for Pairs {
+            type Value = Labels;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("names with values")
+            }
+
+            fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Labels, M::Error> {
+                let mut labels = BTreeMap::new();
+                while let Some((key, value)) = map.next_entry()? {
+                    if labels.insert(key, value).is_some() {
+                        return Err(M::Error::custom("a name occurs twice"));
+                    }
+                }
+                Ok(Labels(labels))
+            }
+        }
+        deserializer.deserialize_map(Pairs)
+    }
+}
+
+/// Reads a body: one JSON object, nothing behind it. The rule tells what is wrong with it without saying what it holds.
+fn read<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, Rule> {
+    serde_json::from_slice(body).map_err(|_| match serde_json::from_slice::<IgnoredAny>(body) {
+        Ok(_) => "body_fields",
+        Err(_) => "body_json",
+    })
+}
+
+/// What a create call may make: the container of the agent's settings, with some token.
+pub(super) fn container(policy: &Policy, body: &[u8]) -> Result<Spec, Rule> {
+    let asked: Container = read(body)?;
+    let tunnel = &policy.tunnel;
+    if asked.image != tunnel.image.to_string() {
+        return Err("create_image");
+    }
+    if asked.cmd != COMMAND {
+        return Err("create_command");
+    }
+    if asked.host_config.network_mode != tunnel.network {
+        return Err("create_network");
+    }
+    let (token, options) = environment(&asked.env)?;
+    let mut labels = asked.labels.0;
+    let hash = labels.remove(SPEC_LABEL);
+    check_labels(&labels)?;
+    let spec = Spec { image: asked.image, network: tunnel.network.clone(), token, options, labels };
+    // A container with another hash than its agent expects would be replaced again and again.
+    if hash.is_none_or(|hash| hash != spec.hash()) {
+        return Err("create_spec_label");
+    }
+    Ok(spec)
+}
+
+fn environment(entries: &[String]) -> Result<(Token, BTreeMap<&'static str, String>), Rule> {
+    let (mut token, mut has_metrics, mut options) = (None, false, BTreeMap::new());
+    for entry in entries {
+        let (name, value) = entry.split_once('=').ok_or("create_environment")?;
+        let is_new = match name {
+            "TUNNEL_TOKEN" => token.replace(Token::new(value)).is_none(),
+            _ if *entry == metrics_variable() => !std::mem::replace(&mut has_metrics, true),
+            _ => {
+                let name = connector_option(name, value).ok_or("create_environment")?;
+                options.insert(name, value.to_owned()).is_none()
+            }
+        };
+        if !is_new {
+            return Err("create_environment");
+        }
+    }
+    let token = token.filter(|_| has_metrics).ok_or("create_environment")?;
+    if token.expose().len() > MOST_TOKEN || !is_word(token.expose(), "+/=") || token.claims().is_err() {
+        return Err("create_token");
+    }
+    Ok((token, options))
+}
+
+/// Several times as long as Cloudflare's.
+const MOST_TOKEN: usize = 4096;
+const MOST_LABEL: usize = 128;
+
+/// The owner's, and of the others only those that the agent sets.
+fn check_labels(labels: &BTreeMap<String, String>) -> Result<(), Rule> {
+    let is_number = |text: &str| text.parse::<u64>().is_ok_and(|number| number.to_string() == text);
+    let fits = labels.iter().all(|(key, value)| match key.as_str() {
+        TUNNEL_LABEL => value.len() <= MOST_LABEL && is_word(value, "_.-"),
+        REDEPLOY_LABEL => is_number(value),
+        key => (key, value.as_str()) == OWNER_LABEL,
+    });
+    if fits && labels.contains_key(OWNER_LABEL.0) { Ok(()) } else { Err("create_labels") }
+}
+
+fn is_word(text: &str, more: &str) -> bool {
+    !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || more.contains(c))
+}
+
+/// Only the tunnel's network, as the agent makes it.
+pub(super) fn network(policy: &Policy, body: &[u8]) -> Result<(), Rule> {
+    let asked: Network = read(body)?;
+    if asked.name != policy.tunnel.network {
+        return Err("network_name");
+    }
+    if asked.driver != "bridge" {
+        return Err("network_driver");
+    }
+    if asked.labels.0 != crate::docker::owner_labels() {
+        return Err("network_labels");
+    }
+    Ok(())
+}
+
+/// The container that is to be connected.
+pub(super) fn connect(body: &[u8]) -> Result<String, Rule> {
+    read(body).map(|Connect { container }| container)
+}

@@ -1,0 +1,265 @@
+//! Makes the calls, through the same door as the agent does. What changes a container is preceded by a look at it,
+//! and then means it by the id that was seen, so that nothing can be put under its name in between.
+
+use std::collections::BTreeSet;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::{Stream, StreamExt, future, stream};
+use serde_json::{Value, json};
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+use super::answer;
+use super::plan::{Call, MOST_LINES, Policy, Subject};
+use crate::docker::{Docker, DockerError, Inspected, owner_labels};
+use crate::health::{Owner, is_own, owner};
+use crate::labels::{ENABLE_KEYS, is_enabled};
+
+/// What goes back.
+pub(super) enum Answer {
+    /// Status and a JSON body.
+    Json(u16, Value),
+    /// 204.
+    Done,
+    /// 200 with these bytes.
+    Bytes(&'static str, Vec<u8>),
+    /// 200 and one JSON value after another. An error ends it as a cut would.
+    Stream(Pin<Box<dyn Stream<Item = Result<Value, DockerError>> + Send>>),
+}
+
+/// Docker refuses a subscription at once, or not at all.
+const REFUSAL_LIMIT: Duration = Duration::from_millis(50);
+
+/// Why a call was not made, or what became of it.
+pub(super) enum Failure {
+    /// By the rule of this name, which needs a look at Docker.
+    Refused(&'static str),
+    /// There is no such container.
+    Absent(String),
+    Docker(DockerError),
+}
+
+impl From<DockerError> for Failure {
+    fn from(error: DockerError) -> Self {
+        Self::Docker(error)
+    }
+}
+
+/// Makes the call. Cancel-safe in so far as Docker is: a call that is cut off may have been carried out.
+pub(super) async fn perform(docker: &Arc<Docker>, policy: &Policy, call: Call) -> Result<Answer, Failure> {
+    Ok(match call {
+        Call::Ping => {
+            docker.ping().await?;
+            Answer::Bytes("text/plain; charset=utf-8", b"OK".to_vec())
+        }
+        Call::Version => {
+            let seen = docker.version().await?;
+            let platform = if seen.is_desktop { "Docker Desktop" } else { "" };
+            Answer::Json(
+                200,
+                json!({
+                    "Platform": { "Name": platform }, "Version": seen.engine, "ApiVersion": seen.api,
+                    "Os": seen.os, "Arch": seen.arch, "KernelVersion": seen.kernel,
+                }),
+            )
+        }
+        Call::List(label) => {
+            let listed = match label {
+                Some(key) => docker.list_with_label_keys(&[key]).await?,
+                None => docker.list_running().await?,
+            };
+            Answer::Json(200, answer::listing(policy, &listed, label.is_some()))
+        }
+        Call::Events(since) => events(docker, policy, since).await?,
+        Call::Inspect(subject) => inspect(docker, policy, subject).await?,
+        Call::Logs { name, since, last } => {
+            let seen = own_container(docker, &name, &[Owner::Agent, Owner::PythonAgent]).await?;
+            let lines = match last {
+                Some(last) => docker.log_tail(&seen.id, since, last).await?,
+                None => docker.log_start(&seen.id, since, MOST_LINES).await?,
+            };
+            Answer::Bytes("application/vnd.docker.multiplexed-stream", answer::log(&lines))
+        }
+        Call::Network => {
+            let name = &policy.tunnel.network;
+            if docker.has_network(name).await? {
+                Answer::Json(200, json!({ "Name": name }))
+            } else {
+                Answer::Json(404, json!({ "message": format!("network {name} not found") }))
+            }
+        }
+        Call::NewNetwork => {
+            docker.create_network(&policy.tunnel.network, &owner_labels()).await?;
+            Answer::Json(201, json!({ "Id": policy.tunnel.network, "Warning": "" }))
+        }
+        Call::Connect { network, name } => {
+            let seen = own_container(docker, &name, &[Owner::Agent]).await?;
+            if !networks_of_labelled(docker).await?.contains(&network) {
+                return Err(Failure::Refused("network_not_of_labelled"));
+            }
+            docker.connect(&network, &seen.id).await?;
+            Answer::Json(200, json!({}))
+        }
+        Call::Image => {
+            let image = &policy.tunnel.image;
+            if docker.has_image(image).await? {
+                Answer::Json(200, json!({ "RepoTags": [image.to_string()] }))
+            } else {
+                Answer::Json(404, json!({ "message": format!("No such image: {image}") }))
+            }
+        }
+        Call::Pull => pull(docker, policy).await?,
+        Call::Create { name, spec } => {
+            let id = docker.create(&name, &spec).await?;
+            Answer::Json(201, json!({ "Id": id, "Warnings": [] }))
+        }
+        Call::Start(name) => {
+            let seen = own_container(docker, &name, &[Owner::Agent]).await?;
+            docker.start(&seen.id).await?;
+            Answer::Done
+        }
+        Call::Stop { name, seconds } => {
+            let seen = own_container(docker, &name, &[Owner::Agent, Owner::PythonAgent]).await?;
+            docker.stop(&seen.id, Duration::from_secs(seconds.into())).await?;
+            Answer::Done
+        }
+        Call::StopSelf(id) => {
+            match docker.inspect(&id).await? {
+                Some(seen) if seen.id == id && is_own(&seen) => docker.stop_self(&id).await?,
+                Some(_) => return Err(Failure::Refused("owner")),
+                None => return Err(Failure::Absent(id)),
+            }
+            Answer::Done
+        }
+        Call::Restart { name, seconds } => {
+            let seen = own_container(docker, &name, &[Owner::Agent]).await?;
+            docker.restart(&seen.id, Duration::from_secs(seconds.into())).await?;
+            Answer::Done
+        }
+        Call::Rename => {
+            let name = policy.tunnel.successor_name();
+            let seen = own_container(docker, &name, &[Owner::Agent]).await?;
+            docker.rename(&seen.id, &policy.tunnel.container_name).await?;
+            Answer::Done
+        }
+        Call::Remove(name) => {
+            let seen = own_container(docker, &name, &[Owner::Agent, Owner::PythonAgent]).await?;
+            docker.remove(&seen.id).await?;
+            Answer::Done
+        }
+    })
+}
+
+/// The container with exactly this name; refused unless it belongs to one of these.
+async fn own_container(docker: &Docker, name: &str, owners: &[Owner]) -> Result<Inspected, Failure> {
+    // Docker also finds a container by the start of its id.
+    match docker.inspect(name).await?.filter(|seen| seen.name == name) {
+        Some(seen) if owners.contains(&owner(&seen)) => Ok(seen),
+        Some(_) => Err(Failure::Refused("owner")),
+        None => Err(Failure::Absent(name.to_owned())),
+    }
+}
+
+async fn inspect(docker: &Docker, policy: &Policy, subject: Subject) -> Result<Answer, Failure> {
+    let (Subject::Named(asked) | Subject::Id(asked) | Subject::Start(asked)) = &subject;
+    let seen = docker.inspect(asked).await?.filter(|seen| match &subject {
+        Subject::Named(name) => seen.name == *name,
+        Subject::Id(id) => seen.id == *id,
+        Subject::Start(start) => seen.id.starts_with(start),
+    });
+    let Some(seen) = seen else { return Err(Failure::Absent(asked.clone())) };
+    let shown = match subject {
+        Subject::Start(_) => is_own(&seen).then(|| answer::own(seen)),
+        Subject::Named(_) => answer::shown(policy, seen),
+        Subject::Id(_) => match answer::shown(policy, seen.clone()) {
+            Some(shown) => Some(shown),
+            None if lends(docker, &seen).await? => Some(answer::place_only(seen)),
+            None => None,
+        },
+    };
+    match shown {
+        Some(shown) => Ok(Answer::Json(200, answer::inspection(&shown))),
+        None => Err(Failure::Refused("container_not_shown")),
+    }
+}
+
+/// Whether a labelled container is on the networks of this one.
+async fn lends(docker: &Docker, lender: &Inspected) -> Result<bool, DockerError> {
+    let placed = docker.placed_with_label_keys(&ENABLE_KEYS).await?;
+    let mut modes = placed.iter().filter(|placed| is_enabled(&placed.labels)).map(|placed| &placed.network_mode);
+    Ok(modes.any(|mode| mode.strip_prefix("container:").is_some_and(|of| of == lender.id || of == lender.name)))
+}
+
+/// The networks that labelled containers are on, by themselves or by whom they lend them from.
+async fn networks_of_labelled(docker: &Docker) -> Result<BTreeSet<String>, DockerError> {
+    let mut networks = BTreeSet::new();
+    for placed in docker.placed_with_label_keys(&ENABLE_KEYS).await? {
+        if !is_enabled(&placed.labels) {
+            continue;
+        }
+        networks.extend(placed.networks);
+        if let Some(lender) = placed.network_mode.strip_prefix("container:")
+            && let Some(lender) = docker.inspect(lender).await?
+        {
+            networks.extend(lender.networks.into_keys());
+        }
+    }
+    Ok(networks)
+}
+
+async fn events(docker: &Docker, policy: &Policy, since: Option<String>) -> Result<Answer, Failure> {
+    let mut told = Box::pin(docker.events(since)?);
+    // The head of the answer waits for a refusal that may come; asking for the first event sends the subscription.
+    let first = match timeout(REFUSAL_LIMIT, told.next()).await {
+        Ok(Some(Err(error))) => return Err(error.into()),
+        Ok(first) => stream::iter(first),
+        Err(_) => stream::iter(None),
+    };
+    let policy = policy.clone();
+    let shown = first.chain(told).filter_map(move |told| {
+        future::ready(match told {
+            Ok(told) => answer::event(&policy, &told).map(Ok),
+            Err(error) => Some(Err(error)),
+        })
+    });
+    Ok(Answer::Stream(Box::pin(shown)))
+}
+
+/// Pulls the image, and tells how much of it has come. A refusal that comes before anything has is told as such.
+async fn pull(docker: &Arc<Docker>, policy: &Policy) -> Result<Answer, Failure> {
+    let (steps, mut newest) = watch::channel((0, 0));
+    let (docker, image) = (docker.clone(), policy.tunnel.image.clone());
+    // Nobody listens any more once the client has gone.
+    let pulled = async move { docker.pull(&image, |come, due| steps.send((come, due)).unwrap_or_default()).await };
+    let mut pulled = Box::pin(pulled);
+    tokio::select! {
+        ended = &mut pulled => {
+            ended?;
+            return Ok(Answer::Stream(Box::pin(stream::empty())));
+        }
+        Ok(()) = newest.changed() => newest.mark_changed(),
+    }
+    let lines = stream::unfold(Some((pulled, newest)), |state| async move {
+        let (mut pulled, mut newest) = state?;
+        tokio::select! {
+            biased;
+            Ok(()) = newest.changed() => {
+                let (come, due) = *newest.borrow_and_update();
+                let step = json!({
+                    "status": "Downloading", "id": "image", "progressDetail": { "current": come, "total": due },
+                });
+                Some((Ok(step), Some((pulled, newest))))
+            }
+            ended = &mut pulled => match ended {
+                Err(error) => {
+                    let (_, message) = error.answer();
+                    Some((Ok(json!({ "error": message, "errorDetail": { "message": message } })), None))
+                }
+                Ok(()) => Some((Ok(json!({ "status": "the image is there" })), None)),
+            },
+        }
+    });
+    Ok(Answer::Stream(Box::pin(lines)))
+}

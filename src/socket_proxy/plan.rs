@@ -1,0 +1,363 @@
+//! From a request to the one call of Docker that it may be, or to the rule that refuses it. Pure; the tables of
+//! tests are the specification.
+//!
+//! There is no rule language: the routes are the ones of [`crate::docker`], the values are those of the agent's own
+//! settings. A call that comes out of here holds nothing but values that were checked, and is made by the same door
+//! as the agent's own, so what reaches Docker was written here.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+use super::create;
+use super::request::{Head, Method, Refusal};
+use crate::config::TunnelConfig;
+use crate::docker::{EVENT_ACTIONS, EVENT_TYPES, STOP_GRACE_SECONDS, Spec};
+use crate::labels::ENABLE_KEYS;
+
+/// What the agent may ask for.
+#[derive(Debug, Clone)]
+pub(super) struct Policy {
+    /// Its own settings.
+    pub(super) tunnel: TunnelConfig,
+}
+
+impl Policy {
+    /// Whether the name is the tunnel container's, or its successor's.
+    pub(super) fn is_tunnel(&self, name: &str) -> bool {
+        name == self.tunnel.container_name || name == self.tunnel.successor_name()
+    }
+}
+
+/// A container that is to be looked at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Subject {
+    /// The tunnel container or its successor.
+    Named(String),
+    /// Full id.
+    Id(String),
+    /// The start of an id, as a container's host name has it: the agent asks for itself.
+    Start(String),
+}
+
+/// A call of Docker.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Call {
+    Ping,
+    Version,
+    /// Running containers, all or those with this label.
+    List(Option<&'static str>),
+    Events(Option<String>),
+    Inspect(Subject),
+    /// The first lines, or so many of the last.
+    Logs {
+        name: String,
+        since: i64,
+        last: Option<usize>,
+    },
+    Network,
+    NewNetwork,
+    Connect {
+        network: String,
+        name: String,
+    },
+    Image,
+    Pull,
+    Create {
+        name: String,
+        spec: Box<Spec>,
+    },
+    Start(String),
+    Stop {
+        name: String,
+        seconds: u16,
+    },
+    /// Full id of what must be the agent's own container.
+    StopSelf(String),
+    Restart {
+        name: String,
+        seconds: u16,
+    },
+    /// The successor gets the tunnel's name.
+    Rename,
+    Remove(String),
+}
+
+/// A call and the template of the route that it came by, for the log.
+#[derive(Debug)]
+pub(super) struct Planned {
+    pub(super) route: &'static str,
+    pub(super) call: Call,
+}
+
+/// A route, with what its path names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Route<'a> {
+    Ping,
+    Version,
+    List,
+    Events,
+    Inspect(&'a str),
+    Logs(&'a str),
+    Network(&'a str),
+    NewNetwork,
+    Connect(&'a str),
+    Image,
+    Pull,
+    Create,
+    Start(&'a str),
+    Stop(&'a str),
+    Restart(&'a str),
+    Rename(&'a str),
+    Remove(&'a str),
+}
+
+/// Most lines of a log that are given at once.
+pub(super) const MOST_LINES: usize = 200;
+
+impl<'a> Route<'a> {
+    fn of(head: &'a Head) -> Option<Self> {
+        let path: Vec<_> = head.path.iter().map(String::as_str).collect();
+        Some(match (head.method, &path[..]) {
+            (Method::Get | Method::Head, ["_ping"]) => Self::Ping,
+            (Method::Get, ["version"]) => Self::Version,
+            (Method::Get, ["events"]) => Self::Events,
+            (Method::Get, ["containers", "json"]) => Self::List,
+            (Method::Get, ["containers", name, "json"]) => Self::Inspect(name),
+            (Method::Get, ["containers", name, "logs"]) => Self::Logs(name),
+            (Method::Get, ["networks", name]) => Self::Network(name),
+            (Method::Get, ["images", _, .., "json"]) => Self::Image,
+            (Method::Post, ["networks", "create"]) => Self::NewNetwork,
+            (Method::Post, ["networks", name, "connect"]) => Self::Connect(name),
+            (Method::Post, ["images", "create"]) => Self::Pull,
+            (Method::Post, ["containers", "create"]) => Self::Create,
+            (Method::Post, ["containers", name, "start"]) => Self::Start(name),
+            (Method::Post, ["containers", name, "stop"]) => Self::Stop(name),
+            (Method::Post, ["containers", name, "restart"]) => Self::Restart(name),
+            (Method::Post, ["containers", name, "rename"]) => Self::Rename(name),
+            (Method::Delete, ["containers", name]) => Self::Remove(name),
+            _ => return None,
+        })
+    }
+
+    /// For the log.
+    fn template(self) -> &'static str {
+        match self {
+            Self::Ping => "GET /_ping",
+            Self::Version => "GET /version",
+            Self::List => "GET /containers/json",
+            Self::Events => "GET /events",
+            Self::Inspect(_) => "GET /containers/{name}/json",
+            Self::Logs(_) => "GET /containers/{name}/logs",
+            Self::Network(_) => "GET /networks/{name}",
+            Self::NewNetwork => "POST /networks/create",
+            Self::Connect(_) => "POST /networks/{name}/connect",
+            Self::Image => "GET /images/{name}/json",
+            Self::Pull => "POST /images/create",
+            Self::Create => "POST /containers/create",
+            Self::Start(_) => "POST /containers/{name}/start",
+            Self::Stop(_) => "POST /containers/{name}/stop",
+            Self::Restart(_) => "POST /containers/{name}/restart",
+            Self::Rename(_) => "POST /containers/{name}/rename",
+            Self::Remove(_) => "DELETE /containers/{name}",
+        }
+    }
+
+    fn takes_body(self) -> bool {
+        matches!(self, Self::Create | Self::NewNetwork | Self::Connect(_))
+    }
+}
+
+/// The route of a head, if a body may follow it or not as it says. Asked before that is read.
+pub(super) fn admits(head: &Head) -> Result<Route<'_>, Refusal> {
+    let route = Route::of(head).ok_or(Refusal { status: 403, route: "-", rule: "route" })?;
+    match (route.takes_body(), head.length) {
+        (true, 0) => Err(Refusal { status: 403, route: route.template(), rule: "body_missing" }),
+        (false, 1..) => Err(Refusal { status: 403, route: route.template(), rule: "body_unexpected" }),
+        _ => Ok(route),
+    }
+}
+
+/// The call that a request may be. Its body is as long as its head says.
+pub(super) fn plan(policy: &Policy, head: &Head, body: &[u8]) -> Result<Planned, Refusal> {
+    let route = admits(head)?;
+    let refused = |rule| Refusal { status: 403, route: route.template(), rule };
+    let call = call(policy, route, head, body).map_err(refused)?;
+    Ok(Planned { route: route.template(), call })
+}
+
+type Rule = &'static str;
+
+fn call(policy: &Policy, route: Route<'_>, head: &Head, body: &[u8]) -> Result<Call, Rule> {
+    let mut query = Query(head.query.clone());
+    let ours = |name: &str| if policy.is_tunnel(name) { Ok(name.to_owned()) } else { Err("container_name") };
+    let call = match route {
+        Route::Ping => Call::Ping,
+        Route::Version => Call::Version,
+        Route::List => {
+            query.is("all", "false")?;
+            query.is("size", "false")?;
+            Call::List(query.take("filters").map(|filters| label_filter(&filters)).transpose()?)
+        }
+        Route::Events => {
+            query.take("filters").map_or(Err("query_filters"), |filters| event_filter(&filters))?;
+            Call::Events(query.take("since").map(moment).transpose()?)
+        }
+        Route::Inspect(name) => Call::Inspect(subject(policy, name)?),
+        Route::Logs(name) => {
+            for (key, value) in [("follow", "false"), ("stdout", "true"), ("stderr", "true"), ("until", "0")] {
+                query.is(key, value)?;
+            }
+            query.is("timestamps", "false")?;
+            let since = query.take("since").map(|text| number(&text, i32::MAX as u64)).transpose()?;
+            let last = match query.take("tail").as_deref() {
+                None | Some("all") => None,
+                Some(text) => Some(number(text, MOST_LINES as u64)? as usize),
+            };
+            Call::Logs { name: ours(name)?, since: since.unwrap_or_default() as i64, last }
+        }
+        Route::Network(name) => {
+            if name != policy.tunnel.network {
+                return Err("network_name");
+            }
+            Call::Network
+        }
+        Route::NewNetwork => {
+            create::network(policy, body)?;
+            Call::NewNetwork
+        }
+        Route::Connect(network) => {
+            if !policy.tunnel.auto_connect {
+                return Err("connect_not_asked_for");
+            }
+            Call::Connect { network: network_name(network)?, name: ours(&create::connect(body)?)? }
+        }
+        Route::Image => {
+            let name = head.path[1..head.path.len() - 1].join("/");
+            if name != policy.tunnel.image.to_string() {
+                return Err("image");
+            }
+            Call::Image
+        }
+        Route::Pull => {
+            let image = &policy.tunnel.image;
+            query.must_be("fromImage", image.repository(), "image")?;
+            query.must_be("tag", image.tag_or_digest(), "image")?;
+            query.is("platform", "")?;
+            Call::Pull
+        }
+        Route::Create => {
+            let name = query.take("name").ok_or("container_name")?;
+            query.is("platform", "")?;
+            Call::Create { name: ours(&name)?, spec: Box::new(create::container(policy, body)?) }
+        }
+        Route::Start(name) => Call::Start(ours(name)?),
+        Route::Stop(name) if is_full_id(name) && !policy.is_tunnel(name) => Call::StopSelf(name.to_owned()),
+        Route::Stop(name) => Call::Stop { name: ours(name)?, seconds: grace(&mut query)? },
+        Route::Restart(name) => Call::Restart { name: ours(name)?, seconds: grace(&mut query)? },
+        Route::Rename(name) => {
+            query.must_be("name", &policy.tunnel.container_name, "container_name")?;
+            if name != policy.tunnel.successor_name() {
+                return Err("container_name");
+            }
+            Call::Rename
+        }
+        Route::Remove(name) => {
+            query.must_be("force", "true", "query_value")?;
+            query.is("v", "false")?;
+            query.is("link", "false")?;
+            Call::Remove(ours(name)?)
+        }
+    };
+    query.is_done()?;
+    Ok(call)
+}
+
+/// The pairs of a query that nobody has asked for yet.
+struct Query(BTreeMap<String, String>);
+
+impl Query {
+    fn take(&mut self, key: &str) -> Option<String> {
+        self.0.remove(key)
+    }
+
+    /// It may be left out, and must have this value where it is not.
+    fn is(&mut self, key: &str, value: &str) -> Result<(), Rule> {
+        match self.take(key) {
+            Some(given) if given != value => Err("query_value"),
+            _ => Ok(()),
+        }
+    }
+
+    fn must_be(&mut self, key: &str, value: &str, rule: Rule) -> Result<(), Rule> {
+        if self.take(key).as_deref() == Some(value) { Ok(()) } else { Err(rule) }
+    }
+
+    fn is_done(&self) -> Result<(), Rule> {
+        if self.0.is_empty() { Ok(()) } else { Err("query_key") }
+    }
+}
+
+fn subject(policy: &Policy, name: &str) -> Result<Subject, Rule> {
+    let is_hex = name.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    match name.len() {
+        _ if policy.is_tunnel(name) => Ok(Subject::Named(name.to_owned())),
+        64 if is_hex => Ok(Subject::Id(name.to_owned())),
+        12..64 if is_hex => Ok(Subject::Start(name.to_owned())),
+        _ => Err("container_name"),
+    }
+}
+
+fn is_full_id(name: &str) -> bool {
+    name.len() == 64 && name.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+}
+
+/// Names of Docker's own networks are no names here: nobody is connected to those by choice.
+fn network_name(name: &str) -> Result<String, Rule> {
+    let fits = !crate::neighbours::DOCKERS_OWN.contains(&name) && !name.contains([':', '@']);
+    if fits { Ok(name.to_owned()) } else { Err("network_name") }
+}
+
+fn label_filter(text: &str) -> Result<&'static str, Rule> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Filters {
+        label: [String; 1],
+    }
+    let Filters { label: [asked] } = serde_json::from_str(text).map_err(|_| "query_filters")?;
+    ENABLE_KEYS.into_iter().find(|key| *key == asked).ok_or("query_filters")
+}
+
+fn event_filter(text: &str) -> Result<(), Rule> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Filters {
+        r#type: Vec<String>,
+        event: Vec<String>,
+    }
+    let Filters { r#type, event } = serde_json::from_str(text).map_err(|_| "query_filters")?;
+    let fits = |asked: &[String], known: &[&str]| {
+        !asked.is_empty() && asked.len() <= known.len() && asked.iter().all(|one| known.contains(&one.as_str()))
+    };
+    if fits(&r#type, &EVENT_TYPES) && fits(&event, &EVENT_ACTIONS) { Ok(()) } else { Err("query_filters") }
+}
+
+/// Seconds of the Engine's clock, with nanoseconds or without.
+fn moment(text: String) -> Result<String, Rule> {
+    let (seconds, nanos) = text.split_once('.').unwrap_or((&text, "0"));
+    let fits = |digits: &str, most: usize| {
+        (1..=most).contains(&digits.len()) && digits.bytes().all(|byte| byte.is_ascii_digit())
+    };
+    if fits(seconds, 11) && fits(nanos, 9) { Ok(text) } else { Err("query_value") }
+}
+
+fn number(text: &str, most: u64) -> Result<u64, Rule> {
+    let fits = !text.is_empty() && text.len() <= 10 && text.bytes().all(|byte| byte.is_ascii_digit());
+    text.parse().ok().filter(|number| fits && *number <= most).ok_or("query_value")
+}
+
+/// How long a container gets to end by itself: no longer than the agent ever waits.
+fn grace(query: &mut Query) -> Result<u16, Rule> {
+    let text = query.take("t").ok_or("query_value")?;
+    Ok(number(&text, STOP_GRACE_SECONDS.into())? as u16)
+}

@@ -1,0 +1,204 @@
+//! One connection, one request, one answer: reads the head and the body within their limits, has the call planned and
+//! made, writes what came of it, and closes.
+//!
+//! The client's end of the connection is read all the while, so that a stream, or a call that takes long, ends when
+//! the client goes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use serde_json::json;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf, split};
+use tokio::time::timeout;
+
+use super::perform::{Answer, Failure, perform};
+use super::plan::{Planned, Policy, admits, plan};
+use super::refusals::Refusals;
+use super::request::{Head, MOST_HEAD, Method, Refusal};
+use crate::docker::{Docker, OWN_PROXY, OWN_REFUSAL};
+
+/// What serves the connections.
+#[derive(Debug)]
+pub(super) struct Service {
+    pub(super) docker: Arc<Docker>,
+    pub(super) policy: Policy,
+    pub(super) refusals: Refusals,
+}
+
+/// The head, and then the body, must have come within this time.
+const READ_LIMIT: Duration = Duration::from_secs(5);
+/// The client must take an answer that is no stream within this time.
+const WRITE_LIMIT: Duration = Duration::from_secs(30);
+
+/// A refused client has this long to read its answer and close, however much it still sends.
+const REST_LIMIT: Duration = Duration::from_millis(500);
+
+/// How reading a request ended.
+enum Unread {
+    /// The client went before it had sent one.
+    Gone,
+    Refused(Refusal),
+}
+
+impl From<Refusal> for Unread {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
+
+impl Service {
+    /// Serves the one request of a connection. An error is the client's going.
+    pub(super) async fn serve(&self, stream: impl AsyncRead + AsyncWrite + Send) -> std::io::Result<()> {
+        let (mut from, mut to) = split(stream);
+        let (head, body) = match read(&mut from).await {
+            Ok(read) => read,
+            Err(Unread::Gone) => return Ok(()),
+            Err(Unread::Refused(refusal)) => return self.refuse(&mut from, &mut to, refusal).await,
+        };
+        let Planned { route, call } = match plan(&self.policy, &head, &body) {
+            Ok(planned) => planned,
+            Err(refusal) => return self.refuse(&mut from, &mut to, refusal).await,
+        };
+        drop(body);
+        let answer = tokio::select! {
+            answer = perform(&self.docker, &self.policy, call) => answer,
+            () = gone(&mut from) => return Ok(()),
+        };
+        let answer = match answer {
+            Ok(answer) => {
+                self.refusals.docker_answered();
+                answer
+            }
+            Err(Failure::Refused(rule)) => {
+                return self.refuse(&mut from, &mut to, Refusal { status: 403, route, rule }).await;
+            }
+            Err(Failure::Absent(name)) => {
+                self.refusals.docker_answered();
+                Answer::Json(404, json!({ "message": format!("No such container: {name}") }))
+            }
+            Err(Failure::Docker(error)) => {
+                self.refusals.docker_failed(&error);
+                let (status, message) = error.answer();
+                Answer::Json(status, json!({ "message": message }))
+            }
+        };
+        tokio::select! {
+            written = write(&mut to, answer, head.method == Method::Head) => written,
+            () = gone(&mut from) => Ok(()),
+        }
+    }
+
+    async fn refuse<S: AsyncRead + AsyncWrite>(
+        &self,
+        from: &mut ReadHalf<S>,
+        to: &mut WriteHalf<S>,
+        refusal: Refusal,
+    ) -> std::io::Result<()> {
+        self.refusals.tell(refusal);
+        let message = format!("{OWN_REFUSAL}: {}", refusal.rule);
+        write(to, Answer::Json(refusal.status, json!({ "message": message })), false).await?;
+        // Closed with bytes that were not read, the answer would be lost on its way.
+        let rest = async { while from.read(&mut [0; 4096]).await.is_ok_and(|read| read > 0) {} };
+        let _ = timeout(REST_LIMIT, rest).await;
+        Ok(())
+    }
+}
+
+/// Reads head and body.
+async fn read<S: AsyncRead>(from: &mut ReadHalf<S>) -> Result<(Head, Vec<u8>), Unread> {
+    let slow = |rule| Unread::Refused(Refusal { status: 408, ..Refusal::http(rule) });
+    let (head, mut body) = timeout(READ_LIMIT, read_head(from)).await.map_err(|_| slow("head_slow"))??;
+    admits(&head)?;
+    let rest = async {
+        while body.len() < head.length {
+            if from.read_buf(&mut body).await.unwrap_or_default() == 0 {
+                return Err(Unread::Refused(Refusal::http("body_short")));
+            }
+        }
+        Ok(())
+    };
+    timeout(READ_LIMIT, rest).await.map_err(|_| slow("body_slow"))??;
+    if body.len() > head.length {
+        return Err(Refusal::http("bytes_after_request").into());
+    }
+    Ok((head, body))
+}
+
+/// Reads up to the empty line; gives the head, and what has come of the body.
+async fn read_head<S: AsyncRead>(from: &mut ReadHalf<S>) -> Result<(Head, Vec<u8>), Unread> {
+    const END: &[u8] = b"\r\n\r\n";
+    let mut bytes = Vec::with_capacity(4096);
+    loop {
+        let seen = bytes.len().saturating_sub(END.len() - 1);
+        match from.read_buf(&mut bytes).await {
+            Ok(0) | Err(_) if bytes.is_empty() => return Err(Unread::Gone),
+            Ok(0) | Err(_) => return Err(Refusal::http("head_short").into()),
+            Ok(_) => {}
+        }
+        if let Some(at) = bytes[seen..].windows(END.len()).position(|window| window == END) {
+            let end = seen + at + END.len();
+            if end <= MOST_HEAD {
+                return Ok((Head::read(&bytes[..end])?, bytes.split_off(end)));
+            }
+        }
+        if bytes.len() > MOST_HEAD {
+            return Err(Refusal { status: 431, ..Refusal::http("head_length") }.into());
+        }
+    }
+}
+
+/// Returns when the client has gone, or has sent what no request of its may be followed by.
+async fn gone<S: AsyncRead>(from: &mut ReadHalf<S>) {
+    let _ = from.read(&mut [0]).await;
+}
+
+async fn write<S: AsyncWrite>(to: &mut WriteHalf<S>, answer: Answer, head_only: bool) -> std::io::Result<()> {
+    let (status, kind, body) = match answer {
+        Answer::Json(status, body) => (status, "application/json", body.to_string().into_bytes()),
+        Answer::Done => (204, "", vec![]),
+        Answer::Bytes(kind, body) => (200, kind, body),
+        Answer::Stream(mut values) => {
+            to.write_all(head(200, "application/json", "Transfer-Encoding: chunked\r\n").as_bytes()).await?;
+            to.flush().await?;
+            while let Some(value) = values.next().await {
+                // Without the last chunk the client sees that it was cut.
+                let Ok(value) = value else { return Ok(()) };
+                let line = format!("{value}\n");
+                to.write_all(format!("{:x}\r\n{line}\r\n", line.len()).as_bytes()).await?;
+                to.flush().await?;
+            }
+            to.write_all(b"0\r\n\r\n").await?;
+            return to.shutdown().await;
+        }
+    };
+    // A 204 has no body and says nothing of one.
+    let length = if status == 204 { String::new() } else { format!("Content-Length: {}\r\n", body.len()) };
+    let mut bytes = head(status, kind, &length).into_bytes();
+    if !head_only {
+        bytes.extend(body);
+    }
+    let written = async {
+        to.write_all(&bytes).await?;
+        to.shutdown().await
+    };
+    timeout(WRITE_LIMIT, written).await.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
+}
+
+fn head(status: u16, kind: &str, more: &str) -> String {
+    let reason = match status {
+        200 => "OK",
+        201 => "Created",
+        204 => "No Content",
+        400 => "Bad Request",
+        403 => "Forbidden",
+        404 => "Not Found",
+        409 => "Conflict",
+        502 => "Bad Gateway",
+        504 => "Gateway Timeout",
+        _ => "Refused",
+    };
+    let kind = if kind.is_empty() { String::new() } else { format!("Content-Type: {kind}\r\n") };
+    // By this `check` knows that it need not try each call.
+    format!("HTTP/1.1 {status} {reason}\r\nServer: {OWN_PROXY}\r\n{kind}{more}Connection: close\r\n\r\n")
+}

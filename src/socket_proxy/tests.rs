@@ -1,0 +1,406 @@
+//! What the agent sends is let through, and does what it should; the attacks are in `attacks`.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+use tokio::net::TcpListener;
+
+use super::plan::{Call, Planned, Policy, Subject, plan};
+use super::refusals::Refusals;
+use super::request::Head;
+use super::server::Service;
+use super::*;
+use crate::config::SocketProxyConfig;
+use crate::docker::{REDEPLOY_LABEL, Spec, TUNNEL_LABEL, owner_labels};
+use crate::labels::ENABLE_KEYS;
+use crate::state::Token;
+use crate::state::testing::token;
+
+/// Full id of a container.
+pub(super) const ID: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+
+/// The policy of default settings that connects networks.
+pub(super) fn policy() -> Policy {
+    let vars = [("AUTO_CONNECT_NETWORKS", "true")].map(|(name, value)| (name.to_owned(), value.to_owned()));
+    Policy { tunnel: SocketProxyConfig::from_vars(vars).unwrap().0.tunnel }
+}
+
+/// What the agent would make of the policy's settings.
+pub(super) fn spec() -> Spec {
+    let tunnel = policy().tunnel;
+    let mut labels = owner_labels();
+    labels.insert(REDEPLOY_LABEL.to_owned(), "3".to_owned());
+    labels.insert(TUNNEL_LABEL.to_owned(), "t1".to_owned());
+    Spec {
+        image: tunnel.image.to_string(),
+        network: tunnel.network,
+        token: Token::new(token("t1")),
+        options: BTreeMap::from([("TUNNEL_REGION", "us".to_owned())]),
+        labels,
+    }
+}
+
+/// Head and body of a request that is there as bytes.
+pub(super) fn taken_apart(bytes: &[u8]) -> (&[u8], &[u8]) {
+    let end = bytes.windows(4).position(|window| window == b"\r\n\r\n").unwrap() + 4;
+    bytes.split_at(end)
+}
+
+/// A Docker that answers everything with an error and notes what it was sent.
+async fn recorder() -> (crate::docker::Docker, Arc<Mutex<Vec<Vec<u8>>>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let docker = crate::docker::Docker::new(DockerHost::Http(listener.local_addr().unwrap().to_string()));
+    let requests = Arc::new(Mutex::new(Vec::new()));
+    let noted = requests.clone();
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut request = Vec::new();
+            while stream.read_buf(&mut request).await.unwrap() > 0 {
+                let Some(end) = request.windows(4).position(|window| window == b"\r\n\r\n") else { continue };
+                let head = String::from_utf8_lossy(&request[..end]).to_ascii_lowercase();
+                let length = head.split("content-length: ").nth(1).and_then(|rest| rest.lines().next()?.parse().ok());
+                if request.len() >= end + 4 + length.unwrap_or(0) {
+                    break;
+                }
+            }
+            noted.lock().unwrap().push(request);
+            let _ = stream.write_all(b"HTTP/1.1 500 No\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}").await;
+        }
+    });
+    (docker, requests)
+}
+
+#[tokio::test]
+async fn each_call_that_the_agent_makes_is_planned_as_what_it_is() {
+    let (docker, requests) = recorder().await;
+    let tunnel = policy().tunnel;
+    let (name, next) = (tunnel.container_name.as_str(), tunnel.successor_name());
+    let grace = Duration::from_secs(35);
+    let _ = docker.ping().await;
+    let _ = docker.version().await;
+    let _ = docker.list_with_label_keys(&ENABLE_KEYS[..1]).await;
+    let _ = docker.list_running().await;
+    drop(docker.events(None).unwrap().next().await);
+    drop(docker.events(Some("1700000000.000000042".into())).unwrap().next().await);
+    let _ = docker.inspect(name).await;
+    let _ = docker.inspect(ID).await;
+    let _ = docker.inspect(&ID[..12]).await;
+    let _ = docker.log_start(name, 1_700_000_000, 50).await;
+    let _ = docker.log_tail(&next, 0, 30).await;
+    let _ = docker.has_network(&tunnel.network).await;
+    let _ = docker.create_network(&tunnel.network, &owner_labels()).await;
+    let _ = docker.connect("app_default", name).await;
+    let _ = docker.has_image(&tunnel.image).await;
+    let _ = docker.pull(&tunnel.image, |_, _| {}).await;
+    let _ = docker.create(&next, &spec()).await;
+    let _ = docker.start(&next).await;
+    let _ = docker.stop(name, grace).await;
+    let _ = docker.stop_self(ID).await;
+    let _ = docker.restart(name, grace).await;
+    let _ = docker.rename(&next, name).await;
+    let _ = docker.remove(name).await;
+    let owned = str::to_owned;
+    let expected = [
+        Call::Ping,
+        Call::Version,
+        Call::List(Some("dockflare.enable")),
+        Call::List(None),
+        Call::Events(None),
+        Call::Events(Some(owned("1700000000.000000042"))),
+        Call::Inspect(Subject::Named(owned(name))),
+        Call::Inspect(Subject::Id(owned(ID))),
+        Call::Inspect(Subject::Start(owned(&ID[..12]))),
+        Call::Logs { name: owned(name), since: 1_700_000_000, last: None },
+        Call::Logs { name: next.clone(), since: 0, last: Some(30) },
+        Call::Network,
+        Call::NewNetwork,
+        Call::Connect { network: owned("app_default"), name: owned(name) },
+        Call::Image,
+        Call::Pull,
+        Call::Create { name: next.clone(), spec: Box::new(spec()) },
+        Call::Start(next.clone()),
+        Call::Stop { name: owned(name), seconds: 35 },
+        Call::StopSelf(owned(ID)),
+        Call::Restart { name: owned(name), seconds: 35 },
+        Call::Rename,
+        Call::Remove(owned(name)),
+    ];
+    let requests = requests.lock().unwrap();
+    assert_eq!(requests.len(), expected.len());
+    for (request, expected) in requests.iter().zip(expected) {
+        let text = String::from_utf8_lossy(request);
+        let (head, body) = taken_apart(request);
+        let head = Head::read(head).unwrap_or_else(|refusal| panic!("{refusal:?}: {text}"));
+        let planned = plan(&policy(), &head, body).unwrap_or_else(|refusal| panic!("{refusal:?}: {text}"));
+        assert_eq!(planned.call, expected, "{text}");
+    }
+}
+
+#[path = "../../tests/support/attacks.rs"]
+mod attacks;
+
+fn all_attacks() -> Vec<attacks::Attack> {
+    let tunnel = policy().tunnel;
+    let image = tunnel.image.to_string();
+    let body = spec().body_for_tests();
+    let target = attacks::Target {
+        tunnel: &tunnel.container_name,
+        network: &tunnel.network,
+        image: &image,
+        victim: "victim",
+        id: ID,
+        body,
+    };
+    attacks::attacks(&target)
+}
+
+/// Sends these bytes to the service and gives all that it answers.
+async fn answer_to(service: &Service, bytes: &[u8]) -> String {
+    let (mut client, server) = duplex(1 << 20);
+    client.write_all(bytes).await.unwrap();
+    let talk = async {
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        // The client closes when it has its answer.
+        drop(client);
+        answer
+    };
+    let (served, answer) = tokio::join!(service.serve(server), talk);
+    // A stream's writer may see the end that the client made.
+    let _ = served;
+    answer
+}
+
+fn service(docker: crate::docker::Docker) -> Service {
+    Service { docker: Arc::new(docker), policy: policy(), refusals: Refusals::new() }
+}
+
+#[tokio::test]
+async fn every_attack_is_refused_by_its_rule_and_nothing_is_forwarded() {
+    let (docker, requests) = recorder().await;
+    let service = service(docker);
+    let attacks = all_attacks();
+    let mut wrong = Vec::new();
+    for attack in &attacks {
+        let answer = answer_to(&service, &attack.bytes).await;
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_default();
+        let expected = json!({ "message": format!("{}: {}", crate::docker::OWN_REFUSAL, attack.rule) });
+        let is_refusal = head.starts_with("HTTP/1.1 4") || head.starts_with("HTTP/1.1 505");
+        if !is_refusal || serde_json::from_str::<serde_json::Value>(body).ok() != Some(expected) {
+            wrong.push(format!("{}: {} instead of {}", attack.name, body, attack.rule));
+        }
+    }
+    assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), attacks.len(), wrong.join("\n"));
+    assert!(attacks.len() > 500, "{}", attacks.len());
+    println!("{} attacks", attacks.len());
+    let forwarded = requests.lock().unwrap();
+    assert!(forwarded.is_empty(), "{:?}", String::from_utf8_lossy(&forwarded[0]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_head_or_a_body_that_does_not_come_in_time_is_not_waited_for() {
+    let service = service(crate::docker::Docker::new(DockerHost::Unix("/nowhere".into())));
+    let head =
+        "POST /networks/create HTTP/1.1\r\nHost: d\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n";
+    for (sent, rule) in
+        [("", "head_slow"), ("GET /ver", "head_slow"), (head, "body_slow"), (&format!("{head}{{"), "body_slow")]
+    {
+        let (mut client, server) = duplex(1 << 16);
+        client.write_all(sent.as_bytes()).await.unwrap();
+        service.serve(server).await.unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 408 ") && answer.contains(rule), "{sent:?}: {answer}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_head_that_comes_byte_by_byte_does_not_gain_time_with_each() {
+    let service = service(crate::docker::Docker::new(DockerHost::Unix("/nowhere".into())));
+    let (mut client, server) = duplex(1 << 16);
+    let drip = async {
+        loop {
+            client.write_all(b"G").await?;
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            if false {
+                return Ok::<_, std::io::Error>(());
+            }
+        }
+    };
+    tokio::select! {
+        served = service.serve(server) => served.unwrap(),
+        _ = drip => panic!("the drip ended first"),
+    }
+}
+
+#[tokio::test]
+async fn a_request_that_is_cut_off_is_refused_and_a_connection_without_one_is_nothing() {
+    let service = service(crate::docker::Docker::new(DockerHost::Unix("/nowhere".into())));
+    let body =
+        "POST /networks/create HTTP/1.1\r\nHost: d\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{";
+    for (sent, rule) in [("", ""), ("GET /ver", "head_short"), (body, "body_short")] {
+        let (mut client, server) = duplex(1 << 16);
+        client.write_all(sent.as_bytes()).await.unwrap();
+        client.shutdown().await.unwrap();
+        service.serve(server).await.unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.contains(rule) && answer.is_empty() == rule.is_empty(), "{sent:?}: {answer}");
+    }
+}
+
+/// A Docker that answers each request with this, and tells when its connection has ended.
+async fn engine(answer: String, stays_open: bool) -> (crate::docker::Docker, tokio::sync::mpsc::Receiver<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let docker = crate::docker::Docker::new(DockerHost::Http(listener.local_addr().unwrap().to_string()));
+    let (ended, ends) = tokio::sync::mpsc::channel(8);
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let (answer, ended) = (answer.clone(), ended.clone());
+            tokio::spawn(async move {
+                let mut request = Vec::new();
+                while !request.ends_with(b"\r\n\r\n") {
+                    stream.read_buf(&mut request).await.unwrap();
+                }
+                stream.write_all(answer.as_bytes()).await.unwrap();
+                while stays_open && stream.read(&mut [0]).await.is_ok_and(|read| read > 0) {}
+                let _ = ended.send(()).await;
+            });
+        }
+    });
+    (docker, ends)
+}
+
+const EVENTS: &str = "GET /events?filters=%7B%22type%22%3A%5B%22container%22%5D%2C%22event%22%3A%5B%22start%22%5D%7D HTTP/1.1\r\nHost: d\r\n\r\n";
+
+#[tokio::test]
+async fn a_stream_shows_only_what_it_may_and_ends_at_docker_when_the_client_goes() {
+    let event = |name: &str, more: serde_json::Value| {
+        let mut attributes = json!({ "name": name, "image": "nginx", "secret.label": "s3cret" });
+        attributes.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        json!({ "Type": "container", "Action": "start", "Actor": { "ID": ID, "Attributes": attributes },
+            "time": 1, "timeNano": 1_000_000_001_i64 })
+    };
+    let lines = [
+        event("other", json!({})),
+        event("web", json!({ "dockflare.enable": "true", "dockflare.hostname": "h" })),
+        event("quiet", json!({ "dockflare.enable": "no" })),
+        event("dockflare-agent-tunnel", json!({ "com.dockflare.agent.spec": "h" })),
+    ];
+    let lines: String = lines.iter().map(|line| format!("{line}\n")).collect();
+    let chunk = format!("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n{:x}\r\n{lines}\r\n", lines.len());
+    let (docker, mut ended) = engine(chunk, true).await;
+    let service = service(docker);
+    let (mut client, server) = duplex(1 << 16);
+    client.write_all(EVENTS.as_bytes()).await.unwrap();
+    let talk = async {
+        let mut seen = Vec::new();
+        while !String::from_utf8_lossy(&seen).contains("dockflare-agent-tunnel") {
+            assert!(client.read_buf(&mut seen).await.unwrap() > 0);
+        }
+        // The client goes; nothing more has to happen at Docker for the proxy to notice.
+        drop(client);
+        String::from_utf8(seen).unwrap()
+    };
+    let (served, seen) = tokio::join!(service.serve(server), talk);
+    // Either end may see first that the other one has gone.
+    let _ = served;
+    assert!(seen.contains("\"web\"") && seen.contains("dockflare.hostname"), "{seen}");
+    for hidden in ["\"other\"", "quiet", "s3cret"] {
+        assert!(!seen.contains(hidden), "{seen}");
+    }
+    ended.recv().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_stream_that_docker_cuts_is_cut_and_one_that_it_ends_is_ended() {
+    let whole = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n";
+    let cut = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{";
+    for (upstream, ends) in [(whole, true), (cut, false)] {
+        let (docker, _) = engine(upstream.to_owned(), false).await;
+        let answer = answer_to(&service(docker), EVENTS.as_bytes()).await;
+        assert_eq!(answer.ends_with("0\r\n\r\n"), ends, "{answer}");
+    }
+}
+
+#[tokio::test]
+async fn what_docker_refuses_or_does_not_answer_is_told_in_its_own_shape() {
+    let refusal = "HTTP/1.1 409 Conflict\r\nContent-Length: 22\r\n\r\n{\"message\":\"in use\"}\r\n";
+    let nobody = crate::docker::Docker::new(DockerHost::Http("127.0.0.1:1".into()));
+    for (docker, status, text) in [(engine(refusal.into(), false).await.0, "409", "in use"), (nobody, "502", "refused")]
+    {
+        let answer = answer_to(&service(docker), b"GET /_ping HTTP/1.1\r\nHost: d\r\n\r\n").await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")) && answer.contains(text), "{answer}");
+        assert!(answer.contains("{\"message\":\""), "{answer}");
+    }
+}
+
+/// As Go's JSON reader compares names of fields.
+fn folded(name: &str) -> String {
+    name.chars()
+        .map(|c| match c {
+            '\u{17f}' => 's',
+            '\u{212a}' => 'k',
+            other => other.to_ascii_lowercase(),
+        })
+        .collect()
+}
+
+/// Every field of this document, folded, as a path.
+fn fields(value: &serde_json::Value, at: &str, found: &mut std::collections::BTreeSet<String>) {
+    match value {
+        serde_json::Value::Object(map) => map.iter().for_each(|(key, value)| {
+            let path = format!("{at}/{}", folded(key));
+            fields(value, &path, found);
+            found.insert(path);
+        }),
+        serde_json::Value::Array(items) => items.iter().for_each(|item| fields(item, at, found)),
+        _ => {}
+    }
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(2000))]
+
+    /// What is forwarded is what was written here: the same fields as in the agent's own call, whatever came in.
+    #[test]
+    fn whatever_create_call_is_let_through_has_only_the_allowed_fields(
+        body in crate::hostile::body(spec().body_for_tests()),
+        path in proptest::sample::select(vec!["containers/create", "networks/create", "networks/app/connect"]),
+    ) {
+        let name = policy().tunnel.container_name;
+        let query = if path == "containers/create" { format!("?name={name}") } else { String::new() };
+        let length = body.len().max(1);
+        let text = format!("POST /{path}{query} HTTP/1.1\r\nHost: d\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n");
+        if let Ok(head) = Head::read(text.as_bytes())
+            && let Ok(Planned { call: Call::Create { spec: planned, .. }, .. }) = plan(&policy(), &head, &body)
+        {
+            let (mut seen, mut allowed) = Default::default();
+            fields(&planned.body_for_tests(), "", &mut seen);
+            let mut most = spec();
+            most.options.extend(["TUNNEL_LOGLEVEL"].map(|name| (name, "info".to_owned())));
+            fields(&most.body_for_tests(), "", &mut allowed);
+            proptest::prop_assert!(seen.is_subset(&allowed), "{seen:?}");
+            proptest::prop_assert_eq!(&planned.image, &spec().image);
+            proptest::prop_assert_eq!(&planned.network, &spec().network);
+        }
+    }
+
+    /// Any bytes that pass for a head are one request, with one way to read it.
+    #[test]
+    fn any_head_is_read_or_refused(line in "(GET|POST|DELETE|HEAD) /[ -~]{0,40}", rest in "([A-Za-z-]{1,20}: [ -~]{0,20}\r\n){0,3}") {
+        let bytes = format!("{line} HTTP/1.1\r\nHost: d\r\n{rest}\r\n");
+        if let Ok(head) = Head::read(bytes.as_bytes()) {
+            let is_plain = |segment: &String| !["", ".", ".."].contains(&segment.as_str()) && !segment.contains('%');
+            proptest::prop_assert!(!head.path.is_empty() && head.path.iter().all(is_plain));
+            proptest::prop_assert!(!rest.to_ascii_lowercase().contains("transfer-encoding:"));
+            let _ = plan(&policy(), &head, b"");
+        }
+    }
+}

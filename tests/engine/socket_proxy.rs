@@ -1,0 +1,285 @@
+//! The agent behind its own socket proxy, deployed as the compose file does it, and what others get from that proxy.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use dockflare_dev_master::Protocol;
+use serde_json::{Value, json};
+use testkit::{Case, Scope, Spec, images};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+
+use crate::containers_scene::{SPEC_LABEL, Tunnel};
+use crate::support::proxies::SocketProxy;
+use crate::support::{SOON, Stage, agent_binary};
+
+#[path = "../support/attacks.rs"]
+mod attacks;
+mod deployed;
+
+pub(crate) fn cases() -> Vec<Case> {
+    let mut cases = testkit::cases![
+        no_attack_changes_anything_on_the_engine,
+        what_is_somebody_elses_is_neither_shown_nor_touched,
+        the_hardening_is_forced_whatever_the_client_sent,
+        a_proxy_that_was_killed_is_followed_by_one_at_the_same_address,
+        a_connector_of_the_same_tunnel_is_shown_without_its_secret,
+    ];
+    cases.extend(deployed::cases());
+    cases
+}
+
+/// Sends these bytes to the proxy; gives the status and the body of the answer.
+async fn ask(proxy: &Path, bytes: &[u8]) -> Result<(u16, String)> {
+    let mut stream = UnixStream::connect(proxy).await?;
+    stream.write_all(bytes).await?;
+    let mut answer = String::new();
+    tokio::time::timeout(SOON, stream.read_to_string(&mut answer)).await.context("no answer")??;
+    let (head, body) = answer.split_once("\r\n\r\n").context("no answer")?;
+    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).context("no status")?;
+    Ok((status, body.to_owned()))
+}
+
+async fn line(proxy: &Path, line: &str) -> Result<(u16, String)> {
+    ask(proxy, format!("{line} HTTP/1.1\r\nHost: docker\r\n\r\n").as_bytes()).await
+}
+
+async fn post(proxy: &Path, path: &str, body: &Value) -> Result<(u16, String)> {
+    let body = body.to_string();
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nHost: d\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
+    ask(proxy, (head + &body).as_bytes()).await
+}
+
+/// A tunnel container of the agent's, without an agent, and a socket proxy with its settings.
+async fn tunnel_and_proxy(stage: &Stage) -> Result<(Tunnel, SocketProxy)> {
+    let tunnel = Tunnel::new(stage, "");
+    let agent = tunnel.agent_with_ready_tunnel(stage).await?;
+    agent.sigkill()?;
+    Ok((tunnel, SocketProxy::start(&stage.env, &[])?))
+}
+
+/// The agent's own create call, as the container shows it.
+async fn create_body(stage: &Stage) -> Result<Value> {
+    let config = stage.scope.inspect(&stage.tunnel).await?.config.context("no config")?;
+    let env: Vec<_> = config.env.into_iter().flatten().filter(|entry| entry.starts_with("TUNNEL_")).collect();
+    let labels: serde_json::Map<_, _> = config
+        .labels
+        .into_iter()
+        .flatten()
+        .filter(|(key, _)| key.starts_with("com.dockflare.agent."))
+        .map(|(key, value)| (key, json!(value)))
+        .collect();
+    Ok(json!({
+        "Image": config.image, "Cmd": config.cmd, "Env": env, "Labels": labels, "StopTimeout": 35,
+        "Healthcheck": { "Test": ["CMD", "x"], "Interval": 1_000_000_000 },
+        "HostConfig": {
+            "NetworkMode": stage.network, "RestartPolicy": { "Name": "unless-stopped" },
+            "LogConfig": { "Type": "json-file", "Config": { "max-size": "10m" } },
+            "CapDrop": ["ALL"], "SecurityOpt": ["no-new-privileges:true"], "ReadonlyRootfs": true, "PidsLimit": 512,
+        },
+    }))
+}
+
+/// All of the stage, and of what attacks would make, as far as nothing but an attack changes it.
+async fn state(scope: &Scope) -> Result<Value> {
+    use testkit::bollard::query_parameters::{ListContainersOptions, ListNetworksOptions, ListVolumesOptions};
+    let docker = scope.docker();
+    let ours = |name: &str| name.contains(scope.suffix()) || name.contains("evil");
+    let mut state = Vec::new();
+    let options = ListContainersOptions { all: true, ..Default::default() };
+    for container in docker.list_containers(Some(options)).await? {
+        let names = container.names.unwrap_or_default();
+        if names.iter().any(|name| ours(name)) {
+            let found = scope.inspect(&container.id.unwrap_or_default()).await?;
+            let run = found.state.map(|state| (state.status, state.started_at, state.exit_code));
+            let networks = found.network_settings.and_then(|settings| settings.networks);
+            let networks: Vec<_> = networks.into_iter().flatten().map(|(name, _)| name).collect();
+            state.push(json!([
+                found.id,
+                found.name,
+                found.config,
+                found.host_config,
+                run,
+                found.restart_count,
+                networks
+            ]));
+        }
+    }
+    for network in docker.list_networks(None::<ListNetworksOptions>).await? {
+        if network.name.as_deref().is_some_and(ours) {
+            state.push(json!([network.id, network.name, network.labels, network.options]));
+        }
+    }
+    let volumes = docker.list_volumes(None::<ListVolumesOptions>).await?.volumes.unwrap_or_default();
+    state.extend(volumes.into_iter().filter(|volume| ours(&volume.name)).map(|volume| json!(volume.name)));
+    for image in docker.list_images(None::<testkit::bollard::query_parameters::ListImagesOptions>).await? {
+        state.extend(image.repo_tags.iter().filter(|tag| ours(tag)).map(|tag| json!(tag)));
+    }
+    Ok(Value::Array(state))
+}
+
+async fn no_attack_changes_anything_on_the_engine() -> Result<()> {
+    let mut stage = Stage::new(Protocol::V2).await?;
+    stage.set("AUTO_CONNECT_NETWORKS", "true");
+    let (tunnel, mut proxy) = tunnel_and_proxy(&stage).await?;
+    proxy.process.plant(&tunnel.token);
+    let victim = stage.scope.name("victim");
+    let image = images().workload().await?;
+    let id = stage.scope.run(Spec { image: &image, name: &victim, ..Spec::default() }).await?;
+    let setting = |name: &str| stage.env.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone());
+    let own_image = setting("CLOUDFLARED_IMAGE").context("no image")?;
+    let target = attacks::Target {
+        tunnel: &stage.tunnel,
+        network: &stage.network,
+        image: &own_image,
+        victim: &victim,
+        id: &id,
+        body: create_body(&stage).await?,
+    };
+    let before = state(&stage.scope).await?;
+    let attacks = attacks::attacks(&target);
+    for attack in &attacks {
+        let (status, body) = ask(&proxy.path(), &attack.bytes).await.with_context(|| attack.name.clone())?;
+        let message = format!("dockflare-agent socket-proxy refuses this: {}", attack.rule);
+        let refused = (400..=505).contains(&status) && body.contains(&message);
+        ensure!(refused, "{}: {status} {body} instead of {}", attack.name, attack.rule);
+    }
+    assert_eq!(state(&stage.scope).await?, before);
+    // A flood of refusals is no flood of lines, and no line holds what was sent.
+    let log = proxy.process.log();
+    let lines = log.lines().filter(|line| line.contains("refused a request")).count();
+    ensure!((20..=60).contains(&lines), "{lines} lines for {} attacks", attacks.len());
+    ensure!(!log.contains(&victim) && !log.contains("Privileged"), "{log}");
+    Ok(())
+}
+
+async fn what_is_somebody_elses_is_neither_shown_nor_touched() -> Result<()> {
+    let mut stage = Stage::new(Protocol::V2).await?;
+    stage.set("AUTO_CONNECT_NETWORKS", "true");
+    let proxy = SocketProxy::start(&stage.env, &[])?;
+    let (scope, path) = (&stage.scope, proxy.path());
+    let (own, next) = (stage.tunnel.clone(), format!("{}-next", stage.tunnel));
+    // Under the tunnel's names there are containers that the agent did not make, one with the owner's label but no more.
+    let image = images().workload().await?;
+    let labels = [("com.dockflare.agent.owner", "dockflare-agent")];
+    let foreign = scope.run(Spec { image: &image, name: &own, ..Spec::default() }).await?;
+    scope.run(Spec { image: &image, name: &next, labels: &labels, ..Spec::default() }).await?;
+    let other = scope.name("other");
+    scope.create_network(&other).await?;
+    let other_id = scope
+        .run(Spec { image: &image, network: Some(&other), env: &[("PASSWORD", "hunter2")], ..Spec::default() })
+        .await?;
+    let before = state(scope).await?;
+    for name in [&own, &next] {
+        for request in [
+            format!("POST /containers/{name}/start"),
+            format!("POST /containers/{name}/stop?t=1"),
+            format!("POST /containers/{name}/restart?t=1"),
+            format!("DELETE /containers/{name}?force=true"),
+            format!("GET /containers/{name}/logs?stdout=true"),
+        ] {
+            let (status, body) = line(&path, &request).await?;
+            ensure!(status == 403 && body.ends_with("refuses this: owner\"}"), "{request}: {status} {body}");
+        }
+    }
+    let (status, body) = line(&path, &format!("POST /containers/{next}/rename?name={own}")).await?;
+    ensure!(status == 403 && body.contains("owner"), "{body}");
+    let (status, body) = line(&path, &format!("POST /containers/{other_id}/stop")).await?;
+    ensure!(status == 403 && body.contains("owner"), "{body}");
+    let (status, body) = post(&path, &format!("/networks/{other}/connect"), &json!({ "Container": own })).await?;
+    ensure!(status == 403 && body.contains("owner"), "{body}");
+    for asked in [&other_id, &other_id[..12], &foreign[..12]] {
+        let (status, body) = line(&path, &format!("GET /containers/{asked}/json")).await?;
+        ensure!(status == 403 && body.contains("container_not_shown"), "{asked}: {body}");
+    }
+    let (_, listed) = line(&path, "GET /v1.41/containers/json").await?;
+    ensure!(!listed.contains(&other_id), "{listed}");
+    let (_, seen) = line(&path, &format!("GET /containers/{own}/json")).await?;
+    ensure!(seen.contains(&own) && !seen.contains("PATH") && !seen.contains("/usr/local/bin"), "{seen}");
+    assert_eq!(state(scope).await?, before);
+
+    // Its own container is connected to networks of labelled containers and to no other.
+    scope.rm(&own).await?;
+    scope.rm(&next).await?;
+    let tunnel = Tunnel::new(&stage, "");
+    tunnel.agent_with_ready_tunnel(&stage).await?.sigkill()?;
+    let connect = async || post(&path, &format!("/networks/{other}/connect"), &json!({ "Container": own })).await;
+    let (status, body) = connect().await?;
+    ensure!(status == 403 && body.contains("network_not_of_labelled"), "{body}");
+    scope.run_workload(&[("dockflare.enable", "true")], &[], Some(&other), false).await?;
+    let (status, body) = connect().await?;
+    ensure!(status == 200, "{body}");
+    Ok(())
+}
+
+async fn the_hardening_is_forced_whatever_the_client_sent() -> Result<()> {
+    let stage = Stage::new(Protocol::V2).await?;
+    let (_, proxy) = tunnel_and_proxy(&stage).await?;
+    let mut body = create_body(&stage).await?;
+    body["HostConfig"] = json!({ "NetworkMode": stage.network, "ReadonlyRootfs": false, "PidsLimit": -1 });
+    body["StopTimeout"] = json!(0);
+    let name = format!("{}-next", stage.tunnel);
+    // Under an old version of the API Docker would drop the limit of processes.
+    let (status, answer) = post(&proxy.path(), &format!("/v1.24/containers/create?name={name}"), &body).await?;
+    ensure!(status == 201, "{status} {answer}");
+    let (made, ours) = (stage.scope.inspect(&name).await?, stage.scope.inspect(&stage.tunnel).await?);
+    let (made_host, our_host) = (made.host_config.context("none")?, ours.host_config.context("none")?);
+    assert_eq!(made_host, our_host);
+    assert_eq!(made_host.pids_limit, Some(512));
+    let (made, ours) = (made.config.context("none")?, ours.config.context("none")?);
+    assert_eq!((made.healthcheck, made.stop_timeout, made.cmd), (ours.healthcheck, ours.stop_timeout, ours.cmd));
+    assert!(made.labels.is_some_and(|labels| labels.contains_key(SPEC_LABEL)));
+    Ok(())
+}
+
+async fn a_proxy_that_was_killed_is_followed_by_one_at_the_same_address() -> Result<()> {
+    let mut stage = Stage::new(Protocol::V2).await?;
+    let mut proxy = SocketProxy::start(&stage.env, &[])?;
+    stage.set("DOCKER_HOST", proxy.host_url());
+    let agent = stage.agent()?;
+    stage.enrolled_agent("edge").await?;
+    stage.tunnel_is("running").await?;
+    let before = stage.scope.inspect(&stage.tunnel).await?.id;
+    proxy.process.sigkill()?;
+    proxy.process.wait_exit(SOON).await?;
+    ensure!(proxy.path().exists(), "a killed one cannot remove its socket");
+    agent.wait_for_log("Docker cannot be reached", SOON).await?;
+    let unseen = stage.scope.run_workload(&[("dockflare.enable", "true")], &[], None, false).await?;
+    proxy.again(&stage.env)?;
+    let what = "the container to be known";
+    stage
+        .master
+        .wait_for(what, SOON, |known| known.only_agent().filter(|a| a.containers.contains_key(&unseen)).map(drop))
+        .await?;
+    assert_eq!(stage.scope.inspect(&stage.tunnel).await?.id, before);
+    // A second one at the same address is told that the first one listens.
+    let mut second = testkit::AgentProcess::spawn_with(
+        &agent_binary(),
+        &["socket-proxy"],
+        &[("SOCKET_PROXY_LISTEN".to_owned(), proxy.host_url())],
+        stage.data.path(),
+    )?;
+    assert_eq!(second.wait_exit(SOON).await?.code(), Some(64));
+    ensure!(second.log().contains("another socket proxy listens there"), "{}", second.log());
+    proxy.process.sigterm()?;
+    assert_eq!(proxy.process.wait_exit(SOON).await?.code(), Some(0));
+    ensure!(!proxy.path().exists(), "one that stops removes its socket");
+    Ok(())
+}
+
+async fn a_connector_of_the_same_tunnel_is_shown_without_its_secret() -> Result<()> {
+    let stage = Stage::new(Protocol::V2).await?;
+    let (tunnel, proxy) = tunnel_and_proxy(&stage).await?;
+    let image = images().stand_in().await?;
+    let rival =
+        Spec { image: &image, env: &[("TUNNEL_TOKEN", &tunnel.token)], args: &["tunnel", "run"], ..Spec::default() };
+    let rival = stage.scope.run(rival).await?;
+    for asked in [&rival, &stage.tunnel] {
+        let (status, seen) = line(&proxy.path(), &format!("GET /containers/{asked}/json")).await?;
+        ensure!(status == 200 && seen.contains("TUNNEL_TOKEN=") && !seen.contains(&tunnel.token), "{status} {seen}");
+    }
+    Ok(())
+}
