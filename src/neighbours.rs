@@ -37,8 +37,7 @@ use rivals::{Rivalry, is_candidate, rivalry};
 pub(crate) use rivals::{is_connector, tells_connector};
 pub(crate) use service::named_host;
 use survey::{Judged, survey};
-pub(crate) use way::DOCKERS_OWN;
-pub(crate) use way::services;
+pub(crate) use way::{DOCKERS_OWN, services};
 
 /// What happens together is looked at once: a compose project that starts is a burst of events.
 const SETTLE: Duration = Duration::from_millis(500);
