@@ -23,6 +23,10 @@ pub enum Status {
 }
 
 impl Status {
+    /// All of them.
+    pub const ALL: [Self; 6] =
+        [Self::Running, Self::Starting, Self::Degraded, Self::Restarting, Self::Stopped, Self::Error];
+
     /// The word on the wire.
     pub fn as_str(self) -> &'static str {
         match self {

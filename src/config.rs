@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io::Read as _;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -21,11 +22,13 @@ mod check;
 mod connector;
 mod environment;
 mod image;
+mod shown;
 mod socket_proxy;
-use check::{Check, health_port};
+use check::{Check, health_page};
 pub(crate) use connector::connector_option;
 use environment::environment;
 pub use image::ImageRef;
+pub(crate) use shown::Settings;
 pub use socket_proxy::{Listen, SocketProxyConfig};
 
 /// The agent's whole configuration, valid by construction.
@@ -43,8 +46,8 @@ pub struct Config {
     pub poll_interval: Duration,
     /// How the agent introduces itself; the master's UI may override it.
     pub display_name: Option<String>,
-    /// Port of `GET /health` on every interface; `None` when switched off with 0.
-    pub health_port: Option<u16>,
+    /// Where `GET /health` and the other pages are; `None` when switched off with port 0.
+    pub health_page: Option<PageAddress>,
     /// The folder that holds identity and state.
     pub data_dir: PathBuf,
     /// `HOSTNAME`, which inside a container is the start of its own id.
@@ -104,6 +107,12 @@ impl TunnelConfig {
     pub fn successor_name(&self) -> String {
         format!("{}-next", self.container_name)
     }
+
+    /// Whether cloudflared may use nothing but QUIC.
+    pub(crate) fn only_quic(&self) -> bool {
+        let set = |name: &str, value: &str| self.options.get(name).is_some_and(|set| set == value);
+        set("TUNNEL_TRANSPORT_PROTOCOL", "quic") || set("TUNNEL_POST_QUANTUM", "true")
+    }
 }
 
 /// What becomes of the tunnel container when the agent stops.
@@ -113,6 +122,16 @@ pub enum OnExit {
     Remove,
     /// Left as it is.
     Keep,
+}
+
+/// Address and port of the agent's own pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageAddress(pub SocketAddr);
+
+impl fmt::Display for PageAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
 }
 
 /// Where the Docker Engine API is reached.
@@ -196,6 +215,7 @@ struct Raw {
     log_format: Option<String>,
     tz: Option<String>,
     health_check_port: Option<String>,
+    health_check_bind: Option<String>,
     dockflare_data_dir: Option<String>,
     hostname: Option<String>,
 }
@@ -209,14 +229,14 @@ impl Config {
         from_environment(Self::from_vars)
     }
 
-    /// Reads only the health page's port, for those who ask it.
+    /// Reads only where the health page is, for those who ask it.
     ///
     /// # Errors
-    /// When it is no port.
-    pub fn load_health_port() -> Result<Option<u16>, ConfigErrors> {
+    /// When port or address are none.
+    pub fn load_health_page() -> Result<Option<PageAddress>, ConfigErrors> {
         let (vars, _) = environment();
-        health_port(vars.get("HEALTH_CHECK_PORT").map(|port| port.trim()))
-            .map_err(|problem| ConfigErrors(vec![problem]))
+        let value = |name: &str| vars.get(name).map(|value| value.trim());
+        health_page(value("HEALTH_CHECK_PORT"), value("HEALTH_CHECK_BIND")).map_err(ConfigErrors)
     }
 
     /// Checks a list of variables. An empty value counts as unset.
@@ -263,8 +283,9 @@ impl Config {
         let report_interval = check.seconds("REPORT_INTERVAL_SECONDS", raw.report_interval_seconds.take(), 30, 5);
         let poll_interval =
             check.seconds("COMMAND_POLL_INTERVAL_SECONDS", raw.command_poll_interval_seconds.take(), 10, 1);
-        let health_port = health_port(raw.health_check_port.as_deref()).unwrap_or_else(|problem| {
-            check.error(problem);
+        let health_page = health_page(raw.health_check_port.as_deref(), raw.health_check_bind.as_deref());
+        let health_page = health_page.unwrap_or_else(|problems| {
+            check.errors.extend(problems);
             None
         });
         let log = log(&mut check, &raw);
@@ -278,8 +299,8 @@ impl Config {
                     report_interval,
                     poll_interval,
                     display_name: raw.agent_display_name,
-                    health_port,
-                    data_dir: PathBuf::from(raw.dockflare_data_dir.as_deref().unwrap_or("/app/data")),
+                    health_page,
+                    data_dir: PathBuf::from(raw.dockflare_data_dir.as_deref().unwrap_or(shown::DEFAULT_DATA_DIR)),
                     hostname: raw.hostname,
                     log,
                 },

@@ -23,15 +23,17 @@ use crate::retry::Backoff;
 mod error;
 #[cfg(test)]
 mod hostile;
+mod permissions;
 mod spec;
 mod types;
 pub use error::DockerError;
 pub(crate) use error::OWN_REFUSAL;
 use error::*;
+pub(crate) use permissions::{Engine, Gate, OWN_PROXY, Registry, Surplus};
 pub(crate) use spec::{COMMAND, OWNER_LABEL, REDEPLOY_LABEL, TUNNEL_LABEL, metrics_variable, owner_labels};
 pub use spec::{METRICS_PORT, SPEC_LABEL, STOP_GRACE_SECONDS, Spec};
 pub(crate) use types::Placed;
-pub use types::{Action, Container, Endpoint, Event, Health, Inspected, LastCheck, RunState};
+pub use types::{Action, Container, Endpoint, Event, Health, Inspected, LastCheck, RunState, Version};
 
 /// A Docker Engine, or the part of it that a socket proxy lets through.
 #[derive(Debug)]
@@ -123,14 +125,13 @@ impl Docker {
         limited(PING, READ_LIMIT, docker.ping()).await.map(drop)
     }
 
-    /// Whether this is Docker Desktop, in whose containers `host.docker.internal` is known without being asked for.
+    /// What Engine this is.
     ///
     /// # Errors
     /// As all calls.
-    pub async fn is_desktop(&self) -> Result<bool> {
+    pub async fn version(&self) -> Result<Version> {
         let docker = self.client(VERSION)?;
-        let version = limited(VERSION, READ_LIMIT, docker.version()).await?;
-        Ok(version.platform.is_some_and(|platform| platform.name.contains("Docker Desktop")))
+        limited(VERSION, READ_LIMIT, docker.version()).await.map(Version::from)
     }
 
     /// Events of containers and networks from now on, or from `since` (seconds and nanoseconds of the Engine's

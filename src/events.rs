@@ -29,6 +29,7 @@ use tracing::{debug, info};
 use crate::channels::{Change, Inventory};
 use crate::docker::{self, Action, Container, Docker, DockerError, Event};
 use crate::labels::{ENABLE_KEYS, is_enabled, may_leave};
+use crate::metrics::Metrics;
 use crate::retry::Trouble;
 
 /// A stream that is silent for this long is opened again, before something on the way drops it for being idle: that
@@ -65,6 +66,7 @@ pub struct EventStream {
     asked: Option<Instant>,
     look_every: Duration,
     trouble: Trouble,
+    metrics: Metrics,
 }
 
 impl EventStream {
@@ -78,6 +80,7 @@ impl EventStream {
         wakes: [mpsc::Sender<()>; 2],
         watched: [String; 3],
         report_interval: Duration,
+        metrics: Metrics,
     ) -> Self {
         let trouble = Trouble::new("Docker");
         let [wake_supervisor, wake_neighbours] = wakes;
@@ -93,6 +96,7 @@ impl EventStream {
             asked: None,
             look_every: report_interval.min(LONGEST_UNSEEN),
             trouble,
+            metrics,
         }
     }
 
@@ -253,6 +257,7 @@ impl EventStream {
         if !self.seen.is_new(&event) {
             return;
         }
+        self.metrics.docker_event(event.action.name());
         if self.watched.contains(&event.name) || event.action == Action::Rename {
             self.wake();
         }
@@ -380,7 +385,7 @@ fn concerns_neighbours(event: &Event) -> bool {
 }
 
 /// The container with only the labels that may leave the host, when it counts at all.
-fn counted(mut container: Container) -> Option<Container> {
+pub(crate) fn counted(mut container: Container) -> Option<Container> {
     if !is_enabled(&container.labels) {
         return None;
     }

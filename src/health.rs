@@ -20,11 +20,13 @@ use crate::config::TunnelConfig;
 use crate::docker::{
     Docker, DockerError, Inspected, REDEPLOY_LABEL, RunState, SPEC_LABEL, Spec, TUNNEL_LABEL, owner_labels,
 };
+use crate::metrics::Metrics;
 use crate::retry::{Backoff, Trouble};
 use crate::state::DesiredState;
 
 mod act;
 mod course;
+mod glance;
 mod host;
 mod leave;
 mod look;
@@ -33,12 +35,13 @@ mod plan;
 mod probe;
 mod problem;
 use act::Came;
+pub(crate) use glance::{Glance, glance};
 use host::{Host, Machine};
 use look::{EAGER, Known, Sight};
 pub(crate) use own::{is_own, own_container};
 use plan::{Goal, Progress, Scene, Slot, Step};
 pub(crate) use plan::{Owner, owner};
-use probe::Readiness;
+pub(crate) use probe::Readiness;
 use problem::Problem;
 
 /// Between two passes while all is well; events wake it at once.
@@ -77,6 +80,7 @@ pub(crate) struct Supervisor<H = Machine> {
     attempts: Trouble,
     sick: Trouble,
     connecting: Trouble,
+    metrics: Metrics,
 }
 
 /// What the supervisor reads.
@@ -118,13 +122,21 @@ impl Supervisor {
         hostname: Option<String>,
         inputs: Inputs,
         view: watch::Sender<View>,
+        metrics: Metrics,
     ) -> Result<Self, reqwest::Error> {
-        Ok(Self::on(Machine::new(docker)?, config, hostname, inputs, view))
+        Ok(Self::on(Machine::new(docker)?, config, hostname, inputs, view, metrics))
     }
 }
 
 impl<H: Host> Supervisor<H> {
-    fn on(host: H, config: TunnelConfig, hostname: Option<String>, inputs: Inputs, view: watch::Sender<View>) -> Self {
+    fn on(
+        host: H,
+        config: TunnelConfig,
+        hostname: Option<String>,
+        inputs: Inputs,
+        view: watch::Sender<View>,
+        metrics: Metrics,
+    ) -> Self {
         let pauses = || Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         Self {
             host,
@@ -145,6 +157,7 @@ impl<H: Host> Supervisor<H> {
             attempts: Trouble::new("the tunnel"),
             sick: Trouble::new("the tunnel"),
             connecting: Trouble::new("connecting the tunnel to a container's network:"),
+            metrics,
         }
     }
 
@@ -218,6 +231,10 @@ impl<H: Host> Supervisor<H> {
             match self.act(&steps, spec.as_ref(), stop).await {
                 Ok(Came::ToTheEnd) => match failure {
                     Some(cause) => self.successor_failed(cause, &goal),
+                    None if is_takeover(&goal, &steps) => {
+                        self.metrics.replacement(true);
+                        self.settle();
+                    }
                     // Whether it becomes ready is still to be seen.
                     None if steps.contains(&Step::Create(Slot::Next)) => {}
                     None => self.settle(),
@@ -342,6 +359,7 @@ impl<H: Host> Supervisor<H> {
 
     /// A successor was taken back: the one before it stays.
     fn successor_failed(&mut self, cause: Cause, goal: &Goal) {
+        self.metrics.replacement(false);
         let next = match goal {
             Goal::Run { hash, .. } if matches!(cause, Cause::TokenMalformed | Cause::TokenRefused) => {
                 self.given_up = Some(hash.clone());
@@ -398,6 +416,13 @@ impl<H: Host> Supervisor<H> {
             Slot::Next => self.config.successor_name(),
         }
     }
+}
+
+/// Whether these steps end a replacement: the successor has the name, or it was made in place.
+fn is_takeover(goal: &Goal, steps: &[Step]) -> bool {
+    let in_place = [Step::Stop(Slot::Main), Step::Start(Slot::Main)];
+    matches!(goal, Goal::Run { .. })
+        && (steps.contains(&Step::Rename) || in_place.iter().all(|step| steps.contains(step)))
 }
 
 #[cfg(test)]

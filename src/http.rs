@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use reqwest::{Client, ClientBuilder};
+use hyper_util::client::proxy::matcher::Matcher;
+use reqwest::{Client, ClientBuilder, Url};
 
 /// A client to build upon. TLS is rustls with ring.
 pub(crate) fn client() -> ClientBuilder {
@@ -15,4 +16,12 @@ pub(crate) fn client() -> ClientBuilder {
 /// and it never goes through a proxy meant for the way out.
 pub(crate) fn neighbour(limit: Duration) -> reqwest::Result<Client> {
     client().no_proxy().tls_certs_only([]).timeout(limit).pool_max_idle_per_host(0).build()
+}
+
+/// The proxy, as host and port, through which a client of [`client`] goes to this address: `HTTPS_PROXY` and its kin.
+pub(crate) fn proxy_to(url: &Url) -> Option<(String, u16)> {
+    let intercepted = Matcher::from_env().intercept(&url.as_str().parse().ok()?)?;
+    let proxy = intercepted.uri();
+    let default = if proxy.scheme_str() == Some("https") { 443 } else { 80 };
+    Some((proxy.host()?.to_owned(), proxy.port_u16().unwrap_or(default)))
 }

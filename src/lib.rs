@@ -23,19 +23,23 @@
 //! what is done about it, is one table for all: [`cause`].
 //!
 //! Around them: [`config`] (the environment, checked as a whole), [`registration`] (who the agent is at its
-//! master), [`cloudflare`] (ingress rules), [`page`] (`GET /health`), and three doors, each the only one of its
+//! master), [`cloudflare`] (ingress rules), [`page`] (`GET /health`, `/metrics` and others), [`metrics`] (what is
+//! counted), [`pulse`] (whether each task is still at work), and three doors, each the only one of its
 //! kind: [`master`] to the master, [`docker`] to Docker, [`state`] to the data folder. [`logging`], [`signals`],
 //! the waits of `retry`, the set-up of `http` and what is known of `labels` are shared by all.
 //!
 //! [`socket_proxy`] is another program in the same file, which holds the Docker socket in a container of its own: the
 //! agent reaches Docker through it. It knows of the above only what the agent asks of Docker and reads of its answers.
 //!
+//! Two subcommands stand beside all this and start none of it: [`check`] tries each thing that the agent needs without
+//! changing anything, [`bundle`] gathers what helps to find out what is wrong.
+//!
 //! The agent may be killed at any instant. What is wanted is on disk before it is acted upon; everything else is
 //! found out again by looking. Commands and events only change what is wanted or known and wake a loop; the loop
 //! compares and acts.
 
 use std::error::Error;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::sync::{mpsc, watch};
@@ -43,8 +47,11 @@ use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
+mod banner;
+pub mod bundle;
 pub mod cause;
 pub mod channels;
+pub mod check;
 pub mod cloudflare;
 pub mod config;
 pub mod docker;
@@ -59,8 +66,10 @@ mod http;
 mod labels;
 pub mod logging;
 pub mod master;
+pub mod metrics;
 pub mod neighbours;
 pub mod page;
+pub mod pulse;
 pub mod registration;
 pub mod reports;
 mod retry;
@@ -71,6 +80,9 @@ pub mod tunnels;
 
 use channels::{Inventory, View, Wanted, Ways};
 use config::{Config, OnExit};
+use logging::Ring;
+use metrics::Metrics;
+use pulse::Pulse;
 use state::{Found, Phase, Store, TunnelState};
 
 /// Why the agent does not run, or not any longer, though nobody asked it to stop.
@@ -105,10 +117,11 @@ impl RunError {
 const CHANGES: usize = 256;
 
 /// Runs the agent until `shutdown`, or until its master has let go of it and its own container cannot be stopped.
+/// `log` is what the page shows of the log.
 ///
 /// # Errors
 /// See [`RunError`]. The tunnel container is then left as it is.
-pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunError> {
+pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Result<(), RunError> {
     let store = Store::open(&config.data_dir)?;
     let agent_id = taken(store.agent_id()?);
     let tombstone = taken(store.tombstone()?);
@@ -123,15 +136,17 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunE
     let (wake_tx, wake) = mpsc::channel(1);
     let (look_tx, look) = mpsc::channel(1);
 
+    let metrics = Metrics::default();
     let refused = |error: &dyn Error| RunError::Config(error_chain(error));
-    let master = Arc::new(master::Master::new(config.master).map_err(|error| refused(&error))?);
+    let master = Arc::new(master::Master::new(config.master, metrics.clone()).map_err(|error| refused(&error))?);
     let docker = Arc::new(docker::Docker::new(config.docker_host));
+    let known_id = agent_id.clone();
     let registrar =
         Arc::new(registration::Registrar::new(master.clone(), store.clone(), agent_id, config.display_name));
-    let listener = match config.health_port {
+    let listener = match config.health_page {
         None => None,
-        Some(port) => Some(page::bind(port).await.map_err(|error| {
-            RunError::Config(format!("HEALTH_CHECK_PORT={port}: cannot be listened on ({error}); use another port, or 0 to switch the page off"))
+        Some(address) => Some(page::bind(address).await.map_err(|error| {
+            RunError::Config(format!("HEALTH_CHECK_PORT and HEALTH_CHECK_BIND: {address} cannot be listened on ({error}); use another port or address, or port 0 to switch the page off"))
         })?),
     };
     let mut sources = page::Sources {
@@ -141,8 +156,11 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunE
         view: view.clone(),
         inventory: inventory.clone(),
         ways: ways.clone(),
+        metrics: metrics.clone(),
+        log,
         started: Instant::now(),
         tasks: Vec::new(),
+        disk: page::Disk::new(store.clone()),
     };
     if let Some(stone) = tombstone.as_ref().filter(|stone| stone.phase == Phase::Finalized && stone.acknowledged) {
         warn!("{}", tunnels::epitaph(stone, store.dir()));
@@ -150,22 +168,27 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunE
         shutdown.cancelled().await;
         return Ok(());
     }
-    info!(
-        version = env!("CARGO_PKG_VERSION"),
-        master = %master.url(),
-        docker = %docker.host(),
-        image = %config.tunnel.image,
-        network = config.tunnel.network,
-        data = %store.dir().display(),
-        "dockflare-agent starts"
-    );
+    tokio::spawn(banner::show(
+        docker.clone(),
+        master.url().clone(),
+        registrar.watch(),
+        known_id,
+        config.tunnel.clone(),
+    ));
 
     let events = {
         let tunnel = &config.tunnel;
         let watched = [tunnel.container_name.clone(), tunnel.successor_name(), tunnel.network.clone()];
         let wakes = [wake_tx, look_tx];
-        let stream =
-            events::EventStream::new(docker.clone(), inventory_tx, changes_tx, wakes, watched, config.report_interval);
+        let stream = events::EventStream::new(
+            docker.clone(),
+            inventory_tx,
+            changes_tx,
+            wakes,
+            watched,
+            config.report_interval,
+            metrics.clone(),
+        );
         Task::spawn("events", async move { match stream.run().await {} })
     };
     let neighbours = {
@@ -176,8 +199,13 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunE
     };
     let reports = {
         let announces_stop = config.tunnel.on_exit == OnExit::Remove;
-        let inputs =
-            reports::Inputs { inventory: inventory.clone(), changes, tunnel: view.clone(), wanted: wanted.clone() };
+        let inputs = reports::Inputs {
+            inventory: inventory.clone(),
+            changes,
+            tunnel: view.clone(),
+            wanted: wanted.clone(),
+            metrics: metrics.clone(),
+        };
         let reporter =
             reports::Reporter::new(master.clone(), registrar.clone(), inputs, config.report_interval, announces_stop);
         Task::spawn("reports", reporter.run(shutdown.clone()))
@@ -187,20 +215,20 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunE
     let tunnel = {
         let (made_of, own_name) = (config.tunnel.clone(), config.hostname.clone());
         let inputs = health::Inputs { wanted: wanted.clone(), ways: ways.clone(), wake };
-        let supervisor = health::Supervisor::new(docker.clone(), made_of, own_name, inputs, view_tx)
+        let supervisor = health::Supervisor::new(docker.clone(), made_of, own_name, inputs, view_tx, metrics.clone())
             .map_err(|error| refused(&error))?;
         Task::spawn("tunnel", supervisor.run(last.clone()))
     };
     let commands = {
         let disk = tunnels::OnDisk { store, state, tombstone };
         let (interval, image) = (config.poll_interval, config.tunnel.image.to_string());
-        let poller =
-            tunnels::Poller::new(master.clone(), registrar.clone(), disk, interval, image, wanted_tx, view.clone());
+        let links = tunnels::Links { wanted: wanted_tx, view: view.clone(), metrics };
+        let poller = tunnels::Poller::new(master.clone(), registrar.clone(), disk, interval, image, links);
         Task::spawn("commands", poller.run(shutdown.clone()))
     };
-    sources.tasks = vec![commands.pulse(), reports.pulse(), events.pulse(), neighbours.pulse(), tunnel.pulse()];
-    let page =
-        listener.map(|listener| Task::spawn("page", async move { match page::serve(listener, sources).await {} }));
+    sources.tasks =
+        [&commands.pulse, &reports.pulse, &events.pulse, &neighbours.pulse, &tunnel.pulse].map(Pulse::clone).to_vec();
+    let mut page = listener.map(|listener| tokio::spawn(async move { match page::serve(listener, sources).await {} }));
 
     // Until the poller ends, nothing else may; it ends by a shutdown or by the master's last command.
     let Task { handle: mut commands, .. } = commands;
@@ -208,7 +236,6 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), RunE
     let Task { handle: mut events, .. } = events;
     let Task { handle: mut neighbours, .. } = neighbours;
     let Task { handle: mut reports, .. } = reports;
-    let mut page = page.map(|task| task.handle);
     let ended = tokio::select! {
         ended = &mut commands => joined("commands", ended)?,
         ended = &mut tunnel => return Err(broken("tunnel", ended)),
@@ -256,25 +283,16 @@ async fn stop_self(docker: &docker::Docker, hostname: Option<&str>, shutdown: &C
     shutdown.cancelled().await;
 }
 
-/// A task and whether it lives.
+/// A task and whether it is at work.
 struct Task<T> {
     handle: JoinHandle<T>,
-    pulse: (&'static str, Weak<()>),
+    pulse: Pulse,
 }
 
 impl<T: Send + 'static> Task<T> {
     fn spawn(name: &'static str, work: impl Future<Output = T> + Send + 'static) -> Self {
-        let pulse = Arc::new(());
-        let weak = Arc::downgrade(&pulse);
-        let handle = tokio::spawn(async move {
-            let _pulse = pulse;
-            work.await
-        });
-        Self { handle, pulse: (name, weak) }
-    }
-
-    fn pulse(&self) -> (&'static str, Weak<()>) {
-        self.pulse.clone()
+        let pulse = Pulse::new(name);
+        Self { handle: tokio::spawn(pulse.clone().watch(work)), pulse }
     }
 }
 

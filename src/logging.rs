@@ -1,38 +1,86 @@
-//! The log: one line for each record, times in the operator's zone, no colour codes outside a terminal.
+//! The log: one line for each record, times in the operator's zone, no colour codes outside a terminal. The last
+//! lines are kept in memory as well ([`Ring`]), for whoever asks the running agent for them.
 
+use std::collections::VecDeque;
 use std::fmt;
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use tracing_subscriber::field::MakeExt;
+use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::fmt::format::{Writer, debug_fn};
 use tracing_subscriber::fmt::time::FormatTime;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
-use tracing_subscriber::{Layer, registry};
+use tracing_subscriber::{Layer, Registry, registry};
 
 use crate::RunError;
 use crate::config::{LogConfig, LogFormat};
 
-/// Starts logging to standard output, for the rest of the process.
+/// Lines kept.
+const KEPT_LINES: usize = 200;
+/// Longest line kept; what is beyond is cut off. Most lines have a tenth of that.
+const KEPT_BYTES: usize = 2000;
+
+/// The last 200 lines of the log, shared by all clones.
+#[derive(Debug, Clone, Default)]
+pub struct Ring(Arc<Mutex<VecDeque<String>>>);
+
+impl Ring {
+    /// The lines, oldest first, without the ends of those that are longer than 2000 bytes.
+    pub fn lines(&self) -> Vec<String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+    }
+}
+
+impl io::Write for Ring {
+    /// Takes whole lines: a record is written at once.
+    fn write(&mut self, record: &[u8]) -> io::Result<usize> {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for line in String::from_utf8_lossy(record).lines() {
+            if kept.len() == KEPT_LINES {
+                kept.pop_front();
+            }
+            kept.push_back(line[..line.floor_char_boundary(KEPT_BYTES)].to_owned());
+        }
+        Ok(record.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Starts logging to standard output and into the ring, for the rest of the process.
 ///
 /// The `log` facade is not connected: what the Docker client prints there at its lower levels holds request
 /// bodies, the tunnel token in them.
 ///
 /// # Errors
 /// When something else in the process logs already.
-pub fn start(config: &LogConfig) -> Result<(), TryInitError> {
+pub fn start(config: &LogConfig) -> Result<Ring, TryInitError> {
+    let ring = Ring::default();
+    let kept = ring.clone();
+    let layers =
+        vec![layer(config, io::stdout().is_terminal(), io::stdout), layer(config, false, move || kept.clone())];
+    registry().with(layers.with_filter(config.filter.clone())).try_init()?;
+    Ok(ring)
+}
+
+type AnyLayer = Box<dyn Layer<Registry> + Send + Sync>;
+
+fn layer(config: &LogConfig, colours: bool, to: impl for<'w> MakeWriter<'w> + Send + Sync + 'static) -> AnyLayer {
     let clock = Clock(config.time_zone.clone());
-    let lines = tracing_subscriber::fmt::layer().with_target(false).with_timer(clock);
-    let layer = match config.format {
+    let lines = tracing_subscriber::fmt::layer().with_target(false).with_timer(clock).with_writer(to);
+    match config.format {
         LogFormat::Text => {
             let fields = debug_fn(|writer, field, value| write_field(writer, field.name(), value)).delimited(" ");
-            lines.with_ansi(std::io::stdout().is_terminal()).fmt_fields(fields).boxed()
+            lines.with_ansi(colours).fmt_fields(fields).boxed()
         }
         LogFormat::Json => lines.json().flatten_event(true).with_current_span(false).with_span_list(false).boxed(),
-    };
-    registry().with(layer.with_filter(config.filter.clone())).try_init()
+    }
 }
 
 /// Makes a panic anywhere the end of the process, said in one line, with the exit code for a task that ended.
@@ -89,6 +137,19 @@ mod tests {
         let test = ["--exact", "logging::tests::a_panic_in_a_task_ends_the_process_with_70"];
         let ended = Command::new(std::env::current_exe().unwrap()).args(test).env(ROLE, "1").output().unwrap();
         assert_eq!(ended.status.code(), Some(70), "{ended:?}");
+    }
+
+    #[test]
+    fn the_ring_keeps_the_last_lines_and_not_all_of_a_long_one() {
+        use std::io::Write;
+        let mut ring = super::Ring::default();
+        for number in 0..250 {
+            ring.write_all(format!("line {number}\n").as_bytes()).unwrap();
+        }
+        let lines = ring.lines();
+        assert_eq!((lines.len(), lines[0].as_str(), lines[199].as_str()), (200, "line 50", "line 249"));
+        ring.write_all("ä".repeat(5000).as_bytes()).unwrap();
+        assert_eq!(ring.lines()[199].len(), super::KEPT_BYTES);
     }
 
     #[test]

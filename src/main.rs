@@ -3,9 +3,9 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use dockflare_agent::config::{Config, ConfigErrors, Loaded, LogConfig, SocketProxyConfig};
+use dockflare_agent::config::{Config, ConfigErrors, Loaded, SocketProxyConfig};
 use dockflare_agent::signals::shutdown_on_signals;
-use dockflare_agent::{RunError, logging, page, run, socket_proxy};
+use dockflare_agent::{RunError, bundle, check, logging, page, run, socket_proxy};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
 
@@ -32,6 +32,14 @@ enum Command {
         #[arg(long)]
         check: bool,
     },
+    /// Try, without changing anything, each thing that the agent needs; exit 0 if nothing fails, 1 if something does.
+    Check {
+        /// Print one JSON document, for programs.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print one JSON document without secrets that helps to find out what is wrong.
+    SupportBundle,
 }
 
 #[tokio::main(flavor = "current_thread")]
@@ -45,18 +53,26 @@ async fn main() -> anyhow::Result<ExitCode> {
     };
     match arguments.command.unwrap_or(Command::Run) {
         Command::Run => match Config::load() {
-            Ok(Loaded { config, warnings }) => Ok(ended(run(config.clone(), begin(&config.log, warnings)?).await)),
-            Err(errors) => Ok(misconfigured(&errors)),
-        },
-        Command::Healthcheck => Ok(told(page::check(Config::load_health_port()).await)),
-        Command::SocketProxy { check } => match SocketProxyConfig::load() {
-            Ok((config, _)) if check => Ok(told(socket_proxy::check(&config.listen).await)),
-            Ok((config, warnings)) => {
-                let shutdown = begin(&config.log, warnings)?;
-                Ok(ended(socket_proxy::run(config, shutdown).await))
+            Ok(Loaded { config, warnings }) => {
+                let log = logging::start(&config.log)?;
+                Ok(ended(run(config, log, begin(warnings)?).await))
             }
             Err(errors) => Ok(misconfigured(&errors)),
         },
+        Command::Healthcheck => Ok(told(page::check(Config::load_health_page()).await)),
+        Command::SocketProxy { check } => match SocketProxyConfig::load() {
+            Ok((config, _)) if check => Ok(told(socket_proxy::check(&config.listen).await)),
+            Ok((config, warnings)) => {
+                logging::start(&config.log)?;
+                Ok(ended(socket_proxy::run(config, begin(warnings)?).await))
+            }
+            Err(errors) => Ok(misconfigured(&errors)),
+        },
+        Command::Check { json } => Ok(ExitCode::from(u8::from(!check::command(json).await))),
+        Command::SupportBundle => {
+            bundle::command().await;
+            Ok(ExitCode::SUCCESS)
+        }
     }
 }
 
@@ -76,9 +92,8 @@ fn ended(ended: Result<(), RunError>) -> ExitCode {
     ExitCode::from(failure.exit_code())
 }
 
-/// Starts logging; the token tells when to stop.
-fn begin(log: &LogConfig, warnings: Vec<String>) -> anyhow::Result<CancellationToken> {
-    logging::start(log)?;
+/// What the log begins with. The token tells when to stop.
+fn begin(warnings: Vec<String>) -> anyhow::Result<CancellationToken> {
     logging::end_on_panic();
     for warning in warnings {
         warn!("{warning}");

@@ -8,8 +8,8 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue};
-use reqwest::{Client, Method, Response, Url};
+use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, DATE, HeaderMap, HeaderValue};
+use reqwest::{Client, Method, Response, StatusCode, Url};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Serialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
@@ -18,11 +18,14 @@ use tracing::{info, warn};
 
 use crate::config::{MasterConfig, Secret};
 use crate::http;
+use crate::metrics::Metrics;
 use crate::retry::Trouble;
 use crate::state::AgentId;
 
+mod certificate;
 mod error;
 pub(crate) mod wire;
+pub(crate) use certificate::shown as certificate_shown;
 pub use error::MasterError;
 pub(crate) use error::printable;
 use error::{away, chain, sort};
@@ -44,6 +47,7 @@ pub struct Master {
     key: Mutex<Secret>,
     access: HeaderMap,
     link: Mutex<Link>,
+    metrics: Metrics,
 }
 
 /// What is known of the connection.
@@ -54,12 +58,21 @@ struct Link {
     last_report: Option<SystemTime>,
 }
 
+/// What came of [`Master::probe`].
+#[derive(Debug)]
+pub(crate) struct Probed {
+    /// The protocol of a master that accepts the key, 1 or 2; or why none does.
+    pub(crate) answer: Result<u32, MasterError>,
+    /// The header `Date` of the answer, and the clock of this host when it came.
+    pub(crate) clocks: Option<(SystemTime, SystemTime)>,
+}
+
 impl Master {
     /// Prepares the client; nothing is sent yet.
     ///
     /// # Errors
     /// [`MasterError::Client`] when an `https` address is given and no CA certificates are found.
-    pub fn new(config: MasterConfig) -> Result<Self, MasterError> {
+    pub fn new(config: MasterConfig, metrics: Metrics) -> Result<Self, MasterError> {
         let mut client = http::client()
             .user_agent(concat!("dockflare-agent/", env!("CARGO_PKG_VERSION")))
             .redirect(reqwest::redirect::Policy::none())
@@ -87,7 +100,7 @@ impl Master {
             }
         }
         let link = Link { trouble: Trouble::new("the master"), last_contact: None, last_report: None };
-        Ok(Self { client, base: config.url, key: Mutex::new(config.key), access, link: Mutex::new(link) })
+        Ok(Self { client, base: config.url, key: Mutex::new(config.key), access, link: Mutex::new(link), metrics })
     }
 
     /// The base address, without credentials by construction.
@@ -112,29 +125,46 @@ impl Master {
 
     /// `POST /register`.
     pub(crate) async fn register(&self, body: &wire::Register<'_>) -> Result<wire::Registered, MasterError> {
-        self.call(Method::POST, &["api", "v2", "agents", "register"], Some(body)).await
+        self.call("register", Method::POST, &["api", "v2", "agents", "register"], Some(body)).await
     }
 
     /// `GET /{agent}/commands`: takes the queue; what is lost from here on is lost for good.
     pub(crate) async fn commands(&self, agent: &AgentId) -> Result<wire::Commands, MasterError> {
-        self.call(Method::GET, &["api", "v2", "agents", agent.as_str(), "commands"], None::<&()>).await
+        self.call("commands", Method::GET, &["api", "v2", "agents", agent.as_str(), "commands"], None::<&()>).await
     }
 
     /// `POST /{agent}/events`. The reply of a success says nothing that is needed.
     pub(crate) async fn send_event(&self, agent: &AgentId, event: &serde_json::Value) -> Result<(), MasterError> {
         let path = ["api", "v2", "agents", agent.as_str(), "events"];
-        self.tell(Method::POST, &path, Some(event)).await
+        self.tell("events", Method::POST, &path, Some(event)).await
     }
 
     /// `POST /{agent}/decommission/{operation}/ack`.
     pub(crate) async fn acknowledge(&self, agent: &AgentId, ack: &wire::Ack) -> Result<(), MasterError> {
         let path = ["api", "v2", "agents", agent.as_str(), "decommission", &ack.operation_id, "ack"];
-        self.tell(Method::POST, &path, Some(ack)).await
+        self.tell("acknowledge", Method::POST, &path, Some(ack)).await
+    }
+
+    /// Asks whether the key is accepted, and by which kind of master, without an effect: an event without content,
+    /// which both protocols refuse with 400 after they have looked at the key, and note nowhere. The id may be any.
+    /// Nothing is logged.
+    pub(crate) async fn probe(&self, agent: &AgentId) -> Probed {
+        let url = route(&self.base, &["api", "v2", "agents", agent.as_str(), "events"]);
+        let (status, headers, text) = match self.exchange(Method::POST, url, Some(b"{}".to_vec()), &mut None).await {
+            Ok(answered) => answered,
+            Err(error) => return Probed { answer: Err(error), clocks: None },
+        };
+        let date = headers.get(DATE).and_then(|date| httpdate::parse_http_date(date.to_str().ok()?).ok());
+        let answer = match wire::protocol_of_refusal(&text) {
+            Some(protocol) if status == StatusCode::BAD_REQUEST => Ok(protocol),
+            _ => Err(sort(status, &headers, &text)),
+        };
+        Probed { answer, clocks: date.map(|date| (date, SystemTime::now())) }
     }
 
     /// `GET /accounts`.
     pub(crate) async fn accounts(&self) -> Result<wire::Accounts, MasterError> {
-        self.call(Method::GET, &["accounts"], None::<&()>).await
+        self.call("accounts", Method::GET, &["accounts"], None::<&()>).await
     }
 
     /// `PUT /accounts/{account}/cfd_tunnel/{tunnel}/configurations`.
@@ -145,25 +175,32 @@ impl Master {
         body: &serde_json::Value,
     ) -> Result<(), MasterError> {
         let path = ["accounts", account, "cfd_tunnel", tunnel, "configurations"];
-        self.tell(Method::PUT, &path, Some(body)).await
+        self.tell("configuration", Method::PUT, &path, Some(body)).await
     }
 
-    /// One request whose answer is JSON.
+    /// One request whose answer is JSON. `name` is what the route is called in the metrics.
     async fn call<T: DeserializeOwned>(
         &self,
+        name: &'static str,
         method: Method,
         path: &[&str],
         body: Option<&impl Serialize>,
     ) -> Result<T, MasterError> {
-        let parsed = self.try_with_key(method, path, body).await.and_then(|text| read(&text));
+        let parsed = self.try_with_key(name, method, path, body).await.and_then(|text| read(&text));
         self.note(parsed.as_ref().err());
         parsed
     }
 
     /// One request of whose answer only the success matters, and that it is a master's: something in between may
     /// answer 200 with a page of its own.
-    async fn tell(&self, method: Method, path: &[&str], body: Option<&impl Serialize>) -> Result<(), MasterError> {
-        let told = self.try_with_key(method, path, body).await;
+    async fn tell(
+        &self,
+        name: &'static str,
+        method: Method,
+        path: &[&str],
+        body: Option<&impl Serialize>,
+    ) -> Result<(), MasterError> {
+        let told = self.try_with_key(name, method, path, body).await;
         let told = told.and_then(|text| if text.is_empty() { Ok(()) } else { read::<IgnoredAny>(&text).map(drop) });
         self.note(told.as_ref().err());
         told
@@ -172,6 +209,7 @@ impl Master {
     /// One request, and a second one when the first was refused and the key file holds another key by now.
     async fn try_with_key(
         &self,
+        name: &'static str,
         method: Method,
         path: &[&str],
         body: Option<&impl Serialize>,
@@ -181,14 +219,36 @@ impl Master {
             .map(serde_json::to_vec)
             .transpose()
             .map_err(|error| MasterError::Client(format!("a message cannot be written as JSON: {error}")))?;
-        let result = self.attempt(method.clone(), url.clone(), body.clone()).await;
+        let result = self.attempt(name, method.clone(), url.clone(), body.clone()).await;
         match result {
-            Err(MasterError::Refused { .. }) if self.reread_key() => self.attempt(method, url, body).await,
+            Err(MasterError::Refused { .. }) if self.reread_key() => self.attempt(name, method, url, body).await,
             result => result,
         }
     }
 
-    async fn attempt(&self, method: Method, url: Url, body: Option<Vec<u8>>) -> Result<Vec<u8>, MasterError> {
+    async fn attempt(
+        &self,
+        name: &'static str,
+        method: Method,
+        url: Url,
+        body: Option<Vec<u8>>,
+    ) -> Result<Vec<u8>, MasterError> {
+        let began = Instant::now();
+        let mut answered = None;
+        let result = self.exchange(method, url, body, &mut answered).await;
+        self.metrics.request(name, answered.map(|status| status.as_u16()), began.elapsed());
+        let (status, headers, text) = result?;
+        if status.is_success() { Ok(text) } else { Err(sort(status, &headers, &text)) }
+    }
+
+    /// `answered` is set once there is a status, whatever becomes of the rest.
+    async fn exchange(
+        &self,
+        method: Method,
+        url: Url,
+        body: Option<Vec<u8>>,
+        answered: &mut Option<StatusCode>,
+    ) -> Result<(StatusCode, HeaderMap, Vec<u8>), MasterError> {
         let mut request = self.client.request(method, url).headers(self.access.clone());
         let mut authorization = {
             let key: SecretString = lock(&self.key).value.clone();
@@ -202,8 +262,8 @@ impl Master {
         }
         let response = request.send().await.map_err(|error| away(&error))?;
         let (status, headers) = (response.status(), response.headers().clone());
-        let text = read_bounded(response).await?;
-        if status.is_success() { Ok(text) } else { Err(sort(status, &headers, &text)) }
+        *answered = Some(status);
+        Ok((status, headers, read_bounded(response).await?))
     }
 
     /// Takes a rolled key from its file. Returns whether there is a new one.
@@ -283,7 +343,7 @@ pub(crate) fn fuzz(body: &[u8]) {
     drop(read::<wire::Registered>(body).map(|reply| reply.agent.and_then(wire::AgentRecord::assignment)));
     drop(read::<wire::Accounts>(body));
     for status in [302, 400, 401, 403, 404, 409, 429, 503] {
-        if let Ok(status) = reqwest::StatusCode::from_u16(status) {
+        if let Ok(status) = StatusCode::from_u16(status) {
             let text = sort(status, &HeaderMap::new(), body).to_string();
             assert!(!text.contains(char::is_control), "more than a line");
         }

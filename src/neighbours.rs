@@ -9,33 +9,35 @@
 //! A look takes the containers one after the other. It is woken by the inventory, by the tunnel, by Docker's events
 //! of networks and names, and by a slow timer. What cannot be found out now stays as it was known.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep};
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 use crate::channels::{Inventory, View, Wanted, Ways};
 use crate::config::TunnelConfig;
-use crate::docker::{Container, Docker, DockerError, Inspected, RunState};
-use crate::labels::COMPOSE_SERVICE;
+use crate::docker::{Container, Docker, DockerError, Inspected};
+use crate::pulse::rest;
 use crate::retry::Trouble;
 use crate::state::DesiredState;
 
+mod glance;
 mod memory;
 mod rivals;
 mod service;
+mod survey;
 mod way;
+pub(crate) use glance::{Verdict, glance};
 use memory::{Memory, News};
 use rivals::{Rivalry, is_candidate, rivalry};
 pub(crate) use rivals::{is_connector, tells_connector};
 pub(crate) use service::named_host;
-pub(crate) use way::DOCKERS_OWN;
-pub(crate) use way::services;
-use way::{Lender, Scene, Workload, networks_needed, way};
+use survey::{Judged, survey};
+pub(crate) use way::{DOCKERS_OWN, services};
 
 /// What happens together is looked at once: a compose project that starts is a burst of events.
 const SETTLE: Duration = Duration::from_millis(500);
@@ -162,43 +164,13 @@ impl Neighbours {
         failures: &mut Failures,
     ) -> Result<(), DockerError> {
         self.memory.forget_all_but(|id| inventory.containers.contains_key(id));
-        let network = &self.config.network;
-        let tunnel = match failures.set_aside(self.docker.inspect(&self.config.container_name).await)? {
-            // One that is not on its network is no container of the agent's, or about to be replaced.
-            Some(Some(found)) if found.state == RunState::Running && found.networks.contains_key(network) => found,
-            _ => return Ok(()),
-        };
-        if self.desktop.is_none() {
-            // A proxy may refuse it; then what depends on it is not judged.
-            self.desktop = self.docker.is_desktop().await.inspect_err(|error| debug!("Docker {error}")).ok();
-        }
-        let others = names_of(running, |id| inventory.containers.contains_key(id));
-        let scene = Scene { tunnel: &tunnel, network, desktop: self.desktop, others: &others };
-        for (id, container) in &inventory.containers {
-            let seen = match failures.set_aside(self.docker.inspect(id).await)? {
-                Some(Some(seen)) if matches!(seen.state, RunState::Running | RunState::Paused) => seen,
-                _ => continue,
-            };
-            let lender = match seen.network_mode.strip_prefix("container:") {
-                None => None,
-                Some(lender) => match failures.set_aside(self.docker.inspect(lender).await)? {
-                    Some(lender) => Some(lender.filter(|lender| !has_ended(lender.state))),
-                    None => continue,
-                },
-            };
-            let lender = match &lender {
-                None => Lender::Nobody,
-                Some(Some(lender)) => Lender::Container(lender),
-                Some(None) => Lender::Gone,
-            };
-            let workload = Workload { seen: &seen, lender, services: services(&container.labels) };
-            let connects = self.config.auto_connect;
-            let networks = if connects { networks_needed(&scene, &workload) } else { BTreeSet::new() };
-            if let Some(news) = self.memory.learn(id, &seen.name, way(&scene, &workload), networks) {
-                tell(&seen.name, news);
+        let memory = &mut self.memory;
+        let judged = |judged: Judged| {
+            if let Some(news) = memory.learn(&judged.id, &judged.name, judged.way, judged.networks) {
+                tell(&judged.name, news);
             }
-        }
-        Ok(())
+        };
+        survey(&self.docker, &self.config, &mut self.desktop, running, &inventory.containers, failures, judged).await
     }
 }
 
@@ -219,7 +191,7 @@ impl Inputs {
             Ok(()) = self.view.changed() => true,
             Ok(()) = self.wanted.changed() => true,
             Some(()) = self.wake.recv() => true,
-            () = sleep(limit) => false,
+            () = rest(limit) => false,
         }
     }
 }
@@ -246,18 +218,6 @@ impl Failures {
         self.first.get_or_insert(error);
         Ok(None)
     }
-}
-
-/// The lower-case names of running containers, without those of the labelled. A label on one container may mean
-/// another, as a proxy beside it; where it names another labelled one it is more likely a copy that was not adapted.
-fn names_of(running: &[Container], without: impl Fn(&str) -> bool) -> BTreeSet<String> {
-    let others = running.iter().filter(|container| !without(&container.id));
-    let names = others.flat_map(|other| [Some(&other.name), other.labels.get(COMPOSE_SERVICE)]);
-    names.flatten().map(|name| name.to_ascii_lowercase()).collect()
-}
-
-fn has_ended(state: RunState) -> bool {
-    matches!(state, RunState::Exited | RunState::Created | RunState::Dead)
 }
 
 fn tell(name: &str, news: News) {

@@ -14,6 +14,7 @@ use tracing::{info, warn};
 
 use crate::master::wire::{Assignment, CAPABILITIES, PROTOCOLS, Register};
 use crate::master::{Master, MasterError};
+use crate::pulse::{rest, rest_until};
 use crate::retry::{Backoff, Trouble};
 use crate::state::{AgentId, Store};
 
@@ -128,7 +129,8 @@ impl Registrar {
 
     /// A session other than `stale`, registering unless somebody already has. Never gives up.
     pub async fn renew(&self, stale: Option<&Session>) -> Arc<Session> {
-        let mut work = self.work.lock().await;
+        // Whoever registers holds it for as long as the master is away.
+        let mut work = rest_until(Box::pin(self.work.lock())).await;
         let known = stale.map_or(0, |session| session.number);
         if let Some(session) = self.current().filter(|session| session.number > known) {
             return session;
@@ -153,7 +155,7 @@ impl Registrar {
                         work.refused.failed(&format_args!("the master {error}"), self.remedy(&error));
                     }
                     let wait = work.backoff.next(error.retry_after());
-                    sleep(wait).await;
+                    rest(wait).await;
                 }
             }
         }

@@ -12,13 +12,15 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::channels::{Change, Inventory, Traffic, View, Wanted};
 use crate::docker::Container;
 use crate::master::{Master, MasterError, wire};
+use crate::metrics::{self, Metrics};
+use crate::pulse::{BEAT, rest};
 use crate::registration::{Protocol, Registrar, Session};
 use crate::retry::{Backoff, Trouble};
 
@@ -45,6 +47,8 @@ pub struct Inputs {
     pub tunnel: watch::Receiver<View>,
     /// Whether the agent is being decommissioned, in which case nothing is said.
     pub wanted: watch::Receiver<Wanted>,
+    /// Counts what waits and what was said.
+    pub metrics: Metrics,
 }
 
 /// The report task.
@@ -139,6 +143,7 @@ impl Reporter {
             let Some(session) = self.meanwhile(&shutdown, registrar.session()).await else { break };
             self.adopt(&session);
             self.notice();
+            self.count();
             let now = Instant::now();
             if now >= next_report {
                 self.outbox.report_now();
@@ -169,8 +174,10 @@ impl Reporter {
             if !matches!(sent, Sent::Later(_)) {
                 self.answered(&payload);
             }
+            let kind = payload["type"].as_str().unwrap_or_default();
             match sent {
                 Sent::Yes => {
+                    self.inputs.metrics.message(kind, metrics::ACCEPTED);
                     failures = 0;
                     backoff.reset();
                     self.outbox.delivered(&message);
@@ -181,7 +188,10 @@ impl Reporter {
                         _ => {}
                     }
                 }
-                Sent::Dropped => self.outbox.delivered(&message),
+                Sent::Dropped => {
+                    self.inputs.metrics.message(kind, metrics::DROPPED);
+                    self.outbox.delivered(&message);
+                }
                 Sent::Later(asked) => {
                     failures += 1;
                     self.outbox.put_back(message);
@@ -190,7 +200,7 @@ impl Reporter {
                         self.outbox.went_away();
                     }
                     let wait = backoff.next(asked);
-                    self.meanwhile(&shutdown, sleep(wait)).await;
+                    self.meanwhile(&shutdown, rest(wait)).await;
                 }
                 Sent::Unregistered => {
                     self.outbox.put_back(message);
@@ -198,7 +208,7 @@ impl Reporter {
                     failures += 1;
                     if failures > 1 {
                         let wait = backoff.next(None);
-                        self.meanwhile(&shutdown, sleep(wait)).await;
+                        self.meanwhile(&shutdown, rest(wait)).await;
                     }
                     self.meanwhile(&shutdown, registrar.renew(Some(&session))).await;
                 }
@@ -219,7 +229,7 @@ impl Reporter {
     async fn flush(&mut self) {
         let Some(session) = self.session.clone().filter(|_| !self.is_silenced()) else { return };
         while let Ok(change) = self.inputs.changes.try_recv() {
-            self.outbox.push(change);
+            self.push(change);
         }
         while let Some(message) = self.outbox.next(self.can_report(), false) {
             let payload = self.write(&message, &session);
@@ -237,6 +247,15 @@ impl Reporter {
         }
     }
 
+    fn push(&mut self, change: Change) {
+        self.outbox.push(change);
+        self.count();
+    }
+
+    fn count(&mut self) {
+        self.inputs.metrics.queue(self.outbox.len(), self.outbox.take_coalesced());
+    }
+
     /// Waits for `work` while changes keep coming in. `None` when the shutdown came first; `work` is dropped then.
     async fn meanwhile<T>(&mut self, shutdown: &CancellationToken, work: impl Future<Output = T>) -> Option<T> {
         let mut work = std::pin::pin!(work);
@@ -245,7 +264,7 @@ impl Reporter {
                 biased;
                 done = &mut work => return Some(done),
                 () = shutdown.cancelled() => return None,
-                Some(change) = self.inputs.changes.recv() => self.outbox.push(change),
+                Some(change) = self.inputs.changes.recv() => self.push(change),
             }
         }
     }
@@ -259,8 +278,9 @@ impl Reporter {
     ) {
         tokio::select! {
             () = shutdown.cancelled() => {}
-            () = sleep_until(deadline) => {}
-            Some(change) = self.inputs.changes.recv() => self.outbox.push(change),
+            // However long it is until then, it shows in between that it lives.
+            () = sleep_until(deadline.min(Instant::now() + BEAT)) => {}
+            Some(change) = self.inputs.changes.recv() => self.push(change),
             Ok(()) = self.inputs.inventory.changed() => {}
             Ok(()) = self.inputs.tunnel.changed() => self.outbox.status(),
             Ok(()) = self.inputs.wanted.changed() => {}

@@ -4,6 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+use jiff::Timestamp;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
@@ -59,6 +60,8 @@ pub(crate) struct Trouble {
 #[derive(Debug)]
 struct Lasting {
     began: Instant,
+    /// The same by the wall clock, for people.
+    since: Timestamp,
     said: Instant,
     tries: u32,
     /// The causes that were told; each is news once.
@@ -82,15 +85,17 @@ impl Trouble {
         match &mut self.since {
             None => {
                 warn!("{what} {text}; {next}");
-                self.since = Some(Lasting { began: now, said: now, tries: 1, told: vec![text] });
+                let since = Timestamp::now();
+                self.since = Some(Lasting { began: now, since, said: now, tries: 1, told: vec![text] });
             }
             Some(lasting) => {
                 lasting.tries += 1;
-                let (tries, since) = (lasting.tries, Lasts(now - lasting.began));
+                let (tries, lasts) = (lasting.tries, Lasts(now - lasting.began));
+                let since = lasting.since.strftime("%Y-%m-%dT%H:%M:%SZ");
                 if now - lasting.said >= REPEAT {
-                    warn!(tries, %since, "{what} still {text}; {next}");
+                    warn!(tries, %since, %lasts, "{what} still {text}; {next}");
                 } else if lasting.told.len() < MOST_CAUSES && !lasting.told.contains(&text) {
-                    warn!(tries, %since, "{what} {text}; {next}");
+                    warn!(tries, %since, %lasts, "{what} {text}; {next}");
                     lasting.told.push(text);
                 } else {
                     return;
@@ -191,6 +196,26 @@ mod tests {
         }
         // Evenly drawn waits leave remainders that are shorter rather than longer: a fifth in the first tenth.
         assert!(tenths.iter().all(|count| *count < 300), "{tenths:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_lasts_is_said_when_it_begins_every_ten_minutes_with_its_count_and_when_it_ends() {
+        let ring = crate::logging::Ring::default();
+        let kept = ring.clone();
+        let log = tracing_subscriber::fmt().with_ansi(false).with_writer(move || kept.clone()).finish();
+        let _log = tracing::subscriber::set_default(log);
+        let mut trouble = Trouble::new("the master");
+        for _ in 0..42 {
+            trouble.failed(&"cannot be reached", "trying again");
+            tokio::time::sleep(Duration::from_secs(15)).await;
+        }
+        assert!(trouble.ended());
+        let lines = ring.lines();
+        assert_eq!(lines.len(), 3, "{lines:#?}");
+        assert!(lines[0].contains("WARN") && lines[0].ends_with("the master cannot be reached; trying again"));
+        assert!(lines[1].contains("the master still cannot be reached; trying again tries=41 since=2"), "{}", lines[1]);
+        assert!(lines[1].ends_with(" lasts=10m00s"), "{}", lines[1]);
+        assert!(lines[2].contains("INFO") && lines[2].contains("the master works again tries=42"), "{}", lines[2]);
     }
 
     #[test]

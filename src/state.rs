@@ -18,8 +18,10 @@ use serde::{Deserialize, Serialize};
 mod documents;
 mod leftovers;
 mod lock;
+mod peek;
 pub use documents::{AgentId, DesiredState, Phase, Token, TokenClaims, Tombstone, TunnelId, TunnelState};
 use lock::{Lock, Refused};
+pub(crate) use peek::{Folder, files, peek};
 
 /// Why the data folder cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +58,11 @@ pub enum StateError {
         /// What the system said.
         source: io::Error,
     },
+}
+
+/// The user this runs as: Linux shows a process's own folder under it.
+fn own_uid() -> u32 {
+    fs::metadata("/proc/self").map(|own| own.uid()).unwrap_or_default()
 }
 
 /// What an operator can do about a folder that cannot be written.
@@ -100,7 +107,7 @@ const AGENT_ID: &str = "agent_id.txt";
 const TUNNEL: &str = "tunnel_state.json";
 /// Name of the tombstone; an operator deletes it to enrol the agent again.
 pub const TOMBSTONE: &str = "decommission.json";
-/// Written and removed at each start, to see whether the folder can be written.
+/// Written and removed, to see whether the folder can be written.
 const WRITABLE: &str = ".writable";
 
 /// No document comes near this; whatever is larger was not written by an agent.
@@ -116,8 +123,7 @@ impl Store {
     pub fn open(dir: &Path) -> Result<Self, StateError> {
         let unusable = |problem| StateError::Folder {
             dir: dir.to_owned(),
-            // Linux shows a process's own folder under the user it runs as.
-            uid: fs::metadata("/proc/self").map(|own| own.uid()).unwrap_or_default(),
+            uid: own_uid(),
             owner: fs::metadata(dir).ok().map(|folder| folder.uid()),
             problem,
         };
@@ -146,10 +152,7 @@ impl Store {
     /// # Errors
     /// When the file is there and cannot be read or set aside.
     pub fn agent_id(&self) -> Result<Found<AgentId>, StateError> {
-        self.read(AGENT_ID, |text| {
-            let text = String::from_utf8(text).map_err(|_| "is not UTF-8".to_owned())?;
-            AgentId::try_from(text.trim().to_owned()).map_err(str::to_owned)
-        })
+        self.read(AGENT_ID, parse_id)
     }
 
     /// Reads `tunnel_state.json`.
@@ -165,13 +168,7 @@ impl Store {
     /// # Errors
     /// As [`Store::agent_id`].
     pub fn tombstone(&self) -> Result<Found<Tombstone>, StateError> {
-        self.read(TOMBSTONE, |text| {
-            let tombstone: Tombstone = parse_json(text)?;
-            if tombstone.schema_version != 1 {
-                return Err(format!("has schema_version {}, this agent knows 1", tombstone.schema_version));
-            }
-            Ok(tombstone)
-        })
+        self.read(TOMBSTONE, parse_tombstone)
     }
 
     /// Replaces `agent_id.txt`.
@@ -210,6 +207,21 @@ impl Store {
         written.map_err(io::Error::other).flatten().map_err(|source| self.failed(name, "replaced", source))
     }
 
+    /// Sees whether the folder can be written: makes a file and removes it, without waiting for the disk itself.
+    ///
+    /// # Errors
+    /// What the system says, with the remedy, for people.
+    pub async fn try_out(&self) -> Result<(), String> {
+        let store = self.clone();
+        let path = self.dir.join(WRITABLE);
+        let tried = tokio::task::spawn_blocking(move || fs::write(&path, b"?").and_then(|()| fs::remove_file(&path)));
+        let tried = tried.await.map_err(io::Error::other).flatten();
+        tried.map_err(|problem| {
+            let remedy = remedy(&problem, own_uid(), &store.dir);
+            format!("the data folder {} cannot be written ({problem}): {remedy}", store.dir.display())
+        })
+    }
+
     fn replace(&self, name: &str, text: &[u8]) -> io::Result<()> {
         let mut file = atomic_write_file::OpenOptions::new()
             .mode(0o600)
@@ -226,17 +238,10 @@ impl Store {
         parse: impl FnOnce(Vec<u8>) -> Result<T, String>,
     ) -> Result<Found<T>, StateError> {
         let path = self.dir.join(name);
-        let parsed = match fs::metadata(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Ok(Found { document: None, set_aside: None });
-            }
-            Err(error) => return Err(self.failed(name, "read", error)),
-            Ok(file) if file.len() > MAX_DOCUMENT_BYTES => Err(format!("has {} bytes", file.len())),
-            Ok(_) => parse(fs::read(&path).map_err(|error| self.failed(name, "read", error))?),
-        };
-        match parsed {
-            Ok(document) => Ok(Found { document: Some(document), set_aside: None }),
-            Err(problem) => {
+        match document(&path, parse) {
+            Ok(document) => Ok(Found { document, set_aside: None }),
+            Err(Unread::Io(error)) => Err(self.failed(name, "read", error)),
+            Err(Unread::Content(problem)) => {
                 let to = self.free_name(name);
                 fs::rename(&path, &to).map_err(|error| self.failed(name, "set aside", error))?;
                 Ok(Found { document: None, set_aside: Some(SetAside { name, to, problem }) })
@@ -255,6 +260,37 @@ impl Store {
     fn failed(&self, name: &str, doing: &'static str, source: io::Error) -> StateError {
         StateError::File { path: self.dir.join(name), doing, source }
     }
+}
+
+/// Why a document is not known.
+enum Unread {
+    /// The system does not give it.
+    Io(io::Error),
+    /// It cannot be understood; what is wrong with it, and none of its content.
+    Content(String),
+}
+
+/// Reads a document, or that there is none.
+fn document<T>(path: &Path, parse: impl FnOnce(Vec<u8>) -> Result<T, String>) -> Result<Option<T>, Unread> {
+    match fs::metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Unread::Io(error)),
+        Ok(file) if file.len() > MAX_DOCUMENT_BYTES => Err(Unread::Content(format!("has {} bytes", file.len()))),
+        Ok(_) => parse(fs::read(path).map_err(Unread::Io)?).map(Some).map_err(Unread::Content),
+    }
+}
+
+fn parse_id(text: Vec<u8>) -> Result<AgentId, String> {
+    let text = String::from_utf8(text).map_err(|_| "is not UTF-8".to_owned())?;
+    AgentId::try_from(text.trim().to_owned()).map_err(str::to_owned)
+}
+
+fn parse_tombstone(text: Vec<u8>) -> Result<Tombstone, String> {
+    let tombstone: Tombstone = parse_json(text)?;
+    if tombstone.schema_version != 1 {
+        return Err(format!("has schema_version {}, this agent knows 1", tombstone.schema_version));
+    }
+    Ok(tombstone)
 }
 
 /// Parses a document; the message of a failure tells the place and never the content.

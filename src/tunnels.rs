@@ -16,6 +16,8 @@ use tracing::{error, info, warn};
 
 use crate::channels::{Refusal, View, Wanted};
 use crate::master::{Master, MasterError};
+use crate::metrics::{self, Metrics};
+use crate::pulse::BEAT;
 use crate::registration::{Protocol, Registrar, Session};
 use crate::retry::{Backoff, Trouble};
 use crate::state::{AgentId, DesiredState, Phase, Store, Tombstone, TunnelState};
@@ -48,6 +50,17 @@ pub struct OnDisk {
     pub tombstone: Option<Tombstone>,
 }
 
+/// What the poller tells others, and what it must know of them.
+#[derive(Debug)]
+pub struct Links {
+    /// What is wanted.
+    pub wanted: watch::Sender<Wanted>,
+    /// How the tunnel is.
+    pub view: watch::Receiver<View>,
+    /// Counts the commands.
+    pub metrics: Metrics,
+}
+
 /// The command task.
 #[derive(Debug)]
 pub struct Poller {
@@ -56,8 +69,7 @@ pub struct Poller {
     disk: OnDisk,
     interval: Duration,
     cloudflared_image: String,
-    wanted: watch::Sender<Wanted>,
-    view: watch::Receiver<View>,
+    links: Links,
     /// Session whose assignment was looked at.
     recovered: u64,
     /// A reply may have been lost, and commands with it, of which a v1 registration tells the tunnel.
@@ -86,15 +98,14 @@ const FIRST_WAIT: Duration = Duration::from_secs(1);
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
 
 impl Poller {
-    /// `wanted` holds what follows from `disk`.
+    /// `wanted` of the links holds what follows from `disk`.
     pub fn new(
         master: Arc<Master>,
         registrar: Arc<Registrar>,
         disk: OnDisk,
         interval: Duration,
         cloudflared_image: String,
-        wanted: watch::Sender<Wanted>,
-        view: watch::Receiver<View>,
+        links: Links,
     ) -> Self {
         let (now, backoff) = (Instant::now(), || Backoff::new(FIRST_WAIT, LONGEST_WAIT));
         let timers = Timers {
@@ -114,8 +125,7 @@ impl Poller {
             disk,
             interval,
             cloudflared_image,
-            wanted,
-            view,
+            links,
             recovered: 0,
             reply_lost: false,
             ack: None,
@@ -155,13 +165,14 @@ impl Poller {
             }
             let ack_at = self.ack.is_some().then_some(self.timers.ack);
             let push_at = self.disk.state.pending_ingress.is_some().then_some(self.timers.push);
-            let next = [Some(self.timers.poll), ack_at, push_at].into_iter().flatten().min();
+            // However long it is until then, it shows in between that it lives.
+            let next = [Some(self.timers.poll), ack_at, push_at, Some(now + BEAT)].into_iter().flatten().min();
             tokio::select! {
                 () = shutdown.cancelled() => return Ended::Shutdown,
                 () = sleep_until(next.unwrap_or(self.timers.poll)) => {}
                 // The acknowledgement waits for the supervisor to stop the container, and a removed host for its word
                 // on the token.
-                Ok(()) = self.view.changed(), if self.ack.is_some() || self.disk.state.unclaimed => {
+                Ok(()) = self.links.view.changed(), if self.ack.is_some() || self.disk.state.unclaimed => {
                     self.timers.ack = Instant::now();
                 }
                 Ok(()) = sessions.changed(), if session.is_some() => {}
@@ -239,15 +250,20 @@ impl Poller {
         }
         let mut state = self.disk.state.clone();
         let mut tombstone = self.disk.tombstone.clone();
-        let mut refusal = self.wanted.borrow().refusal.clone();
+        let mut refusal = self.links.wanted.borrow().refusal.clone();
         for value in commands {
+            let count = |outcome| {
+                self.links.metrics.command(value["action"].as_str().unwrap_or_default(), outcome);
+            };
             let command = match Command::parse(value) {
                 Ok(command) => command,
                 Err(Rejected::NotUnderstood(what)) => {
+                    count(metrics::NOT_UNDERSTOOD);
                     warn!("skipping {what}; update the agent if the master is newer");
                     continue;
                 }
                 Err(Rejected::Refused(refused)) => {
+                    count(metrics::REFUSED);
                     error!(
                         name = refused.name.as_deref().unwrap_or("-"),
                         "refusing a tunnel command: {}; what runs is not touched, enrol the agent again on the master's page",
@@ -261,10 +277,12 @@ impl Poller {
                 Command::Prepare(_) => Phase::Prepared,
                 Command::Finalize(_) => Phase::Finalized,
                 _ if tombstone.is_some() => {
+                    count(metrics::IGNORED);
                     warn!("ignoring {}: this agent is being decommissioned", command.name());
                     continue;
                 }
                 _ => {
+                    count(metrics::CARRIED_OUT);
                     commands::apply(&mut state, &command);
                     info!(name = state.name.as_deref().unwrap_or("-"), "command {}", command.name());
                     if !matches!(command, Command::Ingress(_)) {
@@ -275,6 +293,7 @@ impl Poller {
             };
             let (Command::Prepare(order) | Command::Finalize(order)) = &command else { continue };
             let (written, ack) = decommission::decide(tombstone.as_ref(), agent, state.id.as_ref(), order, phase);
+            count(if ack.conflict.is_some() { metrics::REFUSED } else { metrics::CARRIED_OUT });
             match (&written, ack.conflict) {
                 (_, Some(code)) => warn!(operation = order.operation_id, code, "refusing {}", command.name()),
                 (Some(_), None) => warn!(
@@ -326,7 +345,7 @@ impl Poller {
                     "refusing the tunnel that the master named at registration: {}; what runs is not touched",
                     refusal.problem
                 );
-                self.wanted.send_if_modified(|wanted| wanted.refusal.replace(refusal.clone()) != Some(refusal));
+                self.links.wanted.send_if_modified(|wanted| wanted.refusal.replace(refusal.clone()) != Some(refusal));
             }
         }
     }
@@ -344,7 +363,7 @@ impl Poller {
         while let Err(error) = self.store_changes(&state, tombstone.as_ref()).await {
             let problem = format!("refuses a command that the master has sent: {}", crate::error_chain(&error));
             self.timers.disk.failed(&problem, "the command is kept in memory and tried again, no further ones are fetched; make room or mend the permissions");
-            self.wanted.send_if_modified(|wanted| wanted.unsaved.replace(problem.clone()) != Some(problem));
+            self.links.wanted.send_if_modified(|wanted| wanted.unsaved.replace(problem.clone()) != Some(problem));
             if shutdown.is_cancelled() {
                 error!(
                     "stopping with a command that could not be stored: redeploy the tunnel on the master's page after the start"
@@ -360,7 +379,7 @@ impl Poller {
         self.disk.state = state;
         self.disk.tombstone = tombstone;
         let wanted = Wanted { refusal, ..Wanted::new(&self.disk.state, self.disk.tombstone.as_ref()) };
-        self.wanted.send_if_modified(|known| std::mem::replace(known, wanted.clone()) != wanted);
+        self.links.wanted.send_if_modified(|known| std::mem::replace(known, wanted.clone()) != wanted);
     }
 
     async fn store_changes(

@@ -1,6 +1,6 @@
 //! The rules: what each variable may be, and the sentence for what it may not.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use reqwest::header::HeaderValue;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::filter::Targets;
 
-use super::{DEFAULT_IMAGE, DockerHost, ImageRef, Secret, read_secret_file};
+use super::{DEFAULT_IMAGE, DockerHost, ImageRef, PageAddress, Secret, read_secret_file};
 
 /// Collects what is wrong or odd while the variables are read.
 #[derive(Default)]
@@ -228,15 +228,19 @@ impl Check {
     }
 }
 
-/// A port, with 0 for none.
-pub(super) fn health_port(value: Option<&str>) -> Result<Option<u16>, String> {
-    match value.filter(|value| !value.is_empty()).unwrap_or("8080").parse() {
-        Ok(0) => Ok(None),
-        Ok(port) => Ok(Some(port)),
-        Err(_) => Err(format!(
-            "HEALTH_CHECK_PORT={}: is not a port; use 1 to 65535, or 0 to switch the page off",
-            value.unwrap_or_default()
-        )),
+/// Where the page listens; none with port 0. All that is wrong with it, at once.
+pub(super) fn health_page(port: Option<&str>, bind: Option<&str>) -> Result<Option<PageAddress>, Vec<String>> {
+    let port = port.filter(|port| !port.is_empty()).unwrap_or("8080");
+    let bind = bind.filter(|bind| !bind.is_empty()).unwrap_or("0.0.0.0");
+    let number = port
+        .parse::<u16>()
+        .map_err(|_| format!("HEALTH_CHECK_PORT={port}: is not a port; use 1 to 65535, or 0 to switch the page off"));
+    let ip = bind.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().map_err(|_| {
+        format!("HEALTH_CHECK_BIND={bind}: is not an IP address; use 0.0.0.0 for every interface, or 127.0.0.1 for this container only")
+    });
+    match (number, ip) {
+        (Ok(number), Ok(ip)) => Ok((number != 0).then(|| PageAddress(SocketAddr::new(ip, number)))),
+        (number, ip) => Err([number.err(), ip.err()].into_iter().flatten().collect()),
     }
 }
 

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::hostile::{SECRET, text};
 
-const NAMES: [&str; 26] = [
+const NAMES: [&str; 27] = [
     "DOCKFLARE_MASTER_URL",
     "DOCKFLARE_API_KEY",
     "DOCKFLARE_API_KEY_FILE",
@@ -30,6 +30,7 @@ const NAMES: [&str; 26] = [
     "LOG_FORMAT",
     "TZ",
     "HEALTH_CHECK_PORT",
+    "HEALTH_CHECK_BIND",
     "DOCKFLARE_DATA_DIR",
     "HOSTNAME",
 ];

@@ -8,9 +8,9 @@ use bollard::errors::Error as EngineError;
 /// What a call is for and what allows it, for error texts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Call {
-    doing: &'static str,
+    pub(super) doing: &'static str,
     /// Variables of the common socket proxy.
-    grant: &'static str,
+    pub(super) grant: &'static str,
 }
 
 pub(super) const LIST: Call = Call { doing: "list containers", grant: "CONTAINERS=1" };
@@ -117,6 +117,26 @@ impl DockerError {
         matches!(self, Self::Unreachable { .. } | Self::TimedOut { .. })
     }
 
+    /// What an operator can do, when nobody is trying again.
+    pub(crate) fn advice(&self) -> String {
+        match self {
+            Self::Unreachable { problem, .. } if problem.contains("Permission denied") => {
+                "let the agent's user use the socket (group_add with the group of the socket), or put a socket proxy between".to_owned()
+            }
+            Self::Unreachable { .. } | Self::TimedOut { .. } => {
+                "check DOCKER_HOST, the socket's permissions and the socket proxy".to_owned()
+            }
+            Self::Forbidden { call } => format!("set {} on the socket proxy and recreate it", call.grant),
+            Self::Failed { message, .. } if message.contains("ambiguous") => {
+                "several networks have this name, remove all but one: docker network ls, docker network rm with the id"
+                    .to_owned()
+            }
+            Self::NotFound { .. } | Self::Conflict { .. } | Self::Failed { .. } => {
+                "see what Docker says, and the log of the Docker daemon".to_owned()
+            }
+        }
+    }
+
     /// What an operator can do, for the end of a log line.
     pub fn remedy(&self) -> &'static str {
         match self {
@@ -158,7 +178,7 @@ pub(super) fn sort(call: Call, error: EngineError) -> DockerError {
 }
 
 /// The last cause names the matter ("Connection refused"); what is around it repeats the address.
-fn last_cause(error: &dyn std::error::Error) -> String {
+pub(super) fn last_cause(error: &dyn std::error::Error) -> String {
     let mut last = error;
     while let Some(cause) = last.source() {
         last = cause;
@@ -195,5 +215,25 @@ impl DockerError {
 
     pub(crate) fn not_found() -> Self {
         Self::NotFound { call: INSPECT, message: "no such container".to_owned() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_to_do_names_the_variable_or_the_socket_and_promises_no_further_try() {
+        let unreachable = |problem: &str| DockerError::Unreachable { call: VERSION, problem: problem.to_owned() };
+        for (error, words) in [
+            (unreachable("Permission denied (os error 13)"), "group_add"),
+            (unreachable("Connection refused (os error 111)"), "DOCKER_HOST"),
+            (DockerError::TimedOut { call: LIST, limit: Duration::from_secs(1) }, "socket proxy"),
+            (DockerError::Forbidden { call: PULL }, "set IMAGES=1 and POST=1 on the socket proxy"),
+            (DockerError::Failed { call: NETWORK, message: "network x is ambiguous".to_owned() }, "remove all but one"),
+        ] {
+            let advice = error.advice();
+            assert!(advice.contains(words) && !advice.contains("trying again"), "{error}: {advice}");
+        }
     }
 }

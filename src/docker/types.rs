@@ -58,6 +58,27 @@ impl From<models::ContainerSummary> for Placed {
     }
 }
 
+/// What Engine it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Version {
+    /// Its version, such as `28.2.2`.
+    pub engine: String,
+    /// Version of the newest API that it speaks.
+    pub api: String,
+    /// Whether it is Docker Desktop, in whose containers `host.docker.internal` is known without being asked for.
+    pub is_desktop: bool,
+}
+
+impl From<models::SystemVersion> for Version {
+    fn from(version: models::SystemVersion) -> Self {
+        Self {
+            engine: version.version.unwrap_or_default(),
+            api: version.api_version.unwrap_or_default(),
+            is_desktop: version.platform.is_some_and(|platform| platform.name.contains("Docker Desktop")),
+        }
+    }
+}
+
 /// Something that happened to a container or a network.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Event {
@@ -86,6 +107,19 @@ pub enum Action {
     Container,
     /// Something about a network.
     Network,
+}
+
+impl Action {
+    /// Short and stable, for the metrics.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Start => "start",
+            Self::End => "end",
+            Self::Rename => "rename",
+            Self::Container => "other",
+            Self::Network => "network",
+        }
+    }
 }
 
 impl From<models::EventMessage> for Event {

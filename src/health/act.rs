@@ -168,6 +168,7 @@ impl<H: Host> Supervisor<H> {
             }
             *count += 1;
         }
+        self.metrics.restart();
         self.host.restart(&name, HANG_GRACE).await
     }
 

@@ -23,9 +23,9 @@ pub(super) const EAGER: Duration = Duration::from_millis(250);
 /// While something is wrong for longer.
 const PATIENT: Duration = Duration::from_secs(5);
 /// Lines in which cloudflared has told its version.
-const START_LINES: usize = 50;
+pub(super) const START_LINES: usize = 50;
 /// Lines in which it tells what is wrong; four connections may each say it in three.
-const LAST_LINES: usize = 30;
+pub(super) const LAST_LINES: usize = 30;
 /// Its log is read so often at most, and its other pages too.
 const LOG_EVERY: Duration = Duration::from_secs(2);
 const FACTS_EVERY: Duration = Duration::from_secs(10);
@@ -215,8 +215,7 @@ impl<H: Host> Supervisor<H> {
         }
         let token = self.inputs.wanted.borrow().token.clone();
         let lines = self.host.log_tail(&self.name(slot), started(found), LAST_LINES).await.unwrap_or_default();
-        let set = |name: &str, value: &str| self.config.options.get(name).is_some_and(|set| set == value);
-        let only_quic = set("TUNNEL_TRANSPORT_PROTOCOL", "quic") || set("TUNNEL_POST_QUANTUM", "true");
+        let only_quic = self.config.only_quic();
         let known = self.known(slot);
         known.log_read = Some(Instant::now());
         known.clue = course::clue(&lines, only_quic);
@@ -373,7 +372,7 @@ impl<H: Host> Supervisor<H> {
 }
 
 /// Seconds since 1970 at the container's last start, from where its log is read.
-fn started(found: &Inspected) -> i64 {
+pub(super) fn started(found: &Inspected) -> i64 {
     found.started_at.parse::<Timestamp>().map(|at| at.as_second()).unwrap_or_default()
 }
 

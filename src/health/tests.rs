@@ -22,6 +22,7 @@ struct Bench {
     view: watch::Receiver<View>,
     stop: CancellationToken,
     work: tokio::task::JoinHandle<()>,
+    metrics: Metrics,
 }
 
 fn config() -> TunnelConfig {
@@ -51,10 +52,10 @@ impl Bench {
         let (view_tx, view) = watch::channel(View::default());
         // Nobody wakes it: it must find out by itself.
         let inputs = Inputs { wanted: wanted_rx, ways: ways_rx, wake: mpsc::channel(1).1 };
-        let stop = CancellationToken::new();
-        let supervisor = Supervisor::on(host.clone(), config(), None, inputs, view_tx);
+        let (stop, metrics) = (CancellationToken::new(), Metrics::default());
+        let supervisor = Supervisor::on(host.clone(), config(), None, inputs, view_tx, metrics.clone());
         let work = tokio::spawn(supervisor.run(stop.clone()));
-        Self { host: host.clone(), wanted, ways, view, stop, work }
+        Self { host: host.clone(), wanted, ways, view, stop, work, metrics }
     }
 
     /// Waits until the tunnel is told to be like this.
@@ -137,6 +138,7 @@ async fn one_that_hangs_is_restarted_once() {
     assert_eq!(view.restarts, 1);
     sleep(30 * MINUTE).await;
     assert_eq!(bench.calls(), ["restart tunnel"]);
+    assert_eq!(bench.metrics.lines(&["tunnel_restarts_total"]), ["tunnel_restarts_total 1"]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -346,9 +348,14 @@ async fn a_successor_whose_token_is_refused_waits_for_another_token() {
     sleep(2 * 60 * MINUTE).await;
     assert_eq!(bench.host.world().count("create"), 1);
     assert_eq!(bench.view.borrow().reason, Some("token_refused"), "it stays true");
+    let replacements = |bench: &Bench| bench.metrics.lines(&["tunnel_replacements_total"]);
+    let [completed, taken_back] =
+        ["completed", "taken_back"].map(|outcome| format!("tunnel_replacements_total{{outcome=\"{outcome}\"}} "));
+    assert_eq!(replacements(&bench), [format!("{completed}0"), format!("{taken_back}1")]);
     bench.order(&key('c'));
     bench.until_served_with('c').await;
     assert_eq!(bench.host.world().gaps, 0);
+    assert_eq!(replacements(&bench), [format!("{completed}1"), format!("{taken_back}1")]);
 }
 
 #[tokio::test(start_paused = true)]

@@ -119,10 +119,22 @@ impl MasterError {
         }
     }
 
+    /// What an operator can do, when nobody is trying again.
+    pub(crate) fn advice(&self) -> &'static str {
+        match self {
+            Self::Away { .. } => "see to the master, and to the way to it",
+            Self::Refused { .. } => "set DOCKFLARE_API_KEY to a key from the master's Agents page",
+            Self::Certificate { remedy, .. } => remedy.strip_suffix(GOES_ON).unwrap_or(remedy),
+            Self::Access { .. } | Self::Status { .. } | Self::Client(_) => self.remedy(),
+        }
+    }
+
     /// What an operator can do, for the end of a log line.
     pub fn remedy(&self) -> &'static str {
         match self {
-            Self::Away { .. } => "trying again, the tunnel is not touched",
+            Self::Away { .. } => {
+                "trying again, the tunnel is not touched; if this lasts, check that the master runs and that DOCKFLARE_MASTER_URL leads to it"
+            }
             Self::Certificate { remedy, .. } => remedy,
             Self::Refused { .. } => {
                 "the tunnel is not touched; set DOCKFLARE_API_KEY to a key from the master's Agents page (a key file is read again by itself)"
@@ -170,7 +182,7 @@ fn refused_certificate<'a>(error: &'a (dyn std::error::Error + 'static)) -> Opti
 }
 
 /// Says what is wrong in words that do not change from try to try, which the library's do: they tell the time.
-fn distrusted(certificate: &CertificateError) -> MasterError {
+pub(super) fn distrusted(certificate: &CertificateError) -> MasterError {
     let date = |time: UnixTime| {
         let seconds = i64::try_from(time.as_secs()).unwrap_or(i64::MAX);
         Timestamp::from_second(seconds).map_or_else(|_| "an unknown date".to_owned(), |date| date.to_string())
@@ -199,6 +211,8 @@ fn distrusted(certificate: &CertificateError) -> MasterError {
     MasterError::Certificate { problem, remedy }
 }
 
+/// How the remedies for certificates end in the log.
+const GOES_ON: &str = "; trying again, the tunnel is not touched";
 const RENEW: &str = "renew the certificate at the master or the proxy before it, or set this host's clock; trying again, the tunnel is not touched";
 const REPLACE: &str =
     "replace the certificate at the master or the proxy before it; trying again, the tunnel is not touched";

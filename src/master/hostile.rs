@@ -86,7 +86,7 @@ async fn a_reply_without_end_is_dropped_soon_after_4_mib() {
             key: Secret { value: SECRET.into(), file: None },
             access: None,
         };
-        let master = Master::new(config).unwrap();
+        let master = Master::new(config, Metrics::default()).unwrap();
         let server = tokio::spawn(endless(listener, head, 1));
         let agent = AgentId::try_from("a1".to_owned()).unwrap();
         let answered = tokio::time::timeout(Duration::from_secs(30), master.commands(&agent)).await;

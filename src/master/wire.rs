@@ -84,6 +84,17 @@ pub(crate) struct Refusal {
     pub(crate) error: Option<Value>,
 }
 
+/// Which protocol a refusal is of: v2 says `code`, v1 `status` and `message`; `None` when neither.
+pub(crate) fn protocol_of_refusal(text: &[u8]) -> Option<u32> {
+    let said: serde_json::Map<String, Value> = serde_json::from_slice(text).ok()?;
+    let is_text = |key: &str| said.get(key).is_some_and(Value::is_string);
+    if is_text("code") {
+        Some(2)
+    } else {
+        (said.get("status").and_then(Value::as_str) == Some("error") && is_text("message")).then_some(1)
+    }
+}
+
 /// Body of `POST /decommission/{operation}/ack`.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Ack {

@@ -47,6 +47,8 @@ pub(super) struct Outbox {
     report: Due,
     status: bool,
     away: bool,
+    /// Changes that gave way to newer ones and were not counted yet.
+    coalesced: usize,
 }
 
 impl Outbox {
@@ -137,14 +139,19 @@ impl Outbox {
         *self = Self::default();
     }
 
-    /// How many changes wait.
-    #[cfg(test)]
-    fn len(&self) -> usize {
-        self.changes.len()
+    /// How many changes wait, the one that is tried again among them.
+    pub(super) fn len(&self) -> usize {
+        self.changes.len() + usize::from(matches!(self.retry, Some(Message::Change(_))))
+    }
+
+    /// How many gave way to newer ones since this was last asked.
+    pub(super) fn take_coalesced(&mut self) -> usize {
+        mem::take(&mut self.coalesced)
     }
 
     /// Keeps the newest change of each container, in the order in which those came.
     fn coalesce(&mut self) {
+        let before = self.len();
         let mut newest = HashSet::new();
         let mut kept = VecDeque::with_capacity(self.changes.len());
         for change in mem::take(&mut self.changes).into_iter().rev() {
@@ -155,6 +162,7 @@ impl Outbox {
         self.changes = kept;
         self.retry
             .take_if(|message| matches!(message, Message::Change(change) if newest.contains(&change.container.id)));
+        self.coalesced += before - self.len();
     }
 }
 
@@ -263,6 +271,8 @@ mod tests {
             outbox.push(change(&(number % 50).to_string(), number % 100 < 50));
             assert!(outbox.len() <= 50);
         }
+        assert_eq!(outbox.take_coalesced(), 9_950);
+        assert_eq!(outbox.take_coalesced(), 0, "each is counted once");
         let probe = outbox.next(true, false).unwrap();
         outbox.delivered(&probe);
         let said = said(&mut outbox, true);

@@ -55,8 +55,10 @@ pub(super) async fn perform(docker: &Arc<Docker>, policy: &Policy, call: Call) -
             Answer::Bytes("text/plain; charset=utf-8", b"OK".to_vec())
         }
         Call::Version => {
-            let name = if docker.is_desktop().await? { "Docker Desktop" } else { "" };
-            Answer::Json(200, json!({ "Platform": { "Name": name } }))
+            let version = docker.version().await?;
+            let platform = if version.is_desktop { "Docker Desktop" } else { "" };
+            let platform = json!({ "Name": platform });
+            Answer::Json(200, json!({ "Version": version.engine, "ApiVersion": version.api, "Platform": platform }))
         }
         Call::List(label) => {
             let listed = match label {

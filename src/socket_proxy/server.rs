@@ -16,7 +16,7 @@ use super::perform::{Answer, Failure, perform};
 use super::plan::{Planned, Policy, admits, plan};
 use super::refusals::Refusals;
 use super::request::{Head, MOST_HEAD, Method, Refusal};
-use crate::docker::{Docker, OWN_REFUSAL};
+use crate::docker::{Docker, OWN_PROXY, OWN_REFUSAL};
 
 /// What serves the connections.
 #[derive(Debug)]
@@ -199,5 +199,5 @@ fn head(status: u16, kind: &str, more: &str) -> String {
         _ => "Refused",
     };
     let kind = if kind.is_empty() { String::new() } else { format!("Content-Type: {kind}\r\n") };
-    format!("HTTP/1.1 {status} {reason}\r\n{kind}{more}Connection: close\r\n\r\n")
+    format!("HTTP/1.1 {status} {reason}\r\nServer: {OWN_PROXY}\r\n{kind}{more}Connection: close\r\n\r\n")
 }

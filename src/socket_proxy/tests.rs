@@ -82,7 +82,7 @@ async fn each_call_that_the_agent_makes_is_planned_as_what_it_is() {
     let (name, next) = (tunnel.container_name.as_str(), tunnel.successor_name());
     let grace = Duration::from_secs(35);
     let _ = docker.ping().await;
-    let _ = docker.is_desktop().await;
+    let _ = docker.version().await;
     let _ = docker.list_with_label_keys(&ENABLE_KEYS[..1]).await;
     let _ = docker.list_running().await;
     drop(docker.events(None).unwrap().next().await);

@@ -77,11 +77,20 @@ impl Token {
         self.0.expose_secret()
     }
 
+    /// The secret inside the token, to look for where it must not be; `None` when it cannot be decoded.
+    pub(crate) fn secret(&self) -> Option<SecretString> {
+        self.decode().ok().map(|(_, secret)| secret)
+    }
+
     /// Decodes the token: base64 of a JSON object with the strings `a` (account), `t` (tunnel) and `s` (secret).
     ///
     /// # Errors
     /// What is wrong, without any of the content.
     pub fn claims(&self) -> Result<TokenClaims, &'static str> {
+        self.decode().map(|(claims, _)| claims)
+    }
+
+    fn decode(&self) -> Result<(TokenClaims, SecretString), &'static str> {
         #[derive(Deserialize)]
         struct Claims {
             a: String,
@@ -95,10 +104,11 @@ impl Token {
         let json = BASE64.decode(self.expose().trim()).map_err(|_| "the token is not base64")?;
         let claims: Claims = serde_json::from_slice(&json)
             .map_err(|_| "the token does not hold the three strings a (account), t (tunnel) and s (secret)")?;
-        if claims.a.is_empty() || claims.t.is_empty() || SecretString::from(claims.s).expose_secret().is_empty() {
+        let secret = SecretString::from(claims.s);
+        if claims.a.is_empty() || claims.t.is_empty() || secret.expose_secret().is_empty() {
             return Err("the token has an empty account, tunnel or secret");
         }
-        Ok(TokenClaims { account: claims.a, tunnel: TunnelId(claims.t) })
+        Ok((TokenClaims { account: claims.a, tunnel: TunnelId(claims.t) }, secret))
     }
 }
 

@@ -6,7 +6,7 @@
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use tracing::warn;
@@ -80,6 +80,24 @@ fn holder(file: &mut File) -> String {
     if line.trim().is_empty() { "one that has not said which".to_owned() } else { line.trim().to_owned() }
 }
 
+/// Who holds the folder, without asking for the lock: that would refuse an agent that starts at this moment. The
+/// kernel lists the locks of the processes that can be seen from here (proc(5), `/proc/locks`).
+pub(super) fn seen_holder(dir: &Path) -> Option<String> {
+    let mut file = File::open(dir.join(LOCK)).ok()?;
+    let inode = file.metadata().ok()?.ino();
+    let locks = std::fs::read_to_string("/proc/locks").ok()?;
+    locks.lines().any(|line| is_lock_of(line, inode)).then(|| holder(&mut file))
+}
+
+/// `1: FLOCK  ADVISORY  WRITE 708 fe:01:1048581 0 EOF`. Not compared with the device: some file systems show another
+/// one for a file than for its locks.
+fn is_lock_of(line: &str, inode: u64) -> bool {
+    let mut words = line.split_whitespace();
+    let is_flock = words.nth(1) == Some("FLOCK") && words.nth(1) == Some("WRITE");
+    let of = words.nth(1).and_then(|place| place.rsplit_once(':')?.1.parse().ok());
+    is_flock && of == Some(inode)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -133,6 +151,18 @@ mod tests {
         }
         std::fs::write(dir.path().join(LOCK), vec![0xff; 100_000]).unwrap();
         assert!(asked(dir.path()).unwrap_err().len() <= 3 * MAX_TEXT_BYTES as usize);
+    }
+
+    #[test]
+    fn the_kernels_list_of_locks_is_read() {
+        let line = "12: FLOCK  ADVISORY  WRITE 708 fe:01:1048581 0 EOF";
+        assert!(is_lock_of(line, 1_048_581));
+        assert!(!is_lock_of(line, 1_048_582));
+        for other in
+            ["", "1:", "1: POSIX  ADVISORY  WRITE 708 fe:01:1048581 0 EOF", "1: -> FLOCK  ADVISORY  WRITE 7 a:1 0"]
+        {
+            assert!(!is_lock_of(other, 1_048_581), "{other}");
+        }
     }
 
     #[test]

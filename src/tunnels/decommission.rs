@@ -127,7 +127,7 @@ impl Poller {
             () = shutdown.cancelled() => return false,
             session = self.registrar.session() => session,
         };
-        let departure = self.view.borrow_and_update().departure.clone();
+        let departure = self.links.view.borrow_and_update().departure.clone();
         let Some(message) = ack.message(session.protocol.session(), departure.as_ref(), &self.cloudflared_image) else {
             // Nothing to say yet; the supervisor's next word wakes this task.
             self.timers.ack = Instant::now() + LONGEST_WAIT;

@@ -34,7 +34,7 @@ impl Poller {
                 biased;
                 () = shutdown.cancelled() => return None,
                 session = &mut renewal => return Some(session),
-                Ok(()) = self.view.changed() => {}
+                Ok(()) = self.links.view.changed() => {}
                 Ok(()) = removed.changed() => {}
             }
             if *removed.borrow_and_update() {
@@ -50,7 +50,8 @@ impl Poller {
         if state.token.is_none() || state.unclaimed || self.disk.tombstone.is_some() {
             return;
         }
-        let (state, refusal) = (TunnelState { unclaimed: true, ..state.clone() }, self.wanted.borrow().refusal.clone());
+        let (state, refusal) =
+            (TunnelState { unclaimed: true, ..state.clone() }, self.links.wanted.borrow().refusal.clone());
         self.commit(state, None, refusal, shutdown).await;
     }
 
@@ -61,7 +62,7 @@ impl Poller {
             let refused = view.status == Status::Error && view.reason == Some(Cause::TokenRefused.reason());
             refused && view.tunnel_id == state.id
         };
-        if !state.unclaimed || self.disk.tombstone.is_some() || !is_refused(&self.view.borrow()) {
+        if !state.unclaimed || self.disk.tombstone.is_some() || !is_refused(&self.links.view.borrow()) {
             return;
         }
         warn!(

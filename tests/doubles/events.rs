@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use dockflare_dev_master::Protocol;
+use dockflare_dev_master::{Agent, Protocol};
 use tokio::time::{Instant, sleep_until};
 
 use crate::scene::{SOON, Scene, with_both};
@@ -59,6 +59,54 @@ async fn events_that_got_lost_on_a_stream_that_lives_are_made_up_for_by_the_next
         scene.docker.stop(&ends);
         scene.docker.mute(false);
         scene.agreed(INTERVAL + MOMENTS).await?;
+        scene.assert_never_missed(&always)
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_came_and_went_while_the_stream_was_cut_is_told() {
+    with_both(async |protocol| {
+        let (scene, always) = scene(protocol).await?;
+        // So that the agent knows from when on it must ask.
+        let before = scene.docker.run("before");
+        scene.agreed(SOON).await?;
+        scene.docker.cut();
+        let brief = scene.docker.run("brief");
+        scene.docker.stop(&brief);
+        scene.docker.stop(&before);
+        scene.agreed(SOON).await?;
+        let told = |known: &Agent| (known.starts_of(&brief), known.stops_of(&brief)) == (1, 1);
+        let seen = scene
+            .master
+            .wait_for("start and stop of what came and went", SOON, |_| scene.known().filter(told).map(drop));
+        seen.await?;
+        scene.assert_never_missed(&always)
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn while_docker_is_away_nothing_is_reported_as_complete() {
+    with_both(async |protocol| {
+        let (scene, always) = scene(protocol).await?;
+        scene.docker.down();
+        let says = |agent: &Agent| agent.heartbeats + agent.incomplete_reports;
+        // A report may be under way at this moment.
+        let before = scene
+            .master
+            .wait_for("a word that it does not know", SOON, |_| scene.known().filter(|agent| says(agent) > 0));
+        let before = before.await?;
+        let more = scene
+            .master
+            .wait_for("two more of them", SOON, |_| scene.known().filter(|agent| says(agent) >= says(&before) + 2));
+        let after = more.await?;
+        anyhow::ensure!(
+            after.complete_reports == before.complete_reports,
+            "what is not known was reported as complete"
+        );
+        scene.docker.up()?;
+        scene.more_reports(1).await?;
         scene.assert_never_missed(&always)
     })
     .await;

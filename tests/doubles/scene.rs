@@ -52,7 +52,14 @@ impl Scene {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (config, killed) = (self.config.clone(), CancellationToken::new());
         let end = killed.clone();
-        let run = async move { end.run_until_cancelled(dockflare_agent::run(config, CancellationToken::new())).await };
+        let run = async move {
+            end.run_until_cancelled(dockflare_agent::run(
+                config,
+                dockflare_agent::logging::Ring::default(),
+                CancellationToken::new(),
+            ))
+            .await
+        };
         self.life = Some(Life { killed, thread: std::thread::spawn(move || runtime.block_on(run)) });
         Ok(())
     }

@@ -200,7 +200,8 @@ async fn another_tunnel(protocol: Protocol) -> Result<()> {
     Ok(())
 }
 
-fn rules() -> Value {
+/// Rules of every kind, the more specific ones not first.
+pub(crate) fn rules() -> Value {
     let rule = |host: &str, path: &str, status: &str| json!({ "hostname": host, "path": path, "service": "http://web:80", "status": status });
     let mut with_origin = rule("a.example.com", "", "active");
     with_origin["no_tls_verify"] = json!(true);

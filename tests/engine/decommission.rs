@@ -7,7 +7,7 @@ use testkit::{AgentProcess, Case, wait_until};
 
 use crate::support::{SOON, Stage};
 
-mod own_container;
+pub(crate) mod own_container;
 
 pub(crate) fn cases() -> Vec<Case> {
     let mut cases = testkit::cases![

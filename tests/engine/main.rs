@@ -4,6 +4,7 @@
 mod support;
 
 mod causes;
+mod check;
 mod containers;
 mod containers_commands;
 mod containers_scene;
@@ -12,6 +13,8 @@ mod daemon;
 mod decommission;
 mod events;
 mod neighbours;
+mod newcomer;
+mod payloads;
 mod proxy;
 mod pull;
 mod replacement;
@@ -25,6 +28,7 @@ fn main() -> std::process::ExitCode {
     let files = [
         story::cases(),
         causes::cases(),
+        check::cases(),
         containers::cases(),
         containers_commands::cases(),
         containers_status::cases(),
@@ -32,6 +36,8 @@ fn main() -> std::process::ExitCode {
         events::cases(),
         decommission::cases(),
         neighbours::cases(),
+        newcomer::cases(),
+        payloads::cases(),
         proxy::cases(),
         pull::cases(),
         replacement::cases(),

@@ -17,9 +17,9 @@ use crate::desk::{Desk, stop};
 use crate::support::SOON;
 
 /// An authority, and the end of TLS before a master, which shows a certificate that can be changed.
-struct Front {
-    authority: CertifiedIssuer<'static, KeyPair>,
-    port: u16,
+pub(crate) struct Front {
+    pub(crate) authority: CertifiedIssuer<'static, KeyPair>,
+    pub(crate) port: u16,
     shown: watch::Sender<Arc<ServerConfig>>,
     /// How many connections came.
     knocks: watch::Receiver<u32>,
@@ -28,16 +28,16 @@ struct Front {
 
 /// For whom and when a certificate is good.
 #[derive(Clone, Copy)]
-struct Good {
-    name: &'static str,
-    from: i32,
-    until: i32,
+pub(crate) struct Good {
+    pub(crate) name: &'static str,
+    pub(crate) from: i32,
+    pub(crate) until: i32,
 }
 
-const NOW: Good = Good { name: "localhost", from: 2000, until: 4000 };
+pub(crate) const NOW: Good = Good { name: "localhost", from: 2000, until: 4000 };
 
 impl Front {
-    async fn start(master: &DevMaster, shows: Good) -> Self {
+    pub(crate) async fn start(master: &DevMaster, shows: Good) -> Self {
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         // Two authorities of one name are taken for one whose signatures are wrong.
         params.distinguished_name.push(DnType::CommonName, format!("authority {}", master.address()));
@@ -63,6 +63,11 @@ impl Front {
         self.shown.send_replace(config(&self.authority, good));
     }
 
+    /// Shows a certificate that is good until the beginning of this day.
+    pub(crate) fn show_until(&self, day: (i32, u8, u8)) {
+        self.shown.send_replace(config_until(&self.authority, NOW, day));
+    }
+
     fn knocks(&self) -> u32 {
         *self.knocks.borrow()
     }
@@ -81,9 +86,17 @@ async fn serve(acceptor: TlsAcceptor, client: TcpStream, behind: SocketAddr) -> 
 }
 
 fn config(authority: &CertifiedIssuer<'static, KeyPair>, good: Good) -> Arc<ServerConfig> {
+    config_until(authority, good, (good.until, 1, 1))
+}
+
+fn config_until(
+    authority: &CertifiedIssuer<'static, KeyPair>,
+    good: Good,
+    (year, month, day): (i32, u8, u8),
+) -> Arc<ServerConfig> {
     let mut params = CertificateParams::new([good.name.to_owned()]).unwrap();
     params.not_before = date_time_ymd(good.from, 1, 1);
-    params.not_after = date_time_ymd(good.until, 1, 1);
+    params.not_after = date_time_ymd(year, month, day);
     let key = KeyPair::generate().unwrap();
     let certificate = params.signed_by(&key, authority).unwrap();
     let provider = Arc::new(rustls::crypto::ring::default_provider());

@@ -275,13 +275,10 @@ async fn agents_whose_master_returns_do_not_all_come_at_once() {
     let first = master.wait_for("all to poll again", 2 * SOON, |_| first_polls()).await.unwrap();
     let mut waits: Vec<_> = first.into_values().collect();
     waits.sort_by(f64::total_cmp);
-    let longest = waits[MANY - 1];
-    assert!(longest > 1.0, "{waits:?}");
-    let mut tenths = [0; 10];
-    println!("{waits:.1?}");
-    waits.iter().for_each(|wait| tenths[((wait / longest * 10.0) as usize).min(9)] += 1);
-    assert!(tenths.iter().all(|count| *count <= MANY / 2), "{tenths:?} of {waits:?}");
-    // They poll each second, and so would all come within one if their waits were the same.
+    // They poll each second, and so would all come within one if their waits were the same. How evenly the waits are
+    // drawn is seen with a thousand of them, where they are drawn.
+    let busiest = waits.iter().map(|from| waits.iter().filter(|at| (*from..from + 1.0).contains(*at)).count()).max();
+    assert!(busiest.is_some_and(|busiest| busiest <= MANY * 3 / 4), "{waits:?}");
     let most = waits[MANY - 3] - waits[2];
     assert!(most > 2.0, "all but the first and last two come within {most:.1} s: {waits:?}");
     drop(agents);

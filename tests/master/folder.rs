@@ -39,7 +39,7 @@ async fn a_killed_agent_frees_the_folder_at_once_and_its_old_text_refuses_nobody
     let desk = Desk::new(Protocol::V2).await.unwrap();
     for round in 1..=20 {
         let mut agent = desk.agent().unwrap();
-        agent.wait_for_log("dockflare-agent starts", SOON).await.unwrap();
+        agent.wait_for_log("dockflare-agent runs", SOON).await.unwrap();
         let text = desk.file("agent.lock").unwrap();
         assert!(text.starts_with(&format!("pid {} on host ", agent.pid())), "round {round}: {text}");
         agent.sigkill().unwrap();

@@ -4,13 +4,17 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod bundle;
 mod certificates;
+mod check;
 mod counts;
 mod desk;
 mod folder;
 mod key;
 mod kills;
+mod monitoring;
 mod outages;
+mod pages;
 mod program;
 mod registration;
 mod secrets;

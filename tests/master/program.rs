@@ -1,4 +1,4 @@
-//! The program as such: arguments, exit codes, `.env`, the health page and its check.
+//! The program as such: arguments, exit codes, `.env`.
 
 use std::net::{Ipv4Addr, TcpListener};
 use std::process::ExitStatus;
@@ -7,11 +7,11 @@ use dockflare_dev_master::Protocol;
 use serde_json::{Value, json};
 use testkit::AgentProcess;
 
-use crate::desk::{Desk, stop};
+use crate::desk::Desk;
 use crate::support::{SOON, agent_binary};
 
 /// Runs the program to its end; gives its code and what it wrote.
-async fn run(args: &[&str], env: &[(&str, &str)]) -> (Option<i32>, String) {
+pub(crate) async fn run(args: &[&str], env: &[(&str, &str)]) -> (Option<i32>, String) {
     let folder = tempfile::tempdir().unwrap();
     let env: Vec<_> = env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
     let mut program = AgentProcess::spawn_with(&agent_binary(), args, &env, folder.path()).unwrap();
@@ -26,7 +26,14 @@ pub(crate) fn free_port() -> u16 {
 #[tokio::test]
 async fn help_and_version_end_with_0_and_a_bad_argument_with_64() {
     let (code, text) = run(&["--help"], &[]).await;
-    assert!(code == Some(0) && text.contains("healthcheck") && text.contains("64") && text.contains("73"), "{text}");
+    assert!(
+        code == Some(0)
+            && text.contains("healthcheck")
+            && text.contains("support-bundle")
+            && text.contains("64")
+            && text.contains("73"),
+        "{text}"
+    );
     let (code, text) = run(&["--version"], &[]).await;
     assert_eq!((code, &*text), (Some(0), concat!("dockflare-agent ", env!("CARGO_PKG_VERSION"))));
     for bad in [&["--no-such-option"][..], &["explode"], &["run", "twice"]] {
@@ -66,68 +73,6 @@ async fn a_data_folder_that_cannot_be_made_ends_with_73() {
 }
 
 #[tokio::test]
-async fn the_health_page_tells_what_is_and_the_check_asks_it() {
-    let mut desk = Desk::new(Protocol::V2).await.unwrap();
-    let port = free_port();
-    desk.set("HEALTH_CHECK_PORT", port.to_string());
-    let address = format!("127.0.0.1:{port}");
-    let check = async |port: &str| run(&["healthcheck"], &[("HEALTH_CHECK_PORT", port)]).await;
-
-    assert_eq!(check(&port.to_string()).await.0, Some(1), "nobody listens");
-    assert_eq!(check("no port").await.0, Some(1));
-    assert_eq!(check("0").await.0, Some(0), "switched off");
-
-    let mut agent = desk.agent().unwrap();
-    let known = desk.registered(1).await.unwrap();
-    desk.master.enroll(&known.id, "edge").unwrap();
-    agent.wait_for_log("command start_tunnel", SOON).await.unwrap();
-    let page = async || -> Value {
-        let answer = testkit::http::get(&address, "/health").await.unwrap();
-        assert_eq!(answer.status, 200);
-        serde_json::from_str(&answer.body).unwrap()
-    };
-    // The state is on disk and published by the time of the second look, if not of the first.
-    let seen = testkit::wait_until("the wish for a tunnel", SOON, async || {
-        Some(page().await).filter(|page| page["tunnel"]["desired_state"] == "running")
-    });
-    let seen = seen.await.unwrap();
-    let expected = json!({
-        "status": "degraded", "agent_id": known.id, "version": env!("CARGO_PKG_VERSION"),
-        "registered": true, "protocol": 2, "decommissioned": false, "containers": null,
-        "unreachable_containers": [], "other_connectors": [],
-        "threads": {"commands": true, "reports": true, "events": true, "neighbours": true, "tunnel": true},
-    });
-    for (key, value) in expected.as_object().unwrap() {
-        assert_eq!(&seen[key], value, "{key} of {seen:#}");
-    }
-    assert!(seen["problems"].as_array().is_some_and(|problems| !problems.is_empty()), "{seen:#}");
-    assert!(seen["uptime_seconds"].is_u64(), "{seen:#}");
-    assert_eq!(seen["master_connection"]["url"], format!("{}/", desk.master.url()));
-    assert!(seen["master_connection"]["seconds_since_contact"].is_u64(), "{seen:#}");
-    let tunnel = seen["tunnel"].as_object().unwrap();
-    for key in ["state", "reason", "name", "id", "container_running", "ready_connections", "version"] {
-        assert!(tunnel.contains_key(key), "{key} is not in {seen:#}");
-    }
-
-    assert_eq!(testkit::http::get(&address, "/other").await.unwrap().status, 404);
-    assert_eq!(testkit::http::post(&address, "/health", &json!({})).await.unwrap().status, 405);
-    let (code, text) = check(&port.to_string()).await;
-    assert!(code == Some(0) && text.contains("degraded"), "{code:?} {text}");
-    stop(&mut agent).await.unwrap();
-    assert_eq!(check(&port.to_string()).await.0, Some(1), "nobody listens any more");
-}
-
-#[tokio::test]
-async fn a_port_that_is_taken_is_a_bad_configuration() {
-    let mut desk = Desk::new(Protocol::V2).await.unwrap();
-    let taken = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
-    desk.set("HEALTH_CHECK_PORT", taken.local_addr().unwrap().port().to_string());
-    let mut agent = desk.agent().unwrap();
-    assert_eq!(agent.wait_exit(SOON).await.unwrap().code(), Some(64));
-    assert!(agent.log().contains("HEALTH_CHECK_PORT"));
-}
-
-#[tokio::test]
 async fn a_dotenv_in_the_working_folder_fills_what_is_unset_or_empty_and_nothing_else() {
     let mut desk = Desk::new(Protocol::V2).await.unwrap();
     let file = format!(
@@ -144,4 +89,30 @@ async fn a_dotenv_in_the_working_folder_fills_what_is_unset_or_empty_and_nothing
     let line = agent.wait_for_log("registered at the master", SOON).await.unwrap();
     assert!(line.starts_with('{'), "{line}");
     desk.assert_no_violations();
+}
+
+/// Names on which people's collectors rely.
+#[tokio::test]
+async fn the_log_as_json_has_the_fields_that_the_readme_names() {
+    let mut desk = Desk::new(Protocol::V2).await.unwrap();
+    desk.set("LOG_FORMAT", "json");
+    desk.set("LOG_LEVEL", "INFO");
+    let agent = desk.agent().unwrap();
+    let banner = agent.wait_for_log("dockflare-agent runs", SOON).await.unwrap();
+    let lines: Vec<Value> = agent.log().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    for line in &lines {
+        for key in ["timestamp", "level", "message"] {
+            assert!(line[key].is_string(), "{key} of {line}");
+        }
+        line["timestamp"].as_str().unwrap().parse::<jiff::Timestamp>().unwrap();
+    }
+    let banner: Value = serde_json::from_str(&banner).unwrap();
+    assert_eq!((&banner["level"], &banner["message"]), (&json!("INFO"), &json!("dockflare-agent runs")));
+    let fields = ["version", "id", "master", "protocol", "docker", "host", "network", "image"];
+    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
+    for field in ["timestamp", "level", "message"].into_iter().chain(fields) {
+        assert!(banner.get(field).is_some(), "{field} of {banner}");
+        assert!(readme.contains(&format!("`{field}`")), "{field} is not in the README");
+    }
+    assert_eq!(banner.as_object().unwrap().len(), 3 + fields.len(), "{banner}");
 }

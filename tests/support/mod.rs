@@ -9,6 +9,7 @@ use dockflare_dev_master::{Agent, DevMaster, Protocol};
 use proxies::Between;
 use testkit::{AgentProcess, Scope};
 
+pub(crate) mod checked;
 pub(crate) mod proxies;
 pub(crate) mod relay;
 

@@ -36,6 +36,8 @@ pub struct Request {
     pub code: Option<String>,
     /// Its body; null when there was none or it was not JSON.
     pub body: Value,
+    /// The names of the headers it carried, in lower case; their values are not kept.
+    pub headers: Vec<String>,
     /// The fault that acted on it.
     pub fault: Option<Fault>,
     /// The `CF-Access-Client-Id` it carried.
@@ -55,6 +57,7 @@ impl Request {
             status,
             code,
             body: call.body(),
+            headers: call.headers.clone(),
             fault: fault.cloned(),
             access_client_id: call.access.0.clone(),
             access_client_secret: call.access.1.is_some(),

@@ -139,6 +139,8 @@ pub(crate) struct Call {
     pub(crate) key: Option<String>,
     /// `CF-Access-Client-Id` and `CF-Access-Client-Secret`.
     pub(crate) access: (Option<String>, Option<String>),
+    /// The names of its headers.
+    pub(crate) headers: Vec<String>,
     /// Length of the body in bytes.
     pub(crate) length: usize,
     pub(crate) payload: Payload,

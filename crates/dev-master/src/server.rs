@@ -223,6 +223,7 @@ async fn read(settings: &Settings, request: hyper::Request<Incoming>) -> Result<
         target,
         key: text(&head.headers, AUTHORIZATION).and_then(|value| value.strip_prefix("Bearer ").map(str::to_owned)),
         access: (access("cf-access-client-id"), access("cf-access-client-secret")),
+        headers: head.headers.keys().map(ToString::to_string).collect(),
         length: body.len(),
         payload,
         path: path.to_owned(),

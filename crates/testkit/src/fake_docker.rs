@@ -63,6 +63,7 @@ struct Engine {
     told: i64,
     kept: VecDeque<(i64, Value)>,
     streams: Vec<Stream>,
+    subscriptions: u64,
     /// Streams that stay open and are told nothing.
     deaf: Vec<Stream>,
     is_mute: bool,
@@ -164,6 +165,12 @@ impl FakeDocker {
         let mut engine = self.engine();
         engine.streams.retain(|stream| !stream.lines.is_closed());
         engine.streams.len()
+    }
+
+    /// How many streams of events were ever asked for.
+    #[must_use]
+    pub fn subscriptions(&self) -> u64 {
+        self.engine().subscriptions
     }
 
     /// Cuts all streams of events.
@@ -446,6 +453,7 @@ impl Engine {
             drop(lines.send(Ok(line(event))));
         }
         self.streams.push(Stream { lines, filters });
+        self.subscriptions += 1;
         receiver
     }
 

@@ -17,10 +17,13 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
+/// The label by which an agent knows its own container.
+pub(crate) const AS_COMPOSE_SERVICE: &[(&str, &str)] = &[("com.docker.compose.service", "dockflare-agent")];
+
 /// An agent in a container of its own, and its master outside.
-struct Contained {
-    scope: Scope,
-    master: DevMaster,
+pub(crate) struct Contained {
+    pub(crate) scope: Scope,
+    pub(crate) master: DevMaster,
     id: String,
 }
 
@@ -32,7 +35,7 @@ async fn host_address(scope: &Scope, network: &str) -> Result<IpAddr> {
     Ok(gateway.parse()?)
 }
 
-async fn contained(labels: &[(&str, &str)]) -> Result<Contained> {
+pub(crate) async fn contained(labels: &[(&str, &str)]) -> Result<Contained> {
     let scope = Scope::new(testkit::docker()?);
     let (tunnel, network) = (scope.name("tunnel"), scope.name("net"));
     scope.create_network(&network).await?;
@@ -76,7 +79,7 @@ async fn contained(labels: &[(&str, &str)]) -> Result<Contained> {
 
 impl Contained {
     /// Its tunnel runs, and then it is told to leave.
-    async fn leaves(&self) -> Result<dockflare_dev_master::Decommission> {
+    pub(crate) async fn leaves(&self) -> Result<dockflare_dev_master::Decommission> {
         let master = &self.master;
         let agent = master.wait_for("the agent", SOON, |known| {
             known.only_agent().filter(|agent| agent.tunnel_state() == Some("running")).cloned()
@@ -92,7 +95,7 @@ impl Contained {
 }
 
 async fn an_agent_that_is_its_compose_service_stops_its_own_container_for_good() -> Result<()> {
-    let contained = contained(&[("com.docker.compose.service", "dockflare-agent")]).await?;
+    let contained = contained(AS_COMPOSE_SERVICE).await?;
     let done = contained.leaves().await?;
     let prepared = done.prepare_ack.context("no acknowledgement")?;
     assert_eq!(prepared["self_stop_capability"], "supported");

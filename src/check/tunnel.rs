@@ -1,0 +1,218 @@
+//! The tunnel container, and from there the way to each labelled container.
+
+use std::collections::BTreeMap;
+
+use super::docker::refused_or_failed;
+use super::{CONTAINERS, Section, TUNNEL};
+use crate::config::Config;
+use crate::docker::{Container, Docker, DockerError, Health, RunState};
+use crate::events::counted;
+use crate::health::{self, Glance, Readiness};
+use crate::labels::ENABLE_KEYS;
+use crate::neighbours::{self, Verdict};
+use crate::state::{DesiredState, Folder, TunnelId, TunnelState};
+
+/// More would be no list that a person can read.
+const MOST_CONTAINERS: usize = 200;
+
+pub(super) async fn look(docker: &Docker, config: &Config, folder: &Folder, to: &mut Section) {
+    to.begin(TUNNEL);
+    let wanted = assigned(folder, to);
+    let glance = health::glance(docker, &config.tunnel).await;
+    match &glance {
+        Err(error) => {
+            refused_or_failed("tunnel.container", "container", error, to);
+            to.skip("tunnel.ready", "ready", "the container cannot be looked at");
+        }
+        Ok(glance) => container(config, glance.as_ref(), wanted.is_some(), to),
+    }
+    let serves =
+        matches!(&glance, Ok(Some(seen)) if !seen.foreign && seen.state == RunState::Running && seen.on_network);
+    let tunnel = wanted.and_then(|state| Some((state.id.as_ref()?, state.name.as_deref())));
+    ways(docker, config, tunnel, serves, to).await;
+}
+
+/// The tunnel that should run, by what the agent has stored.
+fn assigned<'a>(folder: &'a Folder, to: &mut Section) -> Option<&'a TunnelState> {
+    let (id, title) = ("tunnel.assigned", "assigned");
+    let state = match (&folder.tombstone, &folder.tunnel) {
+        (Ok(Some(_)), _) => {
+            to.skip(id, title, "this agent was decommissioned, no tunnel is wanted");
+            return None;
+        }
+        (_, Err(_)) => {
+            to.skip(id, title, "tunnel_state.json cannot be read");
+            return None;
+        }
+        (_, Ok(None)) => {
+            to.skip(id, title, "no tunnel is assigned: enrol the agent on the master's Agents page");
+            return None;
+        }
+        (_, Ok(Some(state))) => state,
+    };
+    let name = state.name.as_deref().or(state.id.as_ref().map(|id| id.0.as_str())).unwrap_or("without a name");
+    match (state.desired_state, &state.token) {
+        (DesiredState::Running, None) => {
+            let remedy = "enrol the agent on the master's Agents page";
+            to.fail(id, title, format!("{name} should run and has no token"), remedy);
+            return None;
+        }
+        (DesiredState::Running, Some(token)) => match token.claims() {
+            Ok(_) => to.pass(id, title, format!("{name}, and it should run")),
+            Err(problem) => {
+                let remedy = "enrol the agent again on the master's Agents page";
+                to.fail(id, title, format!("{name} should run, but {problem}"), remedy);
+            }
+        },
+        (DesiredState::Stopped, _) => {
+            to.skip(id, title, "no tunnel should run, says the master");
+            return None;
+        }
+        (DesiredState::Unknown, _) => {
+            to.skip(id, title, "no tunnel is assigned: enrol the agent on the master's Agents page");
+            return None;
+        }
+    }
+    Some(state)
+}
+
+fn container(config: &Config, glance: Option<&Glance>, wanted: bool, to: &mut Section) {
+    let (id, title) = ("tunnel.container", "container");
+    let (ready, ready_title) = ("tunnel.ready", "ready");
+    let name = &config.tunnel.container_name;
+    let Some(seen) = glance else {
+        if wanted {
+            let remedy = "start the agent, or see its log for why it does not start the tunnel";
+            to.fail(id, title, format!("{name} is not there, and should run"), remedy);
+        } else {
+            to.skip(id, title, format!("{name} is not there, and not wanted"));
+        }
+        return to.skip(ready, ready_title, "there is no container");
+    };
+    if seen.foreign {
+        let remedy = format!("remove it with docker rm {name}, or set TUNNEL_CONTAINER_NAME to another name");
+        to.fail(id, title, format!("{name} is not the agent's: its image is {}", seen.image), remedy);
+        return to.skip(ready, ready_title, "the container is not the agent's");
+    }
+    if seen.state != RunState::Running {
+        let state = match seen.state {
+            RunState::Restarting => format!("ends again and again, last with exit code {}", seen.exit_code),
+            RunState::Exited | RunState::Dead => format!("has ended, with exit code {}", seen.exit_code),
+            RunState::Paused => "is paused".to_owned(),
+            RunState::Created | RunState::Running => "was never started".to_owned(),
+        };
+        let detail = format!("{} {state}", seen.name);
+        if wanted {
+            to.fail(id, title, detail, not_ready_remedy(seen));
+        } else {
+            to.skip(id, title, format!("{detail}; it is not wanted"));
+        }
+        return to.skip(ready, ready_title, "the container does not run");
+    }
+    if seen.on_network {
+        let version = seen.version.as_deref().map(|version| format!(", cloudflared {version}")).unwrap_or_default();
+        to.pass(id, title, format!("{} runs{version}, image {}", seen.name, seen.image));
+    } else {
+        let detail = format!("{} runs, but not on the network {}", seen.name, config.tunnel.network);
+        to.fail(id, title, detail, "start the agent, or see its log for why it does not replace the container");
+    }
+    readiness(seen, to);
+}
+
+fn readiness(seen: &Glance, to: &mut Section) {
+    let (id, title) = ("tunnel.ready", "ready");
+    match (&seen.readiness, seen.health) {
+        (Readiness::Ready { connections, .. }, _) => {
+            to.pass(id, title, format!("{connections} connection(s) to Cloudflare"));
+        }
+        (Readiness::NotReady, _) | (Readiness::Silent, Some(Health::Unhealthy)) => {
+            let cause = seen.clue.map_or("has no connection to Cloudflare", |clue| clue.what());
+            to.fail(id, title, format!("the tunnel {cause}"), not_ready_remedy(seen));
+        }
+        (Readiness::Silent, Some(Health::Healthy)) => {
+            to.pass(id, title, "Docker's own check of it says so; cloudflared cannot be asked from here");
+        }
+        (Readiness::Silent, Some(Health::Starting)) => to.skip(id, title, "it was started just now"),
+        (Readiness::Silent, None) => {
+            to.skip(id, title, "cloudflared cannot be asked from here, and Docker does not check it");
+        }
+    }
+}
+
+fn not_ready_remedy(seen: &Glance) -> String {
+    match seen.clue {
+        Some(clue) => clue.next().to_owned(),
+        None => format!("see docker logs {}", seen.name),
+    }
+}
+
+async fn ways(
+    docker: &Docker,
+    config: &Config,
+    tunnel: Option<(&TunnelId, Option<&str>)>,
+    serves: bool,
+    to: &mut Section,
+) {
+    let looked = async {
+        let listed = docker.list_with_label_keys(&ENABLE_KEYS).await?;
+        let labelled: BTreeMap<_, _> = listed.into_iter().filter_map(counted).map(|c| (c.id.clone(), c)).collect();
+        let seen = neighbours::glance(docker, &config.tunnel, &labelled, tunnel).await?;
+        Ok::<_, DockerError>((labelled, seen))
+    };
+    let (labelled, seen) = match looked.await {
+        Ok(looked) => looked,
+        Err(error) => {
+            to.begin(CONTAINERS);
+            return refused_or_failed("containers", "labelled containers", &error, to);
+        }
+    };
+    if let (false, Some(_)) = (seen.rivals.is_empty(), tunnel) {
+        let names = seen.rivals.join(" ");
+        let detail = format!("another container runs a connector of the same tunnel: {names}");
+        to.warn("tunnel.alone", "no other connector", detail, format!("run: docker rm -f {names}"));
+    } else if tunnel.is_some() {
+        to.pass("tunnel.alone", "no other connector", "none on this host");
+    }
+    to.begin(CONTAINERS);
+    if labelled.is_empty() {
+        return to.skip("containers", "labelled containers", "none that runs has dockflare.enable=true");
+    }
+    let (most, more) = (labelled.values().take(MOST_CONTAINERS), labelled.len().saturating_sub(MOST_CONTAINERS));
+    for container in most {
+        let verdict = seen.ways.get(&container.name);
+        way(container, verdict, serves, config.tunnel.auto_connect, seen.problem.as_ref(), to);
+    }
+    if more > 0 {
+        to.skip("container", &format!("{more} more"), "the list ends here");
+    }
+}
+
+fn way(
+    container: &Container,
+    verdict: Option<&Verdict>,
+    serves: bool,
+    auto_connect: bool,
+    problem: Option<&DockerError>,
+    to: &mut Section,
+) {
+    let (id, title) = ("container", container.name.as_str());
+    match verdict {
+        Some(Verdict::Open { network, service }) => {
+            let service = service.as_deref().unwrap_or("it");
+            to.pass(id, title, format!("the tunnel reaches {service} on the network {network}"));
+        }
+        Some(Verdict::Unjudged) => to.skip(id, title, "nothing can be said of the way to it"),
+        Some(Verdict::Blocked { problem, connects: true, .. }) if auto_connect => {
+            let remedy = "nothing: the agent connects the tunnel to its network (AUTO_CONNECT_NETWORKS)";
+            to.warn(id, title, format!("not yet: {problem}"), remedy);
+        }
+        Some(Verdict::Blocked { problem, remedy, .. }) => {
+            to.fail(id, title, format!("the tunnel cannot reach it: {problem}"), remedy);
+        }
+        None if !serves => to.skip(id, title, "the tunnel container does not run on its network"),
+        None => match problem {
+            Some(error) => to.skip(id, title, format!("Docker {error}")),
+            None => to.skip(id, title, "it has ended by now"),
+        },
+    }
+}

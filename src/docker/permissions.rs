@@ -1,0 +1,344 @@
+//! What Docker, or a socket proxy before it, lets the agent do: asked call by call, without an effect.
+//!
+//! A call that reads is made as it is. A call that changes something names a container, network or image that there
+//! cannot be, or has a body that Docker refuses before it does anything: a JSON list where an object is due (read in
+//! Docker's source, tried on Engine 20.10). Docker says 400, 404, 500 or 503 to these and explains itself in JSON; a
+//! proxy or an authorisation plugin says 403. The client library reads away what tells the two apart, so these few
+//! requests are made without it.
+
+use std::time::Duration;
+
+use futures_util::{StreamExt, stream};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Bytes;
+use hyper::header::{CONTENT_TYPE, HOST, SERVER};
+use hyper::{Method, Request, client};
+use hyper_util::rt::TokioIo;
+use serde::Deserialize;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::time::timeout;
+
+use super::error::*;
+use super::{Docker, DockerError, Result};
+use crate::config::{DockerHost, ImageRef};
+
+/// For one of these requests: Docker refuses most of them without looking anything up.
+const LIMIT: Duration = Duration::from_secs(5);
+/// Docker asks the registry, which may be slow.
+const REGISTRY_LIMIT: Duration = Duration::from_secs(20);
+/// The longest of these answers is one container of a listing.
+const MAX_ANSWER_BYTES: usize = 1 << 20;
+/// Asked at the same time: few enough for a small proxy.
+const AT_ONCE: usize = 4;
+/// How the socket proxy of this project names itself in the header `Server`.
+pub(crate) const OWN_PROXY: &str = "dockflare-socket-proxy";
+
+/// What is known of the Engine.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Engine {
+    /// What `GET /version` says; `None` when it may not be asked.
+    pub(crate) version: Option<Version>,
+    /// Whether this project's own socket proxy stands before it, which lets through the agent's calls and no others.
+    pub(crate) own_proxy: bool,
+}
+
+/// `GET /version`, what of it helps.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub(crate) struct Version {
+    pub(crate) version: String,
+    pub(crate) api_version: String,
+    pub(crate) os: String,
+    pub(crate) arch: String,
+    pub(crate) kernel_version: String,
+}
+
+/// One call and whether it is let through.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Permission {
+    /// Short and stable.
+    pub(crate) id: &'static str,
+    /// What the call is for.
+    pub(crate) doing: &'static str,
+    /// The variables of the common socket proxy that open it.
+    pub(crate) grant: &'static str,
+    pub(crate) gate: Gate,
+}
+
+/// Whether a call is let through.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Gate {
+    Open,
+    /// A socket proxy or an authorisation plugin refuses it.
+    Closed,
+    /// It cannot be told; why.
+    Unclear(String),
+}
+
+/// Whether an image can be had from its registry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Registry {
+    Has,
+    /// It has not, or asks for a login; its words.
+    HasNot(String),
+    /// It cannot be reached from Docker; why.
+    Away(String),
+    /// Docker may not be asked.
+    Closed,
+}
+
+/// A request that has no effect; `{}` stands for a name that nothing has.
+struct Probe {
+    id: &'static str,
+    call: Call,
+    method: Method,
+    path: &'static str,
+    body: &'static str,
+}
+
+const fn probe(id: &'static str, call: Call, method: Method, path: &'static str, body: &'static str) -> Probe {
+    Probe { id, call, method, path, body }
+}
+
+/// No object: Docker refuses it before it knows what is asked for.
+const NOTHING: &str = "[]";
+
+static NEEDED: [Probe; 15] = [
+    probe("list", LIST, Method::GET, "/containers/json?limit=1", ""),
+    probe("inspect", INSPECT, Method::GET, "/containers/{}/json", ""),
+    probe("logs", LOGS, Method::GET, "/containers/{}/logs?stdout=true&tail=1", ""),
+    // The events of one second of 1970: none, and the stream ends at once.
+    probe("events", EVENTS, Method::GET, "/events?since=1&until=1", ""),
+    probe("create", CREATE, Method::POST, "/containers/create", NOTHING),
+    probe("start", START, Method::POST, "/containers/{}/start", ""),
+    probe("stop", STOP, Method::POST, "/containers/{}/stop", ""),
+    probe("restart", RESTART, Method::POST, "/containers/{}/restart", ""),
+    probe("rename", RENAME, Method::POST, "/containers/{}/rename?name={}", ""),
+    probe("remove", REMOVE, Method::DELETE, "/containers/{}", ""),
+    probe("network", NETWORK, Method::GET, "/networks/{}", ""),
+    probe("new_network", NEW_NETWORK, Method::POST, "/networks/create", NOTHING),
+    probe("connect", CONNECT, Method::POST, "/networks/{}/connect", r#"{"Container":"{}"}"#),
+    probe("image", IMAGE, Method::GET, "/images/{}/json", ""),
+    // Capitals are in no image's name.
+    probe("pull", PULL, Method::POST, "/images/create?fromImage=NOTHING&tag=none", ""),
+];
+
+/// What starts a program inside a container.
+static EXEC: Probe = probe("exec", INSPECT, Method::POST, "/exec/{}/start", r#"{"Detach":true}"#);
+
+/// Further parts of the API that the agent needs nothing of: the proxy's variable and a path that leads nowhere.
+const SURPLUS: [(&str, &str); 10] = [
+    ("BUILD", "/build/{}"),
+    ("COMMIT", "/commit/{}"),
+    ("CONFIGS", "/configs/{}"),
+    ("NODES", "/nodes/{}"),
+    ("PLUGINS", "/plugins/{}/json"),
+    ("SECRETS", "/secrets/{}"),
+    ("SERVICES", "/services/{}"),
+    ("SWARM", "/swarm/{}"),
+    ("SYSTEM", "/system/{}"),
+    ("VOLUMES", "/volumes/{}"),
+];
+
+/// An answer, as far as it is looked at.
+#[derive(Debug, Clone, Default)]
+struct Answer {
+    status: u16,
+    own_proxy: bool,
+    body: Bytes,
+}
+
+impl Answer {
+    /// What Docker says of a call that it does not carry out. A proxy's page is none.
+    fn message(&self) -> Option<String> {
+        #[derive(Deserialize)]
+        struct Said {
+            message: String,
+        }
+        Some(one_line(&serde_json::from_slice::<Said>(&self.body).ok()?.message))
+    }
+
+    fn gate(&self) -> Gate {
+        let said = self.message();
+        match (self.status, said) {
+            (200..=399, _) => Gate::Open,
+            // Docker itself says none of these to any of the probes.
+            (401 | 403 | 405, _) => Gate::Closed,
+            // Some proxies hide what they do not let through.
+            (404, None) => Gate::Closed,
+            (_, Some(_)) => Gate::Open,
+            (status, None) => Gate::Unclear(format!("it answered {status}")),
+        }
+    }
+}
+
+impl Docker {
+    /// Whether Docker answers, and what it says of itself. Any answer counts, a refusal too.
+    ///
+    /// # Errors
+    /// [`DockerError::Unreachable`] and [`DockerError::TimedOut`]; other answers than a version or a refusal.
+    pub(crate) async fn engine(&self) -> Result<Engine> {
+        let answer = self.ask(VERSION, LIMIT, Method::GET, "/version", "").await?;
+        let version = match answer.gate() {
+            Gate::Open => Some(serde_json::from_slice::<Version>(&answer.body).map_err(|_| DockerError::Failed {
+                call: VERSION,
+                message: "what answers there is not Docker".to_owned(),
+            })?),
+            Gate::Closed => None,
+            Gate::Unclear(problem) => return Err(DockerError::Unreachable { call: VERSION, problem }),
+        };
+        Ok(Engine { version, own_proxy: answer.own_proxy })
+    }
+
+    /// Tries each call that the agent makes, in the order of its life. Changes nothing.
+    pub(crate) async fn permissions(&self) -> Vec<Permission> {
+        let asked = NEEDED.iter().map(async |probe| {
+            let gate = self.gate(probe).await;
+            Permission { id: probe.id, doing: probe.call.doing, grant: probe.call.grant, gate }
+        });
+        stream::iter(asked).buffered(AT_ONCE).collect().await
+    }
+
+    /// Whether programs may be started inside containers, which the agent never does. Changes nothing.
+    pub(crate) async fn may_exec(&self) -> bool {
+        self.gate(&EXEC).await == Gate::Open
+    }
+
+    /// Variables of the common socket proxy for what is let through and not needed. Changes nothing.
+    ///
+    /// All of them means that there is no proxy.
+    pub(crate) async fn surplus(&self) -> Surplus {
+        let asked = SURPLUS.iter().map(async |(variable, path)| {
+            let gate = self.gate(&probe("surplus", INSPECT, Method::GET, path, "")).await;
+            (gate == Gate::Open).then_some(*variable)
+        });
+        let open: Vec<_> = stream::iter(asked).buffered(AT_ONCE).collect().await;
+        let variables: Vec<_> = open.into_iter().flatten().collect();
+        if variables.len() == SURPLUS.len() { Surplus::Everything } else { Surplus::Some(variables) }
+    }
+
+    /// Whether the image's registry has it, as Docker sees it. Nothing is pulled. Not one of the agent's calls, so
+    /// that a proxy may well refuse it.
+    ///
+    /// # Errors
+    /// As all calls.
+    pub(crate) async fn registry_has(&self, image: &ImageRef) -> Result<Registry> {
+        let path = format!("/distribution/{image}/json");
+        let answer = self.ask(IMAGE, REGISTRY_LIMIT, Method::GET, &path, "").await?;
+        let from_docker = answer.message().filter(|said| !answer.own_proxy && !said.contains("denied by plugin"));
+        Ok(match (answer.status, from_docker) {
+            (200, _) => Registry::Has,
+            (401 | 403 | 404, Some(said)) => Registry::HasNot(said),
+            (401..=405, None) => Registry::Closed,
+            (_, Some(said)) => Registry::Away(said),
+            (status, None) => Registry::Away(format!("Docker answered {status}")),
+        })
+    }
+
+    async fn gate(&self, probe: &Probe) -> Gate {
+        // No two alike, so that a proxy that remembers answers does not answer by itself.
+        let nothing = format!("dockflare-agent-check-{:016x}", fastrand::u64(..));
+        let fill = |text: &str| text.replace("{}", &nothing);
+        match self.ask(probe.call, LIMIT, probe.method.clone(), &fill(probe.path), &fill(probe.body)).await {
+            Ok(answer) => answer.gate(),
+            Err(DockerError::TimedOut { limit, .. }) => {
+                Gate::Unclear(format!("there was no answer within {} s", limit.as_secs()))
+            }
+            Err(error) => Gate::Unclear(format!("Docker {error}")),
+        }
+    }
+
+    /// One request on a connection of its own.
+    async fn ask(&self, call: Call, limit: Duration, method: Method, path: &str, body: &str) -> Result<Answer> {
+        let answered = timeout(limit, async {
+            let unreachable =
+                |error: &dyn std::error::Error| DockerError::Unreachable { call, problem: last_cause(error) };
+            match &self.host {
+                DockerHost::Unix(socket) => {
+                    let stream = UnixStream::connect(socket).await.map_err(|error| unreachable(&error))?;
+                    exchange(stream, "docker", method, path, body).await
+                }
+                DockerHost::Http(address) => {
+                    let stream = TcpStream::connect(address.as_str()).await.map_err(|error| unreachable(&error))?;
+                    exchange(stream, address, method, path, body).await
+                }
+            }
+            .map_err(|problem| DockerError::Unreachable { call, problem })
+        });
+        answered.await.unwrap_or(Err(DockerError::TimedOut { call, limit }))
+    }
+}
+
+/// What is let through besides what the agent needs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Surplus {
+    /// All that was asked for: nothing stands before Docker.
+    Everything,
+    /// What these variables of the common proxy open; none at best.
+    Some(Vec<&'static str>),
+}
+
+async fn exchange(
+    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    host: &str,
+    method: Method,
+    path: &str,
+    body: &str,
+) -> std::result::Result<Answer, String> {
+    let problem = |error: hyper::Error| last_cause(&error);
+    let (mut sender, connection) = client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(problem)?;
+    // It ends with the answer; what goes wrong with it is told by the answer that does not come.
+    let connection = tokio::spawn(connection);
+    let mut request = Request::builder().method(method).uri(path).header(HOST, host);
+    if !body.is_empty() {
+        request = request.header(CONTENT_TYPE, "application/json");
+    }
+    let request = request.body(Full::new(Bytes::from(body.to_owned()))).map_err(|error| error.to_string())?;
+    let response = sender.send_request(request).await.map_err(problem)?;
+    let status = response.status().as_u16();
+    let own_proxy = response.headers().get(SERVER).is_some_and(|server| server == OWN_PROXY);
+    let body = Limited::new(response.into_body(), MAX_ANSWER_BYTES).collect().await;
+    connection.abort();
+    let body = body.map_err(|error| format!("its answer could not be read to the end: {error}"))?;
+    Ok(Answer { status, own_proxy, body: body.to_bytes() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn docker_explains_itself_and_a_proxy_does_not() {
+        let answer = |status: u16, body: &'static str| Answer { status, own_proxy: false, body: body.into() };
+        let words = r#"{"message":"No such container: x"}"#;
+        let html = "<html><body><h1>403 Forbidden</h1></body></html>";
+        for (status, body, expected) in [
+            (200, "[]", Gate::Open),
+            (304, "", Gate::Open),
+            (404, words, Gate::Open),
+            (400, words, Gate::Open),
+            (500, words, Gate::Open),
+            (503, r#"{"message":"This node is not a swarm manager."}"#, Gate::Open),
+            (403, html, Gate::Closed),
+            (403, r#"{"message":"authorization denied by plugin x"}"#, Gate::Closed),
+            (405, "Method Not Allowed", Gate::Closed),
+            (401, "", Gate::Closed),
+            (404, "not found", Gate::Closed),
+            (502, html, Gate::Unclear("it answered 502".to_owned())),
+        ] {
+            assert_eq!(answer(status, body).gate(), expected, "{status} {body}");
+        }
+    }
+
+    #[test]
+    fn nothing_that_is_asked_could_have_an_effect() {
+        for probe in NEEDED.iter().chain([&EXEC]) {
+            let harmless = probe.method == Method::GET
+                || probe.path.contains("{}")
+                || probe.body == NOTHING
+                || probe.path.contains("fromImage=NOTHING&");
+            assert!(harmless, "{}", probe.id);
+        }
+    }
+}

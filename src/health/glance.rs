@@ -1,0 +1,81 @@
+//! One look at the tunnel container from outside the supervisor, for `dockflare-agent check`: what it is, and whether
+//! cloudflared in it is connected. Changes nothing and remembers nothing.
+
+use super::course;
+use super::look::{LAST_LINES, START_LINES, started};
+use super::plan::{self, Owner};
+use super::probe::{self, Probe, Readiness};
+use crate::cause::Cause;
+use crate::config::TunnelConfig;
+use crate::docker::{Docker, DockerError, Health, RunState};
+
+/// What was seen.
+#[derive(Debug)]
+pub(crate) struct Glance {
+    /// Its name: the tunnel's, or its successor's while that takes over.
+    pub(crate) name: String,
+    /// Whether it is somebody else's.
+    pub(crate) foreign: bool,
+    /// What it is doing.
+    pub(crate) state: RunState,
+    /// How it last ended.
+    pub(crate) exit_code: i64,
+    /// Whether it is on the tunnel's network.
+    pub(crate) on_network: bool,
+    /// The image it was created from.
+    pub(crate) image: String,
+    /// What cloudflared says.
+    pub(crate) readiness: Readiness,
+    /// What Docker's own check of it says.
+    pub(crate) health: Option<Health>,
+    /// cloudflared's version, where it tells.
+    pub(crate) version: Option<String>,
+    /// What its log speaks of, when it is not ready.
+    pub(crate) clue: Option<Cause>,
+}
+
+/// Looks at the container with the tunnel's name, or else at the successor's.
+///
+/// # Errors
+/// When Docker cannot be asked for the container; what else cannot be found out is left out.
+pub(crate) async fn glance(docker: &Docker, config: &TunnelConfig) -> Result<Option<Glance>, DockerError> {
+    let main = docker.inspect(&config.container_name).await?;
+    let found = match main {
+        Some(found) => found,
+        None => match docker.inspect(&config.successor_name()).await? {
+            Some(found) if plan::owner(&found) != Owner::Foreign => found,
+            _ => return Ok(None),
+        },
+    };
+    let foreign = plan::owner(&found) == Owner::Foreign;
+    let place = found.networks.get(&config.network).or_else(|| found.networks.values().next());
+    let address = place.map(|place| place.address.as_str());
+    let address = address.filter(|address| !foreign && found.state == RunState::Running && !address.is_empty());
+    let (mut readiness, mut version, mut clue) = (Readiness::Silent, None, None);
+    if let (Some(address), Ok(probe)) = (address, Probe::new()) {
+        readiness = probe.readiness(address).await;
+        if readiness != Readiness::Silent {
+            version = probe.facts(address).await.version;
+        }
+    }
+    if !foreign && !matches!(readiness, Readiness::Ready { .. }) {
+        let lines = docker.log_tail(&found.id, started(&found), LAST_LINES).await.unwrap_or_default();
+        clue = course::clue(&lines, config.only_quic());
+    }
+    if !foreign && version.is_none() {
+        let lines = docker.log_start(&found.id, started(&found), START_LINES).await.unwrap_or_default();
+        version = probe::version_in_log(&lines);
+    }
+    Ok(Some(Glance {
+        foreign,
+        state: found.state,
+        exit_code: found.exit_code,
+        on_network: found.networks.contains_key(&config.network),
+        readiness,
+        health: found.health,
+        version,
+        clue,
+        name: found.name,
+        image: found.image,
+    }))
+}

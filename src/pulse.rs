@@ -1,0 +1,151 @@
+//! Whether each task is still at work, for the health page.
+//!
+//! A task that waits for something does so with a time limit, and while it waits for long it shows itself every
+//! 30 s. So one whose turn has not come for longer than three minutes hangs: it waits for a lock, a channel or a
+//! disk that will not come back. That is found out from outside, by noting when the runtime last gave it its turn.
+
+use std::future::{Future, poll_fn};
+use std::pin::pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
+/// A task that waits for longer shows itself at least this often.
+pub(crate) const BEAT: Duration = Duration::from_secs(30);
+
+/// The longest time for which a task may wait in one piece. The longest limit of a single wait is that of a pull from
+/// which nothing comes, 120 s; a request to the master has 90 s, a stop of a container 95 s.
+const DEADLINE: Duration = Duration::from_secs(180);
+
+/// When a task was last at work.
+#[derive(Debug, Clone)]
+pub struct Pulse {
+    /// Name of the task.
+    pub name: &'static str,
+    last: Arc<Mutex<Last>>,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Last {
+    Turn(Instant),
+    Ended,
+}
+
+/// What the pulse of a task says of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Life {
+    /// It does its work.
+    AtWork,
+    /// Its turn has not come for so long, which is more than it should ever be.
+    Hangs(Duration),
+    /// It came to its end.
+    Ended,
+}
+
+impl Pulse {
+    /// For a task that has not begun.
+    pub(crate) fn new(name: &'static str) -> Self {
+        Self { name, last: Arc::new(Mutex::new(Last::Turn(Instant::now()))) }
+    }
+
+    /// How the task is.
+    pub fn life(&self) -> Life {
+        let last = *self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        match last {
+            Last::Ended => Life::Ended,
+            Last::Turn(at) if at.elapsed() > DEADLINE => Life::Hangs(at.elapsed()),
+            Last::Turn(_) => Life::AtWork,
+        }
+    }
+
+    /// Does `work` and notes each of its turns.
+    pub(crate) async fn watch<T>(self, work: impl Future<Output = T>) -> T {
+        // Also when it panics or is dropped.
+        let ended = Ended(self.last.clone());
+        let mut work = pin!(work);
+        poll_fn(|context| {
+            ended.note(Last::Turn(Instant::now()));
+            work.as_mut().poll(context)
+        })
+        .await
+    }
+}
+
+/// Notes the end of a task, however it comes.
+struct Ended(Arc<Mutex<Last>>);
+
+impl Ended {
+    fn note(&self, last: Last) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = last;
+    }
+}
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.note(Last::Ended);
+    }
+}
+
+/// Waits for so long, and shows every [`BEAT`] that nothing hangs. Cancel-safe, like a sleep.
+pub(crate) async fn rest(mut left: Duration) {
+    while !left.is_zero() {
+        let step = left.min(BEAT);
+        sleep(step).await;
+        left -= step;
+    }
+}
+
+/// Waits for something that others may keep for long, and shows every [`BEAT`] that nothing hangs.
+pub(crate) async fn rest_until<T>(mut something: impl Future<Output = T> + Unpin) -> T {
+    loop {
+        tokio::select! {
+            biased;
+            it = &mut something => return it,
+            () = sleep(BEAT) => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+
+    use super::*;
+
+    async fn after(seconds: u64, work: impl Future<Output = ()> + Send + 'static) -> Life {
+        let pulse = Pulse::new("test");
+        tokio::spawn(pulse.clone().watch(work));
+        sleep(Duration::from_secs(seconds)).await;
+        pulse.life()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_task_that_rests_is_at_work_and_one_that_waits_in_vain_hangs() {
+        assert_eq!(after(3000, rest(Duration::from_secs(7200))).await, Life::AtWork);
+        assert_eq!(after(3000, rest_until(Box::pin(pending()))).await, Life::AtWork);
+        assert_eq!(after(170, pending()).await, Life::AtWork);
+        assert_eq!(after(200, pending()).await, Life::Hangs(Duration::from_secs(200)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_task_that_returns_is_dropped_or_panics_has_ended() {
+        assert_eq!(after(100, async {}).await, Life::Ended);
+        assert_eq!(after(100, async { panic!("a mistake") }).await, Life::Ended);
+        let pulse = Pulse::new("test");
+        let task = tokio::spawn(pulse.clone().watch(pending::<()>()));
+        sleep(Duration::from_secs(1)).await;
+        task.abort();
+        let _ = task.await;
+        assert_eq!(pulse.life(), Life::Ended);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_rest_is_as_long_as_it_was_asked_to_be() {
+        for seconds in [0, 1, 30, 31, 3600] {
+            let began = Instant::now();
+            rest(Duration::from_secs(seconds)).await;
+            assert_eq!(began.elapsed(), Duration::from_secs(seconds));
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! Reading the folder without taking it: beside the agent that has it, or before one starts. Writes nothing, sets
+//! nothing aside, locks nothing.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use nix::sys::statvfs::statvfs;
+use nix::unistd::{AccessFlags, access};
+
+use super::{AGENT_ID, AgentId, TOMBSTONE, TUNNEL, Tombstone, TunnelState, Unread, document, lock, own_uid, remedy};
+use super::{parse_id, parse_json, parse_tombstone};
+
+/// What could be seen of the folder.
+#[derive(Debug)]
+pub(crate) struct Folder {
+    /// Whether it is there; a missing one is made at the start of an agent.
+    pub(crate) exists: bool,
+    /// Whether an agent that runs as this user could write there.
+    pub(crate) writable: Result<(), Unusable>,
+    /// Bytes that are free for this user, and whether a further file could be made.
+    pub(crate) free: Option<(u64, bool)>,
+    /// What the agent that holds the folder wrote of itself, as far as its lock can be seen from here: from within
+    /// the same container or on the host, not from another container.
+    pub(crate) holder: Option<String>,
+    /// `agent_id.txt`, or what is wrong with it.
+    pub(crate) agent_id: Result<Option<AgentId>, String>,
+    /// `tunnel_state.json`, likewise.
+    pub(crate) tunnel: Result<Option<TunnelState>, String>,
+    /// `decommission.json`, likewise.
+    pub(crate) tombstone: Result<Option<Tombstone>, String>,
+}
+
+/// Why the folder could not be used.
+#[derive(Debug)]
+pub(crate) struct Unusable {
+    /// What is the matter, without the folder's name.
+    pub(crate) problem: String,
+    /// What an operator can do.
+    pub(crate) remedy: String,
+}
+
+/// A file of the folder, from outside.
+#[derive(Debug, serde::Serialize)]
+pub(crate) struct FileFacts {
+    name: String,
+    bytes: u64,
+    /// Octal.
+    mode: String,
+    uid: u32,
+    gid: u32,
+    /// RFC 3339.
+    modified: String,
+}
+
+/// More than these are not the agent's.
+const MOST_FILES: usize = 100;
+
+/// Looks at the folder.
+pub(crate) fn peek(dir: &Path) -> Folder {
+    let exists = dir.exists();
+    // What is missing is made in the nearest folder that is there.
+    let place = dir.ancestors().find(|place| place.exists()).unwrap_or(dir);
+    let free = statvfs(place).ok().map(|disk| {
+        // The sizes of these differ between platforms.
+        #[allow(clippy::useless_conversion, clippy::unnecessary_cast)]
+        let bytes = (disk.blocks_available() as u64).saturating_mul(disk.fragment_size() as u64);
+        (bytes, disk.files() == 0 || disk.files_available() > 0)
+    });
+    Folder {
+        exists,
+        writable: writable(place, dir),
+        free,
+        holder: lock::seen_holder(dir),
+        agent_id: read(dir, AGENT_ID, parse_id),
+        tunnel: read(dir, TUNNEL, parse_json),
+        tombstone: read(dir, TOMBSTONE, parse_tombstone),
+    }
+}
+
+/// The files of the folder by name, never what is in them.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub(crate) fn files(dir: &Path) -> io::Result<Vec<FileFacts>> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(dir)?.take(MOST_FILES) {
+        let entry = entry?;
+        // Of a link the link itself, which says enough.
+        let Ok(facts) = entry.metadata() else { continue };
+        let modified = jiff::Timestamp::from_second(facts.mtime()).map(|at| at.to_string()).unwrap_or_default();
+        files.push(FileFacts {
+            name: entry.file_name().to_string_lossy().into_owned(),
+            bytes: facts.len(),
+            mode: format!("{:04o}", facts.mode() & 0o7777),
+            uid: facts.uid(),
+            gid: facts.gid(),
+            modified,
+        });
+    }
+    files.sort_by(|one, other| one.name.cmp(&other.name));
+    Ok(files)
+}
+
+fn writable(place: &Path, dir: &Path) -> Result<(), Unusable> {
+    let asked = match fs::metadata(place) {
+        Ok(facts) if !facts.is_dir() => Err(io::Error::from(io::ErrorKind::NotADirectory)),
+        Ok(_) => access(place, AccessFlags::R_OK | AccessFlags::W_OK | AccessFlags::X_OK).map_err(io::Error::from),
+        Err(error) => Err(error),
+    };
+    asked.map_err(|error| {
+        let uid = own_uid();
+        let owner = fs::metadata(place).map(|facts| format!(" (it belongs to uid {})", facts.uid()));
+        Unusable {
+            problem: format!("uid {uid} cannot write {}{}: {error}", place.display(), owner.unwrap_or_default()),
+            remedy: remedy(&error, uid, dir),
+        }
+    })
+}
+
+fn read<T>(dir: &Path, name: &str, parse: impl FnOnce(Vec<u8>) -> Result<T, String>) -> Result<Option<T>, String> {
+    document(&dir.join(name), parse).map_err(|unread| match unread {
+        Unread::Io(error) => format!("{name} cannot be read: {error}"),
+        Unread::Content(problem) => format!("{name} {problem}"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::state::Store;
+
+    fn content(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+        let entries = fs::read_dir(dir).unwrap().map(Result::unwrap);
+        entries.map(|e| (e.file_name().into_string().unwrap(), fs::read(e.path()).unwrap())).collect()
+    }
+
+    #[test]
+    fn a_look_changes_nothing_and_tells_what_is_wrong_without_the_content() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join(AGENT_ID), "agent-1\n").unwrap();
+        fs::write(dir.path().join(TUNNEL), r#"{"token": "s3cret", "#).unwrap();
+        fs::write(dir.path().join(TOMBSTONE), r#"{"schema_version": 7}"#).unwrap();
+        let before = content(dir.path());
+        let seen = peek(dir.path());
+        assert_eq!(seen.agent_id.unwrap().unwrap().as_str(), "agent-1");
+        let problem = seen.tunnel.unwrap_err();
+        assert!(problem.starts_with("tunnel_state.json is not JSON") && !problem.contains("s3cret"), "{problem}");
+        assert!(seen.tombstone.is_err());
+        assert!(seen.exists && seen.writable.is_ok() && seen.free.is_some_and(|(bytes, _)| bytes > 0));
+        assert_eq!(seen.holder, None);
+        assert_eq!(content(dir.path()), before);
+        assert_eq!(files(dir.path()).unwrap().len(), 3);
+    }
+
+    #[test]
+    fn the_holder_is_told_and_is_not_disturbed() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let holder = peek(dir.path()).holder.unwrap();
+        assert!(holder.starts_with(&format!("pid {} on host ", std::process::id())), "{holder}");
+        drop(store);
+        assert_eq!(peek(dir.path()).holder, None, "what it wrote is still there, its lock is not");
+    }
+
+    #[test]
+    fn a_folder_that_is_missing_is_judged_by_where_it_would_be_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let seen = peek(&dir.path().join("a/b"));
+        assert!(!seen.exists && seen.writable.is_ok());
+        fs::write(dir.path().join("file"), "").unwrap();
+        let seen = peek(&dir.path().join("file/b"));
+        let unusable = seen.writable.unwrap_err();
+        assert!(unusable.problem.contains("file") && !unusable.remedy.is_empty(), "{unusable:?}");
+        assert!(!dir.path().join("a").exists());
+    }
+}
