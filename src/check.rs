@@ -25,6 +25,7 @@ use serde_json::{Value, json};
 use tokio::time::timeout;
 
 use crate::config::{Config, ConfigErrors, Loaded};
+use crate::docker::DockerError;
 use crate::state;
 
 mod docker;
@@ -131,6 +132,14 @@ impl Section {
 
     fn warn(&mut self, id: &str, title: &str, detail: impl Into<String>, remedy: impl Into<String>) {
         self.add(id, title, Outcome::Warn, detail, Some(remedy.into()));
+    }
+
+    /// What a proxy refuses is told among its permissions, and here only as not tried.
+    fn refused_or_failed(&mut self, id: &str, title: &str, error: &DockerError) {
+        match error {
+            DockerError::Forbidden { .. } => self.skip(id, title, format!("Docker {error}")),
+            _ => self.fail(id, title, format!("Docker {error}"), error.advice()),
+        }
     }
 
     fn add(&mut self, id: &str, title: &str, outcome: Outcome, detail: impl Into<String>, remedy: Option<String>) {

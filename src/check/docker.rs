@@ -2,7 +2,7 @@
 
 use super::{CONTAINERS, DOCKER, Section, TUNNEL, tunnel};
 use crate::config::{Config, DockerHost};
-use crate::docker::{Docker, DockerError, Engine, Gate, Registry, Surplus};
+use crate::docker::{Docker, Engine, Gate, Registry, Surplus};
 use crate::state::Folder;
 
 pub(super) async fn look(config: &Config, folder: &Folder, to: &mut Section) {
@@ -107,7 +107,7 @@ async fn image(docker: &Docker, config: &Config, to: &mut Section) {
     match docker.has_image(image).await {
         Ok(true) => return to.pass(id, title, format!("{image} is here")),
         Ok(false) => {}
-        Err(error) => return refused_or_failed(id, title, &error, to),
+        Err(error) => return to.refused_or_failed(id, title, &error),
     }
     let remedy = "check CLOUDFLARED_IMAGE and the host's way to the registry, or load the image with docker load";
     match docker.registry_has(image).await {
@@ -134,14 +134,6 @@ async fn network(docker: &Docker, config: &Config, may_create: bool, to: &mut Se
             let detail = format!("{network} is not here, and the agent may not make it");
             to.fail(id, title, detail, format!("run: docker network create {network}"));
         }
-        Err(error) => refused_or_failed(id, title, &error, to),
-    }
-}
-
-/// What a proxy refuses was told among the permissions.
-pub(super) fn refused_or_failed(id: &str, title: &str, error: &DockerError, to: &mut Section) {
-    match error {
-        DockerError::Forbidden { .. } => to.skip(id, title, format!("Docker {error}")),
-        _ => to.fail(id, title, format!("Docker {error}"), error.advice()),
+        Err(error) => to.refused_or_failed(id, title, &error),
     }
 }

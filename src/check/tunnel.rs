@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use super::docker::refused_or_failed;
 use super::{CONTAINERS, Section, TUNNEL};
 use crate::config::Config;
 use crate::docker::{Container, Docker, DockerError, Health, RunState};
@@ -21,7 +20,7 @@ pub(super) async fn look(docker: &Docker, config: &Config, folder: &Folder, to: 
     let glance = health::glance(docker, &config.tunnel).await;
     match &glance {
         Err(error) => {
-            refused_or_failed("tunnel.container", "container", error, to);
+            to.refused_or_failed("tunnel.container", "container", error);
             to.skip("tunnel.ready", "ready", "the container cannot be looked at");
         }
         Ok(glance) => container(config, glance.as_ref(), wanted.is_some(), to),
@@ -163,7 +162,7 @@ async fn ways(
         Ok(looked) => looked,
         Err(error) => {
             to.begin(CONTAINERS);
-            return refused_or_failed("containers", "labelled containers", &error, to);
+            return to.refused_or_failed("containers", "labelled containers", &error);
         }
     };
     if let (false, Some(_)) = (seen.rivals.is_empty(), tunnel) {

@@ -25,7 +25,7 @@ enum Kind {
 }
 
 /// All variables of the README's table, in its order.
-const SETTINGS: [(&str, Kind); 29] = {
+const SETTINGS: [(&str, Kind); 27] = {
     use Kind::{Address, Plain, Secret, SecretFile};
     [
         ("DOCKFLARE_MASTER_URL", Address(None)),
@@ -35,8 +35,6 @@ const SETTINGS: [(&str, Kind); 29] = {
         ("CF_ACCESS_CLIENT_SECRET", Secret),
         ("CF_ACCESS_CLIENT_SECRET_FILE", SecretFile),
         ("DOCKER_HOST", Address(Some("unix:///var/run/docker.sock"))),
-        ("SOCKET_PROXY_LISTEN", Plain(Some("unix:///run/dockflare/docker.sock"))),
-        ("SOCKET_PROXY_DOCKER_HOST", Address(Some("unix:///var/run/docker.sock"))),
         ("CLOUDFLARED_IMAGE", Plain(Some(DEFAULT_IMAGE))),
         ("CLOUDFLARED_NETWORK_NAME", Plain(Some("cloudflare-net"))),
         ("TUNNEL_CONTAINER_NAME", Plain(Some("dockflare-agent-tunnel"))),

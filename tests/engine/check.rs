@@ -7,13 +7,11 @@ use anyhow::{Context, Result, ensure};
 use dockflare_dev_master::Protocol;
 use serde_json::{Value, json};
 use testkit::bollard::query_parameters::{ListContainersOptions, ListImagesOptions};
-use testkit::{Case, Docker, Scope, Spec, wait_until};
+use testkit::{Case, Docker, PROXY_OPENS, Scope, Spec, wait_until};
 
 use crate::containers_scene::{COMMAND, Life, Tunnel, setting};
 use crate::proxy::without;
 use crate::support::checked::{Checked, run};
-use crate::support::proxies::NEEDED;
-use crate::support::relay::{Relay, Way};
 use crate::support::{SOON, Stage};
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -21,7 +19,6 @@ pub(crate) fn cases() -> Vec<Case> {
         each_variable_that_the_socket_proxy_lacks_is_named_at_each_call_that_needs_it,
         what_the_socket_proxy_lets_through_without_need_is_a_warning,
         a_check_leaves_docker_as_it_was,
-        the_projects_own_socket_proxy_is_not_asked_for_what_it_refuses,
         an_image_or_network_that_is_missing_is_told_with_what_becomes_of_it,
         a_running_tunnel_and_the_ways_from_it_are_seen_and_left_alone,
         a_container_that_is_not_the_agents_or_not_there_is_told,
@@ -72,8 +69,8 @@ async fn each_variable_that_the_socket_proxy_lacks_is_named_at_each_call_that_ne
 async fn what_the_socket_proxy_lets_through_without_need_is_a_warning() -> Result<()> {
     let mut stage = Stage::new(Protocol::V2).await?;
     let scope = Scope::new(testkit::docker()?);
-    let with = |more: &[(&'static str, &'static str)]| [&NEEDED[..], more].concat();
-    let narrow = scope.socket_proxy(&NEEDED).await?;
+    let with = |more: &[(&'static str, &'static str)]| [&PROXY_OPENS[..], more].concat();
+    let narrow = scope.socket_proxy(&PROXY_OPENS).await?;
     stage.set("DOCKER_HOST", narrow.host_url());
     let checked = check(&stage).await?;
     ensure!(refused(&checked).is_empty(), "{checked:?}");
@@ -125,7 +122,7 @@ async fn picture(docker: &Docker) -> Result<BTreeSet<String>> {
 async fn a_check_leaves_docker_as_it_was() -> Result<()> {
     let mut stage = Stage::new(Protocol::V2).await?;
     let scope = Scope::new(testkit::docker()?);
-    let proxy = scope.socket_proxy(&NEEDED).await?;
+    let proxy = scope.socket_proxy(&PROXY_OPENS).await?;
     stage.set("DOCKER_HOST", proxy.host_url());
     let before = picture(scope.docker()).await?;
     let checked = check(&stage).await?;
@@ -147,21 +144,6 @@ async fn a_check_leaves_docker_as_it_was() -> Result<()> {
         ensure!(status.is_some_and(|status| status >= 400), "{line}");
     }
     ensure!(log.lines().filter(changing).count() == 10, "{log}");
-    Ok(())
-}
-
-async fn the_projects_own_socket_proxy_is_not_asked_for_what_it_refuses() -> Result<()> {
-    const VERSION: &str = "HTTP/1.1 200 OK\r\nServer: dockflare-socket-proxy\r\nContent-Type: application/json\r\n\
-        Connection: close\r\n\r\n{\"Version\":\"20.10.24\",\"ApiVersion\":\"1.41\",\"Os\":\"linux\",\"Arch\":\"amd64\"}";
-    let mut stage = Stage::new(Protocol::V2).await?;
-    let relay = Relay::start(Way::Answer { line: "/version", with: VERSION }).await?;
-    stage.set("DOCKER_HOST", relay.host_url());
-    let checked = check(&stage).await?;
-    ensure!(checked.is("docker.version", "pass")?.contains("20.10.24, API 1.41"));
-    ensure!(checked.is("docker.proxy", "pass")?.contains("this project's own"));
-    ensure!(checked.findings("docker.may_create").is_empty() && checked.findings("docker.exec").is_empty());
-    checked.is("docker.image", "pass")?;
-    checked.is("docker.network", "pass")?;
     Ok(())
 }
 

@@ -3,9 +3,8 @@
 use anyhow::{Context, Result, ensure};
 use dockflare_dev_master::{Agent, Protocol};
 use testkit::bollard::query_parameters::{RemoveImageOptions, TagImageOptions};
-use testkit::{AgentProcess, Case, Proxy, Scope, case, images, wait_until};
+use testkit::{AgentProcess, Case, PROXY_OPENS, Proxy, Scope, case, images, wait_until};
 
-use crate::support::proxies::NEEDED;
 use crate::support::relay::{REFUSAL, Relay, Way};
 use crate::support::{SOON, Stage};
 
@@ -35,7 +34,7 @@ pub(crate) fn cases() -> Vec<Case> {
 
 /// All of it but this variable, which is forbidden.
 pub(crate) fn without(missing: &str) -> Vec<(&str, &str)> {
-    NEEDED.iter().map(|&(name, value)| (name, if name == missing { "0" } else { value })).collect()
+    PROXY_OPENS.iter().map(|&(name, value)| (name, if name == missing { "0" } else { value })).collect()
 }
 
 /// The container's id and the start of its present life.
@@ -72,7 +71,7 @@ async fn stops_with_its_tunnel(stage: &Stage, agent: &mut AgentProcess) -> Resul
 async fn from_enrolment_to_sigterm(protocol: Protocol) -> Result<()> {
     let mut stage = Stage::new(protocol).await?;
     let scope = Scope::new(testkit::docker()?);
-    let proxy = scope.socket_proxy(&NEEDED).await?;
+    let proxy = scope.socket_proxy(&PROXY_OPENS).await?;
     stage.set("DOCKER_HOST", proxy.host_url());
     let mut agent = stage.agent()?;
     let known = stage.enrolled_agent("edge").await?;
@@ -100,7 +99,7 @@ async fn until_it_is_set(variable: &str, needs: &str, protocol: Protocol) -> Res
     let mut stage = Stage::new(protocol).await?;
     let scope = Scope::new(testkit::docker()?);
     let narrow: Proxy = scope.socket_proxy(&without(variable)).await?;
-    let wide: Proxy = scope.socket_proxy(&NEEDED).await?;
+    let wide: Proxy = scope.socket_proxy(&PROXY_OPENS).await?;
     let relay = Relay::start(Way::Proxy(narrow.address().to_owned())).await?;
     stage.set("DOCKER_HOST", relay.host_url());
     let mut agent = stage.agent()?;
@@ -134,7 +133,7 @@ async fn the_log_names_images_when_the_image_is_missing_and_may_not_be_pulled() 
     stage.set("CLOUDFLARED_IMAGE", absent.clone());
     let scope = Scope::new(testkit::docker()?);
     let narrow = scope.socket_proxy(&without("IMAGES")).await?;
-    let wide = scope.socket_proxy(&NEEDED).await?;
+    let wide = scope.socket_proxy(&PROXY_OPENS).await?;
     let relay = Relay::start(Way::Proxy(narrow.address().to_owned())).await?;
     stage.set("DOCKER_HOST", relay.host_url());
     let mut agent = stage.agent()?;
@@ -174,7 +173,7 @@ async fn a_network_that_may_not_be_made_is_asked_for_with_the_command() -> Resul
 async fn a_proxy_that_dies_does_not_touch_the_tunnel() -> Result<()> {
     let mut stage = Stage::new(Protocol::V2).await?;
     let scope = Scope::new(testkit::docker()?);
-    let proxy = scope.socket_proxy(&NEEDED).await?;
+    let proxy = scope.socket_proxy(&PROXY_OPENS).await?;
     stage.set("DOCKER_HOST", proxy.host_url());
     let mut agent = stage.agent()?;
     stage.enrolled_agent("edge").await?;

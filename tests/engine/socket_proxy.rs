@@ -5,11 +5,12 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use dockflare_dev_master::Protocol;
 use serde_json::{Value, json};
-use testkit::{Case, Scope, Spec, images};
+use testkit::{AgentProcess, Case, Scope, Spec, images};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
 use crate::containers_scene::{SPEC_LABEL, Tunnel};
+use crate::support::checked::Checked;
 use crate::support::proxies::SocketProxy;
 use crate::support::{SOON, Stage, agent_binary};
 
@@ -24,6 +25,8 @@ pub(crate) fn cases() -> Vec<Case> {
         the_hardening_is_forced_whatever_the_client_sent,
         a_proxy_that_was_killed_is_followed_by_one_at_the_same_address,
         a_connector_of_the_same_tunnel_is_shown_without_its_secret,
+        an_agent_reaches_a_proxy_that_listens_on_tcp_which_says_what_that_means,
+        a_check_behind_the_own_proxy_asks_for_nothing_that_it_refuses,
     ];
     cases.extend(deployed::cases());
     cases
@@ -81,6 +84,52 @@ async fn create_body(stage: &Stage) -> Result<Value> {
             "CapDrop": ["ALL"], "SecurityOpt": ["no-new-privileges:true"], "ReadonlyRootfs": true, "PidsLimit": 512,
         },
     }))
+}
+
+/// The settings of a proxy on a free port of this host, and its address.
+fn on_tcp(stage: &Stage) -> Result<(Vec<(String, String)>, String)> {
+    let free = std::net::TcpListener::bind(("127.0.0.1", 0))?.local_addr()?;
+    let mut env = stage.env.clone();
+    env.push(("SOCKET_PROXY_LISTEN".to_owned(), format!("tcp://{free}")));
+    env.push(("SOCKET_PROXY_DOCKER_HOST".to_owned(), format!("unix://{}", testkit::socket_path())));
+    Ok((env, format!("tcp://{free}")))
+}
+
+async fn an_agent_reaches_a_proxy_that_listens_on_tcp_which_says_what_that_means() -> Result<()> {
+    let mut stage = Stage::new(Protocol::V2).await?;
+    let (env, url) = on_tcp(&stage)?;
+    let folder = tempfile::tempdir()?;
+    let mut proxy = AgentProcess::spawn_with(&agent_binary(), &["socket-proxy"], &env, folder.path())?;
+    proxy.plant(&stage.key);
+    let warning = proxy.wait_for_log("SOCKET_PROXY_LISTEN=tcp://", SOON).await?;
+    ensure!(warning.contains("WARN") && warning.contains("whoever reaches this address"), "{warning}");
+    stage.set("DOCKER_HOST", url);
+    let mut agent = stage.agent()?;
+    stage.enrolled_agent("edge").await?;
+    agent.wait_for_log("tunnel ready", SOON).await?;
+    let banner = agent.wait_for_log("dockflare-agent runs", SOON).await?;
+    ensure!(!banner.contains("docker=unknown"), "the version is let through: {banner}");
+    agent.sigterm()?;
+    ensure!(agent.wait_exit(SOON).await?.code() == Some(0));
+    ensure!(!proxy.log().contains("refused a request"), "{}", proxy.log());
+    proxy.sigterm()?;
+    ensure!(proxy.wait_exit(SOON).await?.code() == Some(0), "{}", proxy.log());
+    Ok(())
+}
+
+async fn a_check_behind_the_own_proxy_asks_for_nothing_that_it_refuses() -> Result<()> {
+    let mut stage = Stage::new(Protocol::V2).await?;
+    let proxy = SocketProxy::start(&stage.env, &[])?;
+    stage.set("DOCKER_HOST", proxy.host_url());
+    let _agent = stage.agent()?;
+    stage.enrolled_agent("edge").await?;
+    stage.tunnel_is("running").await?;
+    let checked = Checked::new(&stage.env, stage.data.path(), &[&stage.key]).await?;
+    ensure!(checked.is("docker.proxy", "pass")?.contains("this project's own"), "{:#}", checked.document);
+    ensure!(checked.is("docker.version", "pass")?.contains("linux/"), "{:#}", checked.document);
+    ensure!(checked.code == Some(0) && checked.ids("fail").is_empty(), "{:#}", checked.document);
+    ensure!(!proxy.process.log().contains("refused a request"), "{}", proxy.process.log());
+    Ok(())
 }
 
 /// All of the stage, and of what attacks would make, as far as nothing but an attack changes it.

@@ -59,7 +59,7 @@ impl Stage {
         ];
         let mut env = env.map(|(name, value)| (name.to_owned(), value)).to_vec();
         if Between::Haproxy == Between::chosen() {
-            let proxy = scope.socket_proxy(&proxies::NEEDED).await?;
+            let proxy = scope.socket_proxy(&testkit::PROXY_OPENS).await?;
             env.push(("DOCKER_HOST".to_owned(), proxy.host_url()));
         }
         Ok(Self { master, scope, data, key, env, tunnel, network, proxies: proxies::Proxies::default() })

@@ -32,17 +32,6 @@ impl Between {
     }
 }
 
-/// What the agent needs of a usual socket proxy, and no more.
-pub(crate) const NEEDED: [(&str, &str); 7] = [
-    ("CONTAINERS", "1"),
-    ("EVENTS", "1"),
-    ("NETWORKS", "1"),
-    ("IMAGES", "1"),
-    ("PING", "1"),
-    ("VERSION", "1"),
-    ("POST", "1"),
-];
-
 /// The settings that its policy comes from.
 const SETTINGS: [&str; 5] =
     ["CLOUDFLARED_IMAGE", "CLOUDFLARED_NETWORK_NAME", "TUNNEL_CONTAINER_NAME", "AUTO_CONNECT_NETWORKS", "LOG_LEVEL"];

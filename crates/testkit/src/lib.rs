@@ -72,7 +72,7 @@ pub use engine::{docker, engine, in_ci, socket_path, wait_until};
 pub use fake_docker::{FakeDocker, Listing};
 pub use files::Files;
 pub use images::{Images, images};
-pub use proxy::Proxy;
+pub use proxy::{PROXY_OPENS, Proxy};
 pub use runner::{Case, SWEPT, case, main, note};
 pub use rustix::process::Signal;
 pub use scope::Scope;

@@ -20,6 +20,17 @@ pub struct Proxy<'a> {
     address: String,
 }
 
+/// The variables of the usual socket proxies that open what the agent needs, and no more.
+pub const PROXY_OPENS: [(&str, &str); 7] = [
+    ("CONTAINERS", "1"),
+    ("EVENTS", "1"),
+    ("NETWORKS", "1"),
+    ("IMAGES", "1"),
+    ("PING", "1"),
+    ("VERSION", "1"),
+    ("POST", "1"),
+];
+
 impl Scope {
     /// Starts a socket proxy that opens what `env` says (`[("CONTAINERS", "1"), ("POST", "1")]`; pings,
     /// the version and events are open anyway), and waits until it answers.

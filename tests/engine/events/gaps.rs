@@ -102,14 +102,11 @@ async fn a_listing_that_fails_is_never_reported_as_complete(protocol: Protocol) 
     Ok(())
 }
 
-pub(super) const NEEDED: &[(&str, &str)] =
-    &[("CONTAINERS", "1"), ("EVENTS", "1"), ("NETWORKS", "1"), ("IMAGES", "1"), ("POST", "1")];
-
 async fn a_cut_stream_leaves_the_masters_picture_right(protocol: Protocol) -> Result<()> {
     let mut stage = Stage::new(protocol).await?;
     // A scope of its own: a proxy borrows the one it is in.
     let scope = testkit::Scope::new(testkit::docker()?);
-    let proxy = scope.socket_proxy(NEEDED).await?;
+    let proxy = scope.socket_proxy(&testkit::PROXY_OPENS).await?;
     stage.set("DOCKER_HOST", proxy.host_url());
     let run = async || stage.scope.run_workload(ENABLED, &[], None, false).await;
     let (stays, ends, restarts) = (run().await?, run().await?, run().await?);

@@ -9,7 +9,7 @@ use futures_util::future::try_join_all;
 use testkit::Case;
 use tokio::time::Instant;
 
-use super::gaps::{NEEDED, says_that_it_does_not_know};
+use super::gaps::says_that_it_does_not_know;
 use super::{ENABLED, watched, with_either_master};
 use crate::support::Stage;
 use crate::support::relay::{Relay, Way};
@@ -40,7 +40,7 @@ async fn a_proxy_that_comes_back_costs_two_seconds_at_most(protocol: Protocol) -
     let mut stage = Stage::new(protocol).await?;
     // A scope of its own: a proxy borrows the one it is in.
     let scope = testkit::Scope::new(testkit::docker()?);
-    let proxy = scope.socket_proxy(NEEDED).await?;
+    let proxy = scope.socket_proxy(&testkit::PROXY_OPENS).await?;
     stage.set("DOCKER_HOST", proxy.host_url());
     let run = async || stage.scope.run_workload(ENABLED, &[], None, false).await;
     let (always, ends) = (run().await?, run().await?);

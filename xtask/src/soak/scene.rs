@@ -16,16 +16,6 @@ use testkit::{AgentProcess, Proxy, Scope};
 use super::disk::Disk;
 use super::relay::{Behind, Relay};
 
-/// What the agent needs of a socket proxy.
-const PROXY_OPENS: [(&str, &str); 7] = [
-    ("CONTAINERS", "1"),
-    ("EVENTS", "1"),
-    ("NETWORKS", "1"),
-    ("IMAGES", "1"),
-    ("PING", "1"),
-    ("VERSION", "1"),
-    ("POST", "1"),
-];
 /// The label that tells a container of the agent's own.
 const SPEC_LABEL: &str = "com.dockflare.agent.spec";
 const WORKLOAD_LABELS: [(&str, &str); 2] =
@@ -80,7 +70,7 @@ impl<'a> Scene<'a> {
         let master = DevMaster::builder().protocol(protocol).account("soak-account").start().await?;
         let proxy_network = scope.name("soak-proxy");
         scope.create_network(&proxy_network).await?;
-        let proxy = match scope.socket_proxy_in(&PROXY_OPENS, Some(&proxy_network)).await {
+        let proxy = match scope.socket_proxy_in(&testkit::PROXY_OPENS, Some(&proxy_network)).await {
             Ok(proxy) => Some(proxy),
             Err(error) => {
                 println!("no socket proxy, the agent reaches Docker without one: {error:#}");
