@@ -149,6 +149,8 @@ async fn a_check_leaves_docker_as_it_was() -> Result<()> {
 
 async fn an_image_or_network_that_is_missing_is_told_with_what_becomes_of_it() -> Result<()> {
     let mut stage = Stage::new(Protocol::V2).await?;
+    // Whatever stands before the others: a proxy would not let the registry be asked.
+    stage.set("DOCKER_HOST", format!("unix://{}", testkit::socket_path()));
     ensure!(check(&stage).await?.is("docker.image", "pass")?.contains("is here"));
     let absent = format!("registry.invalid/absent-{}:1", stage.scope.suffix());
     stage.set("CLOUDFLARED_IMAGE", absent.clone());

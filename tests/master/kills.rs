@@ -307,6 +307,13 @@ impl Round {
         self.desk.master.clear_faults();
         let expected = self.files.after(&orders).without_rules();
         self.restarts += orders.iter().filter(|order| matches!(order, Order::Restart(_))).count() as u64;
+        // Two polls later the first reply is on disk and its rules are pushed: without them the files may look as they
+        // will before it has come.
+        let id = self.id.clone().unwrap();
+        let polls = |known: &dockflare_dev_master::Snapshot| known.agents[&id].polls;
+        let enough = polls(&self.desk.master.snapshot()) + 2;
+        let taken = self.desk.master.wait_for("two more polls", SOON, |known| (polls(known) >= enough).then_some(()));
+        taken.await.unwrap();
         let there = async || (Files::read(&self.desk) == expected).then_some(());
         testkit::wait_until("what was wanted to be on disk", SOON, there).await.unwrap();
         stop(&mut agent).await.unwrap();
