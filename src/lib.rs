@@ -40,7 +40,7 @@
 
 use std::error::Error;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinHandle};
@@ -189,13 +189,15 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
             config.report_interval,
             metrics.clone(),
         );
-        Task::spawn("events", async move { match stream.run().await {} })
+        // A listing may take 20 s.
+        Task::spawn("events", 60, async move { match stream.run().await {} })
     };
     let neighbours = {
         let inputs =
             neighbours::Inputs { inventory: inventory.clone(), view: view.clone(), wanted: wanted.clone(), wake: look };
         let neighbours = neighbours::Neighbours::new(docker.clone(), config.tunnel.clone(), inputs, ways_tx);
-        Task::spawn("neighbours", async move { match neighbours.run().await {} })
+        // So may each look at a container.
+        Task::spawn("neighbours", 60, async move { match neighbours.run().await {} })
     };
     let reports = {
         let announces_stop = config.tunnel.on_exit == OnExit::Remove;
@@ -208,7 +210,8 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
         };
         let reporter =
             reports::Reporter::new(master.clone(), registrar.clone(), inputs, config.report_interval, announces_stop);
-        Task::spawn("reports", reporter.run(shutdown.clone()))
+        // A request to the master may take 90 s.
+        Task::spawn("reports", 120, reporter.run(shutdown.clone()))
     };
     // The tunnel goes last: what the reporter has to say of it comes first.
     let last = CancellationToken::new();
@@ -217,14 +220,16 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
         let inputs = health::Inputs { wanted: wanted.clone(), ways: ways.clone(), wake };
         let supervisor = health::Supervisor::new(docker.clone(), made_of, own_name, inputs, view_tx, metrics.clone())
             .map_err(|error| refused(&error))?;
-        Task::spawn("tunnel", supervisor.run(last.clone()))
+        // A pull may stand still for 120 s, a stop take 95 s.
+        Task::spawn("tunnel", 150, supervisor.run(last.clone()))
     };
     let commands = {
         let disk = tunnels::OnDisk { store, state, tombstone };
         let (interval, image) = (config.poll_interval, config.tunnel.image.to_string());
         let links = tunnels::Links { wanted: wanted_tx, view: view.clone(), metrics };
         let poller = tunnels::Poller::new(master.clone(), registrar.clone(), disk, interval, image, links);
-        Task::spawn("commands", poller.run(shutdown.clone()))
+        // A request to the master may take 90 s, and a disk its time.
+        Task::spawn("commands", 150, poller.run(shutdown.clone()))
     };
     sources.tasks =
         [&commands.pulse, &reports.pulse, &events.pulse, &neighbours.pulse, &tunnel.pulse].map(Pulse::clone).to_vec();
@@ -290,8 +295,9 @@ struct Task<T> {
 }
 
 impl<T: Send + 'static> Task<T> {
-    fn spawn(name: &'static str, work: impl Future<Output = T> + Send + 'static) -> Self {
-        let pulse = Pulse::new(name);
+    /// `deadline` in seconds: the longest single wait of the task, and room for a busy machine.
+    fn spawn(name: &'static str, deadline: u64, work: impl Future<Output = T> + Send + 'static) -> Self {
+        let pulse = Pulse::new(name, Duration::from_secs(deadline));
         Self { handle: tokio::spawn(pulse.clone().watch(work)), pulse }
     }
 }

@@ -1,7 +1,7 @@
 //! Whether each task is still at work, for the health page.
 //!
 //! A task that waits for something does so with a time limit, and while it waits for long it shows itself every
-//! 30 s. So one whose turn has not come for longer than three minutes hangs: it waits for a lock, a channel or a
+//! 30 s. So one whose turn has not come for longer than its deadline hangs: it waits for a lock, a channel or a
 //! disk that will not come back. That is found out from outside, by noting when the runtime last gave it its turn.
 
 use std::future::{Future, poll_fn};
@@ -14,15 +14,12 @@ use tokio::time::{Instant, sleep};
 /// A task that waits for longer shows itself at least this often.
 pub(crate) const BEAT: Duration = Duration::from_secs(30);
 
-/// The longest time for which a task may wait in one piece. The longest limit of a single wait is that of a pull from
-/// which nothing comes, 120 s; a request to the master has 90 s, a stop of a container 95 s.
-const DEADLINE: Duration = Duration::from_secs(180);
-
 /// When a task was last at work.
 #[derive(Debug, Clone)]
 pub struct Pulse {
     /// Name of the task.
     pub name: &'static str,
+    deadline: Duration,
     last: Arc<Mutex<Last>>,
 }
 
@@ -44,9 +41,9 @@ pub enum Life {
 }
 
 impl Pulse {
-    /// For a task that has not begun.
-    pub(crate) fn new(name: &'static str) -> Self {
-        Self { name, last: Arc::new(Mutex::new(Last::Turn(Instant::now()))) }
+    /// For a task that has not begun. `deadline` is the longest time for which it may wait in one piece.
+    pub(crate) fn new(name: &'static str, deadline: Duration) -> Self {
+        Self { name, deadline, last: Arc::new(Mutex::new(Last::Turn(Instant::now()))) }
     }
 
     /// How the task is.
@@ -54,7 +51,7 @@ impl Pulse {
         let last = *self.last.lock().unwrap_or_else(PoisonError::into_inner);
         match last {
             Last::Ended => Life::Ended,
-            Last::Turn(at) if at.elapsed() > DEADLINE => Life::Hangs(at.elapsed()),
+            Last::Turn(at) if at.elapsed() > self.deadline => Life::Hangs(at.elapsed()),
             Last::Turn(_) => Life::AtWork,
         }
     }
@@ -114,7 +111,7 @@ mod tests {
     use super::*;
 
     async fn after(seconds: u64, work: impl Future<Output = ()> + Send + 'static) -> Life {
-        let pulse = Pulse::new("test");
+        let pulse = Pulse::new("test", Duration::from_secs(180));
         tokio::spawn(pulse.clone().watch(work));
         sleep(Duration::from_secs(seconds)).await;
         pulse.life()
@@ -132,7 +129,7 @@ mod tests {
     async fn a_task_that_returns_is_dropped_or_panics_has_ended() {
         assert_eq!(after(100, async {}).await, Life::Ended);
         assert_eq!(after(100, async { panic!("a mistake") }).await, Life::Ended);
-        let pulse = Pulse::new("test");
+        let pulse = Pulse::new("test", Duration::from_secs(180));
         let task = tokio::spawn(pulse.clone().watch(pending::<()>()));
         sleep(Duration::from_secs(1)).await;
         task.abort();

@@ -221,7 +221,7 @@ mod tests {
         let (code, health) = sources.health().await;
         assert_eq!((code, &health["status"]), (StatusCode::OK, &json!("degraded")), "{health}");
         assert_eq!(sources.live().await.0, StatusCode::OK);
-        let pulse = Pulse::new("events");
+        let pulse = Pulse::new("events", Duration::from_secs(180));
         let task = tokio::spawn(pulse.clone().watch(pending::<()>()));
         sources.tasks.push(pulse);
         for (seconds, is_alive) in [(120, true), (90, false)] {
