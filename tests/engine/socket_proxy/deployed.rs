@@ -65,6 +65,8 @@ async fn from_enrolment_to_decommission(protocol: Protocol) -> Result<()> {
     let (tunnel, network, api) = (scope.name("tunnel"), scope.name("net"), scope.name("docker-api"));
     scope.create_network(&network).await?;
     scope.create_volume(&api).await?;
+    // Before a container names it: one that Docker makes by itself has no label by which it is removed.
+    scope.create_volume(&scope.name("data")).await?;
     scope.owns_container(&tunnel);
     scope.owns_container(&format!("{tunnel}-next"));
     let found = scope.docker().inspect_network(&network, None).await?;
@@ -121,7 +123,6 @@ async fn from_enrolment_to_decommission(protocol: Protocol) -> Result<()> {
             ..Spec::default()
         })
         .await?;
-    scope.create_volume(&scope.name("data")).await?;
     let running = |what: &'static str| {
         master.wait_for(what, SOON, |known| {
             known.only_agent().filter(|agent| agent.tunnel_state() == Some("running")).cloned()
