@@ -251,6 +251,8 @@ impl Poller {
         let mut state = self.disk.state.clone();
         let mut tombstone = self.disk.tombstone.clone();
         let mut refusal = self.links.wanted.borrow().refusal.clone();
+        // Said once it is on disk: until then it could be lost.
+        let mut carried_out = Vec::new();
         for value in commands {
             let count = |outcome| {
                 self.links.metrics.command(value["action"].as_str().unwrap_or_default(), outcome);
@@ -282,39 +284,45 @@ impl Poller {
                     continue;
                 }
                 _ => {
-                    count(metrics::CARRIED_OUT);
                     commands::apply(&mut state, &command);
-                    info!(name = state.name.as_deref().unwrap_or("-"), "command {}", command.name());
                     if !matches!(command, Command::Ingress(_)) {
                         refusal = None;
                     }
+                    carried_out.push((command, state.name.clone()));
                     continue;
                 }
             };
             let (Command::Prepare(order) | Command::Finalize(order)) = &command else { continue };
             let (written, ack) = decommission::decide(tombstone.as_ref(), agent, state.id.as_ref(), order, phase);
-            count(if ack.conflict.is_some() { metrics::REFUSED } else { metrics::CARRIED_OUT });
-            match (&written, ack.conflict) {
-                (_, Some(code)) => warn!(operation = order.operation_id, code, "refusing {}", command.name()),
-                (Some(_), None) => warn!(
-                    operation = order.operation_id,
-                    "command {}: the tunnel stops and nothing more is reported",
-                    command.name()
-                ),
-                (None, None) => {}
-            }
-            if ack.conflict.is_none() {
+            if let Some(code) = ack.conflict {
+                count(metrics::REFUSED);
+                warn!(operation = order.operation_id, code, "refusing {}", command.name());
+            } else {
                 // The state again with a tombstone that was there: a crash may have come between the two.
                 tombstone = written.or(tombstone);
                 state.desired_state = DesiredState::Stopped;
                 if tombstone.as_ref().is_some_and(|tombstone| tombstone.phase == Phase::Finalized) {
                     state = state.forgotten();
                 }
+                carried_out.push((command, None));
             }
             self.timers.ack = Instant::now();
             self.ack = Some(ack);
         }
-        self.commit(state, tombstone, refusal, shutdown).await;
+        if !self.store(&state, tombstone.as_ref(), shutdown).await {
+            return;
+        }
+        for (command, tunnel) in carried_out {
+            let name = command.name();
+            self.links.metrics.command(name, metrics::CARRIED_OUT);
+            if let Command::Prepare(order) | Command::Finalize(order) = command {
+                let operation = order.operation_id;
+                warn!(operation, "command {name}: the tunnel stops and nothing more is reported");
+            } else {
+                info!(name = tunnel.as_deref().unwrap_or("-"), "command {name}");
+            }
+        }
+        self.publish(state, tombstone, refusal);
     }
 
     /// Looks once at what the master says at registration: on v1 the way back to a command that was lost.
@@ -331,14 +339,14 @@ impl Poller {
             Ok(None) => {}
             // Only that it is ours again.
             Ok(Some(state)) if self.disk.state.unclaimed && state.token == self.disk.state.token => {
-                self.commit(state, None, None, shutdown).await;
+                self.commit(state, None, shutdown).await;
             }
             Ok(Some(state)) => {
                 info!(
                     name = state.name.as_deref().unwrap_or("-"),
                     "the master has a tunnel for this agent that was not known here; starting it"
                 );
-                self.commit(state, None, None, shutdown).await;
+                self.commit(state, None, shutdown).await;
             }
             Err(refusal) => {
                 error!(
@@ -350,17 +358,23 @@ impl Poller {
         }
     }
 
-    /// Writes what changed, then publishes it. While the disk refuses this waits, since what comes next would be
-    /// lost as well; a shutdown ends the wait, and with it what is not on disk.
-    async fn commit(
+    /// Stores what changed, then tells the others.
+    async fn commit(&mut self, state: TunnelState, refusal: Option<Refusal>, shutdown: &CancellationToken) {
+        if self.store(&state, None, shutdown).await {
+            self.publish(state, None, refusal);
+        }
+    }
+
+    /// Stores what changed. While the disk refuses this waits, since what comes next would be lost as well; a
+    /// shutdown ends the wait, and with it what is not on disk. Returns whether it is.
+    async fn store(
         &mut self,
-        state: TunnelState,
-        tombstone: Option<Tombstone>,
-        refusal: Option<Refusal>,
+        state: &TunnelState,
+        tombstone: Option<&Tombstone>,
         shutdown: &CancellationToken,
-    ) {
+    ) -> bool {
         let mut backoff = Backoff::new(FIRST_WAIT, Duration::from_secs(15));
-        while let Err(error) = self.store_changes(&state, tombstone.as_ref()).await {
+        while let Err(error) = self.store_changes(state, tombstone).await {
             let problem = format!("refuses a command that the master has sent: {}", crate::error_chain(&error));
             self.timers.disk.failed(&problem, "the command is kept in memory and tried again, no further ones are fetched; make room or mend the permissions");
             self.links.wanted.send_if_modified(|wanted| wanted.unsaved.replace(problem.clone()) != Some(problem));
@@ -368,7 +382,7 @@ impl Poller {
                 error!(
                     "stopping with a command that could not be stored: redeploy the tunnel on the master's page after the start"
                 );
-                return;
+                return false;
             }
             tokio::select! {
                 () = shutdown.cancelled() => {}
@@ -376,6 +390,11 @@ impl Poller {
             }
         }
         self.timers.disk.ended();
+        true
+    }
+
+    /// Tells the others what is wanted, once it is on disk.
+    fn publish(&mut self, state: TunnelState, tombstone: Option<Tombstone>, refusal: Option<Refusal>) {
         self.disk.state = state;
         self.disk.tombstone = tombstone;
         let wanted = Wanted { refusal, ..Wanted::new(&self.disk.state, self.disk.tombstone.as_ref()) };

@@ -52,7 +52,7 @@ impl Poller {
         }
         let (state, refusal) =
             (TunnelState { unclaimed: true, ..state.clone() }, self.links.wanted.borrow().refusal.clone());
-        self.commit(state, None, refusal, shutdown).await;
+        self.commit(state, refusal, shutdown).await;
     }
 
     /// Forgets the tunnel when the other sign is there as well; the supervisor then removes its container.
@@ -69,6 +69,6 @@ impl Poller {
             name = state.name.as_deref().unwrap_or("-"),
             "Cloudflare refuses the tunnel and the master does not know this agent any more, so the host was removed: the connector is stopped and removed and the tunnel forgotten; enrol the agent on the master's Agents page to use it again"
         );
-        self.commit(state.forgotten(), None, None, shutdown).await;
+        self.commit(state.forgotten(), None, shutdown).await;
     }
 }
