@@ -1,19 +1,24 @@
-//! What the agent costs and how fast it is, on a real Docker Engine: `cargo bench --bench agent`.
+//! What the agent and its socket proxy cost and how fast they are, on a real Docker Engine: `cargo bench --bench agent`.
 //!
 //! Prints figures and asserts none, since they belong to the machine they were taken on.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use dockflare_dev_master::{DevMaster, Protocol, Request};
-use testkit::{AgentProcess, Scope};
+use testkit::bollard::API_DEFAULT_VERSION;
+use testkit::bollard::query_parameters::ListContainersOptions;
+use testkit::{AgentProcess, Docker, Scope, SocketProxy};
 
 const SOON: Duration = Duration::from_secs(60);
 /// Starts and stops that are timed.
 const ROUNDS: usize = 40;
 /// How long the idle agent is watched.
 const IDLE: Duration = Duration::from_secs(30);
+/// Containers in a listing, and how many listings are timed with the socket proxy and without.
+const LISTED: usize = 200;
+const LISTINGS: usize = 300;
 
 fn main() -> Result<()> {
     // Built for `cargo test --all-targets` as well, which must not take a minute for figures nobody reads.
@@ -43,7 +48,7 @@ async fn measure() -> Result<()> {
     scope.owns_container(&tunnel);
     scope.owns_network(&network);
     let program = Path::new(env!("CARGO_BIN_EXE_dockflare-agent"));
-    let env = [
+    let mut env = [
         ("DOCKFLARE_MASTER_URL", master.url()),
         ("DOCKFLARE_API_KEY", master.generate_key("bench")),
         ("DOCKFLARE_DATA_DIR", data.path().display().to_string()),
@@ -51,9 +56,13 @@ async fn measure() -> Result<()> {
         ("CLOUDFLARED_NETWORK_NAME", network),
         ("TUNNEL_CONTAINER_NAME", tunnel),
         ("HEALTH_CHECK_PORT", "0".to_owned()),
-    ];
+    ]
+    .map(|(name, value)| (name.to_owned(), value))
+    .to_vec();
+    let proxy = SocketProxy::start(program, &env)?;
+    env.push(("DOCKER_HOST".to_owned(), proxy.host_url()));
     let began = Instant::now();
-    let agent = AgentProcess::spawn(program, &env.map(|(name, value)| (name.to_owned(), value)), data.path())?;
+    let agent = AgentProcess::spawn(program, &env, data.path())?;
     let id = master.wait_for("registration", SOON, |known| Some(known.only_agent()?.id.clone())).await?;
     println!("start to registered         {:>8.1} ms", began.elapsed().as_secs_f64() * 1e3);
     master.enroll(&id, "bench")?;
@@ -67,26 +76,56 @@ async fn measure() -> Result<()> {
         delays.push(delay(&master, "container_stop", &container, delays.len()).await?);
         scope.start(&container).await?;
     }
-    delays.sort_by(f64::total_cmp);
-    let at = |share: f64| delays[((delays.len() - 1) as f64 * share) as usize];
-    println!(
-        "Docker's event to the master {:>7.1} ms median, {:.1} ms at 95 %, of {}",
-        at(0.5),
-        at(0.95),
-        delays.len()
-    );
+    println!("Docker's event to the master {}", spread(delays));
 
-    let before = cpu_seconds(agent.pid())?;
+    let pids = [("agent", agent.pid()), ("socket proxy", proxy.process().pid())];
+    let mut before = Vec::new();
+    for (_, pid) in pids {
+        before.push(cpu_seconds(pid)?);
+    }
     tokio::time::sleep(IDLE).await;
-    let spent = cpu_seconds(agent.pid())? - before;
-    println!(
-        "idle                        {:>8.2} % of one core over {} s",
-        spent / IDLE.as_secs_f64() * 100.0,
-        IDLE.as_secs()
-    );
-    println!("resident memory             {:>8.1} MB", status(agent.pid(), "VmRSS:")? / 1024.0);
-    println!("of it the program's own     {:>8.1} MB", status(agent.pid(), "RssAnon:")? / 1024.0);
+    for ((name, pid), before) in pids.into_iter().zip(before) {
+        let share = (cpu_seconds(pid)? - before) / IDLE.as_secs_f64() * 100.0;
+        println!("{name:<12} idle           {share:>8.2} % of one core over {} s", IDLE.as_secs());
+        print_memory(name, pid)?;
+    }
     println!("program                     {:>8.1} MB", std::fs::metadata(program)?.len() as f64 / 1e6);
+    listings(&scope, &proxy).await
+}
+
+/// One listing through the proxy and one past it, in turn.
+async fn listings(scope: &Scope, proxy: &SocketProxy) -> Result<()> {
+    for _ in 0..LISTED {
+        scope.run_workload(&[("dockflare.enable", "true")], &[], Some("none"), false).await?;
+    }
+    let through = proxy.path().display().to_string();
+    let past = testkit::socket_path();
+    let connect = |path: &str| Docker::connect_with_unix(path, SOON.as_secs(), API_DEFAULT_VERSION);
+    let ways = [connect(&past)?.negotiate_version().await?, connect(&through)?.negotiate_version().await?];
+    let mut took = [Vec::new(), Vec::new()];
+    for _ in 0..LISTINGS {
+        for (docker, took) in ways.iter().zip(&mut took) {
+            let began = Instant::now();
+            let listed = docker.list_containers(Some(ListContainersOptions::default())).await?;
+            took.push(began.elapsed().as_secs_f64() * 1e3);
+            ensure!(listed.len() >= LISTED, "{} containers are listed", listed.len());
+        }
+    }
+    let [past, through] = took;
+    println!("a listing of {LISTED}: Docker    {}", spread(past));
+    println!("through the socket proxy    {}", spread(through));
+    print_memory("socket proxy", proxy.process().pid())
+}
+
+fn spread(mut milliseconds: Vec<f64>) -> String {
+    milliseconds.sort_by(f64::total_cmp);
+    let at = |share: f64| milliseconds[((milliseconds.len() - 1) as f64 * share) as usize];
+    format!("{:>8.1} ms median, {:.1} ms at 95 %, of {}", at(0.5), at(0.95), milliseconds.len())
+}
+
+fn print_memory(name: &str, pid: u32) -> Result<()> {
+    let (all, own) = (status(pid, "VmRSS:")? / 1024.0, status(pid, "RssAnon:")? / 1024.0);
+    println!("{name:<12} resident       {all:>8.1} MB, of it its own {own:.1} MB");
     Ok(())
 }
 

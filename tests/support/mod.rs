@@ -6,8 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use dockflare_dev_master::{Agent, DevMaster, Protocol};
-use proxies::Between;
-use testkit::{AgentProcess, Scope};
+use testkit::{AgentProcess, Between, Scope};
 
 pub(crate) mod checked;
 pub(crate) mod proxies;
@@ -58,7 +57,7 @@ impl Stage {
             ("LOG_LEVEL", "DEBUG".to_owned()),
         ];
         let mut env = env.map(|(name, value)| (name.to_owned(), value)).to_vec();
-        if Between::Haproxy == Between::chosen() {
+        if proxies::chosen() == Between::Haproxy {
             let proxy = scope.socket_proxy(&testkit::PROXY_OPENS).await?;
             env.push(("DOCKER_HOST".to_owned(), proxy.host_url()));
         }
@@ -72,10 +71,10 @@ impl Stage {
     }
 
     /// Starts an agent. Its log must not show the agent key or a tunnel token, at whatever level. Unless the case has
-    /// set another way, the agent reaches Docker as [`Between`] says.
+    /// set another way, the agent reaches Docker as [`proxies::chosen`] says.
     pub(crate) fn agent(&self) -> Result<AgentProcess> {
         let mut env = self.env.clone();
-        if Between::Own == Between::chosen() && !env.iter().any(|(name, _)| name == "DOCKER_HOST") {
+        if proxies::chosen() == Between::Own && !env.iter().any(|(name, _)| name == "DOCKER_HOST") {
             env.push(("DOCKER_HOST".to_owned(), self.proxies.for_agent(&self.env, &self.key)?));
         }
         let mut agent = AgentProcess::spawn(&agent_binary(), &env, self.data.path())?;

@@ -1,9 +1,9 @@
 //! `cargo xtask soak`: the agent for minutes or hours, with a fault every few seconds; nothing may be lost.
 //!
-//! Real are the agent's process, the Docker Engine, the socket proxy where HAProxy is installed, and all containers.
-//! The development master runs in this process, and the tunnel is the stand-in for cloudflared. [`scene`] holds all
-//! of it, [`fault`] deals the faults, [`relay`] is the door to Docker, [`disk`] the data folder, and [`measure`]
-//! looks at the agent's process. Each minute ends with a calm in which all must come right again. Everything has
+//! Real are the agent's process, its socket proxy, the Docker Engine, and all containers. The development master runs
+//! in this process, and the tunnel is the stand-in for cloudflared. [`scene`] holds all of it, [`fault`] deals the
+//! faults, [`relay`] is the door to Docker and [`proxy`] what is behind it, [`disk`] the data folder, and [`measure`]
+//! looks at the processes. Each minute ends with a calm in which all must come right again. Everything has
 //! the test kit's labels and is removed at the end, also on Ctrl-C.
 
 use std::process::ExitCode;
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, ensure};
 use dockflare_dev_master::Protocol;
 use fastrand::Rng;
-use testkit::Scope;
+use testkit::{Between, Scope};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::demo::{UNAVAILABLE, engine};
@@ -20,11 +20,12 @@ use crate::demo::{UNAVAILABLE, engine};
 mod disk;
 mod fault;
 mod measure;
+mod proxy;
 mod relay;
 mod scene;
 
 use fault::{Faults, Kind};
-use measure::Sample;
+use measure::Watched;
 use scene::Scene;
 
 /// Between two looks at the invariants.
@@ -38,8 +39,6 @@ const SETTLE_LIMIT: Duration = Duration::from_secs(180);
 const SETTLED: Duration = Duration::from_secs(5);
 /// The agent's lines in a minute, with a fault every three seconds.
 const MOST_LINES_A_MINUTE: usize = 400;
-/// A process this young is not looked at: it has not done anything yet.
-const GROWN_UP: Duration = Duration::from_secs(5);
 /// In a soak this long, the middle third sees no end of the agent, so that one process lives long.
 const LONG_SOAK: u64 = 9;
 
@@ -54,6 +53,9 @@ pub(crate) struct Arguments {
     /// Which protocol the master speaks: v1 or v2
     #[arg(long, default_value = "v2")]
     protocol: Protocol,
+    /// What the agent reaches Docker through: own, its own socket proxy; haproxy, one like the usual ones; or none
+    #[arg(long, value_name = "PROXY", default_value = "own")]
+    docker_proxy: Between,
 }
 
 /// Soaks, and removes all it made.
@@ -112,14 +114,14 @@ async fn asked_to_stop() -> Result<String> {
 async fn soak(arguments: &Arguments, seed: u64) -> Result<String> {
     println!("soak: {} minute(s) with --seed {seed}, master {}; building first", arguments.minutes, arguments.protocol);
     let scope = Scope::new(testkit::docker()?);
-    let scene = Scene::new(&scope, arguments.protocol).await?;
+    let scene = Scene::new(&scope, arguments.protocol, arguments.docker_proxy).await?;
     let mut soak = Soak {
         scene,
         faults: Faults::new(seed),
         rng: Rng::with_seed(seed ^ 1),
         began: Instant::now(),
-        samples: Vec::new(),
-        life: (0, Instant::now()),
+        agent: Watched::default(),
+        proxy: Watched::default(),
         slowest: Duration::ZERO,
         most_lines: 0,
         calms: 0,
@@ -139,9 +141,9 @@ struct Soak<'a> {
     /// For what is no fault.
     rng: Rng,
     began: Instant,
-    samples: Vec<Sample>,
-    /// The agent's present process by its number, and since when it is known.
-    life: (u32, Instant),
+    agent: Watched,
+    /// The agent's own socket proxy, if there is one.
+    proxy: Watched,
     /// Until all was right again.
     slowest: Duration,
     most_lines: usize,
@@ -167,7 +169,16 @@ impl Soak<'_> {
             self.most_lines = self.most_lines.max(lines);
             ensure!(lines <= MOST_LINES_A_MINUTE, "the agent wrote {lines} lines in a minute");
         }
-        let (memory, descriptors) = measure::flat(&self.samples)?;
+        let (memory, descriptors) = measure::flat(&self.agent.samples).context("the agent")?;
+        let proxy = match self.proxy.samples.as_slice() {
+            [] => String::new(),
+            samples => {
+                let (memory, descriptors) = measure::flat(samples).context("the socket proxy")?;
+                let (first, last) = (memory.first / 1024.0, memory.last / 1024.0);
+                let (few, many) = (descriptors.first, descriptors.last);
+                format!(", its socket proxy {first:.1} then {last:.1} MiB and {few} then {many}")
+            }
+        };
         self.scene.stop_agent().await.context("at the end")?;
         let missing = self.faults.missing();
         if !missing.is_empty() {
@@ -175,7 +186,7 @@ impl Soak<'_> {
         }
         Ok(format!(
             "soak: {minutes} minutes, {} faults, {} kills, {} stops, {} calms (the slowest after {:.1} s), \
-             memory {:.1} then {:.1} MiB, descriptors {} then {}, at most {} lines a minute, ok",
+             memory {:.1} then {:.1} MiB, descriptors {} then {}{proxy}, at most {} lines a minute, ok",
             self.faults.total(),
             self.faults.of(Kind::AgentKilled),
             self.faults.of(Kind::AgentStopped),
@@ -258,11 +269,11 @@ impl Soak<'_> {
         let pid = self.scene.pid()?;
         let children = measure::children(pid);
         ensure!(children.is_empty(), "the agent has child processes: {}", children.join("; "));
-        if self.life.0 != self.scene.lives {
-            self.life = (self.scene.lives, Instant::now());
-        }
-        if self.life.1.elapsed() >= GROWN_UP {
-            self.samples.push(Sample::take(pid, self.began.elapsed(), self.life.0, calm)?);
+        let at = self.began.elapsed();
+        self.agent.look(pid, at, calm).context("the agent")?;
+        self.scene.proxy.refuses_nothing()?;
+        if let Some(pid) = self.scene.proxy.pid() {
+            self.proxy.look(pid, at, calm).context("the socket proxy")?;
         }
         Ok(())
     }

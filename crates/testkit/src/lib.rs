@@ -37,7 +37,7 @@
 //!
 //! [`main`], [`case`], [`cases!`] run tests · [`docker`], [`engine`], [`wait_until`] reach the engine ·
 //! [`Scope`] with [`Spec`] and [`Proxy`] makes containers, networks and volumes · [`images`] makes images from
-//! [`Files`] · [`FakeDocker`] is an engine that fails on demand ·
+//! [`Files`] · [`SocketProxy`] is the agent's own proxy as a process · [`FakeDocker`] is an engine that fails on demand ·
 //! [`binary`] builds the workspace's programs · [`AgentProcess`] runs one outside Docker ·
 //! [`token`], [`http`] talk to the `cloudflared` stand-in.
 #![allow(
@@ -60,6 +60,7 @@ mod process;
 mod proxy;
 mod runner;
 mod scope;
+mod socket_proxy;
 
 pub use agent::AgentProcess;
 pub use binaries::{binary, cargo, cargo_build, release_binary, workspace_root};
@@ -76,6 +77,7 @@ pub use proxy::{PROXY_OPENS, Proxy};
 pub use runner::{Case, SWEPT, case, main, note};
 pub use rustix::process::Signal;
 pub use scope::Scope;
+pub use socket_proxy::{Between, SocketProxy};
 
 /// A tunnel token that the stand-in obeys: `words` as in its table (`unready`,
 /// `ready-after=500 connections=2`); none for a tunnel in good health. Each call makes another one.

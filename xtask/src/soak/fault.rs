@@ -122,7 +122,7 @@ impl Faults {
         let busy = |organ: Organ| organ != Organ::None && self.lasting.iter().any(|(kind, _)| kind.organ() == organ);
         let fits = |kind: &Kind| {
             let possible = match kind {
-                ProxyKilled => scene.proxy.is_some(),
+                ProxyKilled => scene.proxy.can_be_killed(),
                 DiskRefuses => scene.disk.can_refuse(),
                 // One that starts on a disk that refuses says so and ends.
                 AgentKilled | AgentStopped => may_end_the_agent && !busy(Organ::Disk),
@@ -281,9 +281,7 @@ impl Faults {
             ProxyKilled => {
                 let lasts = self.seconds(1, 6);
                 say(scene, Some(lasts));
-                if let Some(proxy) = &scene.proxy {
-                    proxy.kill().await?;
-                }
+                scene.proxy.kill().await?;
                 return Ok(Some(lasts));
             }
             TunnelKilled | TunnelStopped | TunnelRemoved | TunnelCrashed => {
@@ -363,11 +361,7 @@ impl Faults {
                 }
             }
             DockerRefused | DockerSilent => scene.relay.turn(Door::Open),
-            ProxyKilled => {
-                if let Some(proxy) = &scene.proxy {
-                    proxy.restart().await?;
-                }
-            }
+            ProxyKilled => scene.proxy.restart().await?,
             // It may be another one by now, or none.
             TunnelPaused => drop(scene.scope.unpause(&tunnel).await),
             TunnelHung => drop(scene.scope.tell_stand_in(&tunnel, &json!({ "hang": Value::Null })).await),

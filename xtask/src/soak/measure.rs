@@ -1,4 +1,4 @@
-//! What the kernel says of the agent's process, and whether it stays the same.
+//! What the kernel says of a process, the agent's or its proxy's, and whether it stays the same.
 
 use std::fs;
 use std::time::Duration;
@@ -10,6 +10,8 @@ const MEMORY_SHARE: f64 = 0.25;
 const MEMORY_KIB: f64 = 3.0 * 1024.0;
 /// What open file descriptors may grow by: a connection more to the master and some to Docker.
 const DESCRIPTORS: f64 = 4.0;
+/// A process this young is not looked at: it has not done anything yet.
+const GROWN_UP: Duration = Duration::from_secs(5);
 /// A life this long is looked at for itself as well.
 const LONG_LIFE: Duration = Duration::from_secs(300);
 
@@ -18,8 +20,8 @@ const LONG_LIFE: Duration = Duration::from_secs(300);
 pub(crate) struct Sample {
     /// Since the beginning of the soak.
     pub(crate) at: Duration,
-    /// Counts the agent's processes.
-    pub(crate) life: u32,
+    /// The process.
+    pub(crate) pid: u32,
     pub(crate) memory_kib: u64,
     pub(crate) descriptors: usize,
     /// Whether nothing was wrong at that time.
@@ -27,12 +29,12 @@ pub(crate) struct Sample {
 }
 
 impl Sample {
-    pub(crate) fn take(pid: u32, at: Duration, life: u32, calm: bool) -> Result<Self> {
-        let status = fs::read_to_string(format!("/proc/{pid}/status")).context("the agent's process is gone")?;
+    pub(crate) fn take(pid: u32, at: Duration, calm: bool) -> Result<Self> {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).context("its process is gone")?;
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
         let memory_kib = line.trim().trim_end_matches(" kB").trim().parse().context("VmRSS")?;
         let descriptors = fs::read_dir(format!("/proc/{pid}/fd"))?.count();
-        Ok(Self { at, life, memory_kib, descriptors, calm })
+        Ok(Self { at, pid, memory_kib, descriptors, calm })
     }
 }
 
@@ -46,6 +48,29 @@ pub(crate) fn children(pid: u32) -> Vec<String> {
 /// The parent in a line of `/proc/<pid>/stat`: the second field is a name in brackets and may hold anything.
 fn parent(stat: &str) -> Option<u32> {
     stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+}
+
+/// A process that others may follow in its place, and what was seen of all of them.
+#[derive(Debug, Default)]
+pub(crate) struct Watched {
+    /// The present one, and when it was first seen.
+    present: Option<(u32, Duration)>,
+    pub(crate) samples: Vec<Sample>,
+}
+
+impl Watched {
+    /// Looks at the process of the moment, unless it is too young to have done anything.
+    pub(crate) fn look(&mut self, pid: u32, at: Duration, calm: bool) -> Result<()> {
+        let since = match self.present {
+            Some((known, since)) if known == pid => since,
+            _ => at,
+        };
+        self.present = Some((pid, since));
+        if at - since >= GROWN_UP {
+            self.samples.push(Sample::take(pid, at, calm)?);
+        }
+        Ok(())
+    }
 }
 
 /// The medians of the first and the last third.
@@ -76,36 +101,31 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
 
 /// Memory and descriptors over the whole soak, if neither grows; of each long life memory as well.
 pub(crate) fn flat(samples: &[Sample]) -> Result<(Trend, Trend)> {
-    let memory = |wanted: &dyn Fn(&Sample) -> bool| {
-        let values = samples.iter().filter(|sample| wanted(sample)).map(|sample| sample.memory_kib as f64);
-        Trend::of(values.collect())
-    };
+    let memory = |samples: &[Sample]| Trend::of(samples.iter().map(|sample| sample.memory_kib as f64).collect());
     let judge = |what: &str, trend: Trend| {
         let allowed = (trend.first * MEMORY_SHARE).max(MEMORY_KIB);
         ensure!(
             !trend.grows_by_more_than(allowed),
-            "the agent's memory grows {what}: {} KiB, then {} KiB",
+            "its memory grows {what}: {} KiB, then {} KiB",
             trend.first,
             trend.last
         );
         Ok(trend)
     };
-    let all = judge("over the soak", memory(&|_| true).context("too few looks at the agent's memory")?)?;
-    let lives = samples.last().map_or(0, |sample| sample.life);
-    for life in 0..=lives {
-        let mut times = samples.iter().filter(|sample| sample.life == life).map(|sample| sample.at);
-        let (Some(first), Some(last)) = (times.next(), times.next_back()) else { continue };
-        if last - first >= LONG_LIFE
-            && let Some(trend) = memory(&|sample| sample.life == life)
+    let all = judge("over the soak", memory(samples).context("too few looks at its memory")?)?;
+    for life in samples.chunk_by(|one, next| one.pid == next.pid) {
+        let (first, last) = (life[0], life[life.len() - 1]);
+        if last.at - first.at >= LONG_LIFE
+            && let Some(trend) = memory(life)
         {
-            judge(&format!("over its life {life}"), trend)?;
+            judge(&format!("as process {}", first.pid), trend)?;
         }
     }
     let calm = samples.iter().filter(|sample| sample.calm).map(|sample| sample.descriptors as f64);
-    let descriptors = Trend::of(calm.collect()).context("too few looks at the agent's descriptors")?;
+    let descriptors = Trend::of(calm.collect()).context("too few looks at its descriptors")?;
     ensure!(
         !descriptors.grows_by_more_than(DESCRIPTORS),
-        "the agent's open file descriptors grow: {}, then {}",
+        "its open file descriptors grow: {}, then {}",
         descriptors.first,
         descriptors.last
     );
@@ -119,7 +139,7 @@ mod tests {
     fn samples(memory: impl Fn(u64) -> u64, descriptors: impl Fn(u64) -> usize) -> Vec<Sample> {
         let sample = |second| Sample {
             at: Duration::from_secs(second),
-            life: 0,
+            pid: 1,
             memory_kib: memory(second),
             descriptors: descriptors(second),
             calm: second % 60 >= 50,
@@ -138,7 +158,7 @@ mod tests {
 
     #[test]
     fn this_process_can_be_looked_at() {
-        let sample = Sample::take(std::process::id(), Duration::ZERO, 0, true).unwrap();
+        let sample = Sample::take(std::process::id(), Duration::ZERO, true).unwrap();
         assert!(sample.memory_kib > 100 && sample.descriptors >= 3, "{sample:?}");
         assert_eq!(parent("7 (a ) b) S 42 1"), Some(42));
     }

@@ -1,6 +1,7 @@
 //! The door between the agent and Docker, at one address all the while: open, shut, or open and silent.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use tokio::io::{AsyncReadExt, copy_bidirectional};
@@ -11,10 +12,10 @@ use tokio::task::{JoinHandle, JoinSet};
 /// What is behind the door.
 #[derive(Clone, Debug)]
 pub(crate) enum Behind {
-    /// The Engine's socket, by its path.
-    Engine(String),
-    /// A socket proxy, by its `host:port`.
-    Proxy(String),
+    /// A socket, by its path: the Engine's, or that of the agent's own proxy.
+    Unix(PathBuf),
+    /// Another proxy, by its `host:port`.
+    Tcp(String),
 }
 
 /// What whoever knocks finds.
@@ -114,8 +115,8 @@ async fn forward(client: &mut TcpStream, door: Door, behind: Behind) -> std::io:
         return Ok(());
     }
     match behind {
-        Behind::Engine(path) => copy_bidirectional(client, &mut UnixStream::connect(path).await?).await?,
-        Behind::Proxy(address) => copy_bidirectional(client, &mut TcpStream::connect(address).await?).await?,
+        Behind::Unix(path) => copy_bidirectional(client, &mut UnixStream::connect(path).await?).await?,
+        Behind::Tcp(address) => copy_bidirectional(client, &mut TcpStream::connect(address).await?).await?,
     };
     Ok(())
 }

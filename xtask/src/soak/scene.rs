@@ -11,10 +11,11 @@ use dockflare_dev_master::{Agent, AgentStatus, DevMaster, Protocol};
 use fastrand::Rng;
 use serde_json::{Value, json};
 use testkit::bollard::query_parameters::ListContainersOptions;
-use testkit::{AgentProcess, Proxy, Scope};
+use testkit::{AgentProcess, Between, Scope};
 
 use super::disk::Disk;
-use super::relay::{Behind, Relay};
+use super::proxy::Proxy;
+use super::relay::Relay;
 
 /// The label that tells a container of the agent's own.
 const SPEC_LABEL: &str = "com.dockflare.agent.spec";
@@ -33,13 +34,12 @@ pub(crate) struct Scene<'a> {
     began: Instant,
     pub(crate) scope: &'a Scope,
     pub(crate) master: DevMaster,
-    pub(crate) proxy: Option<Proxy<'a>>,
+    pub(crate) proxy: Proxy<'a>,
     pub(crate) relay: Relay,
     pub(crate) disk: Disk,
     /// The running agent; none only between two of them.
     agent: Option<AgentProcess>,
-    /// Counts its processes, and the lines that those before wrote.
-    pub(crate) lives: u32,
+    /// The lines that those before wrote.
     lines_before: usize,
     /// The end of the log of the one before.
     earlier: Vec<String>,
@@ -63,25 +63,12 @@ pub(crate) struct Scene<'a> {
 }
 
 impl<'a> Scene<'a> {
-    pub(crate) async fn new(scope: &'a Scope, protocol: Protocol) -> Result<Self> {
+    pub(crate) async fn new(scope: &'a Scope, protocol: Protocol, between: Between) -> Result<Self> {
         let image = testkit::images().stand_in_with(&[("STAND_IN_DRAIN", "300")]).await?;
         let binary = testkit::binary("dockflare-agent")?;
         testkit::images().workload().await?;
         let master = DevMaster::builder().protocol(protocol).account("soak-account").start().await?;
-        let proxy_network = scope.name("soak-proxy");
-        scope.create_network(&proxy_network).await?;
-        let proxy = match scope.socket_proxy_in(&testkit::PROXY_OPENS, Some(&proxy_network)).await {
-            Ok(proxy) => Some(proxy),
-            Err(error) => {
-                println!("no socket proxy, the agent reaches Docker without one: {error:#}");
-                None
-            }
-        };
-        let behind = match &proxy {
-            Some(proxy) => Behind::Proxy(proxy.address().to_owned()),
-            None => Behind::Engine(testkit::socket_path()),
-        };
-        let (relay, disk, desk) = (Relay::start(behind).await?, Disk::new()?, tempfile::tempdir()?);
+        let (disk, desk) = (Disk::new()?, tempfile::tempdir()?);
         let (tunnel, network) = (scope.name("soak-tunnel"), scope.name("soak-net"));
         scope.owns_container(&tunnel);
         scope.owns_container(&format!("{tunnel}-next"));
@@ -90,7 +77,6 @@ impl<'a> Scene<'a> {
             ("DOCKFLARE_MASTER_URL", master.url()),
             ("DOCKFLARE_API_KEY_FILE", desk.path().join("key").display().to_string()),
             ("DOCKFLARE_DATA_DIR", disk.path().display().to_string()),
-            ("DOCKER_HOST", relay.host_url()),
             ("CLOUDFLARED_IMAGE", image),
             ("CLOUDFLARED_NETWORK_NAME", network),
             ("TUNNEL_CONTAINER_NAME", tunnel.clone()),
@@ -98,7 +84,10 @@ impl<'a> Scene<'a> {
             ("REPORT_INTERVAL_SECONDS", "5".to_owned()),
             ("HEALTH_CHECK_PORT", "0".to_owned()),
         ];
-        let env = env.map(|(name, value)| (name.to_owned(), value)).to_vec();
+        let mut env = env.map(|(name, value)| (name.to_owned(), value)).to_vec();
+        let proxy = Proxy::start(between, scope, &binary, &env).await?;
+        let relay = Relay::start(proxy.behind()).await?;
+        env.push(("DOCKER_HOST".to_owned(), relay.host_url()));
         let tunnel_id = scope.name("soak");
         let token = testkit::token(&tunnel_id, "");
         let mut scene = Self {
@@ -109,7 +98,6 @@ impl<'a> Scene<'a> {
             relay,
             disk,
             agent: None,
-            lives: 0,
             lines_before: 0,
             earlier: Vec::new(),
             binary,
@@ -144,7 +132,6 @@ impl<'a> Scene<'a> {
         let mut agent = AgentProcess::spawn(&self.binary, &env, self.desk.path())?;
         self.keys.iter().for_each(|key| agent.plant(key));
         self.agent = Some(agent);
-        self.lives += 1;
         Ok(())
     }
 
