@@ -35,6 +35,9 @@ const FLUSH_LIMIT: Duration = Duration::from_secs(2);
 /// A master that does not answer is tried again quickly at first, and at most this often in a long outage.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
+/// A session that ends sooner is a short one, and after two of them in a row the next is waited for.
+const LASTING_SESSION: Duration = Duration::from_secs(60);
+const LONGEST_RENEWAL_WAIT: Duration = Duration::from_secs(15);
 
 /// What the reporter reads.
 #[derive(Debug)]
@@ -134,6 +137,8 @@ impl Reporter {
     pub async fn run(mut self, shutdown: CancellationToken) {
         let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
         let mut failures = 0;
+        let (mut adopted, mut short_sessions) = (Instant::now(), 0);
+        let mut renewals = Backoff::new(FIRST_WAIT, LONGEST_RENEWAL_WAIT);
         let mut next_report = Instant::now() + self.interval;
         let mut sessions = self.registrar.watch();
         while !shutdown.is_cancelled() {
@@ -141,7 +146,9 @@ impl Reporter {
             // One that comes after this look wakes the wait below.
             sessions.mark_unchanged();
             let Some(session) = self.meanwhile(&shutdown, registrar.session()).await else { break };
-            self.adopt(&session);
+            if self.adopt(&session) {
+                adopted = Instant::now();
+            }
             self.notice();
             self.count();
             let now = Instant::now();
@@ -204,10 +211,14 @@ impl Reporter {
                 }
                 Sent::Unregistered => {
                     self.outbox.put_back(message);
-                    // A master that takes the registration and not the session must not make this spin.
-                    failures += 1;
-                    if failures > 1 {
-                        let wait = backoff.next(None);
+                    // A master that takes the registration and not the session must not make this spin, nor another
+                    // agent with the same key.
+                    if adopted.elapsed() >= LASTING_SESSION {
+                        (short_sessions, renewals) = (0, Backoff::new(FIRST_WAIT, LONGEST_RENEWAL_WAIT));
+                    }
+                    short_sessions += 1;
+                    if short_sessions > 1 {
+                        let wait = renewals.next(None);
                         self.meanwhile(&shutdown, rest(wait)).await;
                     }
                     self.meanwhile(&shutdown, registrar.renew(Some(&session))).await;
@@ -288,10 +299,10 @@ impl Reporter {
         }
     }
 
-    /// Takes up a session: a new one has its own numbers and knows nothing yet.
-    fn adopt(&mut self, session: &Arc<Session>) {
+    /// Takes up a session: a new one has its own numbers and knows nothing yet. Returns whether it is one.
+    fn adopt(&mut self, session: &Arc<Session>) -> bool {
         if self.session.as_ref().is_some_and(|known| known.number == session.number) {
-            return;
+            return false;
         }
         self.session = Some(session.clone());
         self.streams = Streams::default();
@@ -302,6 +313,7 @@ impl Reporter {
         if self.inputs.tunnel.borrow_and_update().looked {
             self.outbox.status();
         }
+        true
     }
 
     /// Takes note of what changed in the inventory and the tunnel while nobody waited for it.

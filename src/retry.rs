@@ -34,7 +34,7 @@ impl Backoff {
         let jittered = FLOOR + (bound - FLOOR).mul_f64(fastrand::f64());
         // A master that asks for a day is not believed for longer than an hour.
         let asked = asked.unwrap_or_default().min(Duration::from_secs(3600));
-        if asked.is_zero() { jittered } else { asked + jittered.min(asked) }
+        asked + jittered
     }
 
     /// The bound itself, for what others do not do at the same moment.
@@ -146,11 +146,13 @@ mod tests {
 
     #[test]
     fn the_other_side_is_never_asked_sooner_than_it_said() {
-        let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(2));
-        let asked = Duration::from_secs(30);
-        for _ in 0..20 {
-            let wait = backoff.next(Some(asked));
-            assert!(wait >= asked && wait <= 2 * asked, "{wait:?}");
+        let longest = Duration::from_secs(60);
+        let mut backoff = Backoff::new(Duration::from_secs(1), longest);
+        // However short that is, it is not what a master is asked after each time.
+        for asked in [1, 30].map(Duration::from_secs) {
+            let waits: Vec<_> = (0..200).map(|_| backoff.next(Some(asked))).collect();
+            assert!(waits.iter().all(|wait| *wait >= asked && *wait <= asked + longest), "{waits:?}");
+            assert!(waits.iter().any(|wait| *wait > asked + longest / 2), "{waits:?}");
         }
         assert!(backoff.next(Some(Duration::from_secs(1 << 40))) <= Duration::from_secs(7200));
     }

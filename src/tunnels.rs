@@ -222,9 +222,10 @@ impl Poller {
                 self.reply_lost |= matches!(error, MasterError::Away { .. });
                 match (&error, error.status()) {
                     _ if error.is_away() => false,
-                    (_, Some(401 | 403 | 404)) if self.is_finalized() => self.bury().await,
+                    // Something between the two may say that as well, and then it means nothing.
+                    (_, Some(401 | 403 | 404)) if self.is_finalized() => error.is_explained() && self.bury().await,
                     (_, Some(401 | 403 | 404)) => {
-                        if error.status() == Some(404) {
+                        if error.status() == Some(404) && error.is_explained() {
                             info!(
                                 "the master does not know this agent any more; registering again, the tunnel is not touched"
                             );
@@ -333,6 +334,11 @@ impl Poller {
         self.recovered = session.number;
         if session.is_new {
             self.unclaim(shutdown).await;
+        } else if self.disk.state.unclaimed && session.protocol != Protocol::V1 {
+            // A v2 master takes an agent under its id only while it knows it; a v1 master names its tunnel as well.
+            let state = TunnelState { unclaimed: false, ..self.disk.state.clone() };
+            let refusal = self.links.wanted.borrow().refusal.clone();
+            self.commit(state, refusal, shutdown).await;
         }
         let Some(assignment) = session.assignment.as_ref().filter(|_| self.disk.tombstone.is_none()) else { return };
         match commands::recover(&self.disk.state, assignment) {

@@ -111,6 +111,16 @@ impl MasterError {
         matches!(self, Self::Away { .. } | Self::Certificate { .. } | Self::Access { .. })
     }
 
+    /// Whether a master says so itself: it gives a code or a message, and what stands between gives a page.
+    pub(crate) fn is_explained(&self) -> bool {
+        match self {
+            Self::Refused { code, message, .. } | Self::Status { code, message, .. } => {
+                !(code.is_empty() && message.is_empty())
+            }
+            _ => false,
+        }
+    }
+
     /// What the master asked to wait.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {

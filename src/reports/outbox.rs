@@ -1,7 +1,7 @@
 //! What is still to be said to the master, and in which order. No I/O: the table of its tests is its manual.
 //!
 //! While the master takes what it is sent, every change goes out, oldest first. While it is away only the newest
-//! change of each container is kept, so the queue is never longer than the number of containers, and when it is
+//! change of each container is kept, and of those that are gone not more than [`MAX_BACKLOG`] in all, and when it is
 //! back a complete report goes first.
 
 use std::collections::{HashSet, VecDeque};
@@ -10,7 +10,7 @@ use std::mem;
 use crate::channels::Change;
 
 /// Longest queue while the master is slow but there; beyond it, older changes of a container give way as if the
-/// master were away. A change is a few hundred bytes.
+/// master were away, and then the oldest stops give way to a report. A change is a few hundred bytes.
 const MAX_BACKLOG: usize = 1024;
 
 /// What to say next.
@@ -159,6 +159,11 @@ impl Outbox {
                 kept.push_front(change);
             }
         }
+        // Containers that run are as many as they are; those that are gone may be any number.
+        for stop in (0..kept.len()).rev().filter(|at| !kept[*at].running).skip(MAX_BACKLOG).collect::<Vec<_>>() {
+            kept.remove(stop);
+            self.report_when_complete();
+        }
         self.changes = kept;
         self.retry
             .take_if(|message| matches!(message, Message::Change(change) if newest.contains(&change.container.id)));
@@ -261,6 +266,25 @@ mod tests {
             outbox.push(change(&format!("{}", number % 50), number % 2 == 0));
         }
         assert!(outbox.len() <= MAX_BACKLOG);
+    }
+
+    #[test]
+    fn nor_can_containers_that_come_and_go_while_the_master_is_away() {
+        let mut outbox = Outbox::default();
+        outbox.went_away();
+        for number in 0..3 * MAX_BACKLOG {
+            outbox.push(change(&number.to_string(), true));
+            outbox.push(change(&number.to_string(), false));
+        }
+        outbox.push(change("there", true));
+        assert_eq!(outbox.len(), MAX_BACKLOG + 1);
+        let probe = outbox.next(true, false).unwrap();
+        outbox.delivered(&probe);
+        assert_eq!(probe, Message::Report, "which tells that the others are gone");
+        let said = said(&mut outbox, true);
+        assert_eq!(said.last().map(String::as_str), Some("+there"));
+        let newest = format!("-{}", 3 * MAX_BACKLOG - 1);
+        assert!(said.contains(&newest) && !said.contains(&"-0".to_owned()), "the oldest gave way");
     }
 
     #[test]

@@ -150,7 +150,7 @@ impl Poller {
                 match (&error, error.status(), error.code()) {
                     _ if error.is_away() => false,
                     // The first one arrived and only its answer was lost: the key and the agent are gone.
-                    (_, Some(401 | 403 | 404), _) if finalized => self.bury().await,
+                    (_, Some(401 | 403 | 404), _) if finalized => error.is_explained() && self.bury().await,
                     (_, Some(401 | 403 | 404), _) | (_, Some(409), "registration_required") => {
                         tokio::select! {
                             () = shutdown.cancelled() => {}

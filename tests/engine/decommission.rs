@@ -196,6 +196,8 @@ async fn an_answer_that_is_not_the_masters_is_no_acknowledgement() -> Result<()>
     let stage = killed_between().await?;
     // 200 and a page of HTML, from something in between: the master has not heard a word.
     stage.master.fault(Route::Ack, Fault::NotJson, 2);
+    // Nor is a page that says 404 the master's word that it has let go.
+    stage.master.fault(Route::Ack, Fault::status(404), 2);
     ends_as_it_should(&stage).await
 }
 

@@ -35,6 +35,7 @@ async fn a_master_in_trouble_is_asked_ever_less_often() {
     let faults = [
         Fault::status(500),
         Fault::status(503),
+        Fault::status(502).retry_after("1"),
         Fault::code(429, "rate_limited"),
         Fault::CutBefore,
         Fault::CutHalfway,
@@ -141,6 +142,28 @@ async fn a_name_that_does_not_resolve_is_said_once_and_waited_for() {
     let log = agent.log();
     assert_eq!(log.lines().filter(|line| line.contains("WARN the master ")).count(), 1, "{log}");
     stop(&mut agent).await.unwrap();
+}
+
+/// As on a host that was cloned: each ends the session of the other, and no lock can see that.
+#[tokio::test]
+async fn two_agents_with_one_key_do_not_chase_each_other_without_a_pause() {
+    let desk = Desk::new(Protocol::V2).await.unwrap();
+    let mut first = desk.agent().unwrap();
+    desk.registered(1).await.unwrap();
+    let data = tempfile::tempdir().unwrap();
+    let mut env = desk.env.clone();
+    env.push(("DOCKFLARE_DATA_DIR".to_owned(), data.path().display().to_string()));
+    let mut second = AgentProcess::spawn(&agent_binary(), &env, data.path()).unwrap();
+    second.plant(&desk.key);
+    desk.registered(3).await.unwrap();
+    let before = desk.master.requests().len();
+    window().await;
+    let asked = desk.master.requests()[before..].to_vec();
+    let count = of(&asked, Route::Register).len();
+    println!("{count} registrations");
+    assert!((1..=2 * MOST_OF_A_STREAM).contains(&count), "{count} registrations");
+    stop(&mut first).await.unwrap();
+    stop(&mut second).await.unwrap();
 }
 
 #[tokio::test]
