@@ -134,10 +134,12 @@ impl Section {
         self.add(id, title, Outcome::Warn, detail, Some(remedy.into()));
     }
 
-    /// What a proxy refuses is told among its permissions, and here only as not tried.
+    /// What a proxy refuses is told among its permissions, and here only as not tried; this project's own has none.
     fn refused_or_failed(&mut self, id: &str, title: &str, error: &DockerError) {
         match error {
-            DockerError::Forbidden { .. } => self.skip(id, title, format!("Docker {error}")),
+            DockerError::Forbidden { .. } if !error.is_of_own_proxy() => {
+                self.skip(id, title, format!("Docker {error}"))
+            }
             _ => self.fail(id, title, format!("Docker {error}"), error.advice()),
         }
     }

@@ -117,6 +117,11 @@ impl DockerError {
         matches!(self, Self::Unreachable { .. } | Self::TimedOut { .. })
     }
 
+    /// Whether it is a refusal by this project's own socket proxy, which lets through all that the agent needs.
+    pub(crate) fn is_of_own_proxy(&self) -> bool {
+        matches!(self, Self::Forbidden { call } if call.grant == OWN_GRANT)
+    }
+
     /// What an operator can do, when nobody is trying again.
     pub(crate) fn advice(&self) -> String {
         match self {
@@ -125,6 +130,9 @@ impl DockerError {
             }
             Self::Unreachable { .. } | Self::TimedOut { .. } => {
                 "check DOCKER_HOST, the socket's permissions and the socket proxy".to_owned()
+            }
+            Self::Forbidden { .. } if self.is_of_own_proxy() => {
+                "give agent and socket proxy the same version and the same CLOUDFLARED_IMAGE, CLOUDFLARED_NETWORK_NAME, TUNNEL_CONTAINER_NAME and AUTO_CONNECT_NETWORKS: docker compose up -d; the proxy's log names the rule".to_owned()
             }
             Self::Forbidden { call } => format!("set {} on the socket proxy and recreate it", call.grant),
             Self::Failed { message, .. } if message.contains("ambiguous") => {
@@ -165,7 +173,11 @@ pub(super) fn sort(call: Call, error: EngineError) -> DockerError {
                 403 => DockerError::Forbidden { call },
                 404 => DockerError::NotFound { call, message },
                 409 => DockerError::Conflict { call, message },
-                502..=504 => DockerError::Unreachable { call, problem: format!("the proxy answered {status_code}") },
+                502..=504 if message.is_empty() || message.starts_with('<') => {
+                    DockerError::Unreachable { call, problem: format!("the proxy answered {status_code}") }
+                }
+                // Its own words, where it has some, name the cause.
+                502..=504 => DockerError::Unreachable { call, problem: message },
                 _ => DockerError::Failed { call, message: format!("{status_code} {message}") },
             }
         }

@@ -170,6 +170,10 @@ impl Docker {
     /// [`DockerError::Unreachable`] and [`DockerError::TimedOut`]; other answers than a version or a refusal.
     pub(crate) async fn engine(&self) -> Result<Engine> {
         let answer = self.ask(VERSION, LIMIT, Method::GET, "/version", "").await?;
+        // So says a proxy that cannot reach Docker itself.
+        if let (500..=599, Some(problem)) = (answer.status, answer.message()) {
+            return Err(DockerError::Unreachable { call: VERSION, problem });
+        }
         let version = match answer.gate() {
             Gate::Open => {
                 Some(serde_json::from_slice::<models::SystemVersion>(&answer.body).map(Version::from).map_err(

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use futures_util::{Stream, StreamExt, future, stream};
 use serde_json::{Value, json};
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 use tokio::time::timeout;
 
 use super::answer;
@@ -44,6 +44,33 @@ pub(super) enum Failure {
 impl From<DockerError> for Failure {
     fn from(error: DockerError) -> Self {
         Self::Docker(error)
+    }
+}
+
+/// Held by whoever makes a network.
+static MAKING_A_NETWORK: Mutex<()> = Mutex::const_new(());
+
+/// Makes the tunnel's network if there is none. Up to Engine 24 whoever asks for one twice gets two of that name, and
+/// there is room for some thirty on a host: so only one is made at a time, after a look, and to its end, also when
+/// the client has gone.
+async fn new_network(docker: &Arc<Docker>, policy: &Policy) -> Result<Answer, Failure> {
+    let (docker, name) = (docker.clone(), policy.tunnel.network.clone());
+    let there = Answer::Json(409, json!({ "message": format!("network with name {name} already exists") }));
+    let Ok(alone) = MAKING_A_NETWORK.try_lock() else { return Ok(there) };
+    let made = tokio::spawn(async move {
+        let _alone = alone;
+        if docker.has_network(&name).await? {
+            return Ok(None);
+        }
+        docker.create_network(&name, &owner_labels()).await?;
+        Ok::<_, DockerError>(Some(name))
+    });
+    match made.await {
+        Ok(Ok(Some(name))) => Ok(Answer::Json(201, json!({ "Id": name, "Warning": "" }))),
+        Ok(Ok(None)) => Ok(there),
+        Ok(Err(error)) => Err(error.into()),
+        // Only the end of the runtime ends it.
+        Err(_) => Err(Failure::Docker(DockerError::silent())),
     }
 }
 
@@ -90,10 +117,7 @@ pub(super) async fn perform(docker: &Arc<Docker>, policy: &Policy, call: Call) -
                 Answer::Json(404, json!({ "message": format!("network {name} not found") }))
             }
         }
-        Call::NewNetwork => {
-            docker.create_network(&policy.tunnel.network, &owner_labels()).await?;
-            Answer::Json(201, json!({ "Id": policy.tunnel.network, "Warning": "" }))
-        }
+        Call::NewNetwork => new_network(docker, policy).await?,
         Call::Connect { network, name } => {
             let seen = own_container(docker, &name, &[Owner::Agent]).await?;
             if !networks_of_labelled(docker).await?.contains(&network) {

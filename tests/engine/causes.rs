@@ -50,7 +50,7 @@ async fn a_token_that_cloudflare_refuses_is_an_error_and_its_connector_is_not_re
     let tunnel = Tunnel::new(&stage, "unauthorized");
     tunnel.store(&stage)?;
     let agent = tunnel.agent(&stage)?;
-    told(&stage, "error", Some("token_refused")).await?;
+    told_late(&stage, "error", Some("token_refused")).await?;
     let line = agent.wait_for_log("the tunnel is refused by Cloudflare", SOON).await?;
     ensure!(line.contains("WARN") && line.contains("redeploy or enrol"), "{line}");
     let before = Life::now(&stage).await?;
@@ -286,7 +286,7 @@ async fn removed_host(protocol: Protocol) -> Result<()> {
     let known = tunnel.enrol(&stage, &agent).await?;
     // An operator removes the host: the tunnel is deleted at Cloudflare, and the agent at the master.
     stage.scope.tell_stand_in(&stage.tunnel, &json!({ "unauthorized": true })).await?;
-    told(&stage, "error", Some("token_refused")).await?;
+    told_late(&stage, "error", Some("token_refused")).await?;
     stage.master.forget(&known.id)?;
     let line = agent.wait_for_log("so the host was removed", SOON).await?;
     ensure!(line.contains("WARN") && line.contains("enrol the agent"), "{line}");
@@ -327,7 +327,7 @@ async fn a_refused_token_alone_and_an_unknown_agent_alone_change_nothing() -> Re
     agent.wait_for_log("command start_tunnel", SOON).await?;
     two_more_polls(&stage).await?;
     stage.scope.tell_stand_in(&stage.tunnel, &json!({ "unauthorized": true })).await?;
-    told(&stage, "error", Some("token_refused")).await?;
+    told_late(&stage, "error", Some("token_refused")).await?;
     two_more_polls(&stage).await?;
     assert_eq!(tunnel.container(&stage).await?, before, "the master still knows it");
     Ok(())

@@ -296,7 +296,10 @@ async fn two_agents_with_containers_of_their_own_do_not_disturb_each_other() -> 
     let known = registered(&other).await?;
     other_tunnel.container(&other).await?;
     other.master.push_commands(&known.id, vec![other_tunnel.restart()])?;
+    let mark = other_agent.mark();
     other_agent.wait_for_log("replacing the tunnel container", SOON).await?;
+    // The word comes first; what it says is over when the successor has the name and is ready.
+    other_agent.wait_for_log_after(mark, "tunnel ready", 2 * SOON).await?;
     other_tunnel.container(&other).await?;
     end(&mut other_agent, Signal::TERM).await?;
     assert_eq!(other.scope.status(&other.tunnel).await?, "gone");

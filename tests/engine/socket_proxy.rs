@@ -22,10 +22,13 @@ pub(crate) fn cases() -> Vec<Case> {
         no_attack_changes_anything_on_the_engine,
         what_is_somebody_elses_is_neither_shown_nor_touched,
         the_hardening_is_forced_whatever_the_client_sent,
+        one_network_is_made_however_often_it_is_asked_for,
         a_proxy_that_was_killed_is_followed_by_one_at_the_same_address,
         a_connector_of_the_same_tunnel_is_shown_without_its_secret,
         an_agent_reaches_a_proxy_that_listens_on_tcp_which_says_what_that_means,
         a_check_behind_the_own_proxy_asks_for_nothing_that_it_refuses,
+        a_check_finds_a_socket_proxy_with_other_settings_than_the_agents,
+        a_check_finds_a_docker_that_is_away_behind_the_own_proxy,
     ];
     cases.extend(deployed::cases());
     cases
@@ -126,8 +129,44 @@ async fn a_check_behind_the_own_proxy_asks_for_nothing_that_it_refuses() -> Resu
     let checked = Checked::new(&stage.env, stage.data.path(), &[&stage.key]).await?;
     ensure!(checked.is("docker.proxy", "pass")?.contains("this project's own"), "{:#}", checked.document);
     ensure!(checked.is("docker.version", "pass")?.contains("linux/"), "{:#}", checked.document);
-    ensure!(checked.code == Some(0) && checked.ids("fail").is_empty(), "{:#}", checked.document);
+    // Containers of other cases are not on this tunnel's network.
+    ensure!(checked.ids("fail").iter().all(|id| *id == "container"), "{:#}", checked.document);
     ensure!(proxy.refusals().is_empty(), "{:#?}", proxy.refusals());
+    Ok(())
+}
+
+async fn a_check_finds_a_socket_proxy_with_other_settings_than_the_agents() -> Result<()> {
+    let mut stage = Stage::new(Protocol::V2).await?;
+    let table = [
+        ("CLOUDFLARED_IMAGE", "docker.image", "other:1"),
+        ("CLOUDFLARED_NETWORK_NAME", "docker.network", "other-net"),
+        ("TUNNEL_CONTAINER_NAME", "tunnel.container", "other-tunnel"),
+    ];
+    for (variable, finding, other) in table {
+        let mut env = stage.env.clone();
+        env.retain(|(name, _)| name != variable);
+        env.push((variable.to_owned(), other.to_owned()));
+        let proxy = SocketProxy::start(&agent_binary(), &env)?;
+        stage.set("DOCKER_HOST", proxy.host_url());
+        let checked = Checked::new(&stage.env, stage.data.path(), &[&stage.key]).await?;
+        let told = checked.is(finding, "fail")?;
+        ensure!(told.contains(variable) && told.contains("docker compose up -d"), "{told}");
+        ensure!(checked.code == Some(1), "{:#}", checked.document);
+    }
+    Ok(())
+}
+
+async fn a_check_finds_a_docker_that_is_away_behind_the_own_proxy() -> Result<()> {
+    let mut stage = Stage::new(Protocol::V2).await?;
+    let (mut env, url) = on_tcp(&stage)?;
+    env.push(("SOCKET_PROXY_DOCKER_HOST".to_owned(), "unix:///nowhere/docker.sock".to_owned()));
+    let folder = tempfile::tempdir()?;
+    let proxy = AgentProcess::spawn_with(&agent_binary(), &["socket-proxy"], &env, folder.path())?;
+    proxy.wait_for_log("SOCKET_PROXY_LISTEN=tcp://", SOON).await?;
+    stage.set("DOCKER_HOST", url);
+    let checked = Checked::new(&stage.env, stage.data.path(), &[&stage.key]).await?;
+    let told = checked.is("docker.answer", "fail")?;
+    ensure!(told.contains("there is no socket at /nowhere"), "the cause is told: {told}");
     Ok(())
 }
 
@@ -260,6 +299,40 @@ async fn what_is_somebody_elses_is_neither_shown_nor_touched() -> Result<()> {
     scope.run_workload(&[("dockflare.enable", "true")], &[], Some(&other), false).await?;
     let (status, body) = connect().await?;
     ensure!(status == 200, "{body}");
+    Ok(())
+}
+
+/// Up to Engine 24 Docker itself makes another one of the same name each time, until there is no address left.
+async fn one_network_is_made_however_often_it_is_asked_for() -> Result<()> {
+    let stage = Stage::new(Protocol::V2).await?;
+    let proxy = SocketProxy::start(&agent_binary(), &stage.env)?;
+    let labels = json!({ "com.dockflare.agent.owner": "dockflare-agent" });
+    let (path, body) = (proxy.path(), json!({ "Name": stage.network, "Driver": "bridge", "Labels": labels }));
+    let ask = async |_: usize| post(&path, "/networks/create", &body).await;
+    // Those who hang up at once, then many together, then one after the other.
+    for _ in 0..8 {
+        let text = body.to_string();
+        let head = format!(
+            "POST /networks/create HTTP/1.1\r\nHost: d\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+            text.len()
+        );
+        UnixStream::connect(&path).await?.write_all((head + &text).as_bytes()).await?;
+    }
+    for answer in futures_util::future::join_all((0..32).map(ask)).await {
+        let (status, said) = answer?;
+        ensure!(status == 201 || status == 409, "{status} {said}");
+    }
+    let named = async || -> Result<usize> {
+        let networks = stage.scope.docker().list_networks(None).await?;
+        Ok(networks.iter().filter(|network| network.name.as_deref() == Some(&stage.network)).count())
+    };
+    testkit::wait_until("the network", SOON, async || (named().await.ok()? > 0).then_some(())).await?;
+    for _ in 0..4 {
+        let (status, said) = ask(0).await?;
+        ensure!(status == 409 && said.contains("already exists"), "{status} {said}");
+    }
+    let named = named().await?;
+    ensure!(named == 1, "{named} networks of one name");
     Ok(())
 }
 
