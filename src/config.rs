@@ -382,6 +382,15 @@ pub const DEFAULT_IMAGE: &str = "cloudflare/cloudflared:2025.9.0";
 /// No HTTP header may be nearly as long; a device file, named by mistake, has no end.
 const MAX_SECRET_BYTES: u64 = 64 << 10;
 
+/// The path of a file with a secret, unless it may be the secret itself, put there by mistake.
+fn shown_file(path: &str) -> &str {
+    if path.contains('/') {
+        path
+    } else {
+        "(not shown: no path, and perhaps the secret itself; set the path of a file)"
+    }
+}
+
 /// Reads a secret from its file; the text around it is trimmed.
 ///
 /// # Errors

@@ -10,7 +10,7 @@ use reqwest::header::HeaderValue;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::filter::Targets;
 
-use super::{DEFAULT_IMAGE, DockerHost, ImageRef, PageAddress, Secret, read_secret_file};
+use super::{DEFAULT_IMAGE, DockerHost, ImageRef, PageAddress, Secret, read_secret_file, shown_file};
 
 /// Collects what is wrong or odd while the variables are read.
 #[derive(Default)]
@@ -81,7 +81,7 @@ impl Check {
             (None, Some(path)) => match read_secret_file(Path::new(&path)) {
                 Ok(value) => (value, Some(PathBuf::from(path))),
                 Err(problem) => {
-                    self.error(format!("{file_name}={path}: {problem}"));
+                    self.error(format!("{file_name}={}: {problem}", shown_file(&path)));
                     return None;
                 }
             },

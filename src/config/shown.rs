@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 
 use super::check::without_secrets;
 use super::environment::environment;
-use super::{DEFAULT_IMAGE, read_secret_file};
+use super::{DEFAULT_IMAGE, read_secret_file, shown_file};
 
 /// How a value is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,7 +90,7 @@ impl Settings {
                 (Kind::Secret, None) => Some("unset".to_owned()),
                 (Kind::SecretFile, Some(path)) => {
                     secrets.extend(read_secret_file(Path::new(path)).ok().map(Into::into));
-                    Some(path.to_owned())
+                    Some(shown_file(path).to_owned())
                 }
                 (Kind::SecretFile, None) => None,
             };

@@ -80,17 +80,30 @@ pub(super) fn place_only(mut seen: Inspected) -> Inspected {
     }
 }
 
-/// No tunnel has a longer name, and what is longer may be a secret.
+/// No tunnel has so long a name, and such a word may be a secret: a service token of Access has 64 letters.
 const MOST_LETTERS: usize = 64;
 
 fn connector_only(mut seen: Inspected) -> Inspected {
     let (command, serves) = (std::mem::take(&mut seen.command), seen.serves.take());
-    let brief = |word: &str| if word.len() > MOST_LETTERS { "<hidden>".to_owned() } else { word.to_owned() };
-    // An entry may be a line for a shell.
-    let command = command.iter().map(|entry| entry.split(' ').map(brief).collect::<Vec<_>>().join(" ")).collect();
+    let command = without_secrets(&command);
     seen.env_names.retain(|name| name == TOKEN);
     let env_names = std::mem::take(&mut seen.env_names);
     Inspected { command, serves, env_names, ..bare(seen) }
+}
+
+/// A command without its secrets, as far as one can tell them.
+fn without_secrets(command: &[String]) -> Vec<String> {
+    let mut tells = false;
+    let mut brief = |word: &str| {
+        let (is_option, has_value) = (word.starts_with('-'), word.contains('='));
+        let names_one = is_option && ["token", "secret", "key", "pass"].iter().any(|name| word.contains(name));
+        let is_told = std::mem::replace(&mut tells, names_one && !has_value) && !is_option;
+        // Of the token itself only a mark is left by now, which tells that there is one.
+        let is_secret = (is_told && !word.starts_with('<')) || (names_one && has_value && !word.ends_with('>'));
+        if is_secret || word.len() >= MOST_LETTERS { "<hidden>" } else { word }.to_owned()
+    };
+    // An entry may be a line for a shell.
+    command.iter().map(|entry| entry.split(' ').map(&mut brief).collect::<Vec<_>>().join(" ")).collect()
 }
 
 /// Name, image and state.

@@ -159,16 +159,15 @@ async fn write<S: AsyncWrite>(to: &mut WriteHalf<S>, answer: Answer, head_only: 
         Answer::Done => (204, "", vec![]),
         Answer::Bytes(kind, body) => (200, kind, body),
         Answer::Stream(mut values) => {
-            to.write_all(head(200, "application/json", "Transfer-Encoding: chunked\r\n").as_bytes()).await?;
-            to.flush().await?;
+            in_time(to, head(200, "application/json", "Transfer-Encoding: chunked\r\n").as_bytes()).await?;
             while let Some(value) = values.next().await {
                 // Without the last chunk the client sees that it was cut.
                 let Ok(value) = value else { return Ok(()) };
                 let line = format!("{value}\n");
-                to.write_all(format!("{:x}\r\n{line}\r\n", line.len()).as_bytes()).await?;
-                to.flush().await?;
+                // It may be silent for days, but who does not read keeps Docker from telling others.
+                in_time(to, format!("{:x}\r\n{line}\r\n", line.len()).as_bytes()).await?;
             }
-            to.write_all(b"0\r\n\r\n").await?;
+            in_time(to, b"0\r\n\r\n").await?;
             return to.shutdown().await;
         }
     };
@@ -178,9 +177,14 @@ async fn write<S: AsyncWrite>(to: &mut WriteHalf<S>, answer: Answer, head_only: 
     if !head_only {
         bytes.extend(body);
     }
+    in_time(to, &bytes).await?;
+    to.shutdown().await
+}
+
+async fn in_time<S: AsyncWrite>(to: &mut WriteHalf<S>, bytes: &[u8]) -> std::io::Result<()> {
     let written = async {
-        to.write_all(&bytes).await?;
-        to.shutdown().await
+        to.write_all(bytes).await?;
+        to.flush().await
     };
     timeout(WRITE_LIMIT, written).await.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
 }
@@ -201,4 +205,21 @@ fn head(status: u16, kind: &str, more: &str) -> String {
     let kind = if kind.is_empty() { String::new() } else { format!("Content-Type: {kind}\r\n") };
     // By this `check` knows that it need not try each call.
     format!("HTTP/1.1 {status} {reason}\r\nServer: {OWN_PROXY}\r\n{kind}{more}Connection: close\r\n\r\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::stream;
+    use tokio::io::duplex;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn who_does_not_read_a_stream_is_not_waited_for() {
+        let (_client, server) = duplex(64);
+        let (_from, mut to) = split(server);
+        let endless = Answer::Stream(Box::pin(stream::repeat_with(|| Ok(json!({ "status": "more" })))));
+        let error = write(&mut to, endless, false).await.unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::TimedOut);
+    }
 }

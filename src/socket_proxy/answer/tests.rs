@@ -187,3 +187,22 @@ fn events_of_others_are_dropped_and_of_networks_only_the_tunnels_is_named() {
     let other = told(Action::Network, "secret-net", &[("container", "c")]).unwrap();
     assert_eq!((other.name.as_str(), other.id.as_str(), other.attributes.len()), ("", "", 0));
 }
+
+#[test]
+fn a_command_is_shown_without_its_secrets() {
+    let shown = |words: &str| without_secrets(&words.split(' ').map(str::to_owned).collect::<Vec<_>>()).join(" ");
+    for words in [
+        "cloudflared tunnel --no-autoupdate run --token <token> edge",
+        "tunnel run 6ff42ae2-765d-4adf-8112-31c55c1551ef",
+    ] {
+        assert_eq!(shown(words), words);
+    }
+    let access = shown("access tcp --service-token-secret s3cret --hostname h");
+    assert_eq!(access, "access tcp --service-token-secret <hidden> --hostname h");
+    assert_eq!(shown("tunnel --api-key=s3cret run"), "tunnel <hidden> run");
+    assert_eq!(shown(&format!("run {}", "f".repeat(64))), "run <hidden>");
+    assert_eq!(
+        without_secrets(&["sh -c cloudflared --token s3cret".to_owned()]),
+        ["sh -c cloudflared --token <hidden>"]
+    );
+}
