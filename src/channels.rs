@@ -127,6 +127,8 @@ pub struct View {
     pub connector: Connector,
     /// How often the connector was started again, by Docker's restart policy or the agent, since it was made.
     pub restarts: u64,
+    /// Whether it carries traffic: also while the status tells of a command that was refused, which touches nothing.
+    pub serves: bool,
     /// Whether the container runs, ready or not.
     pub container_running: bool,
     /// Set while the agent is being decommissioned, once it is known what became of the container.
@@ -242,6 +244,7 @@ impl View {
             reason: Some("agent_stopped"),
             connections: None,
             connector: Connector::default(),
+            serves: false,
             container_running: false,
             ..self.clone()
         }

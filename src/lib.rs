@@ -152,6 +152,7 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
     let mut sources = page::Sources {
         master: master.clone(),
         session: registrar.watch(),
+        refused: registrar.watch_refused(),
         wanted: wanted.clone(),
         view: view.clone(),
         inventory: inventory.clone(),

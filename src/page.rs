@@ -58,6 +58,8 @@ pub(crate) struct Sources {
     pub(crate) master: Arc<Master>,
     /// Who the agent is there.
     pub(crate) session: watch::Receiver<Option<Arc<Session>>>,
+    /// Whether the master refuses the agent, which has a session of earlier then.
+    pub(crate) refused: watch::Receiver<bool>,
     pub(crate) wanted: watch::Receiver<Wanted>,
     pub(crate) view: watch::Receiver<View>,
     pub(crate) inventory: watch::Receiver<Inventory>,

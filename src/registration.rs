@@ -74,6 +74,8 @@ pub struct Registrar {
     session: watch::Sender<Option<Arc<Session>>>,
     /// v2 says that the agent of this key was removed.
     removed: watch::Sender<bool>,
+    /// The master refuses the agent's key or id.
+    refused: watch::Sender<bool>,
 }
 
 #[derive(Debug)]
@@ -106,12 +108,18 @@ impl Registrar {
             work: Mutex::new(work),
             session: watch::channel(None).0,
             removed: watch::channel(false).0,
+            refused: watch::channel(false).0,
         }
     }
 
     /// Whether the master says for good that the agent of this key was removed.
     pub(crate) fn watch_removed(&self) -> watch::Receiver<bool> {
         self.removed.subscribe()
+    }
+
+    /// Whether the master refuses this agent, until it takes it.
+    pub(crate) fn watch_refused(&self) -> watch::Receiver<bool> {
+        self.refused.subscribe()
     }
 
     /// The current session and those that follow.
@@ -142,6 +150,7 @@ impl Registrar {
                     work.backoff.reset();
                     work.refused.ended();
                     self.removed.send_replace(false);
+                    self.refused.send_replace(false);
                     let session = Arc::new(session);
                     self.session.send_replace(Some(session.clone()));
                     return session;
@@ -152,6 +161,7 @@ impl Registrar {
                         self.removed.send_if_modified(|removed| !std::mem::replace(removed, true));
                     }
                     if !error.is_away() {
+                        self.refused.send_replace(true);
                         work.refused.failed(&format_args!("the master {error}"), self.remedy(&error));
                     }
                     let wait = work.backoff.next(error.retry_after());

@@ -309,6 +309,7 @@ impl<H: Host> Supervisor<H> {
             Verdict::Starting => view.status = Status::Starting,
             Verdict::Ready => {
                 view.status = Status::Running;
+                view.serves = true;
                 view.connections = known.connections;
                 if !std::mem::replace(&mut known.announced, true) && slot == Slot::Main {
                     let after =

@@ -6,6 +6,7 @@ use tokio::time::timeout;
 
 use super::double::{Behaviour, Double, Moment};
 use super::*;
+use crate::channels::Refusal;
 use crate::config::OnExit;
 use crate::docker::{Health, LastCheck};
 use crate::state::testing::token;
@@ -381,6 +382,19 @@ async fn taking_orders_back_that_could_not_be_carried_out_ends_the_complaint() {
     bench.order(&key('a'));
     bench.until(Status::Running, None).await;
     assert_eq!(bench.host.world().containers[MAIN].token, key('a'));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_command_that_was_refused_is_complained_of_while_the_tunnel_serves() {
+    let mut bench = running().await;
+    let refusal = Refusal { name: None, cause: Cause::TokenMalformed, problem: "no token".to_owned() };
+    bench.wanted.send_modify(|wanted| wanted.refusal = Some(refusal));
+    let view = bench.until(Status::Error, Some("token_malformed")).await;
+    assert!(view.serves, "{view:?}");
+    // And it is told when that ends.
+    bench.wanted.send_modify(|wanted| wanted.state = DesiredState::Stopped);
+    let ended = timeout(MINUTE, bench.view.wait_for(|view| !view.serves)).await.unwrap().unwrap().clone();
+    assert!(!ended.container_running, "{ended:?}");
 }
 
 #[tokio::test(start_paused = true)]

@@ -44,7 +44,7 @@ impl Sources {
 
     fn register_master(&self, registry: &mut Registry) {
         let session = self.session.borrow().clone();
-        registry.register("registered", "Whether the master knows the agent", number(session.is_some()));
+        registry.register("registered", "Whether the master knows the agent", number(self.is_registered()));
         let protocol = session.map_or(0, |session| session.protocol.version());
         registry.register("protocol", "Version of the protocol with the master; 0 before the first", number(protocol));
         // Before the first contact it counts from the start, so that an alert on it needs no other case.

@@ -57,6 +57,8 @@ impl Sources {
         let mut problems = ailments.clone();
         if wanted.decommission == Some(Phase::Finalized) {
             problems.push("this agent was decommissioned and does nothing".to_owned());
+        } else if *self.refused.borrow() {
+            problems.push("the master refuses this agent".to_owned());
         } else if session.is_none() {
             problems.push("not registered at the master".to_owned());
         } else if let Some(time) = since_contact.filter(|time| *time > CONTACT_LIMIT) {
@@ -88,7 +90,7 @@ impl Sources {
             "agent_id": session.as_ref().map(|session| session.agent_id.as_str()),
             "version": env!("CARGO_PKG_VERSION"),
             "uptime_seconds": self.started.elapsed().as_secs(),
-            "registered": session.is_some(),
+            "registered": self.is_registered(),
             "protocol": session.as_ref().map(|session| session.protocol.version()),
             "decommissioned": wanted.decommission.is_some(),
             "tunnel": {
@@ -122,6 +124,11 @@ impl Sources {
             "threads": tasks.collect::<Map<_, _>>(),
         });
         (if state == State::Unhealthy { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK }, summary)
+    }
+
+    /// Whether the master knows the agent, as far as it has said.
+    pub(super) fn is_registered(&self) -> bool {
+        self.session.borrow().is_some() && !*self.refused.borrow()
     }
 
     /// `/live`: whether the agent itself does its job.
@@ -159,7 +166,7 @@ impl State {
 
 /// Whether visitors are served.
 pub(super) fn is_ready(view: &View) -> bool {
-    view.looked && view.status == Status::Running
+    view.looked && view.serves
 }
 
 /// One sentence for all containers that the tunnel cannot reach.
@@ -198,10 +205,11 @@ mod tests {
             access: None,
         };
         let metrics = Metrics::default();
-        let view = View { looked: true, status: Status::Running, ..View::default() };
+        let view = View { looked: true, status: Status::Running, serves: true, ..View::default() };
         Sources {
             master: Arc::new(Master::new(config, metrics.clone()).unwrap()),
             session: watch::channel(None).1,
+            refused: watch::channel(false).1,
             wanted: watch::channel(Wanted::default()).1,
             view: watch::channel(view).1,
             inventory: watch::channel(Inventory { complete: true, ..Inventory::default() }).1,
@@ -253,13 +261,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_tunnel_is_ready_only_while_it_runs_and_somebody_has_looked() {
+    async fn the_tunnel_is_ready_while_it_serves_and_somebody_has_looked_whatever_its_status_complains_of() {
         let dir = tempfile::tempdir().unwrap();
         let mut sources = sources(dir.path());
         for status in Status::ALL {
-            for looked in [true, false] {
-                sources.view = watch::channel(View { looked, status, ..View::default() }).1;
-                let is_ready = looked && status == Status::Running;
+            for (looked, serves) in [(true, true), (true, false), (false, true), (false, false)] {
+                sources.view = watch::channel(View { looked, status, serves, ..View::default() }).1;
+                let is_ready = looked && serves;
                 assert_eq!(sources.ready().0 == StatusCode::OK, is_ready, "{status:?} {looked}");
                 let metrics = sources.metrics();
                 assert!(metrics.contains(&format!("dockflare_agent_tunnel_ready {}\n", u8::from(is_ready))));

@@ -200,6 +200,29 @@ async fn metrics_are_what_the_documentation_says_and_hold_nothing_secret() {
 }
 
 #[tokio::test]
+async fn an_agent_whose_key_was_revoked_is_not_called_registered() {
+    let (desk, port) = desk_with_pages().await;
+    let mut agent = desk.agent().unwrap();
+    desk.registered(1).await.unwrap();
+    let is_registered = async |expected: bool| {
+        testkit::wait_until("the page to say so", SOON, async || {
+            let (_, page) = json_of(port, "/health").await;
+            (page["registered"] == expected).then_some(page)
+        })
+        .await
+        .unwrap()
+    };
+    is_registered(true).await;
+    desk.master.revoke_key(&desk.key).unwrap();
+    let page = is_registered(false).await;
+    let problems = page["problems"].to_string();
+    assert!(page["status"] == "degraded" && problems.contains("the master refuses this agent"), "{page:#}");
+    let metrics = http::get(&format!("127.0.0.1:{port}"), "/metrics").await.unwrap().body;
+    assert!(metrics.contains("dockflare_agent_registered 0\n"), "{metrics}");
+    stop(&mut agent).await.unwrap();
+}
+
+#[tokio::test]
 async fn those_who_dawdle_or_ask_too_much_keep_nobody_else_from_an_answer() {
     let (desk, port) = desk_with_pages().await;
     let mut agent = desk.agent().unwrap();
