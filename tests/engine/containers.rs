@@ -365,6 +365,7 @@ async fn a_foreign_container_of_that_name_is_not_touched_and_the_tunnel_comes_wh
 
     let agent = tunnel.agent(&stage)?;
     two_more_polls(&stage).await?;
+    agent.wait_for_log("is not the agent's", SOON).await?;
     assert_eq!(Life::now(&stage).await?, before);
     stage.scope.rm(&foreign).await?;
     agent.wait_for_log("tunnel ready", SOON).await?;

@@ -214,16 +214,17 @@ pub(crate) async fn registered(stage: &Stage) -> Result<Agent> {
     stage.master.wait_for("an agent to register", SOON, |known| known.only_agent().cloned()).await
 }
 
-/// Waits for a tunnel that is ready after this was said.
+/// Waits for a tunnel that is ready after this was said; with a replacement in between, a third of the time is nominal.
 pub(crate) async fn ready_after(agent: &AgentProcess, sentence: &str) -> Result<()> {
     let line = agent.wait_for_log(sentence, SOON).await?;
     let mark = agent.log().lines().position(|other| other == line).unwrap_or_default();
-    agent.wait_for_log_after(mark, "tunnel ready", SOON).await.map(drop)
+    agent.wait_for_log_after(mark, "tunnel ready", 2 * SOON).await.map(drop)
 }
 
-/// Waits until the master believes this of the stage's agent.
+/// Waits until the master believes this of the stage's agent. Some causes are told 25 s after they began, when all
+/// goes well.
 pub(crate) async fn reported<T>(stage: &Stage, what: &str, is_it: impl Fn(&Agent) -> Option<T>) -> Result<T> {
-    stage.master.wait_for(what, SOON, |known| known.only_agent().and_then(&is_it)).await
+    stage.master.wait_for(what, 2 * SOON, |known| known.only_agent().and_then(&is_it)).await
 }
 
 /// Waits until the master is told this status with this reason.

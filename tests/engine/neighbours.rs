@@ -164,8 +164,7 @@ async fn each_label_that_leads_nowhere_is_told_with_what_mends_it_and_shown_by_t
     for (shown, (name, remedy)) in shown.iter().zip(&expected) {
         let told = shown["remedy"].as_str().unwrap_or_default();
         ensure!(shown["name"] == *name && told.starts_with(remedy), "expected {remedy:?}: {shown:#}");
-        let line = agent.log().lines().find(|line| line.contains(&format!("name={name} remedy="))).map(str::to_owned);
-        let line = line.with_context(|| format!("{name} was not told"))?;
+        let line = agent.wait_for_log(&format!("name={name} remedy="), SOON).await?;
         ensure!(line.contains("cannot reach the container") && line.contains(remedy), "{line}");
     }
     ensure!(scene.count(&agent, "cannot reach the container") == expected.len());

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use dockflare_dev_master::{Agent, Fault, Protocol, Route};
-use testkit::{AgentProcess, Case};
+use testkit::{AgentProcess, Case, wait_until};
 
 use super::{ENABLED, all_is_told, another_report, heard_of, watched, with_either_master};
 use crate::support::relay::{REFUSAL, Relay, Way};
@@ -27,6 +27,8 @@ async fn what_runs_at_the_start_is_in_the_first_complete_report(protocol: Protoc
     let paused = stage.scope.run_workload(ENABLED, &[], None, false).await?;
     stage.scope.pause(&paused).await?;
     let ended = stage.scope.run_workload(ENABLED, &["exit", "0"], None, false).await?;
+    let has_ended = async || (stage.scope.status(&ended).await.ok()? == "exited").then_some(());
+    wait_until("its end", SOON, has_ended).await?;
     let plain = stage.scope.run_workload(&[], &[], None, false).await?;
     let (_agent, known) = watched(&stage).await?;
     assert_eq!(known.complete_reports, 1);
