@@ -51,6 +51,16 @@ pub enum Cause {
     TokenMismatch,
     /// The edge refuses the token: a wrong secret, or a tunnel that was deleted.
     TokenRefused,
+    /// The edge answers and refuses the registration, and cloudflared does not say why: over QUIC it never does.
+    RegistrationRefused,
+    /// The edge answers, or takes the connection and never does, and not for want of the right token.
+    EdgeError,
+    /// The edge's certificate is not believed: somebody stands in between, or the clock is wrong.
+    EdgeUntrusted,
+    /// cloudflared cannot read the file that its token is in.
+    TokenFile,
+    /// The port of its own pages is taken.
+    MetricsPortTaken,
     /// cloudflared ends at its start since it cannot look up the edge.
     NoDns,
     /// No connection to the edge.
@@ -105,14 +115,19 @@ type Row = (&'static str, Status, Action, &'static str, &'static str);
 
 impl Cause {
     /// All of them, in the order of the README.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 24] = [
         Self::TokenMissing,
         Self::TokenMalformed,
         Self::TokenMismatch,
         Self::TokenRefused,
+        Self::TokenFile,
+        Self::RegistrationRefused,
+        Self::EdgeError,
+        Self::EdgeUntrusted,
         Self::NoDns,
         Self::EdgeUnreachable,
         Self::UdpBlocked,
+        Self::MetricsPortTaken,
         Self::Hung,
         Self::NotAnswering,
         Self::CrashLoop,
@@ -159,6 +174,34 @@ impl Cause {
                 "is refused by Cloudflare",
                 "cloudflared keeps asking and is not restarted; if the tunnel was deleted or its token rotated, redeploy or enrol the agent on the master's Agents page",
             ),
+            Self::TokenFile => (
+                "token_file",
+                Restarting,
+                LeaveToDocker,
+                "ends because cloudflared cannot read its token file",
+                "Docker starts it again with growing pauses; see docker logs of the tunnel container for the file",
+            ),
+            Self::RegistrationRefused => (
+                "registration_refused",
+                Degraded,
+                Wait,
+                "reaches Cloudflare, which refuses its registration without a reason",
+                "cloudflared keeps asking; over QUIC it does not say whether its token is at fault; if this lasts, redeploy or enrol the agent on the master's Agents page",
+            ),
+            Self::EdgeError => (
+                "edge_error",
+                Degraded,
+                Wait,
+                "reaches Cloudflare, which cannot register it",
+                "cloudflared keeps trying and is not restarted; the fault is at Cloudflare: see www.cloudflarestatus.com",
+            ),
+            Self::EdgeUntrusted => (
+                "edge_untrusted",
+                Error,
+                Wait,
+                "does not trust the certificate that answers in Cloudflare's place",
+                "cloudflared keeps trying and is not restarted; set the clock of the host, or let port 7844 pass without TLS inspection",
+            ),
             Self::NoDns => (
                 "no_dns",
                 Restarting,
@@ -179,6 +222,13 @@ impl Cause {
                 Wait,
                 "has no connection to Cloudflare over QUIC, and may use nothing else",
                 "cloudflared keeps trying and is not restarted; open UDP port 7844 outwards, or set CLOUDFLARED_PROTOCOL=auto",
+            ),
+            Self::MetricsPortTaken => (
+                "metrics_port_taken",
+                Restarting,
+                LeaveToDocker,
+                "ends because the port of its metrics is taken",
+                "Docker starts it again with growing pauses; end what else listens on that port in the same container network",
             ),
             Self::Hung => (
                 "hung",
