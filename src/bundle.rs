@@ -7,9 +7,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
-use secrecy::{ExposeSecret, SecretString};
+use dockflare_host::redact;
+use secrecy::SecretString;
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
@@ -20,8 +19,6 @@ use crate::{health, page, state};
 
 /// For Docker's version and the look at the tunnel container.
 const LIMIT: Duration = Duration::from_secs(10);
-/// A shorter secret is in too many other words, and no key or token is one.
-const LEAST_SECRET_CHARS: usize = 6;
 
 /// The subcommand: prints the document.
 pub async fn command() {
@@ -57,7 +54,7 @@ async fn gather() -> Value {
         "files": files.unwrap_or_else(|error| not_available(&format!("{}: {error}", data_dir.display()))),
         "log": log,
     });
-    redact(&mut document, &words(&settings.secrets, &data_dir));
+    redact::redact(&mut document, &words(&settings.secrets, &data_dir));
     document
 }
 
@@ -107,36 +104,14 @@ fn words(settings: &[SecretString], data_dir: &std::path::Path) -> Vec<SecretStr
         secrets.extend(tunnel.token.iter().map(|token| token.expose().to_owned().into()));
         secrets.extend(tunnel.token.as_ref().and_then(state::Token::secret));
     }
-    let encoded: Vec<SecretString> =
-        secrets.iter().map(|secret| STANDARD.encode(secret.expose_secret()).into()).collect();
-    secrets.extend(encoded);
-    secrets.retain(|secret| secret.expose_secret().len() >= LEAST_SECRET_CHARS);
-    // A token before the secret that is part of it.
-    secrets.sort_by_key(|secret| std::cmp::Reverse(secret.expose_secret().len()));
-    secrets
-}
-
-/// Takes the words out of every text of the document, keys included.
-fn redact(value: &mut Value, words: &[SecretString]) {
-    const HIDDEN: &str = "<redacted>";
-    let clean =
-        |text: &str| words.iter().fold(text.to_owned(), |text, word| text.replace(word.expose_secret(), HIDDEN));
-    match value {
-        Value::String(text) => *text = clean(text),
-        Value::Array(values) => values.iter_mut().for_each(|value| redact(value, words)),
-        Value::Object(members) => {
-            let old = std::mem::take(members);
-            for (key, mut value) in old {
-                redact(&mut value, words);
-                members.insert(clean(&key), value);
-            }
-        }
-        Value::Null | Value::Bool(_) | Value::Number(_) => {}
-    }
+    redact::words(secrets)
 }
 
 #[cfg(test)]
 mod tests {
+    use base64::Engine as _;
+    use base64::engine::general_purpose::STANDARD;
+
     use super::*;
     use crate::state::testing::token;
 
@@ -152,7 +127,7 @@ mod tests {
             "log": ["abc", format!("key the-agent-key, {base64}"), format!("x{token}y"), "its secret c2VjcmV0"],
             "the-agent-key": { "n": 1 },
         });
-        redact(&mut document, &words);
+        redact::redact(&mut document, &words);
         assert_eq!(
             document,
             json!({

@@ -7,16 +7,16 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io::Read as _;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use dockflare_host::logging::{LogConfig, LogFormat};
+pub use dockflare_host::page::PageAddress;
 use jiff::tz::TimeZone;
 use reqwest::Url;
 use reqwest::header::HeaderValue;
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
-use tracing_subscriber::filter::Targets;
 
 mod check;
 mod connector;
@@ -124,16 +124,6 @@ pub enum OnExit {
     Keep,
 }
 
-/// Address and port of the agent's own pages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PageAddress(pub SocketAddr);
-
-impl fmt::Display for PageAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
-    }
-}
-
 /// Where the Docker Engine API is reached.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DockerHost {
@@ -150,26 +140,6 @@ impl fmt::Display for DockerHost {
             Self::Http(address) => write!(f, "tcp://{address}"),
         }
     }
-}
-
-/// What is logged, how, and in which time zone.
-#[derive(Debug, Clone)]
-pub struct LogConfig {
-    /// Levels by target; libraries that print request bodies stay at `info` or above whatever is asked.
-    pub filter: Targets,
-    /// One line of text or one JSON object for each record.
-    pub format: LogFormat,
-    /// Zone of the times in the log; the wire is always UTC.
-    pub time_zone: TimeZone,
-}
-
-/// Shape of a log record.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LogFormat {
-    /// `2026-01-31T10:00:00+01:00  INFO sentence key=value`.
-    Text,
-    /// One JSON object a line.
-    Json,
 }
 
 /// A configuration that can be used, and what the operator should know about it.

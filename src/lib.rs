@@ -25,8 +25,9 @@
 //! Around them: [`config`] (the environment, checked as a whole), [`registration`] (who the agent is at its
 //! master), [`cloudflare`] (ingress rules), [`page`] (`GET /health`, `/metrics` and others), [`metrics`] (what is
 //! counted), [`pulse`] (whether each task is still at work), and three doors, each the only one of its
-//! kind: [`master`] to the master, [`docker`] to Docker, [`state`] to the data folder. [`logging`], [`signals`],
-//! the waits of `retry`, the set-up of `http` and what is known of `labels` are shared by all.
+//! kind: [`master`] to the master, [`docker`] to Docker, [`state`] to the data folder. What is known of `labels` is
+//! shared by all, and so is the crate [`dockflare_host`], which every program of the project stands on: log, signals,
+//! waits, pages, HTTP clients.
 //!
 //! [`socket_proxy`] is another program in the same file, which holds the Docker socket in a container of its own: the
 //! agent reaches Docker through it. It knows of the above only what the agent asks of Docker and reads of its answers.
@@ -42,6 +43,8 @@ use std::error::Error;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+pub use dockflare_host::{error_chain, logging, pulse, signals};
+use dockflare_host::{http, retry};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
@@ -62,18 +65,13 @@ pub mod fuzzing;
 pub mod health;
 #[cfg(test)]
 mod hostile;
-mod http;
 mod labels;
-pub mod logging;
 pub mod master;
 pub mod metrics;
 pub mod neighbours;
 pub mod page;
-pub mod pulse;
 pub mod registration;
 pub mod reports;
-mod retry;
-pub mod signals;
 pub mod socket_proxy;
 pub mod state;
 pub mod tunnels;
@@ -325,20 +323,4 @@ fn taken<T>(found: Found<T>) -> Option<T> {
         );
     }
     found.document
-}
-
-/// An error with its causes, in one line.
-pub fn error_chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        let cause_text = cause.to_string();
-        // Some libraries repeat their cause in their own words.
-        if !text.ends_with(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        next = cause.source();
-    }
-    text
 }

@@ -96,7 +96,8 @@ fn ended(ended: Result<(), RunError>) -> ExitCode {
 /// Starts logging; gives the last lines of the log, and the token that tells when to stop.
 fn begin(log: &LogConfig, warnings: Vec<String>) -> anyhow::Result<(Ring, CancellationToken)> {
     let ring = logging::start(log)?;
-    logging::end_on_panic();
+    let panicked = RunError::Task("that panicked");
+    logging::end_on_panic(panicked.to_string(), panicked.exit_code());
     for warning in warnings {
         warn!("{warning}");
     }

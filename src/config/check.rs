@@ -211,6 +211,9 @@ impl Check {
         let is_loud =
             |target: &str| LOUD.iter().any(|loud| target == *loud || target.starts_with(&format!("{loud}::")));
         let mut filter = Targets::new();
+        // What the agent shares with other programs logs for it here.
+        let ours = asked.iter().find(|(target, _)| *target == "dockflare_agent").map(|(_, level)| level);
+        filter = filter.with_targets(ours.map(|level| ("dockflare_host", level)));
         if let Some(default) = asked.default_level() {
             filter = filter.with_default(default);
         }

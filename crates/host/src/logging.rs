@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use tracing_subscriber::field::MakeExt;
+use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::fmt::format::{Writer, debug_fn};
 use tracing_subscriber::fmt::time::FormatTime;
@@ -16,8 +17,25 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
 use tracing_subscriber::{Layer, Registry, registry};
 
-use crate::RunError;
-use crate::config::{LogConfig, LogFormat};
+/// What is logged, how, and in which time zone.
+#[derive(Debug, Clone)]
+pub struct LogConfig {
+    /// Levels by target; libraries that print request bodies stay at `info` or above whatever is asked.
+    pub filter: Targets,
+    /// One line of text or one JSON object for each record.
+    pub format: LogFormat,
+    /// Zone of the times in the log; the wire is always UTC.
+    pub time_zone: TimeZone,
+}
+
+/// Shape of a log record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// `2026-01-31T10:00:00+01:00  INFO sentence key=value`.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
 
 /// Lines kept.
 const KEPT_LINES: usize = 200;
@@ -83,15 +101,15 @@ fn layer(config: &LogConfig, colours: bool, to: impl for<'w> MakeWriter<'w> + Se
     }
 }
 
-/// Makes a panic anywhere the end of the process, said in one line, with the exit code for a task that ended.
+/// Makes a panic anywhere the end of the process with this exit code, said in one line that begins with `what`.
 ///
 /// A task that is gone while the others go on would be the worst of all states: nobody would notice.
-pub fn end_on_panic() {
-    std::panic::set_hook(Box::new(|panic| {
+pub fn end_on_panic(what: String, exit_code: u8) {
+    std::panic::set_hook(Box::new(move |panic| {
         let place = panic.location().map(ToString::to_string).unwrap_or_default();
         let text = panic.payload_as_str().unwrap_or("no message");
-        tracing::error!(place, "{}: {text}", RunError::Task("that panicked"));
-        std::process::exit(RunError::Task("").exit_code().into());
+        tracing::error!(place, "{what}: {text}");
+        std::process::exit(exit_code.into());
     }));
 }
 
@@ -126,7 +144,7 @@ mod tests {
     fn a_panic_in_a_task_ends_the_process_with_70() {
         const ROLE: &str = "DOCKFLARE_TEST_PANICS";
         if std::env::var_os(ROLE).is_some() {
-            super::end_on_panic();
+            super::end_on_panic("a task panicked".to_owned(), 70);
             let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
             let task = async { tokio::spawn(async { panic!("a mistake") }).await };
             // Tokio would catch it here, and the others would go on.

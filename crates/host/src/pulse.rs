@@ -4,7 +4,7 @@
 //! 30 s. So one whose turn has not come for longer than its deadline hangs: it waits for a lock, a channel or a
 //! disk that will not come back. That is found out from outside, by noting when the runtime last gave it its turn.
 
-use std::future::{Future, poll_fn};
+use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -12,7 +12,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
 /// A task that waits for longer shows itself at least this often.
-pub(crate) const BEAT: Duration = Duration::from_secs(30);
+pub const BEAT: Duration = Duration::from_secs(30);
 
 /// When a task was last at work.
 #[derive(Debug, Clone)]
@@ -42,7 +42,7 @@ pub enum Life {
 
 impl Pulse {
     /// For a task that has not begun. `deadline` is the longest time for which it may wait in one piece.
-    pub(crate) fn new(name: &'static str, deadline: Duration) -> Self {
+    pub fn new(name: &'static str, deadline: Duration) -> Self {
         Self { name, deadline, last: Arc::new(Mutex::new(Last::Turn(Instant::now()))) }
     }
 
@@ -57,7 +57,7 @@ impl Pulse {
     }
 
     /// Does `work` and notes each of its turns.
-    pub(crate) async fn watch<T>(self, work: impl Future<Output = T>) -> T {
+    pub async fn watch<T>(self, work: impl Future<Output = T>) -> T {
         // Also when it panics or is dropped.
         let ended = Ended(self.last.clone());
         let mut work = pin!(work);
@@ -85,7 +85,7 @@ impl Drop for Ended {
 }
 
 /// Waits for so long, and shows every [`BEAT`] that nothing hangs. Cancel-safe, like a sleep.
-pub(crate) async fn rest(mut left: Duration) {
+pub async fn rest(mut left: Duration) {
     while !left.is_zero() {
         let step = left.min(BEAT);
         sleep(step).await;
@@ -94,7 +94,7 @@ pub(crate) async fn rest(mut left: Duration) {
 }
 
 /// Waits for something that others may keep for long, and shows every [`BEAT`] that nothing hangs.
-pub(crate) async fn rest_until<T>(mut something: impl Future<Output = T> + Unpin) -> T {
+pub async fn rest_until<T>(mut something: impl Future<Output = T> + Unpin) -> T {
     loop {
         tokio::select! {
             biased;

@@ -13,7 +13,7 @@ use tracing::{info, warn};
 /// Full jitter spreads a thousand agents over the whole interval when their master returns. The floor keeps
 /// the luckiest of them from asking at once.
 #[derive(Debug)]
-pub(crate) struct Backoff {
+pub struct Backoff {
     builder: ExponentialBuilder,
     bounds: ExponentialBackoff,
 }
@@ -23,13 +23,13 @@ const FLOOR: Duration = Duration::from_millis(100);
 
 impl Backoff {
     /// Waits of up to `first`, then up to twice that and so on, never above `cap`.
-    pub(crate) fn new(first: Duration, cap: Duration) -> Self {
+    pub fn new(first: Duration, cap: Duration) -> Self {
         let builder = ExponentialBuilder::new().with_min_delay(first).with_max_delay(cap).without_max_times();
         Self { bounds: builder.build(), builder }
     }
 
     /// The wait before the next try, at least what the other side asked for.
-    pub(crate) fn next(&mut self, asked: Option<Duration>) -> Duration {
+    pub fn next(&mut self, asked: Option<Duration>) -> Duration {
         let bound = self.bounds.next().unwrap_or(FLOOR).max(FLOOR);
         let jittered = FLOOR + (bound - FLOOR).mul_f64(fastrand::f64());
         // A master that asks for a day is not believed for longer than an hour.
@@ -38,12 +38,12 @@ impl Backoff {
     }
 
     /// The bound itself, for what others do not do at the same moment.
-    pub(crate) fn next_whole(&mut self) -> Duration {
+    pub fn next_whole(&mut self) -> Duration {
         self.bounds.next().unwrap_or(FLOOR)
     }
 
     /// Starts over: the next wait is a short one again.
-    pub(crate) fn reset(&mut self) {
+    pub fn reset(&mut self) {
         self.bounds = self.builder.build();
     }
 }
@@ -52,7 +52,7 @@ impl Backoff {
 ///
 /// Logs when it begins, at most every ten minutes while it lasts, and when it ends.
 #[derive(Debug)]
-pub(crate) struct Trouble {
+pub struct Trouble {
     what: &'static str,
     since: Option<Lasting>,
 }
@@ -75,12 +75,12 @@ const REPEAT: Duration = Duration::from_secs(600);
 
 impl Trouble {
     /// `what` is the subject of the sentences: "the master", "Docker".
-    pub(crate) fn new(what: &'static str) -> Self {
+    pub fn new(what: &'static str) -> Self {
         Self { what, since: None }
     }
 
     /// Notes a failure; `next` says what happens now and what the operator can do.
-    pub(crate) fn failed(&mut self, error: &dyn fmt::Display, next: &str) {
+    pub fn failed(&mut self, error: &dyn fmt::Display, next: &str) {
         let (what, now, text) = (self.what, Instant::now(), error.to_string());
         match &mut self.since {
             None => {
@@ -106,7 +106,7 @@ impl Trouble {
     }
 
     /// Notes that it works. Returns whether it did not before.
-    pub(crate) fn ended(&mut self) -> bool {
+    pub fn ended(&mut self) -> bool {
         let Some(lasting) = self.since.take() else { return false };
         info!(tries = lasting.tries, after = %Lasts(lasting.began.elapsed()), "{} works again", self.what);
         true
@@ -115,7 +115,10 @@ impl Trouble {
 
 /// A length of time as people say it: `3.2s`, `4m10s`, `2h05m`.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Lasts(pub(crate) Duration);
+pub struct Lasts(
+    /// How long.
+    pub Duration,
+);
 
 impl fmt::Display for Lasts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
