@@ -15,14 +15,14 @@ use tokio::time::timeout;
 use crate::check;
 use crate::config::{Config, Loaded, PageAddress, Settings};
 use crate::docker::Docker;
-use crate::{health, page, state};
+use crate::{health, logging, page, state};
 
 /// For Docker's version and the look at the tunnel container.
 const LIMIT: Duration = Duration::from_secs(10);
 
 /// The subcommand: prints the document.
 pub async fn command() {
-    check::to_stdout(&format!("{:#}\n", gather().await));
+    logging::print(&format!("{:#}\n", gather().await)).await;
 }
 
 /// Gathers the document. Takes as long as a check.

@@ -26,7 +26,7 @@ use tokio::time::timeout;
 
 use crate::config::{Config, ConfigErrors, Loaded};
 use crate::docker::DockerError;
-use crate::state;
+use crate::{logging, state};
 
 mod docker;
 mod folder;
@@ -34,7 +34,6 @@ mod master;
 mod print;
 mod tunnel;
 pub use print::Style;
-pub(crate) use print::to_stdout;
 
 /// For each of the two sides, all waits together.
 const SIDE_LIMIT: Duration = Duration::from_secs(60);
@@ -162,7 +161,7 @@ const CONTAINERS: &str = "containers";
 pub async fn command(json: bool) -> bool {
     let report = run(Config::load()).await;
     let text = if json { format!("{:#}\n", report.to_json()) } else { report.to_text(Style::of_stdout()) };
-    to_stdout(&text);
+    logging::print(&text).await;
     report.passed()
 }
 

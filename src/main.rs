@@ -1,5 +1,6 @@
 //! The program: arguments, signals, exit codes.
 
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -43,47 +44,73 @@ enum Command {
     },
 }
 
-#[tokio::main(flavor = "current_thread")]
-async fn main() -> anyhow::Result<ExitCode> {
-    let arguments = match Arguments::try_parse() {
-        Ok(arguments) => arguments,
-        Err(error) => {
-            error.print()?;
-            return Ok(ExitCode::from(if error.use_stderr() { 64 } else { 0 }));
-        }
+fn main() -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return not_started(&error),
     };
-    match arguments.command.unwrap_or(Command::Run) {
+    let code = runtime.block_on(async {
+        match Arguments::try_parse() {
+            Ok(arguments) => perform(arguments.command.unwrap_or(Command::Run)).await,
+            Err(error) => Ok(not_understood(&error).await),
+        }
+    });
+    // A thread that waits for a disk that hangs is not waited for.
+    runtime.shutdown_background();
+    logging::flush();
+    code.unwrap_or_else(|error| not_started(&error))
+}
+
+async fn perform(command: Command) -> io::Result<ExitCode> {
+    match command {
         Command::Run => match Config::load() {
             Ok(Loaded { config, warnings }) => {
                 let (log, shutdown) = begin(&config.log, warnings)?;
                 Ok(ended(run(config, log, shutdown).await))
             }
-            Err(errors) => Ok(misconfigured(&errors)),
+            Err(errors) => Ok(misconfigured(&errors).await),
         },
-        Command::Healthcheck => Ok(told(page::check(Config::load_health_page()).await)),
+        Command::Healthcheck => Ok(told(page::check(Config::load_health_page()).await).await),
         Command::Check { json } => Ok(ExitCode::from(u8::from(!check::command(json).await))),
         Command::SupportBundle => {
             bundle::command().await;
             Ok(ExitCode::SUCCESS)
         }
         Command::SocketProxy { check } => match SocketProxyConfig::load() {
-            Ok((config, _)) if check => Ok(told(socket_proxy::check(&config.listen).await)),
+            Ok((config, _)) if check => Ok(told(socket_proxy::check(&config.listen).await).await),
             Ok((config, warnings)) => {
                 let (_, shutdown) = begin(&config.log, warnings)?;
                 Ok(ended(socket_proxy::run(config, shutdown).await))
             }
-            Err(errors) => Ok(misconfigured(&errors)),
+            Err(errors) => Ok(misconfigured(&errors).await),
         },
     }
 }
 
-fn told(answer: Result<String, String>) -> ExitCode {
-    println!("{}", answer.as_ref().unwrap_or_else(|problem| problem));
+async fn not_understood(error: &clap::Error) -> ExitCode {
+    let text = error.render().to_string();
+    if error.use_stderr() {
+        logging::print_error(&text).await;
+        return ExitCode::from(64);
+    }
+    logging::print(&text).await;
+    ExitCode::SUCCESS
+}
+
+/// The system refuses what every program needs.
+fn not_started(error: &io::Error) -> ExitCode {
+    let why = if error.kind() == io::ErrorKind::WouldBlock { logging::NO_THREAD } else { "cannot start" };
+    let _ = writeln!(io::stderr(), "dockflare-agent: {why} ({error})");
+    ExitCode::from(70)
+}
+
+async fn told(answer: Result<String, String>) -> ExitCode {
+    logging::print(&format!("{}\n", answer.as_ref().unwrap_or_else(|problem| problem))).await;
     ExitCode::from(u8::from(answer.is_err()))
 }
 
-fn misconfigured(errors: &ConfigErrors) -> ExitCode {
-    eprintln!("dockflare-agent: {errors}");
+async fn misconfigured(errors: &ConfigErrors) -> ExitCode {
+    logging::print_error(&format!("dockflare-agent: {errors}\n")).await;
     ExitCode::from(64)
 }
 
@@ -94,7 +121,7 @@ fn ended(ended: Result<(), RunError>) -> ExitCode {
 }
 
 /// Starts logging; gives the last lines of the log, and the token that tells when to stop.
-fn begin(log: &LogConfig, warnings: Vec<String>) -> anyhow::Result<(Ring, CancellationToken)> {
+fn begin(log: &LogConfig, warnings: Vec<String>) -> io::Result<(Ring, CancellationToken)> {
     let ring = logging::start(log)?;
     let panicked = RunError::Task("that panicked");
     logging::end_on_panic(panicked.to_string(), panicked.exit_code());

@@ -1,7 +1,7 @@
 //! The report as text: one line for each finding, its remedy below it, in columns.
 
 use std::fmt::Write as _;
-use std::io::{IsTerminal, Write as _};
+use std::io::IsTerminal;
 
 use super::{Finding, Outcome, Report};
 
@@ -55,11 +55,6 @@ impl Style {
         };
         text.chars().map(shown).collect()
     }
-}
-
-/// Prints what a subcommand has to say. Whoever reads it may have enough and hang up.
-pub(crate) fn to_stdout(text: &str) {
-    let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
 /// A longer title pushes its own line and no other. Container names may have any length.

@@ -19,3 +19,4 @@ mod program;
 mod registration;
 mod secrets;
 mod session;
+mod unread;

@@ -13,7 +13,7 @@ use crate::program::{free_port, run};
 use crate::support::SOON;
 
 /// Most connections that are served at once from elsewhere, and from this machine.
-const PLACES: usize = 16;
+const PLACES: usize = 8;
 
 /// A desk whose agent has its pages on this port.
 async fn desk_with_pages() -> (Desk, u16) {

@@ -5,6 +5,7 @@ use std::error::Error;
 
 pub mod http;
 pub mod logging;
+mod outlet;
 pub mod page;
 pub mod pulse;
 pub mod redact;

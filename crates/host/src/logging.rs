@@ -1,21 +1,30 @@
 //! The log: one line for each record, times in the operator's zone, no colour codes outside a terminal. The last
-//! lines are kept in memory as well ([`Ring`]), for whoever asks the running agent for them.
+//! lines are kept in memory as well ([`Ring`]), for whoever asks the running program for them.
+//!
+//! Nobody who logs waits for whoever reads the log: a pipe that is full costs lines, which are counted, and the count
+//! is logged once somebody reads again.
 
 use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, IsTerminal};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::timeout;
 use tracing_subscriber::field::MakeExt;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::fmt::format::{Writer, debug_fn};
 use tracing_subscriber::fmt::time::FormatTime;
 use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
+use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, registry};
+
+use crate::outlet::{self, Outlet};
 
 /// What is logged, how, and in which time zone.
 #[derive(Debug, Clone)]
@@ -71,20 +80,56 @@ impl io::Write for Ring {
     }
 }
 
+/// The way to standard output, for [`flush`].
+static OUTLET: OnceLock<Outlet> = OnceLock::new();
+/// Whoever ends waits no longer than this for whoever reads the log.
+const FLUSH_LIMIT: Duration = Duration::from_secs(1);
+/// What is said on standard error fits into any pipe that somebody reads.
+const ERROR_LIMIT: Duration = Duration::from_secs(5);
+
 /// Starts logging to standard output and into the ring, for the rest of the process.
 ///
 /// The `log` facade is not connected: what the Docker client prints there at its lower levels holds request
 /// bodies, the tunnel token in them.
 ///
 /// # Errors
-/// When something else in the process logs already.
-pub fn start(config: &LogConfig) -> Result<Ring, TryInitError> {
+/// When something else in the process logs already, or the system starts no thread.
+pub fn start(config: &LogConfig) -> io::Result<Ring> {
     let ring = Ring::default();
     let kept = ring.clone();
+    // Past the standard library's own buffer, which two writers share by a lock.
+    let stdout = std::fs::File::from(io::stdout().as_fd().try_clone_to_owned()?);
+    let outlet = Outlet::start(stdout, |lines| {
+        tracing::error!(lines, "log lines were dropped here, since nobody read the log in time");
+    })?;
+    let to = OUTLET.get_or_init(|| outlet);
     let layers =
-        vec![layer(config, io::stdout().is_terminal(), io::stdout), layer(config, false, move || kept.clone())];
-    registry().with(layers.with_filter(config.filter.clone())).try_init()?;
+        vec![layer(config, io::stdout().is_terminal(), || to.clone()), layer(config, false, move || kept.clone())];
+    registry().with(layers.with_filter(config.filter.clone())).try_init().map_err(io::Error::other)?;
     Ok(ring)
+}
+
+/// Waits until the log is written, for a second at the most. To be called before the process ends.
+pub fn flush() {
+    if let Some(outlet) = OUTLET.get() {
+        outlet.flush(FLUSH_LIMIT);
+    }
+}
+
+/// Prints what a subcommand has to say, and waits for whoever reads it, but not beyond a request to stop.
+pub async fn print(text: &str) {
+    let written = outlet::hand_over(io::stdout(), text);
+    match (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) {
+        (Ok(mut term), Ok(mut int)) => {
+            tokio::select! { _ = written => {}, _ = term.recv() => {}, _ = int.recv() => {} }
+        }
+        _ => drop(written.await),
+    }
+}
+
+/// Says on standard error why a program ends, and waits only shortly for whoever reads it.
+pub async fn print_error(text: &str) {
+    let _ = timeout(ERROR_LIMIT, outlet::hand_over(io::stderr(), text)).await;
 }
 
 type AnyLayer = Box<dyn Layer<Registry> + Send + Sync>;
@@ -108,10 +153,19 @@ pub fn end_on_panic(what: String, exit_code: u8) {
     std::panic::set_hook(Box::new(move |panic| {
         let place = panic.location().map(ToString::to_string).unwrap_or_default();
         let text = panic.payload_as_str().unwrap_or("no message");
-        tracing::error!(place, "{what}: {text}");
+        // The runtime's words for a thread that the system refuses.
+        if text.contains("can't spawn worker thread") {
+            tracing::error!("{NO_THREAD} ({text})");
+        } else {
+            tracing::error!(place, "{what}: {text}");
+        }
+        flush();
         std::process::exit(exit_code.into());
     }));
 }
+
+/// What to do when the system starts no thread. `nproc` counts all that one user runs on the host, in every container.
+pub const NO_THREAD: &str = "the system starts no further thread: raise the limit on processes of this container (--ulimit nproc, --pids-limit), or run it as a user of its own";
 
 /// `key=value`; quoted only where it would not read as one word.
 fn write_field(writer: &mut Writer<'_>, name: &str, value: &dyn fmt::Debug) -> fmt::Result {

@@ -1,13 +1,14 @@
 //! A program's own pages: one GET for each connection, within narrow limits, and nothing secret. What is on them is
 //! the program's business ([`Pages`]).
 //!
-//! Whoever shares a network with the program may ask, so nothing here waits for a client, and however many come, one
-//! that asks from the same machine has a place.
+//! Whoever shares a network with the program may ask, so nothing here waits for a client. Who holds connections open
+//! takes places from nobody but themselves: each peer has a few, and those on this machine have their own.
 
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use http_body_util::Full;
@@ -18,14 +19,17 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 use tracing::warn;
 
 use crate::{error_chain, http};
 
 /// Connections served at once from elsewhere, and as many from this machine; further ones are closed.
-const MAX_CONNECTIONS: usize = 16;
+const MOST_CONNECTIONS: usize = 64;
+/// Of these for each peer: a person's browser opens six.
+const MOST_OF_ONE_PEER: usize = 8;
+/// A client has this long to send its request, which is one packet.
+const HEAD_LIMIT: Duration = Duration::from_secs(5);
 /// A client that takes longer for its request and our answer is cut off.
 const CONNECTION_LIMIT: Duration = Duration::from_secs(10);
 /// A request has a line and some headers. 8 KiB is the least that the library takes.
@@ -78,7 +82,7 @@ pub async fn bind(page: PageAddress) -> std::io::Result<TcpListener> {
 /// Serves the pages for ever. Cancel-safe.
 pub async fn serve(listener: TcpListener, pages: impl Pages) -> Infallible {
     let pages = Arc::new(pages);
-    let [near, far] = [(); 2].map(|()| Arc::new(Semaphore::new(MAX_CONNECTIONS)));
+    let [near, far] = [(); 2].map(|()| Places::default());
     loop {
         let (stream, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
@@ -91,7 +95,7 @@ pub async fn serve(listener: TcpListener, pages: impl Pages) -> Infallible {
         };
         let places = if is_near(peer) { &near } else { &far };
         // Who finds no place is closed at once, so that nobody waits behind those who dawdle.
-        if let Ok(place) = places.clone().try_acquire_owned() {
+        if let Some(place) = places.take(peer.ip()) {
             tokio::spawn(converse(stream, peer, pages.clone(), place));
         }
     }
@@ -101,12 +105,63 @@ fn is_near(peer: SocketAddr) -> bool {
     peer.ip().to_canonical().is_loopback()
 }
 
+/// The connections that are served, by the peer that they are of.
+#[derive(Debug, Clone, Default)]
+struct Places(Arc<Mutex<HashMap<IpAddr, usize>>>);
+
+/// One connection's place; dropping it gives it back.
+#[derive(Debug)]
+struct Place {
+    of: IpAddr,
+    places: Places,
+}
+
+impl Places {
+    /// A place for one more connection of this peer.
+    fn take(&self, peer: IpAddr) -> Option<Place> {
+        let of = one_peer(peer);
+        let mut taken = self.lock();
+        let all: usize = taken.values().sum();
+        let own = taken.get(&of).copied().unwrap_or_default();
+        if all >= MOST_CONNECTIONS || own >= MOST_OF_ONE_PEER {
+            return None;
+        }
+        taken.insert(of, own + 1);
+        Some(Place { of, places: self.clone() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut taken = self.places.lock();
+        match taken.get_mut(&self.of) {
+            Some(own) if *own > 1 => *own -= 1,
+            _ => drop(taken.remove(&self.of)),
+        }
+    }
+}
+
+/// Addresses that one host can choose among count as one.
+fn one_peer(ip: IpAddr) -> IpAddr {
+    match ip.to_canonical() {
+        IpAddr::V6(ip) if !ip.is_loopback() => {
+            let [a, b, c, d, ..] = ip.segments();
+            Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0).into()
+        }
+        ip => ip,
+    }
+}
+
 /// One connection, one request.
-async fn converse(stream: TcpStream, peer: SocketAddr, pages: Arc<impl Pages>, place: OwnedSemaphorePermit) {
+async fn converse(stream: TcpStream, peer: SocketAddr, pages: Arc<impl Pages>, place: Place) {
     let service = service_fn(move |request| answer(request, peer, pages.clone()));
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(CONNECTION_LIMIT)
+        .header_read_timeout(HEAD_LIMIT)
         .max_buf_size(MAX_REQUEST_BYTES)
         .keep_alive(false)
         .serve_connection(TokioIo::new(stream), service);
@@ -159,6 +214,11 @@ fn reached_at(page: PageAddress) -> SocketAddr {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpSocket;
+
     use super::*;
 
     #[test]
@@ -171,5 +231,60 @@ mod tests {
         ] {
             assert_eq!(reached_at(PageAddress(listens.parse().unwrap())).to_string(), asked);
         }
+    }
+
+    #[test]
+    fn a_peer_has_a_few_places_and_all_together_have_a_bound() {
+        let places = Places::default();
+        let peer = |number: u8| IpAddr::from([10, 0, 0, number]);
+        let mut of_one: Vec<_> = (0..MOST_OF_ONE_PEER).map(|_| places.take(peer(1)).unwrap()).collect();
+        assert!(places.take(peer(1)).is_none(), "one peer has its share");
+        assert!(places.take("::ffff:10.0.0.1".parse().unwrap()).is_none(), "by whatever name");
+        assert!(places.take(peer(2)).is_some(), "and another has its own");
+        of_one.pop();
+        assert!(places.take(peer(1)).is_some(), "what was given back can be taken");
+        let all: Vec<_> = (0..=u8::MAX).filter_map(|number| places.take(peer(number))).collect();
+        assert_eq!(all.len() + of_one.len(), MOST_CONNECTIONS);
+        drop((all, of_one));
+        assert!(places.lock().is_empty(), "nothing is kept of those who left");
+        let v6: Vec<_> = (0..20).filter_map(|n| places.take(format!("fd00::{n:x}").parse().unwrap())).collect();
+        assert_eq!(v6.len(), MOST_OF_ONE_PEER, "a host has as many addresses of its network as it likes");
+    }
+
+    struct Word;
+
+    impl Pages for Word {
+        async fn page(&self, path: &str, _: bool) -> Page {
+            Page::text("text/plain", path.to_owned())
+        }
+    }
+
+    #[tokio::test]
+    async fn idle_connections_of_one_neighbour_keep_no_other_from_an_answer_and_are_closed_soon() {
+        let listener = bind(PageAddress("127.0.0.1:0".parse().unwrap())).await.unwrap();
+        let at = listener.local_addr().unwrap();
+        tokio::spawn(async move { match serve(listener, Word).await {} });
+        let from = async |ip: &str| {
+            let socket = TcpSocket::new_v4().unwrap();
+            socket.bind(SocketAddr::new(ip.parse().unwrap(), 0)).unwrap();
+            socket.connect(at).await.unwrap()
+        };
+        let mut idle = Vec::new();
+        for _ in 0..2 * MOST_CONNECTIONS {
+            idle.push(from("127.0.0.2").await);
+        }
+        for other in ["127.0.0.1", "127.0.0.3"] {
+            let mut stream = from(other).await;
+            stream.write_all(b"GET /word HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await.unwrap();
+            assert!(answer.starts_with("HTTP/1.1 200 OK") && answer.ends_with("/word"), "{other}: {answer}");
+        }
+        let began = Instant::now();
+        for mut idle in idle {
+            // Reset where it had no place.
+            let _ = idle.read_to_end(&mut Vec::new()).await;
+        }
+        assert!(began.elapsed() < CONNECTION_LIMIT, "{:?}", began.elapsed());
     }
 }

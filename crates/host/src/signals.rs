@@ -6,6 +6,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use crate::logging;
+
 /// A token that the first of the two signals cancels.
 ///
 /// # Errors
@@ -21,6 +23,7 @@ pub fn shutdown_on_signals() -> io::Result<CancellationToken> {
         asked.cancel();
         tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
         warn!("asked to stop a second time: ending at once, the next start puts right what is left");
+        logging::flush();
         std::process::exit(0);
     });
     Ok(shutdown)

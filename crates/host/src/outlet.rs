@@ -1,0 +1,254 @@
+//! A way out of the process that nobody waits for: whoever writes leaves a record and goes on, and a thread of its own
+//! hands the records to whoever reads them. A reader that stands still costs records and nothing else; once it reads
+//! again, it is told how many.
+
+use std::collections::VecDeque;
+use std::io::{self, Write};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
+use std::time::{Duration, Instant};
+
+use tokio::sync::oneshot;
+
+/// What waits for a reader, in bytes: some 1,500 lines. What comes beyond is dropped and counted.
+const MOST_WAITING: usize = 256 << 10;
+/// What each record costs beside its text.
+const RECORD_COST: usize = 64;
+/// After a reader that takes nothing right now, as a pipe that somebody made non-blocking says.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Takes whole records and never waits. Shared by all clones.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Outlet(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    waiting: Mutex<Waiting>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    records: VecDeque<Vec<u8>>,
+    bytes: usize,
+    /// The thread has a record in its hands that is not written yet.
+    writing: bool,
+    /// Records that found no room, or that the system refused to write, since the reader was last told.
+    dropped: u64,
+    /// No record is taken: first the reader is to be told what is missing before it.
+    gap: bool,
+    /// Whose records are taken all the same: what it says is what closes the gap.
+    own: Option<ThreadId>,
+}
+
+impl Outlet {
+    /// Starts the thread that writes into `to`. It calls `missing` with the number of records that were dropped, once
+    /// what came before them is written: that leaves a record of it, which is taken whatever waits.
+    ///
+    /// # Errors
+    /// When the system starts no thread.
+    pub(crate) fn start(to: impl Write + Send + 'static, missing: impl Fn(u64) + Send + 'static) -> io::Result<Self> {
+        let outlet = Self::default();
+        let shared = outlet.0.clone();
+        thread::Builder::new().name("log".to_owned()).spawn(move || shared.run(to, missing))?;
+        Ok(outlet)
+    }
+
+    /// Waits until all is written, for no longer than `limit`: whoever ends must not wait for a reader.
+    pub(crate) fn flush(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        let mut waiting = self.0.lock();
+        while waiting.writing || !waiting.records.is_empty() || waiting.gap {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            waiting = self.0.changed.wait_timeout(waiting, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+impl Write for Outlet {
+    /// Takes a whole record, or drops it.
+    fn write(&mut self, record: &[u8]) -> io::Result<usize> {
+        let mut waiting = self.0.lock();
+        let closes = waiting.own == Some(thread::current().id());
+        if !closes && (waiting.gap || waiting.bytes + record.len() + RECORD_COST > MOST_WAITING) {
+            waiting.dropped += 1;
+            waiting.gap = true;
+        } else {
+            waiting.bytes += record.len() + RECORD_COST;
+            waiting.records.push_back(record.to_vec());
+        }
+        self.0.changed.notify_all();
+        Ok(record.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run(&self, mut to: impl Write, missing: impl Fn(u64)) {
+        self.lock().own = Some(thread::current().id());
+        loop {
+            let Some(record) = self.next(&missing) else { continue };
+            let written = write_whole(&mut to, &record);
+            let mut waiting = self.lock();
+            waiting.writing = false;
+            if written.is_err() {
+                // Nobody reads any longer, or the disk under a file is full: it is told if a later one can be written.
+                waiting.dropped += 1;
+            } else if waiting.dropped > 0 {
+                waiting.gap = true;
+            }
+            self.changed.notify_all();
+        }
+    }
+
+    /// The next record; none where a gap was told instead, of which there is a record then.
+    fn next(&self, missing: &impl Fn(u64)) -> Option<Vec<u8>> {
+        let mut waiting = self.lock();
+        loop {
+            if let Some(record) = waiting.records.pop_front() {
+                waiting.bytes -= record.len() + RECORD_COST;
+                waiting.writing = true;
+                return Some(record);
+            }
+            if waiting.gap {
+                let dropped = waiting.dropped;
+                drop(waiting);
+                missing(dropped);
+                waiting = self.lock();
+                waiting.dropped -= dropped;
+                // What was dropped in this moment is told as well before anything is taken.
+                waiting.gap = waiting.dropped > 0;
+                self.changed.notify_all();
+                return None;
+            }
+            waiting = self.changed.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// Writes all of it, however long the reader takes.
+fn write_whole(to: &mut impl Write, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match to.write(bytes) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => bytes = &bytes[written..],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::sleep(PAUSE),
+            Err(error) => return Err(error),
+        }
+    }
+    to.flush()
+}
+
+/// Hands a text to whoever reads it, on a thread of its own. Resolves when it is written or cannot be.
+pub(crate) fn hand_over(mut to: impl Write + Send + 'static, text: &str) -> oneshot::Receiver<()> {
+    let (done, written) = oneshot::channel();
+    let text = text.as_bytes().to_vec();
+    // Without a thread `done` is dropped, which resolves it.
+    let _ = thread::Builder::new().spawn(move || {
+        // Whoever reads it may have enough and hang up.
+        let _ = write_whole(&mut to, &text);
+        let _ = done.send(());
+    });
+    written
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Read};
+
+    use super::*;
+
+    /// An outlet that tells gaps as a line of their own.
+    fn outlet(to: impl Write + Send + 'static) -> Outlet {
+        let own = Arc::new(Mutex::new(None::<Outlet>));
+        let known = own.clone();
+        let outlet = Outlet::start(to, move |dropped| {
+            let mut outlet = known.lock().unwrap().clone().unwrap();
+            outlet.write_all(format!("{dropped} missing\n").as_bytes()).unwrap();
+        });
+        let outlet = outlet.unwrap();
+        *own.lock().unwrap() = Some(outlet.clone());
+        outlet
+    }
+
+    #[test]
+    fn a_reader_that_stands_still_costs_lines_and_is_told_how_many_once_it_reads_again() {
+        let (reader, writer) = io::pipe().unwrap();
+        let mut outlet = outlet(writer);
+        let (total, length) = (20_000, 100);
+        let began = Instant::now();
+        for number in 0..total {
+            outlet.write_all(format!("{number:0length$}\n").as_bytes()).unwrap();
+        }
+        outlet.flush(Duration::from_millis(50));
+        assert!(began.elapsed() < Duration::from_secs(5), "nobody waits for the reader");
+        assert!(outlet.0.lock().bytes <= MOST_WAITING);
+        let mut lines = BufReader::new(reader).lines().map(Result::unwrap);
+        let mut kept = 0;
+        let dropped = loop {
+            let line = lines.next().unwrap();
+            match line.strip_suffix(" missing") {
+                Some(count) => break count.parse::<usize>().unwrap(),
+                None => assert_eq!(line.parse::<usize>().unwrap(), kept),
+            }
+            kept += 1;
+        };
+        assert!(dropped > total / 2 && kept + dropped == total, "{kept} kept, {dropped} dropped");
+        outlet.write_all(b"after\n").unwrap();
+        assert_eq!(lines.next().unwrap(), "after", "and then all is as before");
+    }
+
+    #[test]
+    fn no_line_is_lost_or_moved_but_those_that_are_counted() {
+        let (reader, writer) = io::pipe().unwrap();
+        let mut outlet = outlet(writer);
+        let counted = thread::spawn(move || {
+            let (mut next, mut missing) = (0, 0);
+            for line in BufReader::new(reader).lines() {
+                let line = line.unwrap();
+                match line.strip_suffix(" missing") {
+                    Some(count) => {
+                        missing += count.parse::<u64>().unwrap();
+                        next += count.parse::<u64>().unwrap();
+                    }
+                    None if line == "end" => break,
+                    None => {
+                        assert_eq!(line.parse::<u64>().unwrap(), next, "in order, and what is missing was told");
+                        next += 1;
+                    }
+                }
+            }
+            (next, missing)
+        });
+        let total = 100_000_u64;
+        for number in 0..total {
+            outlet.write_all(format!("{number:080}\n").as_bytes()).unwrap();
+        }
+        outlet.flush(Duration::from_secs(20));
+        outlet.write_all(b"end\n").unwrap();
+        let (seen, missing) = counted.join().unwrap();
+        assert_eq!(seen, total, "{missing} were dropped");
+    }
+
+    #[tokio::test]
+    async fn a_text_is_handed_over_while_somebody_reads_and_nobody_is_blocked_by_one_who_does_not() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let mut written = hand_over(writer, &"x".repeat(1 << 20));
+        assert!(tokio::time::timeout(Duration::from_millis(50), &mut written).await.is_err());
+        let mut all = String::new();
+        reader.read_to_string(&mut all).unwrap();
+        assert_eq!(all.len(), 1 << 20);
+        written.await.unwrap();
+    }
+}
