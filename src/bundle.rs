@@ -75,7 +75,8 @@ async fn versions(config: Option<&Config>) -> Value {
     let (mut docker, mut cloudflared) = (Value::Null, Value::Null);
     if let Some(config) = config {
         let client = Docker::new(config.docker_host.clone());
-        let asked = async { (client.engine().await, health::glance(&client, &config.tunnel).await) };
+        let asked =
+            async { (client.engine().await, health::glance(&client, &config.tunnel, health::Whose::Any).await) };
         if let Ok((engine, glance)) = timeout(LIMIT, asked).await {
             docker = match engine {
                 Ok(engine) => engine.version.map_or(Value::Null, |version| {

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::cause::{Cause, Status};
 use crate::docker::Container;
-use crate::state::{DesiredState, Phase, Token, Tombstone, TunnelId, TunnelState};
+use crate::state::{AgentId, DesiredState, Phase, Token, Tombstone, TunnelId, TunnelState};
 
 /// What is wanted of the tunnel, as it is on disk.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -26,6 +26,8 @@ pub struct Wanted {
     pub state: DesiredState,
     /// How many times a new container was asked for.
     pub redeploys: u64,
+    /// The ids that this agent has had, the present one last: its containers carry one of them.
+    pub owners: Vec<AgentId>,
     /// The last tunnel command, when it was not carried out.
     pub refusal: Option<Refusal>,
     /// Set from the first phase of a decommission on: no tunnel, no events.
@@ -43,6 +45,7 @@ impl Wanted {
             name: state.name.clone(),
             state: state.desired_state,
             redeploys: state.redeploys,
+            owners: state.owners.clone(),
             decommission: tombstone.map(|tombstone| tombstone.phase),
             ..Self::default()
         }

@@ -3,7 +3,8 @@
 //! Nothing else imports the client library. Each call has a time limit that covers its whole answer, and each
 //! failure is sorted into what a caller does about it ([`DockerError`]); a refusal names the socket proxy's
 //! variable that would allow the call. No connection is kept for a second call, so that one that a proxy closed
-//! in the meantime is never used for a call that must not be made twice.
+//! in the meantime is never used for a call that must not be made twice. A container is looked for by its name and
+//! acted upon by the id that was seen: somebody else's may have taken the name in between.
 
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
@@ -30,7 +31,7 @@ pub use error::DockerError;
 pub(crate) use error::OWN_REFUSAL;
 use error::*;
 pub(crate) use permissions::{Engine, Gate, OWN_PROXY, Registry, Surplus};
-pub(crate) use spec::{COMMAND, OWNER_LABEL, REDEPLOY_LABEL, TUNNEL_LABEL, metrics_variable, owner_labels};
+pub(crate) use spec::{COMMAND, NAME_LABEL, OWNER_LABEL, REDEPLOY_LABEL, TUNNEL_LABEL, metrics_variable, owner_labels};
 pub use spec::{METRICS_PORT, SPEC_LABEL, STOP_GRACE_SECONDS, Spec};
 pub(crate) use types::Placed;
 pub use types::{Action, Container, Endpoint, Event, Health, Inspected, LastCheck, RunState, Version};
@@ -87,6 +88,18 @@ impl Docker {
             }
         }
         Ok(found.into_values().collect())
+    }
+
+    /// Containers that agents have made, running or not, whatever they are called by now.
+    ///
+    /// # Errors
+    /// As all calls.
+    pub(crate) async fn list_made(&self) -> Result<Vec<Container>> {
+        let docker = self.client(LIST)?;
+        let filters = HashMap::from([("label".to_owned(), vec![OWNER_LABEL.0.to_owned()])]);
+        let options = query::ListContainersOptions { all: true, filters: Some(filters), ..Default::default() };
+        let listed = limited(LIST, READ_LIMIT, docker.list_containers(Some(options))).await?;
+        Ok(listed.into_iter().map(Container::from).collect())
     }
 
     /// All running containers, whosever they are.
@@ -164,22 +177,22 @@ impl Docker {
     ///
     /// # Errors
     /// As all calls.
-    pub async fn log_start(&self, name: &str, since: i64, lines: usize) -> Result<Vec<String>> {
-        self.log(name, since, "all".to_owned(), lines).await
+    pub async fn log_start(&self, id: &str, since: i64, lines: usize) -> Result<Vec<String>> {
+        self.log(id, since, "all".to_owned(), lines).await
     }
 
     /// The last of them, at most `lines`.
     ///
     /// # Errors
     /// As all calls.
-    pub async fn log_tail(&self, name: &str, since: i64, lines: usize) -> Result<Vec<String>> {
-        self.log(name, since, lines.to_string(), lines).await
+    pub async fn log_tail(&self, id: &str, since: i64, lines: usize) -> Result<Vec<String>> {
+        self.log(id, since, lines.to_string(), lines).await
     }
 
-    async fn log(&self, name: &str, since: i64, tail: String, most: usize) -> Result<Vec<String>> {
+    async fn log(&self, id: &str, since: i64, tail: String, most: usize) -> Result<Vec<String>> {
         let since = i32::try_from(since).unwrap_or_default();
         let options = query::LogsOptions { stdout: true, stderr: true, since, tail, ..Default::default() };
-        let lines = self.client(LOGS)?.logs(name, Some(options)).take(most);
+        let lines = self.client(LOGS)?.logs(id, Some(options)).take(most);
         let lines = lines.map_ok(|line| one_line(&String::from_utf8_lossy(&line.into_bytes())));
         limited(LOGS, READ_LIMIT, lines.try_collect()).await
     }
@@ -265,17 +278,17 @@ impl Docker {
     ///
     /// # Errors
     /// [`DockerError::NotFound`] also when its network is gone.
-    pub async fn start(&self, name: &str) -> Result<()> {
+    pub async fn start(&self, id: &str) -> Result<()> {
         let docker = self.client(START)?;
-        limited(START, CHANGE_LIMIT, docker.start_container(name, None)).await
+        limited(START, CHANGE_LIMIT, docker.start_container(id, None)).await
     }
 
     /// Stops a container, with SIGKILL after `grace`; its not running is a success, as is its not being there.
     ///
     /// # Errors
     /// As all calls.
-    pub async fn stop(&self, name: &str, grace: Duration) -> Result<()> {
-        self.stop_as(STOP, name, Some(grace)).await
+    pub async fn stop(&self, id: &str, grace: Duration) -> Result<()> {
+        self.stop_as(STOP, id, Some(grace)).await
     }
 
     /// Stops the agent's own container with the time-out it was created with. Rarely returns.
@@ -286,60 +299,60 @@ impl Docker {
         self.stop_as(SELF_STOP, id, None).await
     }
 
-    async fn stop_as(&self, call: Call, name: &str, grace: Option<Duration>) -> Result<()> {
+    async fn stop_as(&self, call: Call, id: &str, grace: Option<Duration>) -> Result<()> {
         let docker = self.client(call)?;
         let seconds = grace.and_then(|grace| i32::try_from(grace.as_secs()).ok());
         let options = query::StopContainerOptions { t: seconds, ..Default::default() };
         let limit = CHANGE_LIMIT + grace.unwrap_or_default();
-        absent_is_none(limited(call, limit, docker.stop_container(name, Some(options))).await).map(drop)
+        absent_is_none(limited(call, limit, docker.stop_container(id, Some(options))).await).map(drop)
     }
 
     /// Restarts a container, with SIGKILL after `grace`.
     ///
     /// # Errors
     /// As all calls.
-    pub async fn restart(&self, name: &str, grace: Duration) -> Result<()> {
+    pub async fn restart(&self, id: &str, grace: Duration) -> Result<()> {
         let docker = self.client(RESTART)?;
         let options = query::RestartContainerOptions { t: i32::try_from(grace.as_secs()).ok(), ..Default::default() };
-        limited(RESTART, CHANGE_LIMIT + grace, docker.restart_container(name, Some(options))).await
+        limited(RESTART, CHANGE_LIMIT + grace, docker.restart_container(id, Some(options))).await
     }
 
     /// Gives a container another name.
     ///
     /// # Errors
     /// [`DockerError::Conflict`] when the name is taken.
-    pub async fn rename(&self, name: &str, to: &str) -> Result<()> {
+    pub async fn rename(&self, id: &str, to: &str) -> Result<()> {
         let docker = self.client(RENAME)?;
         let options = query::RenameContainerOptions { name: to.to_owned() };
-        limited(RENAME, CHANGE_LIMIT, docker.rename_container(name, options)).await
+        limited(RENAME, CHANGE_LIMIT, docker.rename_container(id, options)).await
     }
 
     /// Connects a container to one more network; its being there already is a success.
     ///
     /// # Errors
     /// [`DockerError::NotFound`] when one of the two is gone.
-    pub async fn connect(&self, network: &str, container: &str) -> Result<()> {
+    pub async fn connect(&self, network: &str, id: &str) -> Result<()> {
         let docker = self.client(CONNECT)?;
-        let request = models::NetworkConnectRequest { container: container.to_owned(), ..Default::default() };
+        let request = models::NetworkConnectRequest { container: id.to_owned(), ..Default::default() };
         match limited(CONNECT, CHANGE_LIMIT, docker.connect_network(network, request)).await {
             // Docker itself says 403 as well: "endpoint with name … already exists in network …".
-            Err(DockerError::Forbidden { .. }) if self.is_on(container, network).await => Ok(()),
+            Err(DockerError::Forbidden { .. }) if self.is_on(id, network).await => Ok(()),
             connected => connected,
         }
     }
 
-    async fn is_on(&self, container: &str, network: &str) -> bool {
-        matches!(self.inspect(container).await, Ok(Some(found)) if found.networks.contains_key(network))
+    async fn is_on(&self, id: &str, network: &str) -> bool {
+        matches!(self.inspect(id).await, Ok(Some(found)) if found.networks.contains_key(network))
     }
 
     /// Removes a container, killing it when it runs; its not being there is a success.
     ///
     /// # Errors
     /// As all calls.
-    pub async fn remove(&self, name: &str) -> Result<()> {
+    pub async fn remove(&self, id: &str) -> Result<()> {
         let docker = self.client(REMOVE)?;
         let options = query::RemoveContainerOptions { force: true, ..Default::default() };
-        absent_is_none(limited(REMOVE, CHANGE_LIMIT, docker.remove_container(name, Some(options))).await).map(drop)
+        absent_is_none(limited(REMOVE, CHANGE_LIMIT, docker.remove_container(id, Some(options))).await).map(drop)
     }
 
     fn client(&self, call: Call) -> Result<&bollard::Docker> {

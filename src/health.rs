@@ -7,6 +7,7 @@
 //! killed between any two steps: whatever it left is one of the states the plan starts from. A pass is woken by the
 //! desired state, by Docker's events, or by a timer; after a failed attempt further ones wait for a back-off.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,11 +19,11 @@ use crate::cause::{Cause, Status};
 use crate::channels::{View, Wanted, Ways};
 use crate::config::TunnelConfig;
 use crate::docker::{
-    Docker, DockerError, Inspected, REDEPLOY_LABEL, RunState, SPEC_LABEL, Spec, TUNNEL_LABEL, owner_labels,
+    Docker, DockerError, Inspected, NAME_LABEL, OWNER_LABEL, REDEPLOY_LABEL, RunState, SPEC_LABEL, Spec, TUNNEL_LABEL,
 };
 use crate::metrics::Metrics;
 use crate::retry::{Backoff, Trouble};
-use crate::state::DesiredState;
+use crate::state::{AgentId, DesiredState};
 
 mod act;
 mod course;
@@ -34,15 +35,17 @@ mod own;
 mod plan;
 mod probe;
 mod problem;
+mod stray;
 use act::Came;
 pub(crate) use glance::{Glance, glance};
 use host::{Host, Machine};
 use look::{EAGER, Known, Sight};
 pub(crate) use own::{is_own, own_container};
 use plan::{Goal, Progress, Scene, Slot, Step};
-pub(crate) use plan::{Owner, owner};
+pub(crate) use plan::{Owner, Whose, another_agent, owner};
 pub(crate) use probe::Readiness;
 use problem::Problem;
+use stray::Strays;
 
 /// Between two passes while all is well; events wake it at once.
 const CALM: Duration = Duration::from_secs(15);
@@ -73,6 +76,7 @@ pub(crate) struct Supervisor<H = Machine> {
     /// What Docker refused lately. Asked again for each replacement.
     refused: Refused,
     restarts: Restarts,
+    strays: Strays,
     /// Waits after a successor that did not become ready.
     replacing: Backoff,
     /// Whether cloudflared is draining, which takes as long as it takes.
@@ -152,6 +156,7 @@ impl<H: Host> Supervisor<H> {
             given_up: None,
             refused: Refused::default(),
             restarts: Restarts { pauses: pauses(), not_before: None, done: (String::new(), 0) },
+            strays: Strays::new(),
             replacing: pauses(),
             draining: watch::channel(false).0,
             attempts: Trouble::new("the tunnel"),
@@ -212,6 +217,12 @@ impl<H: Host> Supervisor<H> {
                 return self.publish(&wanted, &sight, Some(&problem), false).await;
             }
         };
+        if self.see_to_strays(&sight, &goal, stop).await {
+            sight = match self.look().await {
+                Ok(sight) => sight,
+                Err(error) => return self.docker_is_silent(&wanted, &error).await,
+            };
+        }
         let mut pause = CALM;
         let scene = self.scene(&sight, &goal);
         let steps = plan::plan(&goal, &scene);
@@ -228,7 +239,7 @@ impl<H: Host> Supervisor<H> {
             let failed = scene.progress == Progress::Failed && steps.contains(&Step::Remove(Slot::Next));
             let failure = self.next.failure().filter(|_| failed);
             let spec = self.spec(&wanted);
-            match self.act(&steps, spec.as_ref(), stop).await {
+            match self.act(&steps, &sight, spec.as_ref(), stop).await {
                 Ok(Came::ToTheEnd) => match failure {
                     Some(cause) => self.successor_failed(cause, &goal),
                     None if is_takeover(&goal, &steps) => {
@@ -270,7 +281,11 @@ impl<H: Host> Supervisor<H> {
     }
 
     fn spec(&self, wanted: &Wanted) -> Option<Spec> {
-        let mut labels = owner_labels();
+        let id = wanted.owners.last().map_or(OWNER_LABEL.1, AgentId::as_str);
+        let mut labels = BTreeMap::from([
+            (OWNER_LABEL.0.to_owned(), id.to_owned()),
+            (NAME_LABEL.to_owned(), self.config.container_name.clone()),
+        ]);
         labels.insert(REDEPLOY_LABEL.to_owned(), wanted.redeploys.to_string());
         labels.extend(wanted.id.as_ref().map(|id| (TUNNEL_LABEL.to_owned(), id.to_string())));
         Some(Spec {
@@ -297,6 +312,7 @@ impl<H: Host> Supervisor<H> {
             _ => Progress::Waiting,
         };
         Scene {
+            whose: sight.whose(),
             main: sight.main.as_ref(),
             next: sight.next.as_ref(),
             progress,
@@ -313,8 +329,15 @@ impl<H: Host> Supervisor<H> {
     async fn settled(&mut self, sight: &Sight, goal: &Goal, is_replacing: bool) {
         let Goal::Run { .. } = goal else { return self.settle() };
         match &sight.main {
-            Some(main) if plan::owner(main) == Owner::Foreign => {
-                let problem = Problem::new(Cause::NameTaken, &self.config.container_name);
+            Some(main) if plan::owner(main, sight.whose()) == Owner::Foreign => {
+                let name = &self.config.container_name;
+                let problem = Problem::new(
+                    Cause::NameTaken,
+                    match another_agent(main, sight.whose()) {
+                        Some(id) => format!("{name} is the tunnel container of another agent, with the id {id}"),
+                        None => name.clone(),
+                    },
+                );
                 self.attempts.failed(&problem, problem.cause.next());
                 self.problem = Some(problem);
             }
@@ -328,7 +351,7 @@ impl<H: Host> Supervisor<H> {
                     self.replacing.reset();
                 }
                 if main.state == RunState::Running {
-                    self.join_networks(Slot::Main, main.networks.keys().map(String::as_str)).await;
+                    self.join_networks(Slot::Main, &main.id, main.networks.keys().map(String::as_str)).await;
                 }
             }
             None => self.settle(),

@@ -123,7 +123,14 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
     let store = Store::open(&config.data_dir)?;
     let agent_id = taken(store.agent_id()?);
     let tombstone = taken(store.tombstone()?);
-    let state: TunnelState = taken(store.tunnel()?).unwrap_or_default();
+    let mut state: TunnelState = taken(store.tunnel()?).unwrap_or_default();
+    // What runs is this agent's, also when the master gives it another id.
+    if let Some(id) = agent_id.as_ref().filter(|id| state.token.is_some() && state.owners.last() != Some(id)) {
+        state.be(id);
+        if let Err(error) = store.save_tunnel(&state).await {
+            warn!("the agent's id cannot be noted beside its tunnel, trying again later: {}", error_chain(&error));
+        }
+    }
 
     let (wanted_tx, wanted) = watch::channel(Wanted::new(&state, tombstone.as_ref()));
     let (view_tx, view) = watch::channel(View::default());

@@ -286,6 +286,9 @@ impl Poller {
                 }
                 _ => {
                     commands::apply(&mut state, &command);
+                    if matches!(command, Command::Start(_) | Command::Restart(_)) {
+                        state.be(agent);
+                    }
                     if !matches!(command, Command::Ingress(_)) {
                         refusal = None;
                     }
@@ -341,7 +344,7 @@ impl Poller {
             self.commit(state, refusal, shutdown).await;
         }
         let Some(assignment) = session.assignment.as_ref().filter(|_| self.disk.tombstone.is_none()) else { return };
-        match commands::recover(&self.disk.state, assignment) {
+        match commands::recover(&self.disk.state, assignment, &session.agent_id) {
             Ok(None) => {}
             // Only that it is ours again.
             Ok(Some(state)) if self.disk.state.unclaimed && state.token == self.disk.state.token => {

@@ -6,10 +6,10 @@ use super::{CONTAINERS, Section, TUNNEL};
 use crate::config::Config;
 use crate::docker::{Container, Docker, DockerError, Health, RunState};
 use crate::events::counted;
-use crate::health::{self, Glance, Readiness};
+use crate::health::{self, Glance, Readiness, Whose};
 use crate::labels::ENABLE_KEYS;
 use crate::neighbours::{self, Verdict};
-use crate::state::{DesiredState, Folder, TunnelId, TunnelState};
+use crate::state::{AgentId, DesiredState, Folder, TunnelId, TunnelState};
 
 /// More would be no list that a person can read.
 const MOST_CONTAINERS: usize = 200;
@@ -17,7 +17,8 @@ const MOST_CONTAINERS: usize = 200;
 pub(super) async fn look(docker: &Docker, config: &Config, folder: &Folder, to: &mut Section) {
     to.begin(TUNNEL);
     let wanted = assigned(folder, to);
-    let glance = health::glance(docker, &config.tunnel).await;
+    let ids = own_ids(folder);
+    let glance = health::glance(docker, &config.tunnel, Whose::Of(&ids)).await;
     match &glance {
         Err(error) => {
             to.refused_or_failed("tunnel.container", "container", error);
@@ -29,6 +30,12 @@ pub(super) async fn look(docker: &Docker, config: &Config, folder: &Folder, to: 
         matches!(&glance, Ok(Some(seen)) if !seen.foreign && seen.state == RunState::Running && seen.on_network);
     let tunnel = wanted.and_then(|state| Some((state.id.as_ref()?, state.name.as_deref())));
     ways(docker, config, tunnel, serves, to).await;
+}
+
+/// The ids that the agent has had, by what it has stored.
+fn own_ids(folder: &Folder) -> Vec<AgentId> {
+    let remembered = folder.tunnel.iter().flatten().flat_map(|state| state.owners.iter());
+    folder.agent_id.iter().flatten().chain(remembered).cloned().collect()
 }
 
 /// The tunnel that should run, by what the agent has stored.
@@ -90,7 +97,11 @@ fn container(config: &Config, glance: Option<&Glance>, wanted: bool, to: &mut Se
     };
     if seen.foreign {
         let remedy = format!("remove it with docker rm {name}, or set TUNNEL_CONTAINER_NAME to another name");
-        to.fail(id, title, format!("{name} is not the agent's: its image is {}", seen.image), remedy);
+        let detail = match &seen.another {
+            Some(other) => format!("{name} is the tunnel container of another agent, with the id {other}"),
+            None => format!("{name} is not the agent's: its image is {}", seen.image),
+        };
+        to.fail(id, title, detail, remedy);
         return to.skip(ready, ready_title, "the container is not the agent's");
     }
     if seen.state != RunState::Running {

@@ -28,7 +28,10 @@ pub const SPEC_LABEL: &str = "com.dockflare.agent.spec";
 pub(crate) const TUNNEL_LABEL: &str = "com.dockflare.agent.tunnel-id";
 /// Label whose value is the number of the redeploy that it was made for.
 pub(crate) const REDEPLOY_LABEL: &str = "com.dockflare.agent.redeploy";
-/// What everything that the agent makes is marked with: key and value.
+/// Label whose value is the name of the tunnel container that it was made for: its own name may have been changed.
+pub(crate) const NAME_LABEL: &str = "com.dockflare.agent.container-name";
+/// What everything that the agent makes is marked with: key and value. On a container the value is the id of the
+/// agent at its master, where that is known; earlier versions did not write it.
 pub(crate) const OWNER_LABEL: (&str, &str) = ("com.dockflare.agent.owner", "dockflare-agent");
 
 /// The labels of a thing of which nothing is said but whose it is.
@@ -52,8 +55,16 @@ pub const METRICS_PORT: u16 = 20241;
 
 impl Spec {
     /// SHA-256 over everything that the container is made of, the token included, as lower-case hex.
+    ///
+    /// Not over whose it is and what it was called: an agent that was given another id, or whose container was made
+    /// by an earlier version, goes on with the container that it has.
     pub fn hash(&self) -> String {
-        let plain = serde_json::to_string(&serde_json::to_value(self.plain_body()).unwrap_or_default());
+        let mut plain = self.plain_body();
+        if let Some(labels) = &mut plain.labels {
+            labels.remove(NAME_LABEL);
+            labels.entry(OWNER_LABEL.0.to_owned()).and_modify(|owner| OWNER_LABEL.1.clone_into(owner));
+        }
+        let plain = serde_json::to_string(&serde_json::to_value(plain).unwrap_or_default());
         let digest = digest::digest(&digest::SHA256, plain.unwrap_or_default().as_bytes());
         digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
     }
@@ -153,6 +164,17 @@ mod tests {
             change(&mut changed);
             assert_ne!(changed.hash(), base, "change {number}");
         }
+    }
+
+    #[test]
+    fn whose_it_is_does_not_change_the_hash() {
+        let mut earlier = spec();
+        earlier.labels.extend(owner_labels());
+        let mut ours = spec();
+        ours.labels.insert(OWNER_LABEL.0.into(), "agent-1".into());
+        ours.labels.insert(NAME_LABEL.into(), "tunnel".into());
+        assert_eq!(ours.hash(), earlier.hash());
+        assert_eq!(ours.body_for_tests()["Labels"][OWNER_LABEL.0], "agent-1");
     }
 
     #[test]

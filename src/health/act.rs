@@ -29,8 +29,24 @@ pub(super) enum Came {
     ToTheEnd,
     /// By a shutdown or new orders: the next pass looks and plans anew.
     Interrupted,
-    /// Docker refuses this way; the next pass takes another.
+    /// What was seen is no longer so, or Docker refuses this way; the next pass takes another.
     Otherwise,
+}
+
+/// The containers in the two slots, by id.
+struct Ids {
+    main: Option<String>,
+    next: Option<String>,
+}
+
+impl Ids {
+    fn get(&self, slot: Slot) -> Option<String> {
+        if slot == Slot::Main { self.main.clone() } else { self.next.clone() }
+    }
+
+    fn set(&mut self, slot: Slot, id: Option<String>) {
+        *(if slot == Slot::Main { &mut self.main } else { &mut self.next }) = id;
+    }
 }
 
 impl<H: Host> Supervisor<H> {
@@ -42,7 +58,7 @@ impl<H: Host> Supervisor<H> {
         let is_made = steps.iter().any(|step| matches!(step, Step::Create(_)));
         match (goal, main) {
             (Goal::Run { .. }, None) if is_made => info!(container, "starting the tunnel"),
-            (Goal::Run { .. }, Some(main)) if is_made && plan::owner(main) == Owner::PythonAgent => {
+            (Goal::Run { .. }, Some(main)) if is_made && plan::owner(main, sight.whose()) == Owner::PythonAgent => {
                 info!(container, "taking over the tunnel container of the Python agent");
             }
             (Goal::Run { .. }, Some(_)) if is_made => {
@@ -66,9 +82,12 @@ impl<H: Host> Supervisor<H> {
     pub(super) async fn act(
         &mut self,
         steps: &[Step],
+        sight: &Sight,
         spec: Option<&Spec>,
         stop: &CancellationToken,
     ) -> Result<Came, Problem> {
+        // What was seen is what is acted upon, whoever has its name by then.
+        let mut ids = Ids { main: sight.id(Slot::Main), next: sight.id(Slot::Next) };
         // Has seen what this pass has seen.
         let mut orders = self.inputs.wanted.clone();
         for step in steps {
@@ -85,17 +104,29 @@ impl<H: Host> Supervisor<H> {
                         Ok(())
                     }
                 },
-                (Step::Stop(slot), _) => self.drain(&self.name(*slot)).await,
-                (Step::Remove(slot), _) => self.host.remove(&self.name(*slot)).await,
-                (Step::Create(slot), Some(spec)) => self.create(*slot, spec).await,
+                (Step::Create(slot), Some(spec)) => self.create(*slot, spec).await.map(|id| ids.set(*slot, Some(id))),
                 (Step::Create(_), None) => Ok(()),
-                (Step::Start(slot), _) => self.host.start(&self.name(*slot)).await,
-                (Step::Restart, _) => self.restart().await,
+                (Step::Stop(slot) | Step::Remove(slot) | Step::Start(slot), _) => {
+                    let Some(id) = ids.get(*slot) else { return Ok(Came::Otherwise) };
+                    match step {
+                        Step::Stop(_) => match self.drained(&id).await {
+                            Ok(false) => return Ok(Came::Otherwise),
+                            drained => drained.map(drop),
+                        },
+                        Step::Remove(_) => self.host.remove(&id).await.map(|()| ids.set(*slot, None)),
+                        _ => self.host.start(&id).await,
+                    }
+                }
+                (Step::Restart, _) => {
+                    let Some(id) = ids.get(Slot::Main) else { return Ok(Came::Otherwise) };
+                    self.restart(&id).await
+                }
                 (Step::Rename, _) => {
+                    let Some(id) = ids.get(Slot::Next) else { return Ok(Came::Otherwise) };
                     if steps.contains(&Step::Remove(Slot::Main)) {
                         sleep(RELEASE_TIME).await;
                     }
-                    self.host.rename(&self.name(Slot::Next), &self.name(Slot::Main)).await
+                    self.host.rename(&id, &self.name(Slot::Main)).await
                 }
             };
             if let Err(error) = done {
@@ -116,15 +147,16 @@ impl<H: Host> Supervisor<H> {
         self.see_to_image(replaces).await
     }
 
-    async fn create(&mut self, slot: Slot, spec: &Spec) -> Result<(), DockerError> {
-        self.host.create(&self.name(slot), spec).await?;
+    /// Gives its id.
+    async fn create(&mut self, slot: Slot, spec: &Spec) -> Result<String, DockerError> {
+        let id = self.host.create(&self.name(slot), spec).await?;
         // Before it serves, so that it can reach all that the one before it could.
-        self.join_networks(slot, std::iter::once(spec.network.as_str())).await;
-        Ok(())
+        self.join_networks(slot, &id, std::iter::once(spec.network.as_str())).await;
+        Ok(id)
     }
 
     /// Connects a container to the networks of workloads that it is not on yet. What fails is tried again later.
-    pub(super) async fn join_networks<'a>(&mut self, slot: Slot, on: impl Iterator<Item = &'a str>) {
+    pub(super) async fn join_networks<'a>(&mut self, slot: Slot, id: &str, on: impl Iterator<Item = &'a str>) {
         let mut missing = self.inputs.ways.borrow().networks.clone();
         for network in on {
             missing.remove(network);
@@ -132,7 +164,7 @@ impl<H: Host> Supervisor<H> {
         let name = self.name(slot);
         let mut failed = false;
         for network in missing {
-            match self.host.connect(&network, &name).await {
+            match self.host.connect(&network, id).await {
                 Ok(()) => info!(container = name, network, "connected the tunnel to a container's network"),
                 Err(error) => {
                     failed = true;
@@ -148,18 +180,23 @@ impl<H: Host> Supervisor<H> {
 
     /// Stops the container and waits for cloudflared's drain, which a shutdown must not cut short: a second signal
     /// would end it at once.
-    pub(super) async fn drain(&self, name: &str) -> Result<(), DockerError> {
+    pub(super) async fn drain(&self, id: &str) -> Result<(), DockerError> {
         let grace = Duration::from_secs(STOP_GRACE_SECONDS.into());
         self.draining.send_replace(true);
-        let stopped =
-            said_while_long("waiting for cloudflared to drain its requests", self.host.stop(name, grace)).await;
+        let stopped = said_while_long("waiting for cloudflared to drain its requests", self.host.stop(id, grace)).await;
         self.draining.send_replace(false);
         stopped
     }
 
+    /// Drains, and looks again, since that may take half a minute: false when it runs all the same, as when somebody
+    /// has started it.
+    async fn drained(&self, id: &str) -> Result<bool, DockerError> {
+        self.drain(id).await?;
+        Ok(self.host.inspect(id).await?.is_none_or(|seen| !plan::is_alive(&seen)))
+    }
+
     /// Restarts what hangs. The next restart comes after a pause that grows, whether this one helps or not.
-    async fn restart(&mut self) -> Result<(), DockerError> {
-        let name = self.name(Slot::Main);
+    async fn restart(&mut self, id: &str) -> Result<(), DockerError> {
         self.restarts.not_before = Some(Instant::now() + self.restarts.pauses.next_whole());
         if let Some(id) = self.main.container() {
             let (container, count) = &mut self.restarts.done;
@@ -169,7 +206,7 @@ impl<H: Host> Supervisor<H> {
             *count += 1;
         }
         self.metrics.restart();
-        self.host.restart(&name, HANG_GRACE).await
+        self.host.restart(id, HANG_GRACE).await
     }
 
     /// Whether Docker refuses this step and there is another way, which is then remembered and said.

@@ -13,7 +13,7 @@ use super::host::Host;
 use super::probe::{Facts, Readiness};
 use crate::channels::{OwnContainer, Traffic};
 use crate::config::ImageRef;
-use crate::docker::{DockerError, Endpoint, Health, Inspected, LastCheck, RunState, SPEC_LABEL, Spec};
+use crate::docker::{Container, DockerError, Endpoint, Health, Inspected, LastCheck, RunState, SPEC_LABEL, Spec};
 
 /// A connector's container as an inspection shows it.
 pub(super) fn container(state: RunState, hash: Option<&str>) -> Inspected {
@@ -128,6 +128,12 @@ impl World {
         format!("2026-01-01T00:00:00.{:09}Z", self.made)
     }
 
+    /// The name of the container with exactly this id: what acts must not name a name.
+    fn name_of(&self, id: &str) -> String {
+        let found = self.containers.iter().find(|(_, fake)| fake.seen.id == id);
+        found.map_or_else(|| format!("nothing ({id})"), |(name, _)| name.clone())
+    }
+
     pub(super) fn count(&self, call: &str) -> usize {
         self.calls.iter().filter(|made| made.starts_with(call)).count()
     }
@@ -190,19 +196,33 @@ fn absent() -> DockerError {
 impl Host for Double {
     async fn inspect(&self, name: &str) -> Result<Option<Inspected>, DockerError> {
         let world = self.world();
-        let Some(fake) = world.containers.get(name) else { return Ok(None) };
+        let Some((name, fake)) = world.containers.iter().find(|(known, fake)| *known == name || fake.seen.id == name)
+        else {
+            return Ok(None);
+        };
         let (health, last_check) = match world.docker_says(fake) {
             Some((health, check)) => (Some(health), Some(check)),
             None => (Some(Health::Starting), None),
         };
-        Ok(Some(Inspected { health, last_check, ..fake.seen.clone() }))
+        Ok(Some(Inspected { name: name.clone(), health, last_check, ..fake.seen.clone() }))
+    }
+    async fn made(&self) -> Result<Vec<Container>, DockerError> {
+        let world = self.world();
+        let listed = world.containers.iter().map(|(name, fake)| Container {
+            id: fake.seen.id.clone(),
+            name: name.clone(),
+            labels: fake.seen.labels.clone().into_iter().collect(),
+            status: String::new(),
+            image: String::new(),
+        });
+        Ok(listed.collect())
     }
     async fn log_start(&self, _: &str, _: i64, _: usize) -> Result<Vec<String>, DockerError> {
         Ok(vec!["2026-01-01T00:00:00Z INF Version 2025.9.0 (Checksum ab)".to_owned()])
     }
-    async fn log_tail(&self, name: &str, _: i64, _: usize) -> Result<Vec<String>, DockerError> {
+    async fn log_tail(&self, id: &str, _: i64, _: usize) -> Result<Vec<String>, DockerError> {
         let world = self.world();
-        let fake = world.containers.get(name).ok_or_else(absent)?;
+        let fake = world.containers.get(&world.name_of(id)).ok_or_else(absent)?;
         Ok(world.behaviour(&fake.token).log.iter().map(|line| (*line).to_owned()).collect())
     }
     async fn has_network(&self, _: &str) -> Result<bool, DockerError> {
@@ -211,9 +231,10 @@ impl Host for Double {
     async fn create_network(&self, name: &str, _: &BTreeMap<String, String>) -> Result<(), DockerError> {
         self.change(format!("network {name}"), |_| Ok(())).await
     }
-    async fn connect(&self, network: &str, name: &str) -> Result<(), DockerError> {
+    async fn connect(&self, network: &str, id: &str) -> Result<(), DockerError> {
+        let name = self.world().name_of(id);
         self.change(format!("connect {name} {network}"), |world| {
-            let fake = world.containers.get_mut(name).ok_or_else(absent)?;
+            let fake = world.containers.get_mut(&name).ok_or_else(absent)?;
             fake.seen.networks.insert(network.to_owned(), Endpoint::default());
             Ok(())
         })
@@ -225,7 +246,7 @@ impl Host for Double {
     async fn pull(&self, _: &ImageRef, _: impl FnMut(u64, u64) + Send) -> Result<(), DockerError> {
         Ok(())
     }
-    async fn create(&self, name: &str, spec: &Spec) -> Result<(), DockerError> {
+    async fn create(&self, name: &str, spec: &Spec) -> Result<String, DockerError> {
         self.change(format!("create {name}"), |world| {
             if world.containers.contains_key(name) {
                 return Err(DockerError::taken());
@@ -233,20 +254,24 @@ impl Host for Double {
             let mut seen = container(RunState::Created, Some(&spec.hash()));
             world.made += 1;
             seen.id = format!("id-{}", world.made);
+            seen.labels.extend(spec.labels.clone());
             seen.networks = BTreeMap::from([(spec.network.clone(), Endpoint::default())]);
             let token = spec.token.expose().to_owned();
+            let id = seen.id.clone();
             world.containers.insert(name.to_owned(), Fake { seen, token, started: Instant::now() });
-            Ok(())
+            Ok(id)
         })
         .await
     }
-    async fn start(&self, name: &str) -> Result<(), DockerError> {
-        self.change(format!("start {name}"), |world| run(world, name)).await
+    async fn start(&self, id: &str) -> Result<(), DockerError> {
+        let name = self.world().name_of(id);
+        self.change(format!("start {name}"), |world| run(world, &name)).await
     }
-    async fn stop(&self, name: &str, _: Duration) -> Result<(), DockerError> {
+    async fn stop(&self, id: &str, _: Duration) -> Result<(), DockerError> {
+        let name = self.world().name_of(id);
         let drained = self
             .change(format!("stop {name}"), |world| {
-                if let Some(fake) = world.containers.get_mut(name) {
+                if let Some(fake) = world.containers.get_mut(&name) {
                     fake.seen.state = RunState::Exited;
                 }
                 Ok(())
@@ -255,23 +280,26 @@ impl Host for Double {
         sleep(Duration::from_secs(3)).await;
         drained
     }
-    async fn restart(&self, name: &str, _: Duration) -> Result<(), DockerError> {
-        self.change(format!("restart {name}"), |world| run(world, name)).await
+    async fn restart(&self, id: &str, _: Duration) -> Result<(), DockerError> {
+        let name = self.world().name_of(id);
+        self.change(format!("restart {name}"), |world| run(world, &name)).await
     }
-    async fn rename(&self, name: &str, to: &str) -> Result<(), DockerError> {
+    async fn rename(&self, id: &str, to: &str) -> Result<(), DockerError> {
+        let name = self.world().name_of(id);
         self.change(format!("rename {name}"), |world| {
             if world.containers.contains_key(to) {
                 return Err(DockerError::taken());
             }
-            let fake = world.containers.remove(name).ok_or_else(absent)?;
+            let fake = world.containers.remove(&name).ok_or_else(absent)?;
             world.containers.insert(to.to_owned(), fake);
             Ok(())
         })
         .await
     }
-    async fn remove(&self, name: &str) -> Result<(), DockerError> {
+    async fn remove(&self, id: &str) -> Result<(), DockerError> {
+        let name = self.world().name_of(id);
         self.change(format!("remove {name}"), |world| {
-            world.containers.remove(name);
+            world.containers.remove(&name);
             Ok(())
         })
         .await

@@ -3,7 +3,7 @@
 
 use super::course;
 use super::look::{LAST_LINES, START_LINES, started};
-use super::plan::{self, Owner};
+use super::plan::{self, Owner, Whose};
 use super::probe::{self, Probe, Readiness};
 use crate::cause::Cause;
 use crate::config::TunnelConfig;
@@ -16,6 +16,8 @@ pub(crate) struct Glance {
     pub(crate) name: String,
     /// Whether it is somebody else's.
     pub(crate) foreign: bool,
+    /// The id of the other agent whose it is.
+    pub(crate) another: Option<String>,
     /// What it is doing.
     pub(crate) state: RunState,
     /// How it last ended.
@@ -38,16 +40,21 @@ pub(crate) struct Glance {
 ///
 /// # Errors
 /// When Docker cannot be asked for the container; what else cannot be found out is left out.
-pub(crate) async fn glance(docker: &Docker, config: &TunnelConfig) -> Result<Option<Glance>, DockerError> {
+pub(crate) async fn glance(
+    docker: &Docker,
+    config: &TunnelConfig,
+    whose: Whose<'_>,
+) -> Result<Option<Glance>, DockerError> {
     let main = docker.inspect(&config.container_name).await?;
     let found = match main {
         Some(found) => found,
         None => match docker.inspect(&config.successor_name()).await? {
-            Some(found) if plan::owner(&found) != Owner::Foreign => found,
+            Some(found) if plan::owner(&found, whose) != Owner::Foreign => found,
             _ => return Ok(None),
         },
     };
-    let foreign = plan::owner(&found) == Owner::Foreign;
+    let foreign = plan::owner(&found, whose) == Owner::Foreign;
+    let another = plan::another_agent(&found, whose).map(str::to_owned);
     let place = found.networks.get(&config.network).or_else(|| found.networks.values().next());
     let address = place.map(|place| place.address.as_str());
     let address = address.filter(|address| !foreign && found.state == RunState::Running && !address.is_empty());
@@ -68,6 +75,7 @@ pub(crate) async fn glance(docker: &Docker, config: &TunnelConfig) -> Result<Opt
     }
     Ok(Some(Glance {
         foreign,
+        another,
         state: found.state,
         exit_code: found.exit_code,
         on_network: found.networks.contains_key(&config.network),

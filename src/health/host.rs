@@ -10,27 +10,28 @@ use std::collections::BTreeMap;
 use super::probe::{Facts, Probe, Readiness};
 use crate::channels::OwnContainer;
 use crate::config::ImageRef;
-use crate::docker::{Docker, DockerError, Inspected, Spec};
+use crate::docker::{Container, Docker, DockerError, Inspected, Spec};
 
 type Answer<T> = Result<T, DockerError>;
 
-/// The calls; those of Docker are described at [`Docker`].
+/// The calls; those of Docker are described at [`Docker`]. What acts names an id that was inspected, never a name.
 #[allow(missing_docs, reason = "each is the call of the same name")]
 pub(crate) trait Host: Send + Sync + 'static {
     fn inspect(&self, name: &str) -> impl Future<Output = Answer<Option<Inspected>>> + Send;
-    fn log_start(&self, name: &str, since: i64, lines: usize) -> impl Future<Output = Answer<Vec<String>>> + Send;
-    fn log_tail(&self, name: &str, since: i64, lines: usize) -> impl Future<Output = Answer<Vec<String>>> + Send;
+    fn made(&self) -> impl Future<Output = Answer<Vec<Container>>> + Send;
+    fn log_start(&self, id: &str, since: i64, lines: usize) -> impl Future<Output = Answer<Vec<String>>> + Send;
+    fn log_tail(&self, id: &str, since: i64, lines: usize) -> impl Future<Output = Answer<Vec<String>>> + Send;
     fn has_network(&self, name: &str) -> impl Future<Output = Answer<bool>> + Send;
     fn create_network(&self, name: &str, labels: &BTreeMap<String, String>) -> impl Future<Output = Answer<()>> + Send;
-    fn connect(&self, network: &str, container: &str) -> impl Future<Output = Answer<()>> + Send;
+    fn connect(&self, network: &str, id: &str) -> impl Future<Output = Answer<()>> + Send;
     fn has_image(&self, image: &ImageRef) -> impl Future<Output = Answer<bool>> + Send;
     fn pull(&self, image: &ImageRef, progress: impl FnMut(u64, u64) + Send) -> impl Future<Output = Answer<()>> + Send;
-    fn create(&self, name: &str, spec: &Spec) -> impl Future<Output = Answer<()>> + Send;
-    fn start(&self, name: &str) -> impl Future<Output = Answer<()>> + Send;
-    fn stop(&self, name: &str, grace: Duration) -> impl Future<Output = Answer<()>> + Send;
-    fn restart(&self, name: &str, grace: Duration) -> impl Future<Output = Answer<()>> + Send;
-    fn rename(&self, name: &str, to: &str) -> impl Future<Output = Answer<()>> + Send;
-    fn remove(&self, name: &str) -> impl Future<Output = Answer<()>> + Send;
+    fn create(&self, name: &str, spec: &Spec) -> impl Future<Output = Answer<String>> + Send;
+    fn start(&self, id: &str) -> impl Future<Output = Answer<()>> + Send;
+    fn stop(&self, id: &str, grace: Duration) -> impl Future<Output = Answer<()>> + Send;
+    fn restart(&self, id: &str, grace: Duration) -> impl Future<Output = Answer<()>> + Send;
+    fn rename(&self, id: &str, to: &str) -> impl Future<Output = Answer<()>> + Send;
+    fn remove(&self, id: &str) -> impl Future<Output = Answer<()>> + Send;
     /// `GET /ready` of the cloudflared at this address.
     fn readiness(&self, address: &str) -> impl Future<Output = Readiness> + Send;
     /// What the other pages of the cloudflared at this address say.
@@ -56,11 +57,14 @@ impl Host for Machine {
     async fn inspect(&self, name: &str) -> Answer<Option<Inspected>> {
         self.docker.inspect(name).await
     }
-    async fn log_start(&self, name: &str, since: i64, lines: usize) -> Answer<Vec<String>> {
-        self.docker.log_start(name, since, lines).await
+    async fn made(&self) -> Answer<Vec<Container>> {
+        self.docker.list_made().await
     }
-    async fn log_tail(&self, name: &str, since: i64, lines: usize) -> Answer<Vec<String>> {
-        self.docker.log_tail(name, since, lines).await
+    async fn log_start(&self, id: &str, since: i64, lines: usize) -> Answer<Vec<String>> {
+        self.docker.log_start(id, since, lines).await
+    }
+    async fn log_tail(&self, id: &str, since: i64, lines: usize) -> Answer<Vec<String>> {
+        self.docker.log_tail(id, since, lines).await
     }
     async fn has_network(&self, name: &str) -> Answer<bool> {
         self.docker.has_network(name).await
@@ -68,8 +72,8 @@ impl Host for Machine {
     async fn create_network(&self, name: &str, labels: &BTreeMap<String, String>) -> Answer<()> {
         self.docker.create_network(name, labels).await
     }
-    async fn connect(&self, network: &str, container: &str) -> Answer<()> {
-        self.docker.connect(network, container).await
+    async fn connect(&self, network: &str, id: &str) -> Answer<()> {
+        self.docker.connect(network, id).await
     }
     async fn has_image(&self, image: &ImageRef) -> Answer<bool> {
         self.docker.has_image(image).await
@@ -77,23 +81,23 @@ impl Host for Machine {
     async fn pull(&self, image: &ImageRef, progress: impl FnMut(u64, u64) + Send) -> Answer<()> {
         self.docker.pull(image, progress).await
     }
-    async fn create(&self, name: &str, spec: &Spec) -> Answer<()> {
-        self.docker.create(name, spec).await.map(drop)
+    async fn create(&self, name: &str, spec: &Spec) -> Answer<String> {
+        self.docker.create(name, spec).await
     }
-    async fn start(&self, name: &str) -> Answer<()> {
-        self.docker.start(name).await
+    async fn start(&self, id: &str) -> Answer<()> {
+        self.docker.start(id).await
     }
-    async fn stop(&self, name: &str, grace: Duration) -> Answer<()> {
-        self.docker.stop(name, grace).await
+    async fn stop(&self, id: &str, grace: Duration) -> Answer<()> {
+        self.docker.stop(id, grace).await
     }
-    async fn restart(&self, name: &str, grace: Duration) -> Answer<()> {
-        self.docker.restart(name, grace).await
+    async fn restart(&self, id: &str, grace: Duration) -> Answer<()> {
+        self.docker.restart(id, grace).await
     }
-    async fn rename(&self, name: &str, to: &str) -> Answer<()> {
-        self.docker.rename(name, to).await
+    async fn rename(&self, id: &str, to: &str) -> Answer<()> {
+        self.docker.rename(id, to).await
     }
-    async fn remove(&self, name: &str) -> Answer<()> {
-        self.docker.remove(name).await
+    async fn remove(&self, id: &str) -> Answer<()> {
+        self.docker.remove(id).await
     }
     async fn readiness(&self, address: &str) -> Readiness {
         self.probe.readiness(address).await

@@ -4,7 +4,7 @@ use tokio::time::timeout;
 use tracing::{info, warn};
 
 use super::host::Host;
-use super::plan::{self, Owner, Slot};
+use super::plan::{self, Owner, Slot, Whose};
 use super::{LAST_STEP_LIMIT, Supervisor};
 use crate::config::OnExit;
 use crate::docker::{DockerError, RunState};
@@ -17,14 +17,18 @@ impl<H: Host> Supervisor<H> {
         // The master wants to find the stopped container between the two phases.
         let prepared = wanted.decommission == Some(Phase::Prepared);
         // Side by side: each may drain for half a minute.
-        tokio::join!(self.leave_one(Slot::Main, prepared), self.leave_one(Slot::Next, prepared));
+        let whose = Whose::Of(&wanted.owners);
+        tokio::join!(self.leave_one(Slot::Main, whose, prepared), self.leave_one(Slot::Next, whose, prepared));
+        if self.config.on_exit == OnExit::Remove && !prepared {
+            self.leave_strays(whose).await;
+        }
     }
 
-    async fn leave_one(&self, slot: Slot, prepared: bool) {
+    async fn leave_one(&self, slot: Slot, whose: Whose<'_>, prepared: bool) {
         let name = self.name(slot);
         let looked = timeout(LAST_STEP_LIMIT, self.host.inspect(&name)).await;
         let found = match looked.unwrap_or_else(|_| Err(DockerError::silent())) {
-            Ok(Some(found)) if plan::owner(&found) == Owner::Agent => found,
+            Ok(Some(found)) if plan::owner(&found, whose) == Owner::Agent => found,
             Ok(_) => return,
             Err(error) => {
                 if slot == Slot::Main {
@@ -39,9 +43,9 @@ impl<H: Host> Supervisor<H> {
         }
         let removed = async {
             if found.state == RunState::Running {
-                self.drain(&name).await?;
+                self.drain(&found.id).await?;
             }
-            self.host.remove(&name).await
+            self.host.remove(&found.id).await
         };
         match removed.await {
             Ok(()) => info!(container = name, "tunnel stopped and removed"),

@@ -8,7 +8,7 @@ use tracing::info;
 
 use super::course::{self, Course, Look, Verdict};
 use super::host::Host;
-use super::plan::{self, Owner, Progress, Slot};
+use super::plan::{self, Owner, Progress, Slot, Whose};
 use super::probe::{self, Readiness};
 use super::problem::Problem;
 use super::{CALM, Supervisor, WELL_AFTER};
@@ -16,7 +16,7 @@ use crate::cause::{Cause, Status};
 use crate::channels::{Connector, Departure, View, Wanted};
 use crate::docker::{DockerError, Inspected, RunState};
 use crate::retry::Lasts;
-use crate::state::Token;
+use crate::state::{AgentId, Token};
 
 /// While something is expected to change within seconds.
 pub(super) const EAGER: Duration = Duration::from_millis(250);
@@ -33,15 +33,27 @@ const FACTS_EVERY: Duration = Duration::from_secs(10);
 /// The two containers, as one pass has seen them.
 #[derive(Debug)]
 pub(super) struct Sight {
+    /// The ids of this agent.
+    pub(super) ids: Vec<AgentId>,
     pub(super) main: Option<Inspected>,
     pub(super) next: Option<Inspected>,
 }
 
 impl Sight {
+    pub(super) fn whose(&self) -> Whose<'_> {
+        Whose::Of(&self.ids)
+    }
+
+    /// The id of the container that was seen in a slot.
+    pub(super) fn id(&self, slot: Slot) -> Option<String> {
+        let seen = if slot == Slot::Main { &self.main } else { &self.next };
+        seen.as_ref().map(|seen| seen.id.clone())
+    }
+
     /// The one that is the tunnel: the one with its name, or else the successor that is about to have it.
     fn current(&self) -> Option<(Slot, &Inspected)> {
         let own = |slot, container: &Option<Inspected>| {
-            let container = container.as_ref().filter(|found| plan::owner(found) != Owner::Foreign);
+            let container = container.as_ref().filter(|found| plan::owner(found, self.whose()) != Owner::Foreign);
             container.map(|_| slot)
         };
         let slot = match (&self.main, &self.next) {
@@ -145,13 +157,14 @@ impl<H: Host> Supervisor<H> {
     pub(super) async fn look(&mut self) -> Result<Sight, DockerError> {
         let main = self.host.inspect(&self.name(Slot::Main)).await?;
         let next = self.host.inspect(&self.name(Slot::Next)).await?;
+        let ids = self.inputs.wanted.borrow().owners.clone();
         for (slot, container) in [(Slot::Main, &main), (Slot::Next, &next)] {
-            match container.as_ref().filter(|found| plan::owner(found) != Owner::Foreign) {
+            match container.as_ref().filter(|found| plan::owner(found, Whose::Of(&ids)) != Owner::Foreign) {
                 Some(found) => self.study(slot, found).await,
                 None => *self.known(slot) = Known::default(),
             }
         }
-        Ok(Sight { main, next })
+        Ok(Sight { ids, main, next })
     }
 
     fn known(&mut self, slot: Slot) -> &mut Known {
@@ -214,7 +227,7 @@ impl<H: Host> Supervisor<H> {
             return;
         }
         let token = self.inputs.wanted.borrow().token.clone();
-        let lines = self.host.log_tail(&self.name(slot), started(found), LAST_LINES).await.unwrap_or_default();
+        let lines = self.host.log_tail(&found.id, started(found), LAST_LINES).await.unwrap_or_default();
         let only_quic = self.config.only_quic();
         let known = self.known(slot);
         known.log_read = Some(Instant::now());
@@ -298,7 +311,7 @@ impl<H: Host> Supervisor<H> {
     /// What is known of a container of ours, and says in the log what changed.
     async fn describe(&mut self, view: &mut View, slot: Slot, found: &Inspected) {
         if self.known(slot).version.is_none() && self.known(slot).is_ready() {
-            self.known(slot).version = self.version_from_log(slot, found).await;
+            self.known(slot).version = self.version_from_log(found).await;
         }
         let by_agent = if self.restarts.done.0 == found.id { self.restarts.done.1 } else { 0 };
         let known = self.known(slot);
@@ -349,8 +362,8 @@ impl<H: Host> Supervisor<H> {
     }
 
     /// The version where the metrics page cannot be read: cloudflared writes it when it starts.
-    async fn version_from_log(&self, slot: Slot, found: &Inspected) -> Option<String> {
-        let lines = self.host.log_start(&self.name(slot), started(found), START_LINES).await.ok()?;
+    async fn version_from_log(&self, found: &Inspected) -> Option<String> {
+        let lines = self.host.log_start(&found.id, started(found), START_LINES).await.ok()?;
         probe::version_in_log(&lines)
     }
 

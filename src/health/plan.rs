@@ -5,7 +5,8 @@
 //! state in which a crash can leave the two is one from which the plan goes on, and none of its steps takes away
 //! the last one that serves.
 
-use crate::docker::{Inspected, RunState, SPEC_LABEL};
+use crate::docker::{Inspected, OWNER_LABEL, RunState, SPEC_LABEL};
+use crate::state::AgentId;
 
 /// What the tunnel container should be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,20 +59,38 @@ pub(crate) enum Owner {
     Agent,
     /// Made by the Python agent: same name, runs cloudflared with a token, no label of ours.
     PythonAgent,
-    /// Anybody else's: never touched.
+    /// Anybody else's, another agent's too: never touched.
     Foreign,
 }
 
+/// Which agent is meant.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) enum Whose<'a> {
+    /// Whichever: for the socket proxy, which does not know its agent's id, and for a check from outside.
+    #[default]
+    Any,
+    /// The one that has had these ids.
+    Of(&'a [AgentId]),
+}
+
 /// Tells whose container it is.
-pub(crate) fn owner(container: &Inspected) -> Owner {
+pub(crate) fn owner(container: &Inspected, whose: Whose<'_>) -> Owner {
     if container.labels.contains_key(SPEC_LABEL) {
-        return Owner::Agent;
+        return if another_agent(container, whose).is_some() { Owner::Foreign } else { Owner::Agent };
     }
     let names_cloudflared = container.image.contains("cloudflared")
         || container.command.iter().any(|word| word == "cloudflared" || word.ends_with("/cloudflared"));
     let runs_tunnel = container.command.iter().any(|word| word == "tunnel");
     let has_token = container.env_names.iter().any(|name| name == "TUNNEL_TOKEN");
     if names_cloudflared && runs_tunnel && has_token { Owner::PythonAgent } else { Owner::Foreign }
+}
+
+/// The id of the other agent whose container it is. Earlier versions wrote none: those are adopted.
+pub(crate) fn another_agent<'a>(container: &'a Inspected, whose: Whose<'_>) -> Option<&'a str> {
+    let Whose::Of(ids) = whose else { return None };
+    let label = container.labels.get(OWNER_LABEL.0).filter(|_| container.labels.contains_key(SPEC_LABEL))?;
+    let is_ours = label == OWNER_LABEL.1 || ids.iter().any(|id| id.as_str() == label);
+    (!is_ours).then_some(label.as_str())
 }
 
 /// How far a successor has come.
@@ -89,6 +108,8 @@ pub(super) enum Progress {
 /// What is there, as far as the plan depends on it.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Scene<'a> {
+    /// This agent.
+    pub(super) whose: Whose<'a>,
     /// Under the tunnel's own name.
     pub(super) main: Option<&'a Inspected>,
     /// Under the successor's.
@@ -110,7 +131,7 @@ pub(super) struct Scene<'a> {
 }
 
 /// In each of these it would run again, or still holds its connections.
-fn is_alive(container: &Inspected) -> bool {
+pub(super) fn is_alive(container: &Inspected) -> bool {
     matches!(container.state, RunState::Running | RunState::Restarting | RunState::Paused)
 }
 
@@ -125,10 +146,10 @@ fn is_right(container: &Inspected, hash: &str, network: &str) -> bool {
 /// to touch.
 pub(super) fn plan(goal: &Goal, scene: &Scene<'_>) -> Vec<Step> {
     // What somebody else has put under the second name is as if there could be no second container.
-    let foreign_next = scene.next.is_some_and(|next| owner(next) == Owner::Foreign);
+    let foreign_next = scene.next.is_some_and(|next| owner(next, scene.whose) == Owner::Foreign);
     let scene =
         Scene { next: scene.next.filter(|_| !foreign_next), no_second: scene.no_second || foreign_next, ..*scene };
-    if scene.main.is_some_and(|main| owner(main) == Owner::Foreign) {
+    if scene.main.is_some_and(|main| owner(main, scene.whose) == Owner::Foreign) {
         return vec![];
     }
     match goal {
@@ -395,13 +416,40 @@ mod tests {
             for state in ALL {
                 let mut foreign = container(state, None);
                 change(&mut foreign);
-                assert_eq!(owner(&foreign), Owner::Foreign);
+                assert_eq!(owner(&foreign, Whose::Any), Owner::Foreign);
                 for goal in [goal(), Goal::Stop, Goal::Leave, Goal::Remove] {
                     assert_eq!(alone(&goal, &foreign), []);
                     let scene = Scene { next: Some(&foreign), ..Scene::default() };
                     assert!(!plan(&goal, &scene).iter().any(|step| matches!(step, Rename | Stop(Next) | Remove(Next))));
                 }
             }
+        }
+    }
+
+    #[test]
+    fn another_agents_container_is_as_foreign_as_any_and_one_of_an_earlier_version_is_adopted() {
+        let ids = ["new", "old"].map(|id| AgentId::try_from(id.to_owned()).unwrap());
+        let whose = Whose::Of(&ids);
+        for (label, ours) in [
+            (None, true),
+            (Some("dockflare-agent"), true),
+            (Some("old"), true),
+            (Some("new"), true),
+            (Some("x"), false),
+        ] {
+            let mut main = container(RunState::Running, Some("wrong"));
+            main.labels.extend(label.map(|label| (OWNER_LABEL.0.to_owned(), label.to_owned())));
+            assert_eq!(owner(&main, whose), if ours { Owner::Agent } else { Owner::Foreign }, "{label:?}");
+            assert_eq!(another_agent(&main, whose), label.filter(|_| !ours));
+            for goal in [goal(), Goal::Stop, Goal::Remove] {
+                let steps = plan(&goal, &Scene { whose, main: Some(&main), ..Scene::default() });
+                assert_eq!(steps.is_empty(), !ours, "{goal:?} {label:?}");
+                let scene = Scene { whose, next: Some(&main), ..Scene::default() };
+                let touches = plan(&goal, &scene).iter().any(|step| matches!(step, Rename | Stop(Next) | Remove(Next)));
+                assert_eq!(touches, ours, "{goal:?} {label:?}");
+            }
+            // An agent that does not know its own id has made none that carries one.
+            assert_eq!(owner(&main, Whose::Of(&[])) == Owner::Agent, label.is_none_or(|l| l == "dockflare-agent"));
         }
     }
 

@@ -10,7 +10,7 @@ use crate::channels::Refusal;
 use crate::config::OnExit;
 use crate::docker::{Health, LastCheck};
 use crate::state::testing::token;
-use crate::state::{Token, TunnelId};
+use crate::state::{AgentId, Token, TunnelId};
 
 const MAIN: &str = "tunnel";
 const MINUTE: Duration = Duration::from_secs(60);
@@ -42,6 +42,7 @@ fn wants(token: &str) -> Wanted {
         token: Some(Token::new(token)),
         id: Some(TunnelId("t1".into())),
         state: DesiredState::Running,
+        owners: vec![AgentId::try_from("agent-1".to_owned()).unwrap()],
         ..Wanted::default()
     }
 }
@@ -480,7 +481,7 @@ async fn a_successor_is_on_all_networks_before_the_one_before_it_goes() {
 #[tokio::test(start_paused = true)]
 async fn a_tunnel_that_was_forgotten_leaves_no_container() {
     let mut bench = running().await;
-    bench.wanted.send_replace(Wanted { state: DesiredState::Stopped, ..Wanted::default() });
+    bench.wanted.send_modify(|wanted| *wanted = Wanted { owners: wanted.owners.clone(), ..stopped() });
     bench.until(Status::Stopped, Some("no_tunnel_assigned")).await;
     assert_eq!(bench.calls(), ["stop tunnel", "remove tunnel"]);
 }
@@ -496,4 +497,99 @@ async fn a_shutdown_in_the_middle_of_a_replacement_takes_both() {
     bench.stop.cancel();
     bench.work.await.unwrap();
     assert_eq!(bench.host.world().containers.len(), 0);
+}
+
+/// The container gets another name, as by `docker rename`.
+fn renamed(host: &Double, name: &str, to: &str) {
+    let mut world = host.world();
+    let fake = world.containers.remove(name).unwrap();
+    world.containers.insert(to.to_owned(), fake);
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_that_was_renamed_by_hand_gets_its_name_back_and_nobody_notices() {
+    let bench = running().await;
+    sleep(MINUTE).await;
+    renamed(&bench.host, MAIN, "aside");
+    sleep(MINUTE).await;
+    assert_eq!((bench.calls(), bench.names()), (vec!["rename aside".to_owned()], vec![MAIN.to_owned()]));
+    assert_eq!(bench.host.world().gaps, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_with_another_name_goes_when_the_one_with_the_right_name_serves() {
+    let mut bench = running().await;
+    let id = bench.host.world().containers[MAIN].seen.id.clone();
+    // While there was no agent it was renamed, and another one was made by hand from the same body.
+    renamed(&bench.host, MAIN, "aside");
+    bench.host.world().refused = vec!["rename"];
+    bench.until(Status::Starting, None).await;
+    bench.host.world().refused.clear();
+    bench.until(Status::Running, None).await;
+    sleep(2 * MINUTE).await;
+    assert_eq!((bench.names(), bench.host.world().gaps), (vec![MAIN.to_owned()], 0));
+    assert_ne!(bench.host.world().containers[MAIN].seen.id, id);
+    let expected = ["create tunnel", "start tunnel", "stop aside", "remove aside"];
+    assert_eq!(bench.calls(), expected, "it served until the other one did");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_renamed_one_goes_with_the_tunnel_and_with_the_agent() {
+    let bench = running().await;
+    bench.host.world().refused = vec!["rename"];
+    renamed(&bench.host, MAIN, "aside");
+    bench.stop.cancel();
+    bench.work.await.unwrap();
+    assert_eq!(bench.host.world().containers.len(), 0);
+
+    let bench = running().await;
+    renamed(&bench.host, MAIN, "aside");
+    bench.wanted.send_modify(|wanted| *wanted = Wanted { owners: wanted.owners.clone(), ..stopped() });
+    sleep(2 * MINUTE).await;
+    assert_eq!(bench.names(), Vec::<String>::new());
+}
+
+fn stopped() -> Wanted {
+    Wanted { state: DesiredState::Stopped, ..Wanted::default() }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_carries_the_label_of_another_agent_or_of_none_is_no_stray() {
+    for label in ["agent-2", "dockflare-agent"] {
+        let bench = running().await;
+        sleep(MINUTE).await;
+        let mut other = bench.host.world().containers[MAIN].clone();
+        other.seen.id = "other".to_owned();
+        other.seen.labels.insert("com.dockflare.agent.owner".to_owned(), label.to_owned());
+        bench.host.world().containers.insert("other".to_owned(), other);
+        sleep(10 * MINUTE).await;
+        assert_eq!(bench.calls(), Vec::<String>::new(), "{label}");
+        bench.stop.cancel();
+        bench.work.await.unwrap();
+        assert!(bench.host.world().containers.contains_key("other"), "{label}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn another_agents_container_under_the_name_is_left_alone_and_told_of() {
+    let host = Double::default();
+    let mut first = Bench::start(&host, wants(&key('a')));
+    first.until(Status::Running, None).await;
+    first.calls();
+    let other = Wanted { owners: vec![AgentId::try_from("agent-2".to_owned()).unwrap()], ..wants(&key('b')) };
+    let mut second = Bench::start(&host, other.clone());
+    second.until(Status::Error, Some("name_taken")).await;
+    sleep(30 * MINUTE).await;
+    assert_eq!(second.calls(), Vec::<String>::new());
+    second.wanted.send_replace(Wanted { state: DesiredState::Stopped, token: None, id: None, ..other });
+    sleep(MINUTE).await;
+    second.stop.cancel();
+    second.work.await.unwrap();
+    assert_eq!((first.calls(), host.world().containers[MAIN].token.clone()), (vec![], key('a')));
+    // An agent that was given another id goes on with what it has.
+    first.kill().await;
+    let ids = ["agent-1", "agent-9"].map(|id| AgentId::try_from(id.to_owned()).unwrap());
+    let mut third = Bench::start(&host, Wanted { owners: ids.to_vec(), ..wants(&key('a')) });
+    third.until(Status::Running, None).await;
+    assert_eq!(third.calls(), Vec::<String>::new());
 }

@@ -5,6 +5,7 @@
 //! |---|---|
 //! | the tunnel's or its successor's, made by the agent | state, networks, our labels; no value of a variable |
 //! | somebody else's under one of the two names | name, image, state |
+//! | made for one of the two names and renamed by hand | the same as the tunnel's |
 //! | labelled | name, image, state, networks, ports, labels that may leave the host |
 //! | one that lends its network to a labelled one | name, state, networks, ports |
 //! | a connector | name, image, state, command and tunnel id, no secret |
@@ -19,8 +20,8 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::{Map, Value, json};
 
 use super::plan::Policy;
-use crate::docker::{Action, Container, Event, Health, Inspected, LastCheck, RunState};
-use crate::health::{Owner, is_own, owner};
+use crate::docker::{Action, Container, Event, Health, Inspected, LastCheck, NAME_LABEL, RunState};
+use crate::health::{Owner, Whose, is_own, owner};
 use crate::labels::{COMPOSE_SERVICE, is_enabled, may_leave};
 use crate::neighbours::{is_connector, named_host, services, tells_connector};
 
@@ -29,11 +30,11 @@ const OUR_LABELS: &str = "com.dockflare.agent.";
 
 /// What an inspection may show, given that it was asked for by `name` or by id.
 pub(super) fn shown(policy: &Policy, mut seen: Inspected) -> Option<Inspected> {
-    let is_tunnel = policy.is_tunnel(&seen.name);
+    let is_tunnel = policy.is_tunnels(&seen);
     let connector = is_connector(&seen.image, seen.labels.values());
     let enabled = is_enabled(&seen.labels);
     if is_tunnel {
-        match owner(&seen) {
+        match owner(&seen, Whose::Any) {
             Owner::Agent => seen.labels.retain(|key, _| key.starts_with(OUR_LABELS)),
             Owner::PythonAgent => return Some(connector_only(seen)),
             Owner::Foreign => return Some(bare(seen)),
@@ -230,6 +231,17 @@ pub(super) fn listing(policy: &Policy, listed: &[Container], labelled_only: bool
     listed.iter().filter_map(one).collect()
 }
 
+/// A listing of what was made for the tunnel's name, whatever it is called by now.
+pub(super) fn made(policy: &Policy, listed: &[Container]) -> Value {
+    let ours = |one: &&Container| policy.is_tunnel(&one.name) || policy.is_made_for(one.labels.get(NAME_LABEL));
+    let one = |container: &Container| {
+        let labels: BTreeMap<_, _> = container.labels.iter().filter(|(key, _)| key.starts_with(OUR_LABELS)).collect();
+        let names = [format!("/{}", container.name)];
+        json!({ "Id": container.id, "Names": names, "Image": "", "State": container.status, "Labels": labels })
+    };
+    listed.iter().filter(ours).map(one).collect()
+}
+
 /// An event as the Engine would write it, if it is one that the agent may see. Of networks that are not the
 /// tunnel's it is told that something happened, not to which: a container may have been connected to one.
 pub(super) fn event(policy: &Policy, event: &Event) -> Option<Value> {
@@ -251,7 +263,9 @@ pub(super) fn event(policy: &Policy, event: &Event) -> Option<Value> {
     } else {
         let image = event.attributes.get("image").map(String::as_str).unwrap_or_default();
         let before = event.attributes.get("oldName").map(|name| name.trim_start_matches('/'));
-        let ours = policy.is_tunnel(&event.name) || before.is_some_and(|name| policy.is_tunnel(name));
+        let ours = policy.is_tunnel(&event.name)
+            || before.is_some_and(|name| policy.is_tunnel(name))
+            || policy.is_made_for(event.attributes.get(NAME_LABEL));
         let enabled = is_enabled(&event.attributes);
         if !ours && !enabled && !is_connector(image, std::iter::empty()) {
             return None;

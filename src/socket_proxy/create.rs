@@ -12,8 +12,10 @@ use serde::{Deserialize, Deserializer};
 
 use super::plan::Policy;
 use crate::config::connector_option;
-use crate::docker::{COMMAND, OWNER_LABEL, REDEPLOY_LABEL, SPEC_LABEL, Spec, TUNNEL_LABEL, metrics_variable};
-use crate::state::Token;
+use crate::docker::{
+    COMMAND, NAME_LABEL, OWNER_LABEL, REDEPLOY_LABEL, SPEC_LABEL, Spec, TUNNEL_LABEL, metrics_variable,
+};
+use crate::state::{AgentId, Token};
 
 type Rule = &'static str;
 
@@ -149,7 +151,7 @@ pub(super) fn container(policy: &Policy, body: &[u8]) -> Result<Spec, Rule> {
     let (token, options) = environment(&asked.env)?;
     let mut labels = asked.labels.0;
     let hash = labels.remove(SPEC_LABEL);
-    check_labels(&labels)?;
+    check_labels(policy, &labels)?;
     let spec = Spec { image: asked.image, network: tunnel.network.clone(), token, options, labels };
     // A container with another hash than its agent expects would be replaced again and again.
     if hash.is_none_or(|hash| hash != spec.hash()) {
@@ -186,12 +188,14 @@ const MOST_TOKEN: usize = 4096;
 const MOST_LABEL: usize = 128;
 
 /// The owner's, and of the others only those that the agent sets.
-fn check_labels(labels: &BTreeMap<String, String>) -> Result<(), Rule> {
+fn check_labels(policy: &Policy, labels: &BTreeMap<String, String>) -> Result<(), Rule> {
     let is_number = |text: &str| text.parse::<u64>().is_ok_and(|number| number.to_string() == text);
     let fits = labels.iter().all(|(key, value)| match key.as_str() {
         TUNNEL_LABEL => value.len() <= MOST_LABEL && is_word(value, "_.-"),
         REDEPLOY_LABEL => is_number(value),
-        key => (key, value.as_str()) == OWNER_LABEL,
+        NAME_LABEL => *value == policy.tunnel.container_name,
+        // Which agent it is, the proxy does not know.
+        key => key == OWNER_LABEL.0 && AgentId::try_from(value.clone()).is_ok(),
     });
     if fits && labels.contains_key(OWNER_LABEL.0) { Ok(()) } else { Err("create_labels") }
 }

@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use super::answer;
 use super::plan::{Call, MOST_LINES, Policy, Subject};
 use crate::docker::{Docker, DockerError, Inspected, owner_labels};
-use crate::health::{Owner, is_own, owner};
+use crate::health::{Owner, Whose, is_own, owner};
 use crate::labels::{ENABLE_KEYS, is_enabled};
 
 /// What goes back.
@@ -99,10 +99,11 @@ pub(super) async fn perform(docker: &Arc<Docker>, policy: &Policy, call: Call) -
             };
             Answer::Json(200, answer::listing(policy, &listed, label.is_some()))
         }
+        Call::Made => Answer::Json(200, answer::made(policy, &docker.list_made().await?)),
         Call::Events(since) => events(docker, policy, since).await?,
         Call::Inspect(subject) => inspect(docker, policy, subject).await?,
-        Call::Logs { name, since, last } => {
-            let seen = own_container(docker, &name, &[Owner::Agent, Owner::PythonAgent]).await?;
+        Call::Logs { id, since, last } => {
+            let seen = own_container(docker, policy, &id, &[Owner::Agent, Owner::PythonAgent]).await?;
             let lines = match last {
                 Some(last) => docker.log_tail(&seen.id, since, last).await?,
                 None => docker.log_start(&seen.id, since, MOST_LINES).await?,
@@ -118,8 +119,8 @@ pub(super) async fn perform(docker: &Arc<Docker>, policy: &Policy, call: Call) -
             }
         }
         Call::NewNetwork => new_network(docker, policy).await?,
-        Call::Connect { network, name } => {
-            let seen = own_container(docker, &name, &[Owner::Agent]).await?;
+        Call::Connect { network, id } => {
+            let seen = own_container(docker, policy, &id, &[Owner::Agent]).await?;
             if !networks_of_labelled(docker).await?.contains(&network) {
                 return Err(Failure::Refused("network_not_of_labelled"));
             }
@@ -139,13 +140,13 @@ pub(super) async fn perform(docker: &Arc<Docker>, policy: &Policy, call: Call) -
             let id = docker.create(&name, &spec).await?;
             Answer::Json(201, json!({ "Id": id, "Warnings": [] }))
         }
-        Call::Start(name) => {
-            let seen = own_container(docker, &name, &[Owner::Agent]).await?;
+        Call::Start(id) => {
+            let seen = own_container(docker, policy, &id, &[Owner::Agent]).await?;
             docker.start(&seen.id).await?;
             Answer::Done
         }
-        Call::Stop { name, seconds } => {
-            let seen = own_container(docker, &name, &[Owner::Agent, Owner::PythonAgent]).await?;
+        Call::Stop { id, seconds } => {
+            let seen = own_container(docker, policy, &id, &[Owner::Agent, Owner::PythonAgent]).await?;
             docker.stop(&seen.id, Duration::from_secs(seconds.into())).await?;
             Answer::Done
         }
@@ -157,32 +158,31 @@ pub(super) async fn perform(docker: &Arc<Docker>, policy: &Policy, call: Call) -
             }
             Answer::Done
         }
-        Call::Restart { name, seconds } => {
-            let seen = own_container(docker, &name, &[Owner::Agent]).await?;
+        Call::Restart { id, seconds } => {
+            let seen = own_container(docker, policy, &id, &[Owner::Agent]).await?;
             docker.restart(&seen.id, Duration::from_secs(seconds.into())).await?;
             Answer::Done
         }
-        Call::Rename => {
-            let name = policy.tunnel.successor_name();
-            let seen = own_container(docker, &name, &[Owner::Agent]).await?;
+        Call::Rename(id) => {
+            let seen = own_container(docker, policy, &id, &[Owner::Agent]).await?;
             docker.rename(&seen.id, &policy.tunnel.container_name).await?;
             Answer::Done
         }
-        Call::Remove(name) => {
-            let seen = own_container(docker, &name, &[Owner::Agent, Owner::PythonAgent]).await?;
+        Call::Remove(id) => {
+            let seen = own_container(docker, policy, &id, &[Owner::Agent, Owner::PythonAgent]).await?;
             docker.remove(&seen.id).await?;
             Answer::Done
         }
     })
 }
 
-/// The container with exactly this name; refused unless it belongs to one of these.
-async fn own_container(docker: &Docker, name: &str, owners: &[Owner]) -> Result<Inspected, Failure> {
-    // Docker also finds a container by the start of its id.
-    match docker.inspect(name).await?.filter(|seen| seen.name == name) {
-        Some(seen) if owners.contains(&owner(&seen)) => Ok(seen),
+/// The container with exactly this id; refused unless it is the tunnel's, by name or label, and of one of these.
+async fn own_container(docker: &Docker, policy: &Policy, id: &str, owners: &[Owner]) -> Result<Inspected, Failure> {
+    // A container may be named like another one's id.
+    match docker.inspect(id).await?.filter(|seen| seen.id == id) {
+        Some(seen) if policy.is_tunnels(&seen) && owners.contains(&owner(&seen, Whose::Any)) => Ok(seen),
         Some(_) => Err(Failure::Refused("owner")),
-        None => Err(Failure::Absent(name.to_owned())),
+        None => Err(Failure::Absent(id.to_owned())),
     }
 }
 

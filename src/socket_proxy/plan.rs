@@ -12,7 +12,7 @@ use serde::Deserialize;
 use super::create;
 use super::request::{Head, Method, Refusal};
 use crate::config::TunnelConfig;
-use crate::docker::{EVENT_ACTIONS, EVENT_TYPES, STOP_GRACE_SECONDS, Spec};
+use crate::docker::{EVENT_ACTIONS, EVENT_TYPES, Inspected, NAME_LABEL, OWNER_LABEL, STOP_GRACE_SECONDS, Spec};
 use crate::labels::ENABLE_KEYS;
 
 /// What the agent may ask for.
@@ -27,6 +27,16 @@ impl Policy {
     pub(super) fn is_tunnel(&self, name: &str) -> bool {
         name == self.tunnel.container_name || name == self.tunnel.successor_name()
     }
+
+    /// Whether it was made for one of those names, whatever it is called by now.
+    pub(super) fn is_made_for(&self, label: Option<&String>) -> bool {
+        label == Some(&self.tunnel.container_name)
+    }
+
+    /// Whether it has one of those names, or was made for them and renamed by hand.
+    pub(super) fn is_tunnels(&self, seen: &Inspected) -> bool {
+        self.is_tunnel(&seen.name) || self.is_made_for(seen.labels.get(NAME_LABEL))
+    }
 }
 
 /// A container that is to be looked at.
@@ -40,18 +50,21 @@ pub(super) enum Subject {
     Start(String),
 }
 
-/// A call of Docker.
+/// A call of Docker. What acts upon a container, or reads its log, names its full id: whose it is, is looked up before
+/// the call is made, and a name might be somebody else's by then.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Call {
     Ping,
     Version,
     /// Running containers, all or those with this label.
     List(Option<&'static str>),
+    /// The containers that agents have made, running or not.
+    Made,
     Events(Option<String>),
     Inspect(Subject),
     /// The first lines, or so many of the last.
     Logs {
-        name: String,
+        id: String,
         since: i64,
         last: Option<usize>,
     },
@@ -59,7 +72,7 @@ pub(super) enum Call {
     NewNetwork,
     Connect {
         network: String,
-        name: String,
+        id: String,
     },
     Image,
     Pull,
@@ -69,17 +82,17 @@ pub(super) enum Call {
     },
     Start(String),
     Stop {
-        name: String,
+        id: String,
         seconds: u16,
     },
     /// Full id of what must be the agent's own container.
     StopSelf(String),
     Restart {
-        name: String,
+        id: String,
         seconds: u16,
     },
-    /// The successor gets the tunnel's name.
-    Rename,
+    /// The container with this id gets the tunnel's name.
+    Rename(String),
     Remove(String),
 }
 
@@ -190,21 +203,29 @@ type Rule = &'static str;
 
 fn call(policy: &Policy, route: Route<'_>, head: &Head, body: &[u8]) -> Result<Call, Rule> {
     let mut query = Query(head.query.clone());
-    let ours = |name: &str| if policy.is_tunnel(name) { Ok(name.to_owned()) } else { Err("container_name") };
+    let full_id = |id: &str| if is_full_id(id) { Ok(id.to_owned()) } else { Err("container_id") };
     let call = match route {
         Route::Ping => Call::Ping,
         Route::Version => Call::Version,
         Route::List => {
-            query.is("all", "false")?;
             query.is("size", "false")?;
-            Call::List(query.take("filters").map(|filters| label_filter(&filters)).transpose()?)
+            match query.take("filters").map(|filters| label_filter(&filters)).transpose()? {
+                Some(label) if label == OWNER_LABEL.0 => {
+                    query.must_be("all", "true", "query_value")?;
+                    Call::Made
+                }
+                label => {
+                    query.is("all", "false")?;
+                    Call::List(label)
+                }
+            }
         }
         Route::Events => {
             query.take("filters").map_or(Err("query_filters"), |filters| event_filter(&filters))?;
             Call::Events(query.take("since").map(moment).transpose()?)
         }
         Route::Inspect(name) => Call::Inspect(subject(policy, name)?),
-        Route::Logs(name) => {
+        Route::Logs(id) => {
             for (key, value) in [("follow", "false"), ("stdout", "true"), ("stderr", "true"), ("until", "0")] {
                 query.is(key, value)?;
             }
@@ -214,7 +235,7 @@ fn call(policy: &Policy, route: Route<'_>, head: &Head, body: &[u8]) -> Result<C
                 None | Some("all") => None,
                 Some(text) => Some(number(text, MOST_LINES as u64)? as usize),
             };
-            Call::Logs { name: ours(name)?, since: since.unwrap_or_default() as i64, last }
+            Call::Logs { id: full_id(id)?, since: since.unwrap_or_default() as i64, last }
         }
         Route::Network(name) => {
             if name != policy.tunnel.network {
@@ -230,7 +251,7 @@ fn call(policy: &Policy, route: Route<'_>, head: &Head, body: &[u8]) -> Result<C
             if !policy.tunnel.auto_connect {
                 return Err("connect_not_asked_for");
             }
-            Call::Connect { network: network_name(network)?, name: ours(&create::connect(body)?)? }
+            Call::Connect { network: network_name(network)?, id: full_id(&create::connect(body)?)? }
         }
         Route::Image => {
             let name = head.path[1..head.path.len() - 1].join("/");
@@ -249,24 +270,30 @@ fn call(policy: &Policy, route: Route<'_>, head: &Head, body: &[u8]) -> Result<C
         Route::Create => {
             let name = query.take("name").ok_or("container_name")?;
             query.is("platform", "")?;
-            Call::Create { name: ours(&name)?, spec: Box::new(create::container(policy, body)?) }
-        }
-        Route::Start(name) => Call::Start(ours(name)?),
-        Route::Stop(name) if is_full_id(name) && !policy.is_tunnel(name) => Call::StopSelf(name.to_owned()),
-        Route::Stop(name) => Call::Stop { name: ours(name)?, seconds: grace(&mut query)? },
-        Route::Restart(name) => Call::Restart { name: ours(name)?, seconds: grace(&mut query)? },
-        Route::Rename(name) => {
-            query.must_be("name", &policy.tunnel.container_name, "container_name")?;
-            if name != policy.tunnel.successor_name() {
+            if !policy.is_tunnel(&name) {
                 return Err("container_name");
             }
-            Call::Rename
+            Call::Create { name, spec: Box::new(create::container(policy, body)?) }
         }
-        Route::Remove(name) => {
+        Route::Start(id) => Call::Start(full_id(id)?),
+        Route::Stop(id) => match query.take("t") {
+            Some(seconds) => Call::Stop { id: full_id(id)?, seconds: grace(&seconds)? },
+            // The agent's own has its time-out from whoever made it.
+            None => Call::StopSelf(full_id(id)?),
+        },
+        Route::Restart(id) => {
+            let seconds = query.take("t").ok_or("query_value")?;
+            Call::Restart { id: full_id(id)?, seconds: grace(&seconds)? }
+        }
+        Route::Rename(id) => {
+            query.must_be("name", &policy.tunnel.container_name, "container_name")?;
+            Call::Rename(full_id(id)?)
+        }
+        Route::Remove(id) => {
             query.must_be("force", "true", "query_value")?;
             query.is("v", "false")?;
             query.is("link", "false")?;
-            Call::Remove(ours(name)?)
+            Call::Remove(full_id(id)?)
         }
     };
     query.is_done()?;
@@ -325,7 +352,7 @@ fn label_filter(text: &str) -> Result<&'static str, Rule> {
         label: [String; 1],
     }
     let Filters { label: [asked] } = serde_json::from_str(text).map_err(|_| "query_filters")?;
-    ENABLE_KEYS.into_iter().find(|key| *key == asked).ok_or("query_filters")
+    ENABLE_KEYS.into_iter().chain([OWNER_LABEL.0]).find(|key| *key == asked).ok_or("query_filters")
 }
 
 fn event_filter(text: &str) -> Result<(), Rule> {
@@ -357,7 +384,6 @@ fn number(text: &str, most: u64) -> Result<u64, Rule> {
 }
 
 /// How long a container gets to end by itself: no longer than the agent ever waits.
-fn grace(query: &mut Query) -> Result<u16, Rule> {
-    let text = query.take("t").ok_or("query_value")?;
-    Ok(number(&text, STOP_GRACE_SECONDS.into())? as u16)
+fn grace(text: &str) -> Result<u16, Rule> {
+    Ok(number(text, STOP_GRACE_SECONDS.into())? as u16)
 }

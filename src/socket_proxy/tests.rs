@@ -85,50 +85,52 @@ async fn each_call_that_the_agent_makes_is_planned_as_what_it_is() {
     let _ = docker.version().await;
     let _ = docker.list_with_label_keys(&ENABLE_KEYS[..1]).await;
     let _ = docker.list_running().await;
+    let _ = docker.list_made().await;
     drop(docker.events(None).unwrap().next().await);
     drop(docker.events(Some("1700000000.000000042".into())).unwrap().next().await);
     let _ = docker.inspect(name).await;
     let _ = docker.inspect(ID).await;
     let _ = docker.inspect(&ID[..12]).await;
-    let _ = docker.log_start(name, 1_700_000_000, 50).await;
-    let _ = docker.log_tail(&next, 0, 30).await;
+    let _ = docker.log_start(ID, 1_700_000_000, 50).await;
+    let _ = docker.log_tail(ID, 0, 30).await;
     let _ = docker.has_network(&tunnel.network).await;
     let _ = docker.create_network(&tunnel.network, &owner_labels()).await;
-    let _ = docker.connect("app_default", name).await;
+    let _ = docker.connect("app_default", ID).await;
     let _ = docker.has_image(&tunnel.image).await;
     let _ = docker.pull(&tunnel.image, |_, _| {}).await;
     let _ = docker.create(&next, &spec()).await;
-    let _ = docker.start(&next).await;
-    let _ = docker.stop(name, grace).await;
+    let _ = docker.start(ID).await;
+    let _ = docker.stop(ID, grace).await;
     let _ = docker.stop_self(ID).await;
-    let _ = docker.restart(name, grace).await;
-    let _ = docker.rename(&next, name).await;
-    let _ = docker.remove(name).await;
+    let _ = docker.restart(ID, grace).await;
+    let _ = docker.rename(ID, name).await;
+    let _ = docker.remove(ID).await;
     let owned = str::to_owned;
     let expected = [
         Call::Ping,
         Call::Version,
         Call::List(Some("dockflare.enable")),
         Call::List(None),
+        Call::Made,
         Call::Events(None),
         Call::Events(Some(owned("1700000000.000000042"))),
         Call::Inspect(Subject::Named(owned(name))),
         Call::Inspect(Subject::Id(owned(ID))),
         Call::Inspect(Subject::Start(owned(&ID[..12]))),
-        Call::Logs { name: owned(name), since: 1_700_000_000, last: None },
-        Call::Logs { name: next.clone(), since: 0, last: Some(30) },
+        Call::Logs { id: owned(ID), since: 1_700_000_000, last: None },
+        Call::Logs { id: owned(ID), since: 0, last: Some(30) },
         Call::Network,
         Call::NewNetwork,
-        Call::Connect { network: owned("app_default"), name: owned(name) },
+        Call::Connect { network: owned("app_default"), id: owned(ID) },
         Call::Image,
         Call::Pull,
         Call::Create { name: next.clone(), spec: Box::new(spec()) },
-        Call::Start(next.clone()),
-        Call::Stop { name: owned(name), seconds: 35 },
+        Call::Start(owned(ID)),
+        Call::Stop { id: owned(ID), seconds: 35 },
         Call::StopSelf(owned(ID)),
-        Call::Restart { name: owned(name), seconds: 35 },
-        Call::Rename,
-        Call::Remove(owned(name)),
+        Call::Restart { id: owned(ID), seconds: 35 },
+        Call::Rename(owned(ID)),
+        Call::Remove(owned(ID)),
     ];
     let requests = requests.lock().unwrap();
     assert_eq!(requests.len(), expected.len());

@@ -156,6 +156,10 @@ pub struct TunnelState {
     /// signs that the host was removed.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub unclaimed: bool,
+    /// The ids that this agent had at its masters when it was given tunnels, the present one last: what its containers
+    /// are marked with, and know it by after it got another one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "known_ids")]
+    pub owners: Vec<AgentId>,
     /// Ingress rules that were delivered and not yet accepted by Cloudflare, as the master sent them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pending_ingress: Option<serde_json::Value>,
@@ -167,9 +171,27 @@ pub struct TunnelState {
 impl TunnelState {
     /// What is left when the tunnel is forgotten: that there is none, and what is not about it.
     pub(crate) fn forgotten(&self) -> Self {
-        let (redeploys, other) = (self.redeploys, self.other.clone());
-        Self { desired_state: DesiredState::Stopped, redeploys, other, ..Self::default() }
+        let (redeploys, owners, other) = (self.redeploys, self.owners.clone(), self.other.clone());
+        Self { desired_state: DesiredState::Stopped, redeploys, owners, other, ..Self::default() }
     }
+
+    /// Makes this the id that containers are marked with from now on.
+    pub(crate) fn be(&mut self, id: &AgentId) {
+        self.owners.retain(|known| known != id);
+        self.owners.push(id.clone());
+        let surplus = self.owners.len().saturating_sub(MOST_OWNERS);
+        self.owners.drain(..surplus);
+    }
+}
+
+/// Ids that are remembered: a new one comes with a new key.
+const MOST_OWNERS: usize = 16;
+
+/// One that is none is left out: it would take the whole file with it.
+fn known_ids<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<AgentId>, D::Error> {
+    let given = serde_json::Value::deserialize(deserializer)?;
+    let given = given.as_array().into_iter().flatten().filter_map(|id| id.as_str());
+    Ok(given.filter_map(|id| AgentId::try_from(id.to_owned()).ok()).collect())
 }
 
 fn expose_token<S: Serializer>(token: &Option<Token>, serializer: S) -> Result<S::Ok, S::Error> {

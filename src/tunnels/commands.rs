@@ -7,7 +7,7 @@ use crate::cause::Cause;
 use crate::channels::Refusal;
 use crate::master::printable;
 use crate::master::wire::Assignment;
-use crate::state::{DesiredState, Token, TunnelId, TunnelState};
+use crate::state::{AgentId, DesiredState, Token, TunnelId, TunnelState};
 
 /// A command that was understood.
 #[derive(Debug, PartialEq)]
@@ -141,8 +141,12 @@ fn adopt(state: &mut TunnelState, assignment: &Assignment) {
 }
 
 /// Takes what a v1 master says at registration as the command that may have been lost. A tunnel that is known
-/// already stays as it is, also when it was stopped.
-pub(super) fn recover(state: &TunnelState, assignment: &Assignment) -> Result<Option<TunnelState>, Refusal> {
+/// already stays as it is, also when it was stopped. `agent` is this agent's id.
+pub(super) fn recover(
+    state: &TunnelState,
+    assignment: &Assignment,
+    agent: &AgentId,
+) -> Result<Option<TunnelState>, Refusal> {
     let known = state.id.as_ref() == Some(&assignment.id) && state.token.as_ref() == Some(&assignment.token);
     if known && state.desired_state != DesiredState::Unknown {
         let claimed = TunnelState { unclaimed: false, ..state.clone() };
@@ -150,6 +154,7 @@ pub(super) fn recover(state: &TunnelState, assignment: &Assignment) -> Result<Op
     }
     check(assignment)?;
     let mut next = state.clone();
+    next.be(agent);
     adopt(&mut next, assignment);
     Ok(Some(next))
 }
@@ -260,14 +265,16 @@ mod tests {
             token: Token::new(token(tunnel)),
             name: Some("edge".into()),
         };
-        let started = after(&TunnelState::default(), &[start("t1")]);
+        let agent = AgentId::try_from("a".to_owned()).unwrap();
+        let mut started = after(&TunnelState::default(), &[start("t1")]);
+        started.be(&agent);
         let stopped = after(&started, &[json!({"action": "stop_tunnel"})]);
-        assert_eq!(recover(&TunnelState::default(), &assignment("t1")), Ok(Some(started.clone())));
-        assert_eq!(recover(&started, &assignment("t1")), Ok(None));
-        assert_eq!(recover(&stopped, &assignment("t1")), Ok(None), "a stopped tunnel stays stopped");
-        assert_eq!(recover(&stopped, &assignment("t2")).unwrap().unwrap().desired_state, DesiredState::Running);
+        assert_eq!(recover(&TunnelState::default(), &assignment("t1"), &agent), Ok(Some(started.clone())));
+        assert_eq!(recover(&started, &assignment("t1"), &agent), Ok(None));
+        assert_eq!(recover(&stopped, &assignment("t1"), &agent), Ok(None), "a stopped tunnel stays stopped");
+        assert_eq!(recover(&stopped, &assignment("t2"), &agent).unwrap().unwrap().desired_state, DesiredState::Running);
         let bad = Assignment { token: Token::new("%%%"), ..assignment("t1") };
-        assert!(recover(&started, &bad).is_err());
+        assert!(recover(&started, &bad, &agent).is_err());
     }
 
     #[test]

@@ -22,6 +22,7 @@ mod shutdown;
 mod shutdown_container;
 mod socket_proxy;
 mod story;
+mod strangers;
 mod visitors;
 
 fn main() -> std::process::ExitCode {
@@ -44,6 +45,7 @@ fn main() -> std::process::ExitCode {
         shutdown::cases(),
         shutdown_container::cases(),
         socket_proxy::cases(),
+        strangers::cases(),
     ];
     testkit::main(files.into_iter().flatten().collect())
 }

@@ -253,14 +253,14 @@ async fn what_is_somebody_elses_is_neither_shown_nor_touched() -> Result<()> {
     let image = images().workload().await?;
     let labels = [("com.dockflare.agent.owner", "dockflare-agent")];
     let foreign = scope.run(Spec { image: &image, name: &own, ..Spec::default() }).await?;
-    scope.run(Spec { image: &image, name: &next, labels: &labels, ..Spec::default() }).await?;
+    let foreign_next = scope.run(Spec { image: &image, name: &next, labels: &labels, ..Spec::default() }).await?;
     let other = scope.name("other");
     scope.create_network(&other).await?;
     let other_id = scope
         .run(Spec { image: &image, network: Some(&other), env: &[("PASSWORD", "hunter2")], ..Spec::default() })
         .await?;
     let before = state(scope).await?;
-    for name in [&own, &next] {
+    for name in [&foreign, &foreign_next, &other_id] {
         for request in [
             format!("POST /containers/{name}/start"),
             format!("POST /containers/{name}/stop?t=1"),
@@ -272,11 +272,11 @@ async fn what_is_somebody_elses_is_neither_shown_nor_touched() -> Result<()> {
             ensure!(status == 403 && body.ends_with("refuses this: owner\"}"), "{request}: {status} {body}");
         }
     }
-    let (status, body) = line(&path, &format!("POST /containers/{next}/rename?name={own}")).await?;
+    let (status, body) = line(&path, &format!("POST /containers/{foreign_next}/rename?name={own}")).await?;
     ensure!(status == 403 && body.contains("owner"), "{body}");
     let (status, body) = line(&path, &format!("POST /containers/{other_id}/stop")).await?;
     ensure!(status == 403 && body.contains("owner"), "{body}");
-    let (status, body) = post(&path, &format!("/networks/{other}/connect"), &json!({ "Container": own })).await?;
+    let (status, body) = post(&path, &format!("/networks/{other}/connect"), &json!({ "Container": foreign })).await?;
     ensure!(status == 403 && body.contains("owner"), "{body}");
     for asked in [&other_id, &other_id[..12], &foreign[..12]] {
         let (status, body) = line(&path, &format!("GET /containers/{asked}/json")).await?;
@@ -293,7 +293,8 @@ async fn what_is_somebody_elses_is_neither_shown_nor_touched() -> Result<()> {
     scope.rm(&next).await?;
     let tunnel = Tunnel::new(&stage, "");
     tunnel.agent_with_ready_tunnel(&stage).await?.sigkill()?;
-    let connect = async || post(&path, &format!("/networks/{other}/connect"), &json!({ "Container": own })).await;
+    let ours = scope.inspect(&own).await?.id;
+    let connect = async || post(&path, &format!("/networks/{other}/connect"), &json!({ "Container": ours })).await;
     let (status, body) = connect().await?;
     ensure!(status == 403 && body.contains("network_not_of_labelled"), "{body}");
     scope.run_workload(&[("dockflare.enable", "true")], &[], Some(&other), false).await?;

@@ -168,7 +168,10 @@ fn names(attacks: &mut Attacks, target: &Target<'_>) {
     let Target { tunnel, victim, id, .. } = target;
     let upper = tunnel.to_ascii_uppercase();
     let prefix = &id[..12];
-    for name in [*victim, prefix, &id[..2], &upper, &tunnel[..tunnel.len() - 1], &format!("{tunnel}-old")] {
+    // What acts upon a container names its full id: a name, the tunnel's own too, may be another one's by then.
+    let next = format!("{tunnel}-next");
+    let long = format!("{id}0");
+    for name in [*victim, prefix, &id[..63], &long, &id.to_ascii_uppercase(), &upper, *tunnel, &next] {
         for line in [
             format!("POST /containers/{name}/start"),
             format!("POST /containers/{name}/stop?t=1"),
@@ -177,21 +180,17 @@ fn names(attacks: &mut Attacks, target: &Target<'_>) {
             format!("DELETE /containers/{name}?force=true"),
             format!("GET /containers/{name}/logs?stdout=true"),
         ] {
-            attacks.line(&line, "container_name");
+            attacks.line(&line, "container_id");
         }
     }
+    attacks.line(&format!("POST /containers/{tunnel}/stop"), "container_id");
     for line in [
-        format!("POST /containers/{id}/start"),
-        format!("POST /containers/{id}/restart?t=1"),
-        format!("DELETE /containers/{id}?force=true"),
-        format!("GET /containers/{id}/logs?stdout=true"),
-        format!("POST /containers/{id}/rename?name={tunnel}"),
         format!("GET /containers/{victim}/json"),
         format!("GET /containers/{}/json", &id[..11]),
-        format!("POST /containers/{tunnel}/rename?name={victim}"),
-        format!("POST /containers/{tunnel}/rename?name={tunnel}-next"),
-        format!("POST /containers/{tunnel}-next/rename?name={victim}"),
-        format!("POST /containers/{tunnel}-next/rename"),
+        format!("POST /containers/{id}/rename?name={victim}"),
+        format!("POST /containers/{id}/rename?name={tunnel}-next"),
+        format!("POST /containers/{id}/rename?name={id}"),
+        format!("POST /containers/{id}/rename"),
     ] {
         attacks.line(&line, "container_name");
     }
@@ -201,12 +200,12 @@ fn names(attacks: &mut Attacks, target: &Target<'_>) {
     }
     attacks.post("create without a name", "/containers/create", target.body.to_string(), "container_name");
     for network in ["bridge", "host", "none", "a:b", "a@b"] {
-        let body = json!({ "Container": tunnel }).to_string();
+        let body = json!({ "Container": id }).to_string();
         attacks.post(format!("connect {network}"), &format!("/networks/{network}/connect"), body, "network_name");
     }
-    for name in [*victim, id, ""] {
+    for name in [*victim, *tunnel, prefix, ""] {
         let body = json!({ "Container": name }).to_string();
-        attacks.post(format!("connect {name:?} to a network"), "/networks/app/connect", body, "container_name");
+        attacks.post(format!("connect {name:?} to a network"), "/networks/app/connect", body, "container_id");
     }
     attacks.line("GET /networks/bridge", "network_name");
     attacks.line(&format!("GET /networks/{}x", target.network), "network_name");
@@ -273,11 +272,11 @@ fn paths(attacks: &mut Attacks, target: &Target<'_>) {
 }
 
 fn queries(attacks: &mut Attacks, target: &Target<'_>) {
-    let tunnel = target.tunnel;
+    let Target { tunnel, id, .. } = target;
     let (repository, tag) = target.image.rsplit_once(':').unwrap_or((target.image, "latest"));
     let pull = format!("/images/create?fromImage={repository}&tag={tag}");
-    let logs = format!("/containers/{tunnel}/logs?stdout=true");
-    let remove = format!("/containers/{tunnel}?force=true");
+    let logs = format!("/containers/{id}/logs?stdout=true");
+    let remove = format!("/containers/{id}?force=true");
     for (line, rule) in [
         ("GET /containers/json?all=true".to_owned(), "query_value"),
         ("GET /containers/json?all=1".to_owned(), "query_value"),
@@ -297,6 +296,9 @@ fn queries(attacks: &mut Attacks, target: &Target<'_>) {
         ("GET /containers/json?filters=%7B%7D".to_owned(), "query_filters"),
         ("GET /containers/json?filters=x".to_owned(), "query_filters"),
         (r#"GET /containers/json?filters={"label":["x"]}"#.to_owned(), "query_filters"),
+        (r#"GET /containers/json?filters={"label":["com.dockflare.agent.owner"]}"#.to_owned(), "query_value"),
+        (r#"GET /containers/json?all=true&filters={"label":["dockflare.enable"]}"#.to_owned(), "query_value"),
+        (r#"GET /containers/json?all=true&filters={"label":["com.dockflare.agent.spec"]}"#.to_owned(), "query_filters"),
         (r#"GET /containers/json?filters={"label":["dockflare.enable","x"]}"#.to_owned(), "query_filters"),
         (r#"GET /containers/json?filters={"label":{"dockflare.enable":true}}"#.to_owned(), "query_filters"),
         (
@@ -320,14 +322,14 @@ fn queries(attacks: &mut Attacks, target: &Target<'_>) {
         (format!("GET {logs}&since=99999999999"), "query_value"),
         (format!("GET {logs}&until=5"), "query_value"),
         (format!("GET /containers/{tunnel}/json?size=true"), "query_key"),
-        (format!("POST /containers/{tunnel}/stop"), "query_value"),
-        (format!("POST /containers/{tunnel}/stop?t=-1"), "query_value"),
-        (format!("POST /containers/{tunnel}/stop?t=3600"), "query_value"),
-        (format!("POST /containers/{tunnel}/stop?t=1&signal=SIGKILL"), "query_key"),
-        (format!("POST /containers/{tunnel}/restart?t=1e1"), "query_value"),
-        (format!("POST /containers/{tunnel}/start?detachKeys=a"), "query_key"),
-        (format!("POST /containers/{tunnel}/start?checkpoint=a"), "query_key"),
-        (format!("DELETE /containers/{tunnel}"), "query_value"),
+        (format!("POST /containers/{id}/stop?t=-1"), "query_value"),
+        (format!("POST /containers/{id}/stop?t=3600"), "query_value"),
+        (format!("POST /containers/{id}/stop?t=1&signal=SIGKILL"), "query_key"),
+        (format!("POST /containers/{id}/restart?t=1e1"), "query_value"),
+        (format!("POST /containers/{id}/start?detachKeys=a"), "query_key"),
+        (format!("POST /containers/{id}/start?checkpoint=a"), "query_key"),
+        (format!("DELETE /containers/{id}"), "query_value"),
+        (format!("POST /containers/{id}/restart"), "query_value"),
         (format!("DELETE {remove}&v=true"), "query_value"),
         (format!("DELETE {remove}&link=true"), "query_value"),
         (format!("DELETE {remove}&x=y"), "query_key"),

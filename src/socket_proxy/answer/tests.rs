@@ -115,10 +115,10 @@ fn of_each_other_kind_only_what_is_needed_is_shown() {
     assert_eq!(shell.command, ["cloudflared tunnel <hidden> run edge"]);
     // The Python agent's container is told from anybody's by its command and the name of its variable.
     let python = sees("dockflare-agent-tunnel", "cloudflare/cloudflared:1", &[]).unwrap();
-    assert_eq!(owner(&python), Owner::PythonAgent);
+    assert_eq!(owner(&python, Whose::Any), Owner::PythonAgent);
     let foreign = Inspected { command: vec!["nginx".into()], ..full("dockflare-agent-tunnel", "nginx", &[]) };
     let foreign = read(&shown(&policy(), foreign).unwrap());
-    assert_eq!((owner(&foreign), parts(&foreign)), (Owner::Foreign, (false, false, 0, true)));
+    assert_eq!((owner(&foreign, Whose::Any), parts(&foreign)), (Owner::Foreign, (false, false, 0, true)));
     assert_eq!(parts(&read(&place_only(full("lender", "x", &[("secret", "s")])))), (false, true, 0, false));
 }
 

@@ -235,7 +235,9 @@ pub(super) fn values(attacks: &mut Attacks, target: &Target<'_>) {
     for (key, value) in [
         ("com.docker.compose.project", "x"),
         ("dockflare.enable", "true"),
-        ("com.dockflare.agent.owner", "evil"),
+        ("com.dockflare.agent.owner", "a b"),
+        ("com.dockflare.agent.owner", ""),
+        ("com.dockflare.agent.container-name", "evil"),
         ("com.dockflare.agent.Owner", "dockflare-agent"),
         ("com.dockflare.agent.redeploy", "-1"),
         ("com.dockflare.agent.redeploy", "01"),
