@@ -26,10 +26,12 @@ use crate::retry::{Backoff, Trouble};
 use crate::state::{AgentId, DesiredState};
 
 mod act;
+pub mod classify;
 mod course;
 mod glance;
 mod host;
 mod leave;
+pub mod log;
 mod look;
 mod own;
 mod plan;

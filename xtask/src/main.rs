@@ -1,6 +1,7 @@
 //! The project's own commands.
 //!
 //! - [`mod@test`]: `cargo xtask test`, every check there is, with one line of sums at the end.
+//! - [`mod@classify`]: `cargo xtask classify`, the agent's verdicts on a recording of the real cloudflared.
 //! - [`demo`]: `cargo xtask demo`, the main job on this machine without a master or a Cloudflare account.
 //! - [`soak`]: `cargo xtask soak`, the agent under one fault after the other, for as long as one likes.
 
@@ -8,6 +9,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod classify;
 mod demo;
 mod soak;
 mod test;
@@ -30,6 +32,11 @@ enum Command {
     ///
     /// Exit codes: 0 all steps seen, 1 one was not, 69 no Docker Engine answers.
     Demo(demo::Arguments),
+    /// Print what the agent makes of a recording of cloudflared: `seconds verdict`, one line per second.
+    ///
+    /// The folder holds `log.txt` and `samples.jsonl`, and `log-b.txt` where there is a second connector, whose
+    /// lines are `seconds verdict b`. Nothing else in it is read.
+    Classify(classify::Arguments),
     /// Let the agent work for a while, with a fault every few seconds, and see that nothing is lost.
     ///
     /// Exit codes: 0 nothing was lost, 1 something was, 69 no Docker Engine answers.
@@ -39,6 +46,7 @@ enum Command {
 fn main() -> ExitCode {
     match Arguments::parse().command {
         Command::Test => test::run(),
+        Command::Classify(arguments) => classify::run(&arguments),
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Soak(arguments) => soak::run(&arguments),
     }
