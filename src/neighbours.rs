@@ -6,10 +6,12 @@
 //! Docker, by calls of its own, so that nothing here delays or fails a report or the tunnel. Nothing is on disk;
 //! after a crash it looks again, and what is so is told once more.
 //!
-//! A look takes the containers one after the other. It is woken by the inventory, by the tunnel, by Docker's events
-//! of networks and names, and by a slow timer. What cannot be found out now stays as it was known.
+//! A look takes the containers one after the other, of many so many at a time. It is woken by the inventory, by the
+//! tunnel, by Docker's events of networks and names, and by a slow timer. What cannot be found out now stays as it was
+//! known. Besides it names what makes a container no site though it was meant to be one: labels that nearly enable it,
+//! or none that a rule is made of, and a hostname that another container has as well.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,22 +23,27 @@ use tracing::{info, warn};
 use crate::channels::{Inventory, View, Wanted, Ways};
 use crate::config::TunnelConfig;
 use crate::docker::{Container, Docker, DockerError, Inspected};
+use crate::labels::{Nearly, nearly};
 use crate::pulse::rest;
 use crate::retry::Trouble;
 use crate::state::DesiredState;
 
 mod glance;
 mod memory;
+mod reach;
+mod replicas;
 mod rivals;
 mod service;
 mod survey;
 mod way;
 pub(crate) use glance::{Verdict, glance};
-use memory::{Memory, News};
+use memory::{Memory, News, REMEMBERED};
+use reach::Reach;
+use replicas::replicas;
 use rivals::{Rivalry, is_candidate, rivalry};
 pub(crate) use rivals::{is_connector, tells_connector};
 pub(crate) use service::named_host;
-use survey::{Judged, survey};
+use survey::{Judged, Turn, survey};
 pub(crate) use way::{DOCKERS_OWN, services};
 
 /// What happens together is looked at once: a compose project that starts is a burst of events.
@@ -52,6 +59,12 @@ const AGAIN: Duration = Duration::from_secs(15);
 const CONNECTING: Duration = Duration::from_secs(5);
 /// So many calls without an answer, at 20 s each, are enough for one look.
 const MOST_TIME_OUTS: u32 = 3;
+/// Labels that nearly enable are told once for each of so many containers.
+const MOST_TOLD: usize = 256;
+/// What is shown of a label's value that was not meant so.
+const MOST_LETTERS: usize = 40;
+/// Containers that are named in one line.
+const MOST_NAMES: usize = 10;
 
 /// The task.
 #[derive(Debug)]
@@ -61,6 +74,12 @@ pub struct Neighbours {
     inputs: Inputs,
     ways: watch::Sender<Ways>,
     memory: Memory,
+    reach: Reach,
+    turn: Turn,
+    /// What was told of labels that nearly enable: the container's name, and what was wrong.
+    slips: VecDeque<(String, String)>,
+    /// Hostnames that several containers have, which was told, with when they last had. A restart is no news.
+    shared: BTreeMap<String, Instant>,
     /// Whether this is Docker Desktop, once Docker has said so.
     desktop: Option<bool>,
     trouble: Trouble,
@@ -83,20 +102,35 @@ impl Neighbours {
     /// Nothing is asked of Docker yet.
     pub fn new(docker: Arc<Docker>, config: TunnelConfig, inputs: Inputs, ways: watch::Sender<Ways>) -> Self {
         let trouble = Trouble::new("the look around the tunnel container");
-        Self { docker, config, inputs, ways, memory: Memory::default(), desktop: None, trouble }
+        Self {
+            docker,
+            config,
+            inputs,
+            ways,
+            memory: Memory::default(),
+            reach: Reach::default(),
+            turn: Turn::default(),
+            slips: VecDeque::new(),
+            shared: BTreeMap::new(),
+            desktop: None,
+            trouble,
+        }
     }
 
     /// Looks around for ever. Cancel-safe: it changes nothing.
     pub async fn run(mut self) -> Infallible {
+        let mut asked = true;
         loop {
             let began = Instant::now();
-            let looked = self.look().await;
+            let looked = self.look(asked).await;
             let ways = self.memory.ways();
             self.ways.send_if_modified(|known| std::mem::replace(known, ways.clone()) != ways);
             let pause = match &looked {
                 Ok(()) => {
                     self.trouble.ended();
-                    if self.memory.waits() { CONNECTING } else { CALM }
+                    let pause = if self.memory.waits() { CONNECTING } else { CALM };
+                    let pause = self.reach.due_in().unwrap_or(CALM).min(pause);
+                    if self.turn.goes_on() { Duration::ZERO } else { pause }
                 }
                 Err(error) => {
                     // That Docker is away is said once, by the event task.
@@ -107,20 +141,26 @@ impl Neighbours {
                 }
             };
             let settle = (began.elapsed() * 4).clamp(SETTLE, LONGEST_SETTLE);
-            if self.inputs.rung(pause).await {
-                sleep(settle).await;
-            }
+            // The rest of a look over many is no new one.
+            asked = self.inputs.rung(pause).await || !self.turn.goes_on();
+            sleep(settle).await;
         }
     }
 
     /// Finds out what can be found out. The error is the first of what could not.
-    async fn look(&mut self) -> Result<(), DockerError> {
+    /// `anew`: all containers have their turn once more.
+    async fn look(&mut self, anew: bool) -> Result<(), DockerError> {
         let (inventory, wanted) = self.inputs.take();
+        if anew {
+            self.turn.all(inventory.containers.len());
+        }
         let running = self.docker.list_running().await?;
+        self.tell_slips(&running);
         let mut failures = Failures::default();
         self.look_for_rivals(&running, &wanted, &mut failures).await?;
         // What is not known for certain is not judged, and not forgotten either.
         if inventory.complete {
+            self.tell_replicas(&inventory);
             self.look_at_ways(&running, &inventory, &mut failures).await?;
         }
         failures.first.map_or(Ok(()), Err)
@@ -164,13 +204,51 @@ impl Neighbours {
         failures: &mut Failures,
     ) -> Result<(), DockerError> {
         self.memory.forget_all_but(|id| inventory.containers.contains_key(id));
-        let memory = &mut self.memory;
-        let judged = |judged: Judged| {
-            if let Some(news) = memory.learn(&judged.id, &judged.name, judged.way, judged.networks) {
+        self.reach.forget_all_but(|id| inventory.containers.contains_key(id));
+        let mut all: Vec<Judged> = Vec::new();
+        let labelled = (&inventory.containers, &mut self.turn);
+        let judged = |judged| all.push(judged);
+        let looked = survey(&self.docker, &self.config, &mut self.desktop, running, labelled, failures, judged).await;
+        // What was found out before a failure is as true as without it.
+        self.reach.try_out(&all, looked.as_ref().ok().copied().flatten()).await;
+        for judged in all {
+            let way = self.reach.settle(&judged);
+            if let Some(news) = self.memory.learn(&judged.id, &judged.name, way, judged.networks) {
                 tell(&judged.name, news);
             }
-        };
-        survey(&self.docker, &self.config, &mut self.desktop, running, &inventory.containers, failures, judged).await
+        }
+        looked.map(drop)
+    }
+
+    fn tell_slips(&mut self, running: &[Container]) {
+        for listed in running {
+            let Some((problem, remedy)) = slip(listed) else { continue };
+            let told = (listed.name.clone(), problem);
+            if self.slips.contains(&told) {
+                continue;
+            }
+            warn!(name = listed.name, remedy, "the container is not enabled, and seems to be meant to: {}", told.1);
+            self.slips.push_back(told);
+            if self.slips.len() > MOST_TOLD {
+                self.slips.pop_front();
+            }
+        }
+    }
+
+    fn tell_replicas(&mut self, inventory: &Inventory) {
+        let all = replicas(inventory.containers.values());
+        self.shared.retain(|_, last| last.elapsed() < REMEMBERED);
+        for (hostname, names) in all {
+            if self.shared.insert(hostname.clone(), Instant::now()).is_some() {
+                continue;
+            }
+            let names: Vec<_> = names.iter().take(MOST_NAMES).map(String::as_str).collect();
+            info!(
+                hostname,
+                containers = names.join(", "),
+                "containers share a hostname: the master keeps one rule for it, whose container and service are those of the one that it was told of last"
+            );
+        }
     }
 }
 
@@ -220,9 +298,26 @@ impl Failures {
     }
 }
 
+/// What is wrong with labels that were meant to enable the container, and what would do.
+fn slip(listed: &Container) -> Option<(String, String)> {
+    let Nearly { key, value, enables, right } = nearly(&listed.labels)?;
+    let brief = |text: &str| text.chars().take(MOST_LETTERS).collect::<String>();
+    let problem = match enables {
+        true => format!("its label {:?} does not enable it", format!("{}={}", brief(key), brief(value))),
+        false => format!("it has the label {:?} and none that enables it", brief(key)),
+    };
+    Some((problem, format!("set the label {right}")))
+}
+
 fn tell(name: &str, news: News) {
     match news {
-        News::Open { service, network } => info!(name, service, network, "the tunnel can reach the container"),
+        News::Open { service, network, note } => {
+            info!(name, service, network, "the tunnel can reach the container");
+            if let Some(note) = note {
+                info!(name, "{note}");
+            }
+        }
+        News::NoRule(kind) => info!(name, "no {kind} label, so the master makes no rule"),
         News::Blocked(block) => {
             warn!(name, remedy = block.remedy, "the tunnel cannot reach the container: {}", block.problem);
         }

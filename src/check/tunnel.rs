@@ -11,8 +11,8 @@ use crate::labels::ENABLE_KEYS;
 use crate::neighbours::{self, Verdict};
 use crate::state::{AgentId, DesiredState, Folder, TunnelId, TunnelState};
 
-/// More would be no list that a person can read.
-const MOST_CONTAINERS: usize = 200;
+/// So many that are well are shown: more would be no list that a person can read. All that are not are.
+const MOST_WELL: usize = 200;
 
 pub(super) async fn look(docker: &Docker, config: &Config, folder: &Folder, to: &mut Section) {
     to.begin(TUNNEL);
@@ -184,16 +184,25 @@ async fn ways(
         to.pass("tunnel.alone", "no other connector", "none on this host");
     }
     to.begin(CONTAINERS);
+    for (name, problem, remedy) in &seen.nearly {
+        to.warn("container.labels", name, format!("is not enabled, and seems to be meant to: {problem}"), remedy);
+    }
     if labelled.is_empty() {
         return to.skip("containers", "labelled containers", "none that runs has dockflare.enable=true");
     }
-    let (most, more) = (labelled.values().take(MOST_CONTAINERS), labelled.len().saturating_sub(MOST_CONTAINERS));
-    for container in most {
+    let mut well = 0;
+    for container in labelled.values() {
         let verdict = seen.ways.get(&container.name);
+        if matches!(verdict, Some(Verdict::Open { note: None, .. })) {
+            well += 1;
+            if well > MOST_WELL {
+                continue;
+            }
+        }
         way(container, verdict, serves, config.tunnel.auto_connect, seen.problem.as_ref(), to);
     }
-    if more > 0 {
-        to.skip("container", &format!("{more} more"), "the list ends here");
+    if well > MOST_WELL {
+        to.pass("container", &format!("{} more", well - MOST_WELL), "the tunnel reaches them");
     }
 }
 
@@ -207,9 +216,13 @@ fn way(
 ) {
     let (id, title) = ("container", container.name.as_str());
     match verdict {
-        Some(Verdict::Open { network, service }) => {
-            let service = service.as_deref().unwrap_or("it");
-            to.pass(id, title, format!("the tunnel reaches {service} on the network {network}"));
+        Some(Verdict::Open { network, service, note }) => {
+            let note = note.as_ref().map(|note| format!("; {note}")).unwrap_or_default();
+            to.pass(id, title, format!("the tunnel reaches {service} on the network {network}{note}"));
+        }
+        Some(Verdict::NoRule(kind)) => {
+            let remedy = format!("set the label dockflare.{kind}");
+            to.warn(id, title, format!("no {kind} label, so the master makes no rule"), remedy);
         }
         Some(Verdict::Unjudged) => to.skip(id, title, "nothing can be said of the way to it"),
         Some(Verdict::Blocked { problem, connects: true, .. }) if auto_connect => {

@@ -3,10 +3,11 @@
 
 use std::collections::BTreeMap;
 
-use super::Failures;
+use super::reach::Reach;
 use super::rivals::{is_candidate, rivalry};
-use super::survey::survey;
+use super::survey::{Turn, survey};
 use super::way::{Cause, Way};
+use super::{Failures, slip};
 use crate::config::TunnelConfig;
 use crate::docker::{Container, Docker, DockerError};
 use crate::state::TunnelId;
@@ -18,6 +19,8 @@ pub(crate) struct Glance {
     pub(crate) ways: BTreeMap<String, Verdict>,
     /// Names of other containers that run a connector of the same tunnel.
     pub(crate) rivals: Vec<String>,
+    /// Containers that are nearly labelled: name, what is wrong with the label, what would do.
+    pub(crate) nearly: Vec<(String, String, String)>,
     /// Why not all was seen.
     pub(crate) problem: Option<DockerError>,
 }
@@ -25,8 +28,10 @@ pub(crate) struct Glance {
 /// Whether the tunnel reaches a container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// It does; on which network, and the label's value where there is one.
-    Open { network: String, service: Option<String> },
+    /// It does; on which network, the label's value, and what may be wrong with it.
+    Open { network: String, service: String, note: Option<String> },
+    /// The label of this kind is missing, so that the master makes no rule.
+    NoRule(&'static str),
     /// Nothing can be said of it.
     Unjudged,
     /// It does not.
@@ -53,11 +58,30 @@ pub(crate) async fn glance(
             seen.rivals.extend(found.filter(|found| rivalry(found, &own, id, name).is_some()).map(|found| found.name));
         }
     }
-    let ways = &mut seen.ways;
-    let mut desktop = None;
-    let looked = survey(docker, config, &mut desktop, &running, labelled, &mut failures, |judged| {
-        let verdict = match judged.way {
-            Way::Open { service, network } => Verdict::Open { network, service },
+    let nearly = running.iter().filter_map(|listed| Some((listed.name.clone(), slip(listed)?)));
+    seen.nearly = nearly.map(|(name, (problem, remedy))| (name, problem, remedy)).collect();
+    let (mut desktop, mut turn, mut all) = (None, Turn::default(), Vec::new());
+    turn.all(labelled.len());
+    let mut tunnel = None;
+    while turn.goes_on() {
+        let labelled = (labelled, &mut turn);
+        let looked = survey(docker, config, &mut desktop, &running, labelled, &mut failures, |one| all.push(one)).await;
+        match looked {
+            Ok(address) => tunnel = address,
+            Err(error) => {
+                seen.problem = Some(error);
+                break;
+            }
+        }
+    }
+    let mut reach = Reach::default();
+    reach.try_out(&all, tunnel).await;
+    for judged in all {
+        // There is no second look that could find out whether it only starts.
+        let way = reach.settle(&judged).or_else(|| Some(Way::Blocked(reach.refusal(&judged)?.clone())));
+        let verdict = match way.unwrap_or(Way::Unjudged) {
+            Way::Open { service, network, note } => Verdict::Open { network, service, note },
+            Way::NoRule(kind) => Verdict::NoRule(kind),
             Way::Unjudged => Verdict::Unjudged,
             Way::Blocked(block) => Verdict::Blocked {
                 connects: block.cause == Cause::NoNetwork && !judged.networks.is_empty(),
@@ -65,8 +89,8 @@ pub(crate) async fn glance(
                 remedy: block.remedy,
             },
         };
-        ways.insert(judged.name, verdict);
-    });
-    seen.problem = looked.await.err().or(failures.first);
+        seen.ways.insert(judged.name, verdict);
+    }
+    seen.problem = seen.problem.or(failures.first);
     Ok(seen)
 }

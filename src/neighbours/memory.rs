@@ -11,7 +11,7 @@ use super::way::{Block, Cause, Way};
 use crate::channels::{Unreachable, Ways};
 
 /// A container that comes back this soon is no news: a restart, or one that crashes again and again.
-const REMEMBERED: Duration = Duration::from_secs(600);
+pub(super) const REMEMBERED: Duration = Duration::from_secs(600);
 /// Looks that the supervisor has for connecting the tunnel container, the one that asks for it included.
 const PATIENCE: u32 = 2;
 
@@ -41,17 +41,21 @@ struct Entry {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum News {
     Open {
-        service: Option<String>,
+        service: String,
         network: String,
+        note: Option<String>,
     },
+    /// The label of this kind is missing.
+    NoRule(&'static str),
     Blocked(Block),
     /// It was blocked, and now nothing is known that would.
     Unblocked,
 }
 
 impl Memory {
-    /// Notes a judgement, and what networks are to be asked for. Returns what is new.
-    pub(super) fn learn(&mut self, id: &str, name: &str, way: Way, networks: BTreeSet<String>) -> Option<News> {
+    /// Notes a judgement, `None` for one that is not made yet, and what networks are to be asked for. Returns what is
+    /// new.
+    pub(super) fn learn(&mut self, id: &str, name: &str, way: Option<Way>, networks: BTreeSet<String>) -> Option<News> {
         let (name, seen) = (name.to_owned(), Instant::now());
         let entry = self.containers.entry(id.to_owned()).or_insert_with(|| Entry {
             name: String::new(),
@@ -62,6 +66,10 @@ impl Memory {
             seen,
         });
         (entry.name, entry.networks, entry.seen) = (name, networks, seen);
+        let Some(way) = way else {
+            (entry.now, entry.waited) = (None, 0);
+            return None;
+        };
         let lacks_network = matches!(&way, Way::Blocked(block) if block.cause == Cause::NoNetwork);
         if !lacks_network {
             entry.waited = 0;
@@ -73,9 +81,15 @@ impl Memory {
         entry.now = Some(way.clone());
         let before = entry.told.replace(way.clone());
         match (before, way) {
-            (Some(Way::Open { service: before, .. }), Way::Open { service, .. }) if before == service => None,
+            (Some(Way::Open { service: before, note: noted, .. }), Way::Open { service, note, .. })
+                if before == service && (noted == note || note.is_none()) =>
+            {
+                None
+            }
+            (Some(Way::NoRule(before)), Way::NoRule(kind)) if before == kind => None,
             (Some(Way::Blocked(before)), Way::Blocked(block)) if before == block => None,
-            (_, Way::Open { service, network }) => Some(News::Open { service, network }),
+            (_, Way::Open { service, network, note }) => Some(News::Open { service, network, note }),
+            (_, Way::NoRule(kind)) => Some(News::NoRule(kind)),
             (_, Way::Blocked(block)) => Some(News::Blocked(block)),
             (Some(Way::Blocked(_)), Way::Unjudged) => Some(News::Unblocked),
             (_, Way::Unjudged) => None,
@@ -130,7 +144,7 @@ mod tests {
     use super::*;
 
     fn open(network: &str) -> Way {
-        Way::Open { service: Some("http://web".into()), network: network.into() }
+        Way::Open { service: "http://web".into(), network: network.into(), note: None }
     }
 
     fn block(cause: Cause) -> Block {
@@ -144,7 +158,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn each_change_is_told_once_and_another_network_is_none() {
         let mut memory = Memory::default();
-        let mut learn = |way: Way| memory.learn("id", "web", way, BTreeSet::new());
+        let mut learn = |way: Way| memory.learn("id", "web", Some(way), BTreeSet::new());
         assert!(matches!(learn(open("a")), Some(News::Open { network, .. }) if network == "a"));
         assert_eq!(learn(open("a")), None);
         assert_eq!(learn(open("b")), None);
@@ -154,27 +168,42 @@ mod tests {
         assert_eq!(learn(Way::Blocked(block(Cause::Settings))), Some(News::Blocked(block(Cause::Settings))));
         assert_eq!(learn(Way::Unjudged), Some(News::Unblocked));
         assert!(learn(open("a")).is_some());
+        assert_eq!(learn(Way::NoRule("service")), Some(News::NoRule("service")));
+        assert_eq!(learn(Way::NoRule("service")), None);
+        assert!(memory.ways().unreachable.is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_judgement_that_is_not_made_yet_is_no_news_and_no_problem() {
+        let mut memory = Memory::default();
+        let mut learn = |way: Option<Way>| memory.learn("id", "web", way, BTreeSet::new());
+        assert_eq!(learn(None), None);
+        assert!(learn(Some(open("a"))).is_some());
+        assert_eq!((learn(None), learn(Some(open("a")))), (None, None), "a restart");
+        assert!(learn(Some(Way::Blocked(block(Cause::Refused)))).is_some());
+        assert_eq!(learn(None), None);
+        assert!(memory.ways().unreachable.is_empty() && !memory.waits());
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_restart_is_no_news_and_a_return_after_a_long_time_is() {
         let mut memory = Memory::default();
         let blocked = || Way::Blocked(block(Cause::Settings));
-        assert!(memory.learn("id", "web", blocked(), BTreeSet::new()).is_some());
+        assert!(memory.learn("id", "web", Some(blocked()), BTreeSet::new()).is_some());
         assert_eq!(memory.ways().unreachable["id"].remedy, "Settings");
         memory.forget_all_but(|_| false);
         assert!(memory.ways().unreachable.is_empty(), "what is gone is no problem");
-        assert_eq!(memory.learn("id", "web", blocked(), BTreeSet::new()), None);
+        assert_eq!(memory.learn("id", "web", Some(blocked()), BTreeSet::new()), None);
         assert_eq!(memory.ways().unreachable.len(), 1);
         tokio::time::advance(REMEMBERED + Duration::from_secs(1)).await;
         memory.forget_all_but(|_| false);
-        assert!(memory.learn("id", "web", blocked(), BTreeSet::new()).is_some());
+        assert!(memory.learn("id", "web", Some(blocked()), BTreeSet::new()).is_some());
     }
 
     #[tokio::test(start_paused = true)]
     async fn what_waits_for_a_network_is_told_two_looks_after_it_was_asked_for() {
         let mut memory = Memory::default();
-        let lacking = || Way::Blocked(block(Cause::NoNetwork));
+        let lacking = || Some(Way::Blocked(block(Cause::NoNetwork)));
         for look in 0..2 {
             assert_eq!(memory.learn("id", "web", lacking(), set(&["x"])), None, "look {look}");
             assert!(memory.waits());
@@ -183,7 +212,7 @@ mod tests {
         assert!(matches!(memory.learn("id", "web", lacking(), set(&["x"])), Some(News::Blocked(_))));
         assert_eq!((memory.waits(), memory.ways().unreachable.len()), (false, 1));
         // Connected: it stays asked for.
-        assert!(matches!(memory.learn("id", "web", open("x"), set(&["x"])), Some(News::Open { .. })));
+        assert!(matches!(memory.learn("id", "web", Some(open("x")), set(&["x"])), Some(News::Open { .. })));
         assert_eq!((memory.ways().networks, memory.ways().unreachable.len()), (set(&["x"]), 0));
         // The next time it has the same patience.
         assert_eq!(memory.learn("id", "web", lacking(), set(&["x"])), None);
@@ -194,7 +223,8 @@ mod tests {
     #[test]
     fn where_no_network_can_be_asked_for_nothing_is_waited_for() {
         let mut memory = Memory::default();
-        assert!(memory.learn("id", "web", Way::Blocked(block(Cause::NoNetwork)), BTreeSet::new()).is_some());
+        let lacking = Way::Blocked(block(Cause::NoNetwork));
+        assert!(memory.learn("id", "web", Some(lacking), BTreeSet::new()).is_some());
         assert!(!memory.waits());
     }
 

@@ -1,13 +1,14 @@
 //! One look at the ways to labelled containers: inspects them one after the other and has them judged.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 
 use tracing::debug;
 
 use super::Failures;
-use super::way::{Lender, Scene, Way, Workload, networks_needed, services, way};
+use super::way::{Judgement, Lender, Scene, Try, Way, Workload, hostnames, networks_needed, services, way};
 use crate::config::TunnelConfig;
-use crate::docker::{Container, Docker, DockerError, RunState};
+use crate::docker::{Container, Docker, DockerError, Inspected, METRICS_PORT, RunState};
 use crate::labels::COMPOSE_SERVICE;
 
 /// What was found out of one container.
@@ -15,13 +16,57 @@ use crate::labels::COMPOSE_SERVICE;
 pub(super) struct Judged {
     pub(super) id: String,
     pub(super) name: String,
+    /// Another one after each start of it, or of whose networks it uses.
+    pub(super) life: String,
     pub(super) way: Way,
+    /// How the way can be tried.
+    pub(super) tries: Vec<Try>,
     /// Networks that the tunnel container must be on for its sake, when it may be connected to any.
     pub(super) networks: BTreeSet<String>,
 }
 
-/// Looks at each labelled container from where the tunnel container is, and hands on what was judged as it comes.
-/// Without a tunnel container that runs on its network nothing is judged.
+/// Which of many containers are looked at: so many, in turn.
+#[derive(Debug, Default)]
+pub(super) struct Turn {
+    /// The id that was looked at last, by whose order they take turns.
+    last: Option<String>,
+    /// How many are still to be looked at since somebody asked for it.
+    left: usize,
+}
+
+/// In one look; more of them would keep what was found out waiting.
+const MOST_IN_A_LOOK: usize = 200;
+
+impl Turn {
+    /// All are to be looked at once more.
+    pub(super) fn all(&mut self, of: usize) {
+        self.left = of;
+    }
+
+    /// Whether some are still to be looked at.
+    pub(super) fn goes_on(&self) -> bool {
+        self.left > 0
+    }
+
+    /// The next of them, beginning behind the last.
+    fn next<'a>(&mut self, labelled: &'a BTreeMap<String, Container>) -> Vec<(&'a String, &'a Container)> {
+        self.left = self.left.min(labelled.len());
+        let is_behind = |id: &String| self.last.as_ref().is_none_or(|last| id > last);
+        let (behind, before): (Vec<_>, Vec<_>) = labelled.iter().partition(|(id, _)| is_behind(id));
+        behind.into_iter().chain(before).take(self.left.min(MOST_IN_A_LOOK)).collect()
+    }
+
+    /// It is this one's turn.
+    fn take(&mut self, id: &str) {
+        self.last = Some(id.to_owned());
+        self.left = self.left.saturating_sub(1);
+    }
+}
+
+/// Looks at the labelled containers whose turn it is from where the tunnel container is, and hands on what was judged
+/// as it comes. Gives the address of cloudflared's own port on the tunnel's network. Without a tunnel container that
+/// runs on its network nothing is judged. One that ends the look is not the first of the next: the others have their
+/// turn.
 ///
 /// # Errors
 /// What ends the look; what is about one container only is noted in `failures`.
@@ -30,15 +75,18 @@ pub(super) async fn survey(
     config: &TunnelConfig,
     desktop: &mut Option<bool>,
     running: &[Container],
-    labelled: &BTreeMap<String, Container>,
+    (labelled, turn): (&BTreeMap<String, Container>, &mut Turn),
     failures: &mut Failures,
     mut judged: impl FnMut(Judged),
-) -> Result<(), DockerError> {
+) -> Result<Option<SocketAddr>, DockerError> {
     let network = &config.network;
     let tunnel = match failures.set_aside(docker.inspect(&config.container_name).await)? {
         // One that is not on its network is no container of the agent's, or about to be replaced.
         Some(Some(found)) if found.state == RunState::Running && found.networks.contains_key(network) => found,
-        _ => return Ok(()),
+        _ => {
+            turn.all(0);
+            return Ok(None);
+        }
     };
     if desktop.is_none() {
         // A proxy may refuse it; then what depends on it is not judged.
@@ -47,7 +95,8 @@ pub(super) async fn survey(
     }
     let others = names_of(running, |id| labelled.contains_key(id));
     let scene = Scene { tunnel: &tunnel, network, desktop: *desktop, others: &others };
-    for (id, container) in labelled {
+    for (id, container) in turn.next(labelled) {
+        turn.take(id);
         let seen = match failures.set_aside(docker.inspect(id).await)? {
             Some(Some(seen)) if matches!(seen.state, RunState::Running | RunState::Paused) => seen,
             _ => continue,
@@ -64,11 +113,22 @@ pub(super) async fn survey(
             Some(Some(lender)) => Lender::Container(lender),
             Some(None) => Lender::Gone,
         };
-        let workload = Workload { seen: &seen, lender, services: services(&container.labels) };
+        let life = match lender {
+            Lender::Container(lender) => format!("{} {}", seen.started_at, lender.started_at),
+            Lender::Nobody | Lender::Gone => seen.started_at.clone(),
+        };
+        let has_hostname = !hostnames(&container.labels).is_empty();
+        let workload = Workload { seen: &seen, lender, services: services(&container.labels), has_hostname };
         let networks = if config.auto_connect { networks_needed(&scene, &workload) } else { BTreeSet::new() };
-        judged(Judged { id: id.clone(), name: seen.name.clone(), way: way(&scene, &workload), networks });
+        let Judgement { way, tries } = way(&scene, &workload);
+        judged(Judged { id: id.clone(), name: seen.name.clone(), life, way, tries, networks });
     }
-    Ok(())
+    Ok(own_port(&tunnel, network))
+}
+
+fn own_port(tunnel: &Inspected, network: &str) -> Option<SocketAddr> {
+    let address = tunnel.networks.get(network)?.address.parse().ok()?;
+    Some(SocketAddr::new(address, METRICS_PORT))
 }
 
 /// The lower-case names of running containers, without those of the labelled. A label on one container may mean
@@ -81,4 +141,54 @@ fn names_of(running: &[Container], without: impl Fn(&str) -> bool) -> BTreeSet<S
 
 fn has_ended(state: RunState) -> bool {
     matches!(state, RunState::Exited | RunState::Created | RunState::Dead)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn labelled(count: usize) -> BTreeMap<String, Container> {
+        let container = |id: String| Container {
+            name: id.clone(),
+            id,
+            labels: BTreeMap::new(),
+            status: "running".into(),
+            image: String::new(),
+        };
+        (0..count).map(|number| format!("{number:04}")).map(|id| (id.clone(), container(id))).collect()
+    }
+
+    #[test]
+    fn many_containers_are_all_looked_at_in_turn_and_one_that_ends_a_look_keeps_no_other_from_it() {
+        let all = labelled(450);
+        let mut turn = Turn::default();
+        turn.all(all.len());
+        let mut looked_at = Vec::new();
+        let mut looks = 0;
+        while turn.goes_on() {
+            looks += 1;
+            // Each look ends early once, as when Docker does not answer.
+            for (number, (id, _)) in turn.next(&all).into_iter().enumerate() {
+                turn.take(id);
+                looked_at.push(id.clone());
+                if looks < 3 && number == 2 {
+                    break;
+                }
+            }
+        }
+        assert_eq!((looks, looked_at.len()), (5, 450));
+        assert_eq!(looked_at.iter().collect::<BTreeSet<_>>().len(), 450, "none twice");
+        // Somebody asks again in the middle: from there all have their turn once more.
+        turn.all(all.len());
+        assert_eq!(turn.next(&all)[0].0, "0000");
+        turn.take("0199");
+        turn.all(all.len());
+        let next = turn.next(&all);
+        assert_eq!((next.len(), next[0].0.as_str()), (200, "0200"));
+        // Those that have gone have no turn.
+        let few = labelled(3);
+        assert_eq!(turn.next(&few).len(), 3);
+        turn.all(0);
+        assert!(!turn.goes_on());
+    }
 }

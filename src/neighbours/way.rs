@@ -2,10 +2,14 @@
 //! specification.
 //!
 //! What cannot be known is not judged: a host elsewhere, a container that another label means. A container that is
-//! called unreachable is so for a reason that its operator can see in the settings of the two.
+//! called unreachable is so for a reason that its operator can see in the settings of the two. A declared port is no
+//! such reason, since programs listen where they are told to, whatever their image says: it makes a note, and a
+//! [`Try`] shows what is so.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
+
+use jiff::Timestamp;
 
 use super::service::{Address, Host, Service, shown};
 use crate::docker::{Endpoint, Inspected};
@@ -15,6 +19,8 @@ use crate::labels::COMPOSE_SERVICE;
 pub(crate) const DOCKERS_OWN: [&str; 3] = ["bridge", "host", "none"];
 /// Names and ports told in one sentence; more of them help nobody.
 const MOST_TOLD: usize = 5;
+/// Ports of one container that are tried.
+const MOST_TRIES: usize = 4;
 
 /// What is around the workloads.
 #[derive(Debug, Clone, Copy)]
@@ -35,6 +41,8 @@ pub(super) struct Workload<'a> {
     pub(super) lender: Lender<'a>,
     /// Its service labels with their values.
     pub(super) services: Vec<(&'a str, &'a str)>,
+    /// Whether it has a hostname label.
+    pub(super) has_hostname: bool,
 }
 
 /// Whose networks a container is on.
@@ -53,13 +61,34 @@ pub(super) enum Lender<'a> {
 pub(super) enum Way {
     /// Nothing stands between them.
     Open {
-        /// The value of the label, where there is one.
-        service: Option<String>,
+        /// The value of the label.
+        service: String,
         network: String,
+        /// What may be wrong, and may as well not be.
+        note: Option<String>,
     },
     /// Nothing can be said: cloudflared answers by itself, or the service is elsewhere.
     Unjudged,
+    /// The label of this kind is missing, so that nobody is led to it.
+    NoRule(&'static str),
     Blocked(Block),
+}
+
+/// A way, and how it can be tried from the tunnel's own network.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Judgement {
+    pub(super) way: Way,
+    /// At most [`MOST_TRIES`].
+    pub(super) tries: Vec<Try>,
+}
+
+/// One connection that shows whether something listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Try {
+    /// An address that the workload itself has on the tunnel's network, whatever its label says, and the label's port.
+    pub(super) at: SocketAddr,
+    /// What stands in the way if it is refused.
+    pub(super) refused: Block,
 }
 
 /// What stands between the tunnel and a workload.
@@ -77,6 +106,8 @@ pub(super) enum Cause {
     NoNetwork,
     /// Whatever else: a label, or how the container was made.
     Settings,
+    /// It was tried, and refused.
+    Refused,
 }
 
 /// Where a workload is found.
@@ -86,32 +117,54 @@ enum Place<'a> {
     Host,
     Nowhere,
     LenderGone,
+    /// On what is left of the networks of this lender, which was started again since.
+    Stale(&'a Inspected),
     /// Inside the tunnel container, or behind more than one lender.
     Unjudged,
 }
 
 /// The service labels among all labels: `dockflare.service`, `dockflare.0.service`, and under the older prefix.
 pub(crate) fn services(labels: &BTreeMap<String, String>) -> Vec<(&str, &str)> {
-    let is_service = |key: &str| {
-        let rest = key.strip_prefix("dockflare.").or_else(|| key.strip_prefix("cloudflare.tunnel."));
-        let number = rest.and_then(|rest| rest.strip_suffix(".service"));
-        rest == Some("service") || number.is_some_and(|n| !n.is_empty() && n.bytes().all(|c| c.is_ascii_digit()))
-    };
-    let said = labels.iter().map(|(key, value)| (key.as_str(), value.trim()));
-    said.filter(|(key, value)| is_service(key) && !value.is_empty()).collect()
+    of_kind(labels, "service")
 }
 
-/// Judges each label of the workload; the first bad one counts.
-pub(super) fn way(scene: &Scene<'_>, workload: &Workload<'_>) -> Way {
-    let mut first = Way::Unjudged;
-    for label in workload.labels() {
-        match scene.judge(workload, label) {
-            Way::Blocked(block) => return Way::Blocked(block),
-            open if first == Way::Unjudged => first = open,
+/// The hostname labels, likewise.
+pub(super) fn hostnames(labels: &BTreeMap<String, String>) -> Vec<(&str, &str)> {
+    of_kind(labels, "hostname")
+}
+
+fn of_kind<'a>(labels: &'a BTreeMap<String, String>, kind: &str) -> Vec<(&'a str, &'a str)> {
+    let is_it = |key: &str| {
+        let rest = key.strip_prefix("dockflare.").or_else(|| key.strip_prefix("cloudflare.tunnel."));
+        let number = rest.and_then(|rest| rest.strip_suffix(kind)?.strip_suffix('.'));
+        rest == Some(kind) || number.is_some_and(|n| !n.is_empty() && n.bytes().all(|c| c.is_ascii_digit()))
+    };
+    let said = labels.iter().map(|(key, value)| (key.as_str(), value.trim()));
+    said.filter(|(key, value)| is_it(key) && !value.is_empty()).collect()
+}
+
+/// Judges each label of the workload; the first bad one counts, then the first note.
+pub(super) fn way(scene: &Scene<'_>, workload: &Workload<'_>) -> Judgement {
+    if workload.services.is_empty() {
+        return Judgement { way: Way::NoRule("service"), tries: Vec::new() };
+    }
+    let (mut first, mut tries) = (Way::Unjudged, Vec::new());
+    for label in &workload.services {
+        let (way, its_try) = scene.judge(workload, *label);
+        match (&mut first, way) {
+            (_, Way::Blocked(block)) => return Judgement { way: Way::Blocked(block), tries: Vec::new() },
+            (Way::Open { note: first @ None, .. }, Way::Open { note, .. }) => *first = note,
+            (first @ Way::Unjudged, way) => *first = way,
             _ => {}
         }
+        if let Some(another) = its_try
+            && tries.len() < MOST_TRIES
+            && !tries.iter().any(|known: &Try| known.at == another.at)
+        {
+            tries.push(another);
+        }
     }
-    first
+    Judgement { way: if workload.has_hostname { first } else { Way::NoRule("hostname") }, tries }
 }
 
 /// The networks that the tunnel container must be on, besides its own, for the workload's sake; whether it is on
@@ -120,19 +173,17 @@ pub(super) fn networks_needed(scene: &Scene<'_>, workload: &Workload<'_>) -> BTr
     let mut bare = scene.tunnel.clone();
     bare.networks.retain(|name, _| name == scene.network);
     let without = Scene { tunnel: &bare, ..*scene };
-    let lacking = workload.labels().into_iter().filter(
-        |label| matches!(without.judge(workload, *label), Way::Blocked(block) if block.cause == Cause::NoNetwork),
-    );
-    lacking.filter_map(|label| scene.choose(workload, label)).collect()
+    let is_lacking = |way: Way| matches!(way, Way::Blocked(block) if block.cause == Cause::NoNetwork);
+    if workload.services.is_empty() {
+        // A rule for it may have been made by hand.
+        let is_apart = matches!(workload.place(&bare), Place::Networks(holder) if without.shared(holder).is_empty());
+        return is_apart.then(|| scene.choose(workload, None)).flatten().into_iter().collect();
+    }
+    let lacking = workload.services.iter().filter(|label| is_lacking(without.judge(workload, **label).0));
+    lacking.filter_map(|label| scene.choose(workload, Some(*label))).collect()
 }
 
 impl<'a> Workload<'a> {
-    /// One judgement for each service, one if there is none.
-    fn labels(&self) -> Vec<Option<(&'a str, &'a str)>> {
-        let labels = self.services.iter().copied().map(Some);
-        if self.services.is_empty() { vec![None] } else { labels.collect() }
-    }
-
     fn place(&self, tunnel: &Inspected) -> Place<'a> {
         let holder = match self.lender {
             Lender::Nobody => self.seen,
@@ -144,6 +195,7 @@ impl<'a> Workload<'a> {
         match holder.network_mode.as_str() {
             "host" => Place::Host,
             "none" => Place::Nowhere,
+            _ if began_after(holder, self.seen) => Place::Stale(holder),
             _ => Place::Networks(holder),
         }
     }
@@ -155,35 +207,30 @@ impl<'a> Workload<'a> {
 }
 
 impl Scene<'_> {
-    /// The way to one service, or, without a label, to the container as such.
-    fn judge(&self, workload: &Workload<'_>, label: Option<(&str, &str)>) -> Way {
+    /// The way to one service, and how it can be tried.
+    fn judge(&self, workload: &Workload<'_>, (key, value): (&str, &str)) -> (Way, Option<Try>) {
         let name = &workload.seen.name;
-        let labelled = match label.map(|(key, value)| (key, value, Service::read(value))) {
-            None => None,
-            Some((_, _, Service::Inner)) => return Way::Unjudged,
-            Some((key, value, Service::At(address))) => Some(Labelled { key, value, address }),
-            Some((key, value, Service::Socket)) => {
-                return blocked(
-                    format!("its service {:?} is a socket inside the tunnel container", shown(value)),
-                    format!("set the label {key} to http://{name}:{}", port_to_suggest(&workload.seen.ports, None)),
-                );
+        let instead =
+            || format!("set the label {key} to http://{name}:{}", port_to_suggest(&workload.seen.ports, None));
+        let address = match Service::read(value) {
+            Service::Inner => return (Way::Unjudged, None),
+            Service::At(address) => address,
+            Service::Socket => {
+                let problem = format!("its service {:?} is a socket inside the tunnel container", shown(value));
+                return (blocked(problem, instead()), None);
             }
-            Some((key, value, Service::Unreadable)) => {
-                return blocked(
-                    format!("its service {:?} is no address that cloudflared takes", shown(value)),
-                    format!("set the label {key} to http://{name}:{}", port_to_suggest(&workload.seen.ports, None)),
-                );
+            Service::Unreadable => {
+                let problem = format!("its service {:?} is no address that cloudflared takes", shown(value));
+                return (blocked(problem, instead()), None);
             }
         };
-        match workload.place(self.tunnel) {
-            Place::Networks(holder) => match &labelled {
-                Some(labelled) => self.on_networks(workload, holder, labelled),
-                None => match self.shared(holder).keys().next() {
-                    Some(network) => Way::Open { service: None, network: (*network).to_owned() },
-                    None => self.no_network(holder),
-                },
+        let labelled = Labelled { key, value, address };
+        let way = match workload.place(self.tunnel) {
+            Place::Networks(holder) => match self.network_to(workload, holder, &labelled) {
+                Ok(network) => return self.open(workload, holder, &labelled, network),
+                Err(way) => way,
             },
-            Place::Host => labelled.map_or(Way::Unjudged, |labelled| self.on_the_host(workload, &labelled)),
+            Place::Host => self.on_the_host(workload, &labelled),
             Place::Nowhere => blocked(
                 "it is on no network (network_mode: none)".to_owned(),
                 format!("create it anew with --network {}, or with that network in its compose file", self.network),
@@ -192,59 +239,75 @@ impl Scene<'_> {
                 "the container whose network it uses does not run".to_owned(),
                 "start the container that its network_mode names, then create this one anew".to_owned(),
             ),
+            Place::Stale(lender) => blocked(
+                format!("{}, whose network it uses, was started after it, and took that network away", lender.name),
+                format!("docker restart {name}"),
+            ),
             Place::Unjudged => Way::Unjudged,
-        }
+        };
+        (way, None)
     }
 
-    /// A workload with networks of its own, or of its lender.
-    fn on_networks(&self, workload: &Workload<'_>, holder: &Inspected, labelled: &Labelled<'_>) -> Way {
+    /// The network on which the tunnel finds a workload with networks of its own, or of its lender; or why on none.
+    fn network_to(&self, workload: &Workload<'_>, holder: &Inspected, labelled: &Labelled<'_>) -> Result<String, Way> {
         let (address, shared) = (&labelled.address, self.shared(holder));
         let better = || labelled.with_host(&holder.name, &workload.declared(holder));
-        let network = match address.host {
+        Ok(match address.host {
             Host::Loopback => {
-                return blocked(format!("{} in its service is cloudflared's own container", address.text), better());
+                let problem = format!("{} in its service is cloudflared's own container", address.text);
+                return Err(blocked(problem, better()));
             }
-            Host::Desktop => return self.through_the_host(labelled),
+            Host::Desktop => return Err(self.through_the_host(labelled)),
             Host::Ip(ip) => {
                 let at = holder.networks.iter().filter(|(_, place)| is_at(place, ip)).map(|(network, _)| network);
                 let (here, elsewhere): (Vec<_>, Vec<_>) = at.partition(|name| self.tunnel.networks.contains_key(*name));
                 match (here.first(), elsewhere.first()) {
                     (Some(network), _) => (*network).clone(),
-                    (None, Some(_)) if shared.is_empty() => return self.no_network(holder),
+                    (None, Some(_)) if shared.is_empty() => return Err(self.no_network(holder)),
                     // Another network would not make this address one that leads there.
                     (None, Some(network)) => {
-                        return blocked(
-                            format!("{ip} is its address on the network {network}, which the tunnel is not on"),
-                            better(),
-                        );
+                        let problem =
+                            format!("{ip} is its address on the network {network}, which the tunnel is not on");
+                        return Err(blocked(problem, better()));
                     }
-                    (None, None) => return Way::Unjudged,
+                    (None, None) => return Err(Way::Unjudged),
                 }
             }
             Host::Name(name) => match shared.iter().find(|(network, place)| is_name(name, holder, network, place)) {
                 Some((network, _)) => (*network).to_owned(),
-                None if self.is_elsewhere(workload, name) => return Way::Unjudged,
-                None if shared.is_empty() => return self.no_network(holder),
+                None if self.is_elsewhere(workload, name) => return Err(Way::Unjudged),
+                None if shared.is_empty() => return Err(self.no_network(holder)),
                 None => {
-                    return blocked(
-                        format!("{name} in its service is none of its names there: {}", names(holder, &shared)),
-                        better(),
-                    );
+                    let problem =
+                        format!("{name} in its service is none of its names there: {}", names(holder, &shared));
+                    return Err(blocked(problem, better()));
                 }
             },
-        };
+        })
+    }
+
+    /// A way on which nothing stands, with what its declared ports make doubtful.
+    fn open(
+        &self,
+        workload: &Workload<'_>,
+        holder: &Inspected,
+        labelled: &Labelled<'_>,
+        network: String,
+    ) -> (Way, Option<Try>) {
         let declared = workload.declared(holder);
-        match address.port {
-            Some(port) if !declared.is_empty() && !declared.contains(&port) => blocked(
-                format!(
-                    "port {port} of its service is not among the ports it declares: {} (inside the network the container's own port counts, not a published one)",
-                    list(&declared)
-                ),
-                // Programs listen where they are told to, whatever their image says.
-                format!("{}; if it does listen on {port}, declare that: --expose {port}", better()),
-            ),
-            _ => Way::Open { service: Some(shown(labelled.value)), network },
-        }
+        let port = labelled.address.port;
+        let mismatch = port.filter(|port| !declared.is_empty() && !declared.contains(port));
+        let note = mismatch.map(|port| {
+            format!(
+                "port {port} of its service is not among the ports it declares: {}; if the site does not answer, {} (inside the network the container's own port counts, not a published one)",
+                list(&declared),
+                labelled.with_host(&holder.name, &declared)
+            )
+        });
+        let place = holder.networks.get(&network).filter(|_| network == self.network);
+        let at = place.and_then(|place| Some(SocketAddr::new(place.address.parse().ok()?, port?)));
+        let its_try = at.map(|at| Try { at, refused: refused(labelled, at.port(), &declared) });
+        (Way::Open { service: shown(labelled.value), network, note }, its_try)
     }
 
     /// A workload on the host's network: it has no name, and every address of the host may be its.
@@ -347,6 +410,26 @@ impl Labelled<'_> {
         };
         format!("set the label {} to {}://{host}{port}", self.key, self.address.scheme)
     }
+}
+
+/// What a refused connection says.
+fn refused(labelled: &Labelled<'_>, port: u16, declared: &BTreeSet<u16>) -> Block {
+    let other = match declared.first() {
+        Some(only) if declared.len() == 1 && *only != port => labelled.with_host(labelled.address.text, declared),
+        _ => format!("set the label {} to the port that it listens on", labelled.key),
+    };
+    Block {
+        cause: Cause::Refused,
+        problem: format!("nothing listens on port {port} of it, connections are refused"),
+        remedy: format!("let it listen on 0.0.0.0:{port}, since 127.0.0.1 is not enough; or {other}"),
+    }
+}
+
+/// Whether a container began to run after another: who used its network until then has nothing but `lo` since.
+fn began_after(holder: &Inspected, dependent: &Inspected) -> bool {
+    let begin = |of: &Inspected| of.started_at.parse::<Timestamp>().ok();
+    let (Some(holder_began), Some(began)) = (begin(holder), begin(dependent)) else { return false };
+    holder_began > began
 }
 
 fn blocked(problem: String, remedy: String) -> Way {

@@ -11,6 +11,7 @@
 //! | a connector | name, image, state, command and tunnel id, no secret |
 //! | the agent's own | name and image |
 //! | one that a service label names | its name, in a listing |
+//! | one whose labels nearly enable it | its name and that label, in a listing |
 //! | any other | nothing |
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,7 +23,7 @@ use serde_json::{Map, Value, json};
 use super::plan::Policy;
 use crate::docker::{Action, Container, Event, Health, Inspected, LastCheck, NAME_LABEL, RunState};
 use crate::health::{Owner, Whose, is_own, owner};
-use crate::labels::{COMPOSE_SERVICE, is_enabled, may_leave};
+use crate::labels::{COMPOSE_SERVICE, is_enabled, may_leave, nearly};
 use crate::neighbours::{is_connector, named_host, services, tells_connector};
 
 /// How the labels begin that the agent puts on its container.
@@ -193,6 +194,9 @@ fn last_check(check: LastCheck) -> Value {
     json!({ "ExitCode": code, "Output": output })
 }
 
+/// A hostname, or a word that was to mean yes, is shorter.
+const MOST_IN_A_LABEL: usize = 255;
+
 /// A listing of what is asked for with a label: the labelled ones, or of all that run what the agent may see.
 pub(super) fn listing(policy: &Policy, listed: &[Container], labelled_only: bool) -> Value {
     let named: BTreeSet<String> = listed
@@ -208,7 +212,8 @@ pub(super) fn listing(policy: &Policy, listed: &[Container], labelled_only: bool
         let is_named = [Some(&container.name), service].into_iter().flatten();
         let is_named = is_named.map(|name| name.to_ascii_lowercase()).any(|name| named.contains(&name));
         let is_whole = enabled || (!labelled_only && (ours || connector));
-        if !is_whole && (labelled_only || !is_named) {
+        let near = nearly(&container.labels).filter(|_| !labelled_only);
+        if !is_whole && (labelled_only || !is_named) && near.is_none() {
             return None;
         }
         let keeps = |key: &str, value: &str| {
@@ -216,6 +221,7 @@ pub(super) fn listing(policy: &Policy, listed: &[Container], labelled_only: bool
                 || (enabled && may_leave(key))
                 || (ours && key.starts_with(OUR_LABELS))
                 || (is_whole && tells_connector(value))
+                || (near.is_some_and(|near| near.key == key) && value.len() <= MOST_IN_A_LABEL)
         };
         let labels: BTreeMap<_, _> = container.labels.iter().filter(|(key, value)| keeps(key, value)).collect();
         let names = [format!("/{}", container.name)];

@@ -192,7 +192,8 @@ async fn a_running_tunnel_and_the_ways_from_it_are_seen_and_left_alone() -> Resu
     let run = async |name: &str, network: &str| -> Result<String> {
         let name = scope.name(name);
         let service = format!("http://{name}:8080");
-        let labels = [("dockflare.enable", "true"), ("dockflare.service", service.as_str())];
+        let hostname = format!("{name}.example");
+        let labels = [("dockflare.enable", "true"), ("dockflare.service", &service), ("dockflare.hostname", &hostname)];
         let image = testkit::images().workload().await?;
         scope
             .run(Spec { image: &image, name: &name, labels: &labels, network: Some(network), ..Spec::default() })

@@ -1,6 +1,7 @@
 //! What is around the tunnel container: the way to each workload, and other connectors of the same tunnel.
 
 use std::net::TcpListener;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use dockflare_dev_master::Protocol;
@@ -15,6 +16,9 @@ pub(crate) fn cases() -> Vec<Case> {
     testkit::cases![
         a_workload_is_told_once_as_reachable_and_one_apart_with_the_command_that_connects_it,
         each_label_that_leads_nowhere_is_told_with_what_mends_it_and_shown_by_the_health_page,
+        a_declared_port_proves_nothing_and_what_answers_on_its_own_address_is_what_counts,
+        whoever_uses_the_network_of_a_container_that_was_restarted_is_told_to_restart,
+        labels_that_make_no_site_are_named_once_with_what_would,
         a_second_connector_is_told_by_its_token_or_by_the_tunnel_that_it_names,
         with_auto_connect_the_tunnel_joins_a_workloads_network_and_does_so_again_after_a_replacement,
     ]
@@ -35,30 +39,38 @@ impl Scene {
     }
 
     /// Starts a labelled workload under this name with a random suffix, and returns its name. `{}` in the service
-    /// stands for that name.
+    /// stands for that name. It declares port 8080 and listens there.
     async fn run(&self, name: &str, service: &str, network: &str) -> Result<String> {
+        self.run_on(name, service, network, "8080").await
+    }
+
+    /// As [`Scene::run`], listening on this port.
+    async fn run_on(&self, name: &str, service: &str, network: &str, port: &str) -> Result<String> {
         let name = self.stage.scope.name(name);
-        let service = service.replace("{}", &name);
-        let labels = [("dockflare.enable", "true"), ("dockflare.service", service.as_str())];
-        // One on the host's network must not take a port of the host from another test.
-        let args = ["sleep", "600000"];
-        let image = testkit::images().workload().await?;
-        let spec = Spec {
-            image: &image,
-            name: &name,
-            labels: &labels,
-            args: &args,
-            network: Some(network),
-            ..Spec::default()
-        };
-        self.stage.scope.run(spec).await?;
+        let (service, hostname) = (service.replace("{}", &name), format!("{name}.example"));
+        let labels = [("dockflare.enable", "true"), ("dockflare.service", &service), ("dockflare.hostname", &hostname)];
+        self.run_labelled(&name, &labels, network, port).await?;
         Ok(name)
+    }
+
+    async fn run_labelled(&self, name: &str, labels: &[(&str, &str)], network: &str, port: &str) -> Result<String> {
+        let image = testkit::images().workload().await?;
+        // One on the network of the host, or of another, must not take a port there.
+        let is_shared = network == "host" || network.starts_with("container:");
+        let args: &[&str] = if is_shared { &["sleep", "600000"] } else { &[] };
+        let env = [("PORT", port)];
+        let spec = Spec { image: &image, name, labels, args, env: &env, network: Some(network), ..Spec::default() };
+        self.stage.scope.run(spec).await
     }
 
     /// Waits until the health page is as it should be.
     async fn page(&self, what: &str, is_it: impl Fn(&Value) -> bool) -> Result<Value> {
+        self.page_within(what, SOON, is_it).await
+    }
+
+    async fn page_within(&self, what: &str, limit: Duration, is_it: impl Fn(&Value) -> bool) -> Result<Value> {
         let mut last = Value::Null;
-        let page = wait_until(what, SOON, async || {
+        let page = wait_until(what, limit, async || {
             let answer = testkit::http::get(&self.address, "/health").await.ok()?;
             last = serde_json::from_str(&answer.body).ok()?;
             is_it(&last).then(|| last.clone())
@@ -69,13 +81,17 @@ impl Scene {
 
     /// Waits until the page shows this many of the scene's containers as out of reach, and returns them by name.
     async fn unreachable(&self, count: usize) -> Result<Vec<Value>> {
+        self.unreachable_within(count, SOON).await
+    }
+
+    async fn unreachable_within(&self, count: usize, limit: Duration) -> Result<Vec<Value>> {
         let own = |page: &Value| {
             let all = page["unreachable_containers"].as_array().into_iter().flatten();
             let own = all.filter(|container| self.is_own(container["name"].as_str().unwrap_or_default()));
             own.cloned().collect::<Vec<_>>()
         };
         let what = format!("{count} container(s) out of reach");
-        let page = self.page(&what, |page| own(page).len() == count).await?;
+        let page = self.page_within(&what, limit, |page| own(page).len() == count).await?;
         let problems = page["problems"].as_array().into_iter().flatten().filter_map(Value::as_str);
         let sentences = problems.filter(|problem| problem.contains("cannot be reached by the tunnel: ")).count();
         ensure!(sentences == 1 || count == 0, "{page:#}");
@@ -152,7 +168,6 @@ async fn each_label_that_leads_nowhere_is_told_with_what_mends_it_and_shown_by_t
     let mut expected = Vec::new();
     for (name, service, network, better) in [
         ("a-typo", "http://typo:8080", network, "http://{}:8080".to_owned()),
-        ("b-port", "http://{}:80", network, "http://{}:8080".to_owned()),
         ("c-host", "http://{}:8123", "host", format!("http://{gateway}:8123")),
         ("d-loop", "http://localhost:8080", network, "http://{}:8080".to_owned()),
     ] {
@@ -172,6 +187,119 @@ async fn each_label_that_leads_nowhere_is_told_with_what_mends_it_and_shown_by_t
         scope.rm(name).await?;
     }
     scene.unreachable(0).await?;
+    scene.stage.assert_no_violations();
+    Ok(())
+}
+
+async fn a_declared_port_proves_nothing_and_what_answers_on_its_own_address_is_what_counts() -> Result<()> {
+    let scene = Scene::new().await?;
+    let (scope, network) = (&scene.stage.scope, scene.stage.network.as_str());
+    let agent = Tunnel::new(&scene.stage, "").agent_with_ready_tunnel(&scene.stage).await?;
+    let found = scope.inspect(&scene.stage.tunnel).await?.network_settings.and_then(|settings| settings.networks);
+    let gateway = found.and_then(|mut all| all.remove(network)?.gateway).context("the tunnel has no gateway")?;
+
+    // Its image declares 8080, and it listens where its label says.
+    let odd = scene.run_on("odd", "http://{}:9000", network, "9000").await?;
+    agent.wait_for_log(&format!("the tunnel can reach the container name={odd}"), SOON).await?;
+    // The label says one of the declared ports, and nothing listens there.
+    let shut = scene.run_on("shut", "http://{}:8080", network, "9000").await?;
+    // Whatever a label says, the agent connects to nobody but the labelled container itself.
+    let listener = tokio::net::TcpListener::bind((gateway.as_str(), 0)).await?;
+    let lured = format!("http://{gateway}:{}", listener.local_addr()?.port());
+    scene.run("lure", &lured, network).await?;
+
+    let shown = scene.unreachable_within(1, 4 * SOON).await?;
+    let remedy = "let it listen on 0.0.0.0:8080, since 127.0.0.1 is not enough; or set the label dockflare.service to the port that it listens on";
+    let problem = "nothing listens on port 8080 of it, connections are refused";
+    ensure!(shown[0] == json!({ "name": shut, "problem": problem, "remedy": remedy }), "{shown:#?}");
+    agent.wait_for_log(&format!("name={shut} remedy="), SOON).await?;
+    ensure!(scene.count(&agent, "cannot reach the container") == 1, "{}", agent.log());
+    ensure!(!agent.log().contains(&format!("name={odd} remedy")) && !agent.log().contains("among the ports"));
+    let called = tokio::time::timeout(Duration::from_millis(100), listener.accept()).await;
+    ensure!(called.is_err(), "the agent connected to where a label led");
+    scene.stage.assert_no_violations();
+    Ok(())
+}
+
+async fn whoever_uses_the_network_of_a_container_that_was_restarted_is_told_to_restart() -> Result<()> {
+    let scene = Scene::new().await?;
+    let (scope, network) = (&scene.stage.scope, scene.stage.network.as_str());
+    let agent = Tunnel::new(&scene.stage, "").agent_with_ready_tunnel(&scene.stage).await?;
+    let vpn = scope.name("vpn");
+    scene.run_labelled(&vpn, &[], network, "8080").await?;
+    let web = scene.run("web", &format!("http://{vpn}:8080"), &format!("container:{vpn}")).await?;
+    let reached = format!("the tunnel can reach the container name={web}");
+    agent.wait_for_log(&reached, SOON).await?;
+
+    scope.restart(&vpn, 0).await?;
+    let shown = scene.unreachable(1).await?;
+    let problem = format!("{vpn}, whose network it uses, was started after it, and took that network away");
+    ensure!(shown[0] == json!({ "name": web, "problem": problem, "remedy": format!("docker restart {web}") }));
+    // So it is: of the networks of the other there is nothing left in it.
+    let mark = agent.mark();
+    scope.restart(&web, 0).await?;
+    agent.wait_for_log_after(mark, &reached, SOON).await?;
+    scene.unreachable(0).await?;
+    scene.stage.assert_no_violations();
+    Ok(())
+}
+
+async fn labels_that_make_no_site_are_named_once_with_what_would() -> Result<()> {
+    let scene = Scene::new().await?;
+    let (scope, network) = (&scene.stage.scope, scene.stage.network.as_str());
+    let agent = Tunnel::new(&scene.stage, "").agent_with_ready_tunnel(&scene.stage).await?;
+    let name = |base: &str| scope.name(base);
+    let run = async |name: &str, labels: &[(&str, &str)]| scene.run_labelled(name, labels, network, "8080").await;
+
+    let bare = name("bare");
+    run(&bare, &[("dockflare.enable", "true")]).await?;
+    agent.wait_for_log(&format!("no service label, so the master makes no rule name={bare}"), SOON).await?;
+    let nameless = name("nameless");
+    let service = format!("http://{nameless}:8080");
+    run(&nameless, &[("dockflare.enable", "true"), ("dockflare.service", &service)]).await?;
+    agent.wait_for_log(&format!("no hostname label, so the master makes no rule name={nameless}"), SOON).await?;
+
+    for (base, key, value, problem) in [
+        ("enabled", "dockflare.enabled", "true", r#"its label "dockflare.enabled=true" does not enable it"#),
+        ("case", "DockFlare.Enable", "true", r#"its label "DockFlare.Enable=true" does not enable it"#),
+        ("quoted", "dockflare.enable", "\"true\"", "does not enable it"),
+        ("on", "dockflare.enable", "on", r#"its label "dockflare.enable=on" does not enable it"#),
+        ("hostname", "dockflare.hostname", "h.example", "and none that enables it"),
+    ] {
+        let name = name(base);
+        run(&name, &[(key, value)]).await?;
+        let line = agent.wait_for_log(&format!("name={name} remedy="), SOON).await?;
+        let sentence = "WARN the container is not enabled, and seems to be meant to: ";
+        ensure!(line.contains(sentence) && line.contains(problem), "{line}");
+        ensure!(line.ends_with("remedy=\"set the label dockflare.enable=true\""), "{line}");
+    }
+    let off = name("off");
+    run(&off, &[("dockflare.enable", "false"), ("dockflare.hostname", "off.example")]).await?;
+
+    let hostname = format!("{}.example", name("shop"));
+    let (first, second) = (name("shop-1"), name("shop-2"));
+    for replica in [&first, &second] {
+        let service = format!("http://{replica}:8080");
+        let labels =
+            [("dockflare.enable", "true"), ("dockflare.service", service.as_str()), ("dockflare.hostname", &hostname)];
+        run(replica, &labels).await?;
+    }
+    let line = agent.wait_for_log(&format!("hostname={hostname}"), SOON).await?;
+    ensure!(line.contains("INFO containers share a hostname: the master keeps one rule for it"), "{line}");
+    ensure!(line.contains(&format!("containers=\"{first}, {second}\"")), "{line}");
+    scene.unreachable(0).await?;
+
+    // Once, whatever happens around it.
+    scope.restart(&bare, 0).await?;
+    scope.restart(&second, 0).await?;
+    let after = scene.run("after", "http://{}:8080", network).await?;
+    agent.wait_for_log(&format!("the tunnel can reach the container name={after}"), SOON).await?;
+    let log = agent.log();
+    for once in [format!("makes no rule name={bare}"), format!("hostname={hostname}"), "is not enabled".to_owned()] {
+        let own = log.lines().filter(|line| line.contains(&once) && scene.is_own(line)).count();
+        ensure!(own == if once == "is not enabled" { 5 } else { 1 }, "{own} lines with {once}:\n{log}");
+    }
+    ensure!(!log.lines().any(|line| line.contains("not enabled") && line.contains(&off)), "{log}");
     scene.stage.assert_no_violations();
     Ok(())
 }

@@ -121,10 +121,12 @@ impl Stage {
 }
 
 /// What an agent warned of. Labelled containers of other cases come and go on the same Engine, and it says of each
-/// that the tunnel cannot reach it: that is left out.
+/// that the tunnel cannot reach it, or that its labels nearly enable it: that is left out.
 pub(crate) fn complaints(agent: &AgentProcess) -> Vec<String> {
     let log = agent.log();
-    let warned = log.lines().filter(|line| line.contains("WARN") && !line.contains("cannot reach the container"));
+    let of_others = ["cannot reach the container", "the container is not enabled"];
+    let is_own = |line: &&str| !of_others.iter().any(|sentence| line.contains(sentence));
+    let warned = log.lines().filter(|line| line.contains("WARN")).filter(is_own);
     warned.map(str::to_owned).collect()
 }
 

@@ -40,11 +40,14 @@ fn with_aliases(aliases: &[&str]) -> Inspected {
     seen
 }
 
-/// A judgement in one line: `open <network>`, `-`, or `<problem> => <remedy>`.
-fn told(way: Way) -> String {
-    match way {
-        Way::Open { network, .. } => format!("open {network}"),
+/// A judgement in one line: `open <network>`, with a note where there is one, `-`, `no <label>`, or
+/// `<problem> => <remedy>`.
+fn told(judgement: Judgement) -> String {
+    match judgement.way {
+        Way::Open { network, note: None, .. } => format!("open {network}"),
+        Way::Open { network, note: Some(note), .. } => format!("open {network}: {note}"),
         Way::Unjudged => "-".to_owned(),
+        Way::NoRule(kind) => format!("no {kind}"),
         Way::Blocked(block) => format!("{} => {}", block.problem, block.remedy),
     }
 }
@@ -55,12 +58,13 @@ struct Around<'a> {
     desktop: Option<bool>,
     others: &'a [&'a str],
     lender: Lender<'a>,
+    has_hostname: bool,
 }
 
 impl Default for Around<'_> {
     fn default() -> Self {
         let tunnel = container("tunnel", &[("net", "172.18.0.2")]);
-        Self { tunnel, desktop: Some(false), others: &[], lender: Lender::Nobody }
+        Self { tunnel, desktop: Some(false), others: &[], lender: Lender::Nobody, has_hostname: true }
     }
 }
 
@@ -70,7 +74,12 @@ impl<'a> Around<'a> {
         let others = self.others.iter().map(|name| (*name).to_owned()).collect();
         let scene = Scene { tunnel: &self.tunnel, network: "net", desktop: self.desktop, others: &others };
         let services = keys.into_iter().zip(values.iter().copied()).collect();
-        judge(&scene, &Workload { seen, lender: self.lender, services })
+        judge(&scene, &Workload { seen, lender: self.lender, services, has_hostname: self.has_hostname })
+    }
+
+    /// The addresses that are tried.
+    fn tries(&self, seen: &'a Inspected, values: &'a [&'a str]) -> Vec<String> {
+        self.with(seen, values, way).tries.into_iter().map(|one| one.at.to_string()).collect()
     }
 
     fn way(&self, seen: &'a Inspected, values: &'a [&'a str]) -> String {
@@ -185,10 +194,10 @@ fn the_way_to_a_workload_on_networks_of_its_own() {
 }
 
 #[test]
-fn a_port_must_be_among_those_that_are_declared() {
-    let wrong = |port: u16, declared: &str, better: &str| {
+fn a_declared_port_proves_nothing_and_another_one_is_a_note() {
+    let other = |port: u16, declared: &str, better: &str| {
         format!(
-            "port {port} of its service is not among the ports it declares: {declared} (inside the network the container's own port counts, not a published one) => set the label dockflare.service to {better}; if it does listen on {port}, declare that: --expose {port}"
+            "open net: port {port} of its service is not among the ports it declares: {declared}; if the site does not answer, set the label dockflare.service to {better} (inside the network the container's own port counts, not a published one)"
         )
     };
     for (ports, value, expected) in [
@@ -200,13 +209,79 @@ fn a_port_must_be_among_those_that_are_declared() {
         (&[3389], "rdp://web", "open net".into()),
         (&[8080], "tcp://web", "open net".into()),
         (&[8080], "http://172.18.0.3:8080", "open net".into()),
-        (&[8080], "http://web", wrong(80, "8080", "http://web:8080")),
-        (&[8080], "https://172.18.0.3", wrong(443, "8080", "https://web:8080")),
-        (&[80, 443], "http://web:9000", wrong(9000, "80, 443", "http://web:<port>")),
-        (&[8080], "ssh://web", wrong(22, "8080", "ssh://web:8080")),
+        (&[8080], "http://web", other(80, "8080", "http://web:8080")),
+        (&[8080], "https://172.18.0.3", other(443, "8080", "https://web:8080")),
+        (&[80, 443], "http://web:9000", other(9000, "80, 443", "http://web:<port>")),
+        (&[8080], "ssh://web", other(22, "8080", "ssh://web:8080")),
     ] {
         assert_eq!(Around::default().way(&with_ports(ports), &[value]), expected, "{ports:?} {value}");
     }
+    let noted = Around::default().way(&with_ports(&[8080]), &["http://web:8080", "http://web:1"]);
+    assert!(noted.starts_with("open net: port 1 of"), "{noted}");
+}
+
+#[test]
+fn only_an_address_that_the_container_itself_has_on_the_tunnels_network_is_tried() {
+    let around = Around { others: &["neighbour"], ..Around::default() };
+    let two = container("web", &[("app", "10.0.0.3"), ("net", "172.18.0.3")]);
+    let apart = container("web", &[("app", "10.0.0.3")]);
+    let vpn = container("vpn", &[("net", "172.18.0.4")]);
+    let lent = Inspected { network_mode: "container:vpn".into(), ..container("web", &[]) };
+    let on_app =
+        Around { tunnel: container("tunnel", &[("net", "172.18.0.2"), ("app", "10.0.0.2")]), ..Around::default() };
+    let borrowing = Around { lender: Lender::Container(&vpn), ..Around::default() };
+    for (around, seen, values, expected) in [
+        (&around, &web(), &["http://web"][..], &["172.18.0.3:80"][..]),
+        (&around, &web(), &["http://172.18.0.3:81"], &["172.18.0.3:81"]),
+        (&around, &two, &["http://web:81"], &["172.18.0.3:81"]),
+        (&around, &web(), &["http://web:1", "https://web", "http://web:1"], &["172.18.0.3:1", "172.18.0.3:443"]),
+        (&borrowing, &lent, &["http://vpn:8000"], &["172.18.0.4:8000"]),
+        // Whatever the label says: elsewhere, another container, the tunnel itself, another network, no port.
+        (&around, &web(), &["http://192.168.1.10:22"], &[]),
+        (&around, &web(), &["http://172.18.0.2:20241"], &[]),
+        (&around, &web(), &["http://neighbour:22", "http://nas.lan:22"], &[]),
+        (&around, &web(), &["http://localhost:22", "http://169.254.169.254"], &[]),
+        (&around, &apart, &["http://web"], &[]),
+        (&around, &with_mode("host"), &["http://172.18.0.1:22"], &[]),
+        (&on_app, &apart, &["http://web"], &[]),
+        (&around, &web(), &["tcp://web", "hello_world", "unix:/x"], &[]),
+        (&around, &web(), &[], &[]),
+    ] {
+        assert_eq!(around.tries(seen, values), expected, "{values:?}");
+    }
+    let many: Vec<_> = (1..20).map(|port| format!("http://web:{port}")).collect();
+    let scene = Scene { tunnel: &around.tunnel, network: "net", desktop: None, others: &BTreeSet::new() };
+    let services = many.iter().map(|value| ("dockflare.service", value.as_str())).collect();
+    let seen = web();
+    let workload = Workload { seen: &seen, lender: Lender::Nobody, services, has_hostname: true };
+    assert_eq!(way(&scene, &workload).tries.len(), MOST_TRIES);
+}
+
+#[test]
+fn a_refused_connection_is_told_with_what_helps() {
+    for (ports, value, expected) in [
+        (&[8080][..], "http://web", "set the label dockflare.service to http://web:8080"),
+        (&[80], "http://web", "set the label dockflare.service to the port that it listens on"),
+        (&[], "http://web", "set the label dockflare.service to the port that it listens on"),
+    ] {
+        let seen = with_ports(ports);
+        let tried = Around::default().with(&seen, &[value], way).tries.remove(0).refused;
+        assert_eq!(tried.problem, "nothing listens on port 80 of it, connections are refused");
+        assert_eq!(tried.remedy, format!("let it listen on 0.0.0.0:80, since 127.0.0.1 is not enough; or {expected}"));
+    }
+}
+
+#[test]
+fn without_the_labels_that_a_rule_is_made_of_nobody_is_led_to_it() {
+    let around = Around::default();
+    let nameless = Around { has_hostname: false, ..Around::default() };
+    for seen in [web(), with_mode("host"), with_mode("none"), container("web", &[("app", "10.0.0.3")])] {
+        assert_eq!(around.way(&seen, &[]), "no service", "{:?}", seen.networks);
+    }
+    assert_eq!(nameless.way(&web(), &[]), "no service");
+    assert_eq!(nameless.way(&web(), &["http://web"]), "no hostname");
+    assert_eq!(nameless.way(&with_mode("host"), &["http_status:404"]), "no hostname");
+    assert_eq!(nameless.way(&container("web", &[("app", "10.0.0.3")]), &["http://web"]), CONNECT);
 }
 
 #[test]
@@ -216,15 +291,10 @@ fn each_label_is_judged_and_the_first_bad_one_is_told() {
     assert_eq!(around.way(&seen, &["http_status:404", "http://web:1"]), "open net");
     let way = around.way(&seen, &["http://web:1", "http://typo:2", "http://typo:3"]);
     assert!(way.ends_with("set the label dockflare.0.service to http://web:2"), "{way}");
-    // Without a label only the network counts, and names need one of their own.
-    assert_eq!(around.way(&seen, &[]), "open net");
-    for network in ["app", "bridge"] {
-        assert_eq!(around.way(&container("web", &[(network, "10.0.0.3")]), &[]), CONNECT, "{network}");
-    }
+    // Names need a network of their own.
     let on_bridge =
         Around { tunnel: container("tunnel", &[("bridge", "172.17.0.2"), ("net", "")]), ..Around::default() };
     let seen = container("web", &[("bridge", "172.17.0.3")]);
-    assert_eq!(on_bridge.way(&seen, &[]), CONNECT);
     assert_eq!(on_bridge.way(&seen, &["http://web"]), CONNECT);
     assert_eq!(on_bridge.way(&seen, &["http://172.17.0.3"]), "open bridge");
 }
@@ -253,7 +323,6 @@ fn a_workload_on_the_hosts_network_is_reached_by_an_address_of_the_host() {
         let around = Around { desktop, ..Around::default() };
         assert_eq!(around.way(&seen, &[value]), expected, "{desktop:?} {value}");
     }
-    assert_eq!(Around::default().way(&seen, &[]), "-");
     let internal = Around { tunnel: container("tunnel", &[("net", "")]), ..Around::default() };
     assert_eq!(internal.way(&seen, &["http://web:8123"]), by("<address of this host>", "web"));
 }
@@ -261,7 +330,7 @@ fn a_workload_on_the_hosts_network_is_reached_by_an_address_of_the_host() {
 #[test]
 fn a_workload_without_a_network_must_be_made_anew() {
     let expected = "it is on no network (network_mode: none) => create it anew with --network net, or with that network in its compose file";
-    for values in [&[][..], &["http://web"], &["http://10.0.0.1"], &["http://localhost"]] {
+    for values in [&["http://web"][..], &["http://10.0.0.1"], &["http://localhost"]] {
         assert_eq!(Around::default().way(&with_mode("none"), values), expected, "{values:?}");
     }
 }
@@ -315,6 +384,30 @@ fn a_workload_on_the_network_of_another_container_is_found_by_the_names_of_that(
     ] {
         let around = Around { lender, ..Around::default() };
         assert_eq!(around.way(seen, &[value]), expected, "{value} {lender:?}");
+    }
+}
+
+#[test]
+fn whoever_began_before_the_container_whose_network_it_uses_has_none_any_more() {
+    let at = |time: &str, seen: Inspected| Inspected { started_at: time.into(), ..seen };
+    let (early, late) = ("2026-11-26T10:00:00.000000001Z", "2026-11-26T10:00:00.000000002Z");
+    let seen = || Inspected { network_mode: "container:vpn".into(), ..container("web", &[]) };
+    let vpn = || container("vpn", &[("net", "172.18.0.4")]);
+    let stale = "vpn, whose network it uses, was started after it, and took that network away => docker restart web";
+    for (seen, lender, expected) in [
+        (at(early, seen()), at(late, vpn()), stale),
+        (at("2026-11-26T11:59:59+02:00", seen()), at(early, vpn()), stale),
+        (at(late, seen()), at(early, vpn()), "open net"),
+        (at(early, seen()), at(early, vpn()), "open net"),
+        (at(early, seen()), vpn(), "open net"),
+        (seen(), at(late, vpn()), "open net"),
+        // Who uses the host's network by way of another keeps it.
+        (at(early, seen()), at(late, with_mode("host")), "-"),
+    ] {
+        let around = Around { lender: Lender::Container(&lender), ..Around::default() };
+        let value = if lender.network_mode == "host" { "http://172.18.0.1:81" } else { "http://vpn:81" };
+        assert_eq!(around.way(&seen, &[value]), expected, "{} {}", seen.started_at, lender.started_at);
+        assert_eq!(around.needed(&seen, &[value]), Vec::<String>::new());
     }
 }
 

@@ -144,6 +144,7 @@ fn a_listing_shows_labelled_ones_our_own_connectors_and_names_that_labels_say() 
         listed("project-front-1", "caddy", &[(COMPOSE_SERVICE, "front")]),
         listed("db", "postgres", &[]),
         listed("off", "x", &[("dockflare.enable", "no"), ("dockflare.service", "http://db")]),
+        listed("near", "x", &[("dockflare.enabled", "true"), ("dockflare.hostname", "h"), ("s", "s3cret")]),
         listed("other", "cloudflare/cloudflared:1", &[]),
         listed("dockflare-agent-tunnel", "cloudflare/cloudflared:1", &[(SPEC_LABEL, "h"), ("s", "s3cret")]),
     ];
@@ -155,10 +156,11 @@ fn a_listing_shows_labelled_ones_our_own_connectors_and_names_that_labels_say() 
     };
     let all_shown = shown(false);
     let names: Vec<_> = all_shown.iter().map(|shown| shown.name.as_str()).collect();
-    assert_eq!(names, ["web", "front", "project-front-1", "other", "dockflare-agent-tunnel"]);
-    for named in &all_shown[1..3] {
+    assert_eq!(names, ["web", "front", "project-front-1", "near", "other", "dockflare-agent-tunnel"]);
+    for named in &all_shown[1..4] {
         assert!(named.id.is_empty() && named.image.is_empty(), "{named:?}");
     }
+    assert_eq!(all_shown[3].labels, BTreeMap::from([("dockflare.enabled".to_owned(), "true".to_owned())]));
     let labelled: Vec<_> = shown(true).into_iter().map(|shown| shown.name).collect();
     assert_eq!(labelled, ["web"]);
 }
