@@ -57,6 +57,9 @@ const CALM: Duration = Duration::from_secs(300);
 const AGAIN: Duration = Duration::from_secs(15);
 /// Until the next look while the supervisor has a network to connect.
 const CONNECTING: Duration = Duration::from_secs(5);
+/// Docker tells that a container is on a network before it runs, so that a look may come too early: until the next two
+/// after one for such a reason.
+const ECHOES: [Duration; 2] = [Duration::from_secs(3), Duration::from_secs(15)];
 /// So many calls without an answer, at 20 s each, are enough for one look.
 const MOST_TIME_OUTS: u32 = 3;
 /// Labels that nearly enable are told once for each of so many containers.
@@ -119,7 +122,7 @@ impl Neighbours {
 
     /// Looks around for ever. Cancel-safe: it changes nothing.
     pub async fn run(mut self) -> Infallible {
-        let mut asked = true;
+        let (mut asked, mut echoes) = (true, [].iter());
         loop {
             let began = Instant::now();
             let looked = self.look(asked).await;
@@ -130,6 +133,7 @@ impl Neighbours {
                     self.trouble.ended();
                     let pause = if self.memory.waits() { CONNECTING } else { CALM };
                     let pause = self.reach.due_in().unwrap_or(CALM).min(pause);
+                    let pause = echoes.next().copied().unwrap_or(CALM).min(pause);
                     if self.turn.goes_on() { Duration::ZERO } else { pause }
                 }
                 Err(error) => {
@@ -142,7 +146,11 @@ impl Neighbours {
             };
             let settle = (began.elapsed() * 4).clamp(SETTLE, LONGEST_SETTLE);
             // The rest of a look over many is no new one.
-            asked = self.inputs.rung(pause).await || !self.turn.goes_on();
+            let reason = self.inputs.rung(pause).await;
+            asked = reason != Reason::Time || !self.turn.goes_on();
+            if reason == Reason::Event {
+                echoes = ECHOES.iter();
+            }
             sleep(settle).await;
         }
     }
@@ -260,18 +268,28 @@ impl Inputs {
         (self.inventory.borrow_and_update().clone(), self.wanted.borrow_and_update().clone())
     }
 
-    /// Waits for a reason to look; false when the time was the only one. Cancel-safe: what is lost is a wake-up of
-    /// which the next look makes up.
-    async fn rung(&mut self, limit: Duration) -> bool {
+    /// Waits for a reason to look. Cancel-safe: what is lost is a wake-up of which the next look makes up.
+    async fn rung(&mut self, limit: Duration) -> Reason {
         // The others outlive this task but for the moments of a shutdown.
         tokio::select! {
-            Ok(()) = self.inventory.changed() => true,
-            Ok(()) = self.view.changed() => true,
-            Ok(()) = self.wanted.changed() => true,
-            Some(()) = self.wake.recv() => true,
-            () = rest(limit) => false,
+            Ok(()) = self.inventory.changed() => Reason::News,
+            Ok(()) = self.view.changed() => Reason::News,
+            Ok(()) = self.wanted.changed() => Reason::News,
+            Some(()) = self.wake.recv() => Reason::Event,
+            () = rest(limit) => Reason::Time,
         }
     }
+}
+
+/// Why it looks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reason {
+    /// One of the other tasks knows something new.
+    News,
+    /// Something happened in Docker that may not be to its end.
+    Event,
+    /// It is time.
+    Time,
 }
 
 /// What could not be found out in one look.
@@ -364,14 +382,15 @@ mod tests {
         ];
         for (number, cause) in causes.iter().enumerate() {
             cause();
-            assert!(inputs.rung(CALM).await, "cause {number}");
+            let expected = if number == 3 { Reason::Event } else { Reason::News };
+            assert_eq!(inputs.rung(CALM).await, expected, "cause {number}");
             cause();
             inputs.take();
-            assert!(!inputs.rung(CALM).await, "cause {number} was taken");
+            assert_eq!(inputs.rung(CALM).await, Reason::Time, "cause {number} was taken");
         }
         drop((inventory_tx, view_tx, wanted_tx, wake_tx));
         let began = Instant::now();
-        assert!(!inputs.rung(CALM).await);
+        assert_eq!(inputs.rung(CALM).await, Reason::Time);
         assert_eq!(began.elapsed(), CALM, "inputs that ended must not make it spin");
     }
 }
