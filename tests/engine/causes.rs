@@ -47,7 +47,7 @@ async fn told_late(stage: &Stage, status: &str, reason: Option<&str>) -> Result<
 
 async fn a_token_that_cloudflare_refuses_is_an_error_and_its_connector_is_not_restarted() -> Result<()> {
     let stage = Stage::new(Protocol::V2).await?;
-    let tunnel = Tunnel::new(&stage, "unauthorized");
+    let tunnel = Tunnel::new(&stage, "unauthorized speed=20");
     tunnel.store(&stage)?;
     let agent = tunnel.agent(&stage)?;
     told_late(&stage, "error", Some("token_refused")).await?;
@@ -65,7 +65,7 @@ async fn a_token_that_cloudflare_refuses_is_an_error_and_its_connector_is_not_re
 
 async fn without_dns_it_is_left_to_docker_and_the_remedy_is_told() -> Result<()> {
     let stage = Stage::new(Protocol::V1).await?;
-    let tunnel = Tunnel::new(&stage, "no-dns");
+    let tunnel = Tunnel::new(&stage, "no-dns speed=20");
     tunnel.store(&stage)?;
     let agent = tunnel.agent(&stage)?;
     told(&stage, "restarting", Some("no_dns")).await?;
@@ -82,7 +82,7 @@ async fn without_the_edge_it_is_waited_out() -> Result<()> {
     let tunnel = Tunnel::new(&stage, "");
     let agent = tunnel.agent_with_ready_tunnel(&stage).await?;
     let before = tunnel.container(&stage).await?;
-    stage.scope.tell_stand_in(&stage.tunnel, &json!({ "unreachable": true })).await?;
+    stage.scope.tell_stand_in(&stage.tunnel, &json!({ "unreachable": true, "speed": 10 })).await?;
     let known = told(&stage, "degraded", Some("edge_unreachable")).await?;
     assert_eq!(known.tunnel_status.context("a status")?.event["ready_connections"], 0);
     let line = agent.wait_for_log("has no connection to Cloudflare", SOON).await?;
@@ -115,7 +115,8 @@ async fn where_only_quic_is_allowed_and_udp_is_blocked_the_remedy_is_told() -> R
 
 async fn where_udp_is_blocked_it_falls_back_and_the_protocol_is_told() -> Result<()> {
     let stage = Stage::new(Protocol::V1).await?;
-    let tunnel = Tunnel::new(&stage, "udp-blocked");
+    // What is composed of recordings takes 114 s.
+    let tunnel = Tunnel::new(&stage, "udp-blocked speed=50");
     let _agent = tunnel.agent_with_ready_tunnel(&stage).await?;
     let known = told(&stage, "running", None).await?;
     assert_eq!(known.tunnel_status.context("a status")?.event["protocol"], "http2");
@@ -233,7 +234,7 @@ async fn the_options_of_the_connector_reach_it() -> Result<()> {
     ];
     assert_eq!(env, expected);
     let log = stage.scope.logs(&stage.tunnel).await?;
-    ensure!(log.contains("region:us") && log.contains("edge-ip-version:6"), "{log}");
+    ensure!(log.contains("TUNNEL_REGION:us") && log.contains("TUNNEL_EDGE_IP_VERSION:6"), "{log}");
     Ok(())
 }
 
@@ -280,12 +281,14 @@ async fn a_status_tells_what_the_connector_says_of_itself_and_what_it_carried() 
 }
 
 async fn removed_host(protocol: Protocol) -> Result<()> {
-    let stage = Stage::new(protocol).await?;
+    let mut stage = Stage::new(protocol).await?;
+    // Over QUIC nobody says why a registration is refused.
+    stage.set("CLOUDFLARED_PROTOCOL", "http2");
     let tunnel = Tunnel::new(&stage, "");
     let agent = tunnel.agent(&stage)?;
     let known = tunnel.enrol(&stage, &agent).await?;
     // An operator removes the host: the tunnel is deleted at Cloudflare, and the agent at the master.
-    stage.scope.tell_stand_in(&stage.tunnel, &json!({ "unauthorized": true })).await?;
+    stage.scope.tell_stand_in(&stage.tunnel, &json!({ "unauthorized": true, "speed": 10 })).await?;
     told_late(&stage, "error", Some("token_refused")).await?;
     stage.master.forget(&known.id)?;
     let line = agent.wait_for_log("so the host was removed", SOON).await?;
@@ -311,7 +314,8 @@ async fn removed_host(protocol: Protocol) -> Result<()> {
 }
 
 async fn a_refused_token_alone_and_an_unknown_agent_alone_change_nothing() -> Result<()> {
-    let stage = Stage::new(Protocol::V1).await?;
+    let mut stage = Stage::new(Protocol::V1).await?;
+    stage.set("CLOUDFLARED_PROTOCOL", "http2");
     let tunnel = Tunnel::new(&stage, "");
     let agent = tunnel.agent(&stage)?;
     let known = tunnel.enrol(&stage, &agent).await?;
@@ -326,7 +330,7 @@ async fn a_refused_token_alone_and_an_unknown_agent_alone_change_nothing() -> Re
     stage.master.enroll_with(&known.id, "edge", &tunnel.id, &tunnel.token)?;
     agent.wait_for_log("command start_tunnel", SOON).await?;
     two_more_polls(&stage).await?;
-    stage.scope.tell_stand_in(&stage.tunnel, &json!({ "unauthorized": true })).await?;
+    stage.scope.tell_stand_in(&stage.tunnel, &json!({ "unauthorized": true, "speed": 10 })).await?;
     told_late(&stage, "error", Some("token_refused")).await?;
     two_more_polls(&stage).await?;
     assert_eq!(tunnel.container(&stage).await?, before, "the master still knows it");

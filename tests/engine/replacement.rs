@@ -190,7 +190,7 @@ async fn a_successor_whose_token_is_refused_is_removed_and_the_one_before_it_sta
     let stage = Stage::new(Protocol::V2).await?;
     let (mut agent, tunnel, mut visitors) = visited(&stage).await?;
     let (before, known) = (tunnel.container(&stage).await?, registered(&stage).await?);
-    let bad = Tunnel::new(&stage, "unauthorized");
+    let bad = Tunnel::new(&stage, "unauthorized speed=20");
     agent.plant(&bad.token);
     stage.master.enroll_with(&known.id, "edge", &bad.id, &bad.token)?;
     told(&stage, "running", Some("token_refused")).await?;

@@ -74,8 +74,6 @@ pub struct TunnelEnv {
     pub metrics: Option<String>,
     /// `TUNNEL_GRACE_PERIOD`, a Go duration such as `30s` or `1m30s`.
     pub grace_period: Option<String>,
-    /// `TUNNEL_LOG_OUTPUT`: `json` or the default text.
-    pub log_output: Option<String>,
     /// `TUNNEL_LOGLEVEL`: `debug`, `info`, `warn`, `error` or `fatal`.
     pub loglevel: Option<String>,
     /// `TUNNEL_TRANSPORT_PROTOCOL`: `auto`, `quic` or `http2`.
@@ -116,7 +114,7 @@ impl TunnelEnv {
     /// At an unknown level.
     pub fn log(&self) -> Result<Log> {
         let least = self.loglevel.as_deref().map_or(Ok(Level::default()), Level::parse)?;
-        Ok(Log::new(self.log_output.as_deref() == Some("json"), least))
+        Ok(Log::new(least))
     }
 
     /// The protocol as it is wanted.
@@ -127,22 +125,21 @@ impl TunnelEnv {
         Transport::choose(self.transport_protocol.as_deref(), self.post_quantum.as_deref())
     }
 
-    /// What was set, by the original's flags, as it shows them: `map[protocol:quic token:*****]`.
+    /// The variables as the original shows them: `map[TUNNEL_METRICS:… TUNNEL_TRANSPORT_PROTOCOL:quic]`, without
+    /// the token.
     #[must_use]
-    pub fn settings(&self) -> String {
-        let flags = [
-            ("edge-ip-version", self.edge_ip_version.as_deref()),
-            ("grace-period", self.grace_period.as_deref()),
-            ("loglevel", self.loglevel.as_deref()),
-            ("metrics", self.metrics.as_deref()),
-            ("output", self.log_output.as_deref()),
-            ("post-quantum", self.post_quantum.as_deref()),
-            ("protocol", self.transport_protocol.as_deref()),
-            ("region", self.region.as_deref()),
-            ("token", self.token.as_deref().map(|_| "*****")),
-            ("token-file", self.token_file.as_deref()),
+    pub fn shown(&self) -> String {
+        let variables = [
+            ("TUNNEL_EDGE_IP_VERSION", self.edge_ip_version.as_deref()),
+            ("TUNNEL_GRACE_PERIOD", self.grace_period.as_deref()),
+            ("TUNNEL_LOGLEVEL", self.loglevel.as_deref()),
+            ("TUNNEL_METRICS", self.metrics.as_deref()),
+            ("TUNNEL_POST_QUANTUM", self.post_quantum.as_deref()),
+            ("TUNNEL_REGION", self.region.as_deref()),
+            ("TUNNEL_TOKEN_FILE", self.token_file.as_deref()),
+            ("TUNNEL_TRANSPORT_PROTOCOL", self.transport_protocol.as_deref()),
         ];
-        let set = flags.iter().filter_map(|(flag, value)| Some(format!("{flag}:{}", (*value)?)));
+        let set = variables.iter().filter_map(|(name, value)| Some(format!("{name}:{}", (*value)?)));
         format!("map[{}]", set.collect::<Vec<_>>().join(" "))
     }
 }
@@ -184,8 +181,8 @@ mod tests {
             edge_ip_version: Some("6".into()),
             ..TunnelEnv::default()
         };
-        assert_eq!(env.settings(), "map[edge-ip-version:6 region:us token:*****]");
-        assert_eq!(TunnelEnv::default().settings(), "map[]");
+        assert_eq!(env.shown(), "map[TUNNEL_EDGE_IP_VERSION:6 TUNNEL_REGION:us]");
+        assert_eq!(TunnelEnv::default().shown(), "map[]");
     }
 
     #[test]

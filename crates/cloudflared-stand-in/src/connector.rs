@@ -1,18 +1,15 @@
 //! What is known of the one tunnel this process serves.
 
-use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use crate::log::{Level, Log};
+use crate::log::Log;
+use crate::recording::{Chosen, Version};
 use crate::script::{Behaviour, Script};
 use crate::transport::{Protocol, Transport};
-
-/// Where the edge seems to be.
-const LOCATIONS: [&str; 4] = ["fra07", "cdg12", "fra16", "ams08"];
 
 const MIB: usize = 1024 * 1024;
 
@@ -23,10 +20,12 @@ pub struct Connector {
     pub log: Log,
     /// From the token.
     pub tunnel_id: String,
+    /// The token's text: an edge decides by it. Never shown.
+    pub(crate) token: String,
     /// A new one at each start.
     pub id: Uuid,
-    /// Whether http2 may take the place of quic.
-    pub may_fall_back: bool,
+    /// What the user chose.
+    pub chosen: Chosen,
     /// The behaviours in force; whoever acts on them subscribes.
     pub script: watch::Sender<Script>,
     /// A std mutex: no await happens under it.
@@ -38,48 +37,44 @@ pub struct Connector {
 /// What changes as connections come and go.
 #[derive(Debug, Clone)]
 pub struct Shown {
-    /// Shown in the log and in `/diag/tunnel`.
+    /// The protocol of the connections that are or will be.
     pub protocol: Protocol,
-    /// The registered connections, by their index.
-    pub connections: BTreeMap<usize, Connection>,
-    /// Registrations that worked, ever.
-    pub registered: u64,
-    /// Registrations that the edge refused, ever.
-    pub refused: u64,
-    /// The remote configuration's version, -1 until it arrived.
-    pub config_version: i64,
-    /// Requests of a double of the edge that were answered, ever.
+    /// The indexes that `/ready` counts.
+    pub connections: BTreeSet<usize>,
+    /// Whether there has ever been a connection.
+    pub connected_once: bool,
+    /// The series of `/metrics`, as the recordings have had them so far.
+    pub series: BTreeMap<String, f64>,
+    /// Whether the remote configuration has arrived.
+    pub configured: bool,
+    /// Requests that a double of the edge sent, and those of them that the origin failed.
     pub served: u64,
-}
-
-/// One connection, to a double of the edge or to nothing; its address is made up.
-#[derive(Debug, Clone)]
-pub struct Connection {
-    /// Its UUID.
-    pub id: Uuid,
-    /// The edge's address.
-    pub ip: Ipv4Addr,
-    /// The edge's airport code and number.
-    pub location: &'static str,
+    /// See `served`.
+    pub failed: u64,
+    /// Requests that are being answered.
+    pub in_flight: u64,
 }
 
 impl Connector {
     /// A connector without connections.
     #[must_use]
-    pub fn new(log: Log, tunnel_id: &str, transport: Transport, script: Script) -> Self {
+    pub fn new(log: Log, tunnel_id: &str, token: &str, transport: Transport, script: Script) -> Self {
         Self {
             log,
             tunnel_id: tunnel_id.to_owned(),
+            token: token.to_owned(),
             id: random_uuid(),
-            may_fall_back: transport.may_fall_back,
+            chosen: transport.chosen,
             script: watch::Sender::new(script),
             shown: Mutex::new(Shown {
-                protocol: transport.first,
-                connections: BTreeMap::new(),
-                registered: 0,
-                refused: 0,
-                config_version: -1,
+                protocol: transport.first(),
+                connections: BTreeSet::new(),
+                connected_once: false,
+                series: BTreeMap::new(),
+                configured: false,
                 served: 0,
+                failed: 0,
+                in_flight: 0,
             }),
             eaten: Mutex::default(),
         }
@@ -91,10 +86,21 @@ impl Connector {
         self.script.borrow().behaviour().clone()
     }
 
+    /// The recorded version that it behaves as.
+    #[must_use]
+    pub fn version(&self) -> Version {
+        Version::like(&self.behaviour().version)
+    }
+
     /// What the metrics server shows at this moment.
     #[must_use]
     pub fn shown(&self) -> Shown {
         self.lock().clone()
+    }
+
+    /// Changes what is shown.
+    pub fn show<T>(&self, change: impl FnOnce(&mut Shown) -> T) -> T {
+        change(&mut self.lock())
     }
 
     /// How many connections there are.
@@ -109,49 +115,6 @@ impl Connector {
         self.lock().protocol
     }
 
-    /// Changes to http2 for good, as the original does.
-    pub fn fall_back(&self) {
-        self.lock().protocol = Protocol::Http2;
-    }
-
-    /// Registers the connection of that index.
-    pub fn register(&self, index: usize) -> Connection {
-        let connection = Connection {
-            id: random_uuid(),
-            ip: Ipv4Addr::new(198, 41, if index.is_multiple_of(2) { 192 } else { 200 }, fastrand::u8(1..=250)),
-            location: LOCATIONS[index % LOCATIONS.len()],
-        };
-        let mut shown = self.lock();
-        shown.connections.insert(index, connection.clone());
-        shown.registered += 1;
-        connection
-    }
-
-    /// Counts a registration that the edge refused.
-    pub fn refuse(&self) {
-        self.lock().refused += 1;
-    }
-
-    /// The remote configuration has arrived. True if it is another than before.
-    pub fn configure(&self, version: i64) -> bool {
-        std::mem::replace(&mut self.lock().config_version, version) != version
-    }
-
-    /// Takes one connection away. False if it was away already.
-    pub fn lose(&self, index: usize) -> bool {
-        self.lock().connections.remove(&index).is_some()
-    }
-
-    /// Takes all connections away and returns their indexes.
-    pub fn disconnect(&self) -> Vec<usize> {
-        std::mem::take(&mut self.lock().connections).into_keys().collect()
-    }
-
-    /// Counts a request that was answered.
-    pub fn served(&self) {
-        self.lock().served += 1;
-    }
-
     /// Returns once the script does not say `hang`.
     pub async fn no_hang(&self) {
         let mut script = self.script.subscribe();
@@ -163,7 +126,6 @@ impl Connector {
     pub fn eat(&self, mib: usize) {
         let mut eaten = lock(&self.eaten);
         if mib > eaten.len() {
-            self.log.say(Level::Info, format_args!("stand-in: eating {mib} MiB"));
             // Written and not only reserved: a limit counts what is touched. Hidden from the compiler,
             // which would leave out memory that nobody reads.
             eaten.resize_with(mib, || std::hint::black_box(vec![0x5a; MIB]));
@@ -187,6 +149,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// A version 4 UUID; not for secrets.
-fn random_uuid() -> Uuid {
+pub(crate) fn random_uuid() -> Uuid {
     uuid::Builder::from_random_bytes(fastrand::u128(..).to_ne_bytes()).into_uuid()
 }

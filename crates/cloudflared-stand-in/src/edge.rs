@@ -1,18 +1,30 @@
 //! A double of Cloudflare's edge, for tests: connectors dial it, and it sends visitors' requests over
 //! their connections.
 //!
-//! As the real one it takes a while to use a new connection, stops using one that unregisters, and
-//! does not try a request again that broke. It speaks JSON lines over TCP:
+//! As the real one it takes a while to use a new connection, stops using one that unregisters, closes it a second
+//! after its last answer, and does not try a request again that broke. What it can be told to do:
+//!
+//! | call | what connectors meet |
+//! |---|---|
+//! | [`Edge::refuse`], [`Edge::fail`], [`Edge::leave_unanswered`] | each registration of [`Whose`] gets that verdict, and what is connected is dropped |
+//! | [`Edge::accept`] | the same are registered again |
+//! | [`Edge::block`], [`Edge::unblock`] | one protocol finds nobody there; the other is served |
+//! | [`Edge::leave`], [`Edge::swallow`], [`Edge::come_back`] | the edge is away: nothing listens, or packets get no answer |
+//! | [`Edge::keep_drained`] | drained connections are not closed: a stop takes its whole grace period |
+//!
+//! It speaks JSON lines over TCP. Between the two a verdict also tells what on the real network would show itself by
+//! silence or by a reset, so that a connector need not wait to learn which recording to play:
 //!
 //! | who | says | when |
 //! |---|---|---|
-//! | connector | `{"register":{"tunnel":…,"connector":…}}` | first |
-//! | edge | `{"registered":true}` | then |
+//! | connector | `{"register":{"tunnel":…,"connector":…,"token":…,"protocol":"quic"}}` | first |
+//! | edge | `{"verdict":"registered"}`, or `{"verdict":{"refused":"Unauthorized: …"}}` and so on | then |
 //! | edge | `{"id":1,"path":"/x"}` | for each request |
 //! | connector | `{"id":1,"body":"…"}` | for each answer, in any order |
 //! | connector | `{"unregister":true}` | when its drain begins |
+//! | edge | `{"closing":"dropped"}` | before it closes a connection on purpose |
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,32 +34,84 @@ use anyhow::{Context, Result, bail};
 use tokio::io::AsyncWriteExt;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 
-use crate::wire::{self, FromConnector, FromEdge, Lines, Registration};
+use crate::transport::Protocol;
+use crate::wire::{self, FromConnector, FromEdge, Lines, Loss, Registration, Verdict};
 
 /// So many requests wait for a connection that does not take them; then the visitors wait.
 const QUEUE: usize = 64;
+/// How long after its last answer a drained connection is closed, as in the recordings.
+const LINGER: Duration = Duration::from_secs(1);
 
 /// The edge. It lives on the runtime it was started on; dropping it closes every connection.
 pub struct Edge {
     address: SocketAddr,
-    links: Arc<Links>,
+    shared: Arc<Shared>,
     requests: AtomicU64,
     accepting: JoinHandle<()>,
 }
 
-/// The connections that may be chosen once their time has come, by a number of their own. A std
-/// mutex: no await happens under it.
-#[derive(Default)]
-struct Links(Mutex<HashMap<u64, Link>>);
+/// Whom a verdict is for.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Whose {
+    /// Whoever registers.
+    All,
+    /// Connectors of the tunnel of this id.
+    Tunnel(String),
+    /// Connectors with this token.
+    Token(String),
+}
 
+impl Whose {
+    fn includes(&self, who: &Registration) -> bool {
+        match self {
+            Self::All => true,
+            Self::Tunnel(tunnel) => *tunnel == who.tunnel,
+            Self::Token(token) => token.trim() == who.token.trim(),
+        }
+    }
+}
+
+/// What the calls have changed. Std mutexes: no await happens under them.
+struct Shared {
+    takes: Duration,
+    links: Mutex<HashMap<u64, Link>>,
+    rules: Mutex<Rules>,
+    /// Every connection that was registered ever, for tests that count tries.
+    tries: Mutex<Vec<Try>>,
+}
+
+#[derive(Default)]
+struct Rules {
+    verdicts: Vec<(Whose, Verdict)>,
+    blocked: HashSet<Protocol>,
+    away: Option<Loss>,
+    keeps_drained: bool,
+}
+
+/// A registration that was asked for, and what became of it.
+#[derive(Debug, Clone)]
+pub struct Try {
+    /// The connector's id.
+    pub connector: String,
+    /// Over which protocol.
+    pub protocol: Protocol,
+    /// What it was told.
+    pub verdict: Verdict,
+    /// When.
+    pub at: Instant,
+}
+
+/// The connections that may be chosen once their time has come, by a number of their own.
 struct Link {
     who: Registration,
     usable_from: Instant,
     queue: mpsc::Sender<Request>,
+    close: watch::Sender<Option<Loss>>,
+    drained: bool,
 }
 
 struct Request {
@@ -68,9 +132,10 @@ impl Edge {
     pub async fn start(address: SocketAddr, takes: Duration) -> Result<Self> {
         let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
         let address = listener.local_addr()?;
-        let links = Arc::new(Links::default());
-        let accepting = tokio::spawn(accept(listener, links.clone(), takes));
-        Ok(Self { address, links, requests: AtomicU64::new(1), accepting })
+        let shared =
+            Arc::new(Shared { takes, links: Mutex::default(), rules: Mutex::default(), tries: Mutex::default() });
+        let accepting = tokio::spawn(accept(listener, shared.clone()));
+        Ok(Self { address, shared, requests: AtomicU64::new(1), accepting })
     }
 
     /// Where it listens.
@@ -88,7 +153,7 @@ impl Edge {
     pub async fn ask(&self, tunnel: &str, path: &str) -> Result<String> {
         let id = self.requests.fetch_add(1, Ordering::Relaxed);
         let line = wire::line(&FromEdge::Request { id, path: path.to_owned() })?;
-        let chosen = fastrand::choice(self.links.usable(tunnel));
+        let chosen = fastrand::choice(self.shared.usable(tunnel));
         let (connector, queue) = chosen.with_context(|| format!("no usable connection of tunnel {tunnel}"))?;
         let broke = || format!("a connection of {connector} broke with request {id} in flight");
         let (answer, answered) = oneshot::channel();
@@ -99,8 +164,97 @@ impl Edge {
     /// The ids of the tunnel's connectors that have a usable connection, each once, in order.
     #[must_use]
     pub fn connectors(&self, tunnel: &str) -> Vec<String> {
-        let connectors: BTreeSet<_> = self.links.usable(tunnel).into_iter().map(|(connector, _)| connector).collect();
+        let connectors: BTreeSet<_> = self.shared.usable(tunnel).into_iter().map(|(connector, _)| connector).collect();
         connectors.into_iter().collect()
+    }
+
+    /// Every registration that was asked for so far, in order.
+    #[must_use]
+    pub fn tries(&self) -> Vec<Try> {
+        lock(&self.shared.tries).clone()
+    }
+
+    /// Refuses these from now on: `Unauthorized: Invalid tunnel secret`. What they have is dropped.
+    pub fn refuse(&self, whose: Whose) {
+        self.decide(whose, Some(Verdict::Refused(crate::script::REFUSAL.to_owned())));
+    }
+
+    /// Answers these with an error of its own from now on. What they have is dropped.
+    pub fn fail(&self, whose: Whose) {
+        self.decide(whose, Some(Verdict::Failed(crate::script::ERROR.to_owned())));
+    }
+
+    /// Takes the connections of these from now on and never answers their registration. What they have is dropped.
+    pub fn leave_unanswered(&self, whose: Whose) {
+        self.decide(whose, Some(Verdict::Unanswered));
+    }
+
+    /// Registers these again, when they ask.
+    pub fn accept(&self, whose: Whose) {
+        self.decide(whose, None);
+    }
+
+    fn decide(&self, whose: Whose, verdict: Option<Verdict>) {
+        let dropped = verdict.is_some();
+        let mut rules = lock(&self.shared.rules);
+        rules.verdicts.retain(|(of, _)| *of != whose && whose != Whose::All);
+        rules.verdicts.extend(verdict.map(|verdict| (whose.clone(), verdict)));
+        drop(rules);
+        if dropped {
+            self.close(Loss::Dropped, |who| whose.includes(who));
+        }
+    }
+
+    /// Closes the connections of these; they may come back at once.
+    pub fn drop_connections(&self, whose: &Whose) {
+        self.close(Loss::Dropped, |who| whose.includes(who));
+    }
+
+    /// Over this protocol nobody is there any more, as where a firewall drops UDP.
+    pub fn block(&self, protocol: Protocol) {
+        lock(&self.shared.rules).blocked.insert(protocol);
+        self.close(Loss::Away, |who| who.protocol == protocol);
+    }
+
+    /// The protocol is served again.
+    pub fn unblock(&self, protocol: Protocol) {
+        lock(&self.shared.rules).blocked.remove(&protocol);
+    }
+
+    /// Is away: its connections break, and nothing listens, until [`Edge::come_back`].
+    pub fn leave(&self) {
+        self.go(Loss::Away);
+    }
+
+    /// Is away: packets get no answer, until [`Edge::come_back`].
+    pub fn swallow(&self) {
+        self.go(Loss::Swallowed);
+    }
+
+    fn go(&self, how: Loss) {
+        lock(&self.shared.rules).away = Some(how);
+        self.close(how, |_| true);
+    }
+
+    /// Is there again.
+    pub fn come_back(&self) {
+        lock(&self.shared.rules).away = None;
+    }
+
+    /// Does not close drained connections, so that a stop takes the connector's whole grace period.
+    pub fn keep_drained(&self, keeps: bool) {
+        lock(&self.shared.rules).keeps_drained = keeps;
+    }
+
+    fn close(&self, how: Loss, whose: impl Fn(&Registration) -> bool) {
+        // Out of the choice at once: no visitor is led to a connection that was closed.
+        let mut links = lock(&self.shared.links);
+        let chosen: Vec<_> = links.iter().filter(|(_, link)| whose(&link.who)).map(|(number, _)| *number).collect();
+        for number in chosen {
+            if let Some(link) = links.remove(&number) {
+                link.close.send_replace(Some(how));
+            }
+        }
     }
 }
 
@@ -111,17 +265,29 @@ impl Drop for Edge {
     }
 }
 
-impl Links {
+impl Shared {
     /// Each usable connection: its connector, and where to put a request.
     fn usable(&self, tunnel: &str) -> Vec<(String, mpsc::Sender<Request>)> {
         let now = Instant::now();
-        let links = lock(&self.0);
-        let usable = links.values().filter(|link| link.who.tunnel == tunnel && link.usable_from <= now);
+        let links = lock(&self.links);
+        let usable =
+            links.values().filter(|link| link.who.tunnel == tunnel && link.usable_from <= now && !link.drained);
         usable.map(|link| (link.who.connector.clone(), link.queue.clone())).collect()
+    }
+
+    fn verdict(&self, who: &Registration) -> Verdict {
+        let rules = lock(&self.rules);
+        let found = rules.verdicts.iter().find(|(whose, _)| whose.includes(who));
+        match rules.away {
+            Some(Loss::Swallowed) => Verdict::Swallowed,
+            Some(_) => Verdict::Away,
+            None if rules.blocked.contains(&who.protocol) => Verdict::Away,
+            None => found.map_or(Verdict::Registered, |(_, verdict)| verdict.clone()),
+        }
     }
 }
 
-async fn accept(listener: TcpListener, links: Arc<Links>, takes: Duration) {
+async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     let mut connections = JoinSet::new();
     let mut count = 0;
     loop {
@@ -129,7 +295,7 @@ async fn accept(listener: TcpListener, links: Arc<Links>, takes: Duration) {
             // One that failed is the connector's loss: it dials again.
             accepted = listener.accept() => if let Ok((stream, _)) = accepted {
                 count += 1;
-                connections.spawn(serve(stream, count, links.clone(), takes));
+                connections.spawn(serve(stream, count, shared.clone()));
             },
             Some(_) = connections.join_next() => {}
         }
@@ -137,65 +303,94 @@ async fn accept(listener: TcpListener, links: Arc<Links>, takes: Duration) {
 }
 
 /// One connection, from its registration to its end.
-async fn serve(stream: TcpStream, number: u64, links: Arc<Links>, takes: Duration) -> Result<()> {
+async fn serve(stream: TcpStream, number: u64, shared: Arc<Shared>) -> Result<()> {
     stream.set_nodelay(true)?;
     let (read, mut write) = stream.into_split();
     let mut lines = Lines::new(read);
     let Some(FromConnector::Register { register }) = lines.next().await? else { bail!("it did not register") };
-    write.write_all(wire::line(&FromEdge::Registered { registered: true })?.as_bytes()).await?;
+    let verdict = shared.verdict(&register);
+    let (connector, protocol) = (register.connector.clone(), register.protocol);
+    lock(&shared.tries).push(Try { connector, protocol, verdict: verdict.clone(), at: Instant::now() });
+    let registered = verdict == Verdict::Registered;
+    write.write_all(wire::line(&FromEdge::Verdict { verdict })?.as_bytes()).await?;
+    if !registered {
+        return Ok(());
+    }
     let (queue, mut requests) = mpsc::channel(QUEUE);
+    let (close, mut closed) = watch::channel(None);
     let waiting = Waiting::default();
     // Declared last and so dropped first: whoever sees a request break no longer finds the connection.
-    let registered = Registered { links: &links, number };
-    lock(&links.0).insert(number, Link { who: register, usable_from: Instant::now() + takes, queue });
-    // Apart, so that a connector that is slow to read is still listened to.
-    tokio::select! {
-        sent = send(&mut requests, write, &waiting) => sent,
-        received = receive(&mut lines, &waiting, &registered) => received,
+    let registered = Registered { shared: &shared, number };
+    let usable_from = Instant::now() + shared.takes;
+    lock(&shared.links).insert(number, Link { who: register, usable_from, queue, close, drained: false });
+    let how = {
+        // Apart, so that a connector that is slow to read is still listened to.
+        tokio::select! {
+            sent = send(&mut requests, &mut write, &waiting) => return sent,
+            received = receive(&mut lines, &waiting, &registered) => return received,
+            how = closed.wait_for(Option::is_some) => how.ok().and_then(|how| *how),
+        }
+    };
+    // One that vanished says nothing.
+    if let Some(how @ (Loss::Dropped | Loss::Swallowed)) = how {
+        write.write_all(wire::line(&FromEdge::Closing { closing: how })?.as_bytes()).await?;
     }
+    Ok(())
 }
 
 /// Takes its connection out of the choice.
 struct Registered<'a> {
-    links: &'a Links,
+    shared: &'a Shared,
     number: u64,
 }
 
 impl Drop for Registered<'_> {
     fn drop(&mut self) {
-        self.leave();
+        lock(&self.shared.links).remove(&self.number);
     }
 }
 
 impl Registered<'_> {
-    fn leave(&self) {
-        lock(&self.links.0).remove(&self.number);
+    /// No more requests; it may still be closed.
+    fn drain(&self) {
+        if let Some(link) = lock(&self.shared.links).get_mut(&self.number) {
+            link.drained = true;
+        }
     }
 }
 
-async fn send(requests: &mut mpsc::Receiver<Request>, mut write: OwnedWriteHalf, waiting: &Waiting) -> Result<()> {
+async fn send(requests: &mut mpsc::Receiver<Request>, write: &mut OwnedWriteHalf, waiting: &Waiting) -> Result<()> {
     while let Some(Request { id, line, answer }) = requests.recv().await {
         lock(waiting).insert(id, answer);
         write.write_all(line.as_bytes()).await?;
     }
-    // It has unregistered, and there is nothing more to send: the answers are still to come, and
-    // closing this half would tell it that the edge has gone.
+    // Closed by a call, which the caller of this one hears of as well.
     std::future::pending().await
 }
 
 async fn receive(lines: &mut Lines<OwnedReadHalf>, waiting: &Waiting, registered: &Registered<'_>) -> Result<()> {
-    while let Some(message) = lines.next().await? {
+    let mut linger = None;
+    loop {
+        let keeps = lock(&registered.shared.rules).keeps_drained;
+        let done = linger.filter(|_| !keeps && lock(waiting).is_empty());
+        let message = tokio::select! {
+            message = lines.next() => message?,
+            () = sleep(done.unwrap_or_default()), if done.is_some() => return Ok(()),
+        };
         match message {
-            FromConnector::Answer { id, body } => {
+            Some(FromConnector::Answer { id, body }) => {
                 let answer = lock(waiting).remove(&id).with_context(|| format!("{id} was not asked"))?;
                 // A visitor may have left before.
                 drop(answer.send(body));
             }
-            FromConnector::Unregister { .. } => registered.leave(),
-            FromConnector::Register { .. } => bail!("it registered twice"),
+            Some(FromConnector::Unregister { linger: wanted, .. }) => {
+                registered.drain();
+                linger = Some(wanted.map_or(LINGER, Duration::from_millis));
+            }
+            Some(FromConnector::Register { .. }) => bail!("it registered twice"),
+            None => return Ok(()),
         }
     }
-    Ok(())
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -1,4 +1,5 @@
-//! Lines in cloudflared's format, on standard error.
+//! Lines as they were recorded, on standard error, with what is this process's own in the place of what was the
+//! recorded one's.
 
 use std::fmt;
 
@@ -38,73 +39,52 @@ impl Level {
     }
 }
 
+impl fmt::Display for Level {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Debug => "DBG",
+            Self::Info => "INF",
+            Self::Warn => "WRN",
+            Self::Error => "ERR",
+            Self::Fatal => "FTL",
+        })
+    }
+}
+
 /// The log. Never given a token, and so never shows one.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Log {
-    json: bool,
     least: Level,
 }
 
 impl Log {
-    /// A log in text (`2025-09-01T10:00:00Z INF message key=value`) or in JSON, without the lines that
-    /// are less than `least`.
+    /// A log without the lines that are less than `least`.
     #[must_use]
-    pub fn new(json: bool, least: Level) -> Self {
-        Self { json, least }
+    pub fn new(least: Level) -> Self {
+        Self { least }
     }
 
-    /// One line with a message alone.
+    /// One line.
     pub fn say(self, level: Level, message: impl fmt::Display) {
-        self.line(level, message, &[]);
+        if level >= self.least {
+            eprintln!("{} {level} {message}", Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ"));
+        }
     }
 
-    /// One line with fields after the message.
-    pub fn line(self, level: Level, message: impl fmt::Display, fields: &[(&str, &dyn fmt::Display)]) {
-        if level < self.least {
-            return;
-        }
-        let time = Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
-        let line = if self.json { json(level, &time, &message, fields) } else { text(level, &time, &message, fields) };
-        eprintln!("{line}");
+    /// A line without time and level, as the original's last words have it.
+    pub fn bare(self, message: impl fmt::Display) {
+        eprintln!("{message}");
     }
 }
 
-fn text(level: Level, time: &str, message: &dyn fmt::Display, fields: &[(&str, &dyn fmt::Display)]) -> String {
-    let level = match level {
-        Level::Debug => "DBG",
-        Level::Info => "INF",
-        Level::Warn => "WRN",
-        Level::Error => "ERR",
-        Level::Fatal => "FTL",
-    };
-    let mut line = format!("{time} {level} {message}");
-    for (name, value) in fields {
-        let value = value.to_string();
-        if value.contains([' ', '"', '=']) {
-            line.push_str(&format!(" {name}={value:?}"));
-        } else {
-            line.push_str(&format!(" {name}={value}"));
-        }
+/// The text with each `{name}` replaced by its value; a brace that begins no known name stays.
+#[must_use]
+pub fn fill(text: &str, values: &[(&str, &str)]) -> String {
+    let mut filled = text.to_owned();
+    for (name, value) in values {
+        filled = filled.replace(&format!("{{{name}}}"), value);
     }
-    line
-}
-
-fn json(level: Level, time: &str, message: &dyn fmt::Display, fields: &[(&str, &dyn fmt::Display)]) -> String {
-    let level = match level {
-        Level::Debug => "debug",
-        Level::Info => "info",
-        Level::Warn => "warn",
-        Level::Error => "error",
-        Level::Fatal => "fatal",
-    };
-    let mut line = serde_json::Map::new();
-    line.insert("level".into(), level.into());
-    for (name, value) in fields {
-        line.insert((*name).into(), value.to_string().into());
-    }
-    line.insert("time".into(), time.into());
-    line.insert("message".into(), message.to_string().into());
-    serde_json::Value::Object(line).to_string()
+    filled
 }
 
 #[cfg(test)]
@@ -112,13 +92,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn quotes_a_value_only_where_it_has_to() {
-        let fields: [(&str, &dyn fmt::Display); 2] = [("connIndex", &0), ("error", &"Unauthorized: Tunnel not found")];
-        let line = text(Level::Error, "2025-09-01T10:00:00Z", &"Register tunnel error", &fields);
-        assert_eq!(
-            line,
-            r#"2025-09-01T10:00:00Z ERR Register tunnel error connIndex=0 error="Unauthorized: Tunnel not found""#
-        );
+    fn fills_in_what_it_knows_and_leaves_other_braces() {
+        let text = r#"Updated config="{\"a\": 1}" version={config} ip={edge1}"#;
+        let filled = fill(text, &[("config", "7"), ("edge1", "198.41.192.7")]);
+        assert_eq!(filled, r#"Updated config="{\"a\": 1}" version=7 ip=198.41.192.7"#);
     }
 
     #[test]
@@ -127,14 +104,5 @@ mod tests {
         assert_eq!(Level::parse("info").expect("info"), Level::default());
         assert!(Level::Warn < Level::Error && Level::Error < Level::parse("fatal").expect("fatal"));
         assert!(Level::parse("loud").is_err());
-    }
-
-    #[test]
-    fn json_lines_carry_the_same_facts() {
-        let line = json(Level::Info, "2025-09-01T10:00:00Z", &"Starting tunnel", &[("tunnelID", &"t-1")]);
-        let line: serde_json::Value = serde_json::from_str(&line).expect("json");
-        assert_eq!(line["level"], "info");
-        assert_eq!(line["message"], "Starting tunnel");
-        assert_eq!(line["tunnelID"], "t-1");
     }
 }

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
 use crate::connector::Connector;
-use crate::log::Level;
+use crate::log::{Level, fill};
 use crate::transport::Protocol;
 
 /// The ports the original tries in turn when it was not told one; then any.
@@ -71,85 +71,77 @@ async fn ready(State(connector): Shared) -> Response {
 
 async fn config(State(connector): Shared) -> Json<Value> {
     let shown = connector.shown();
-    let status = if shown.config_version < 0 { "http_status:503" } else { "http_status:404" };
+    let status = if !shown.configured { "http_status:503" } else { "http_status:404" };
     Json(json!({
-        "version": shown.config_version,
+        "version": if shown.configured { connector.behaviour().config_version } else { -1 },
         "config": {"ingress": [{"service": status}], "warp-routing": {"connectTimeout": 5}},
     }))
 }
 
 async fn diag(State(connector): Shared) -> Json<Value> {
+    // As the original: each read is told in its log.
+    connector.log.say(Level::Info, "Collection started collector=tunnelState");
     // The original's protocol is a number: 0 for http2, 1 for quic; and it leaves out what is zero.
     let shown = connector.shown();
     let quic = shown.protocol == Protocol::Quic;
     let connections: Vec<Value> = shown
         .connections
-        .into_iter()
-        .map(|(index, connection)| {
-            let mut fields = json!({"isConnected": true, "edgeAddress": connection.ip});
+        .iter()
+        .map(|index| {
+            let mut fields = json!({"isConnected": true, "edgeAddress": "198.41.192.7"});
             if quic {
                 fields["protocol"] = json!(1);
             }
-            if index > 0 {
+            if *index > 0 {
                 fields["index"] = json!(index);
             }
             fields
         })
         .collect();
+    connector.log.say(Level::Info, "Collection finished collector=tunnelState");
     Json(json!({"tunnelID": connector.tunnel_id, "connectorID": connector.id, "connections": connections}))
 }
 
+/// The series as they were recorded so far, with this process's own version, configuration and requests. Nothing but
+/// samples: the original's comments were not recorded.
 async fn metrics(State(connector): Shared) -> Response {
-    let shown = connector.shown();
-    let behaviour = connector.behaviour();
+    let (shown, behaviour) = (connector.shown(), connector.behaviour());
+    let count = |n: u64| n.to_string().parse().unwrap_or(f64::MAX);
+    let (requests, errors) = (behaviour.requests.saturating_add(shown.served), behaviour.errors + shown.failed);
+    let mut series = shown.series;
+    // Until the first sample of a recording all of these are there already, at nothing.
+    for (name, value) in FROM_THE_START {
+        series.entry((*name).to_owned()).or_insert(*value);
+    }
+    for (name, value) in
+        [("cloudflared_tunnel_total_requests", requests), ("cloudflared_tunnel_request_errors", errors)]
+    {
+        series.insert(name.to_owned(), count(value));
+    }
+    series.insert("cloudflared_tunnel_concurrent_requests_per_tunnel".to_owned(), count(shown.in_flight));
+    for (code, value) in [(200, requests.saturating_sub(errors)), (502, errors)] {
+        let name = format!(r#"cloudflared_tunnel_response_by_code{{status_code="{code}"}}"#);
+        series.remove(&name);
+        if value > 0 {
+            series.insert(name, count(value));
+        }
+    }
+    let config = "cloudflared_orchestration_config_version".to_owned();
+    let version = if shown.configured { behaviour.config_version.to_string().parse().unwrap_or(-1.0) } else { -1.0 };
+    series.insert(config, version);
     let mut page = String::new();
-    let build = format!(r#"{{goversion="go1.24.4",revision="{}",type="",version="{}"}}"#, BUILT, behaviour.version);
-    family(&mut page, "build_info", "gauge", &[(build, 1)]);
-    let version = shown.config_version;
-    family(&mut page, "cloudflared_orchestration_config_version", "gauge", &[(String::new(), version)]);
-    family(&mut page, "cloudflared_tunnel_concurrent_requests_per_tunnel", "gauge", &[(String::new(), 0)]);
-    // The trap: the original says 1 here with no connection at all.
-    family(&mut page, "cloudflared_tunnel_ha_connections", "gauge", &[(String::new(), 1)]);
-    let count = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
-    let (requests, errors) = (count(behaviour.requests.saturating_add(shown.served)), count(behaviour.errors));
-    family(&mut page, "cloudflared_tunnel_request_errors", "counter", &[(String::new(), errors)]);
-    family(&mut page, "cloudflared_tunnel_total_requests", "counter", &[(String::new(), requests)]);
-    let codes = [
-        (r#"{status_code="200"}"#.to_owned(), requests.saturating_sub(errors)),
-        (r#"{status_code="502"}"#.to_owned(), errors),
-    ];
-    let codes: Vec<_> = codes.into_iter().filter(|(_, n)| *n > 0).collect();
-    family(&mut page, "cloudflared_tunnel_response_by_code", "counter", &codes);
-    let locations: Vec<_> = shown
-        .connections
-        .iter()
-        .map(|(i, connection)| (format!(r#"{{connection_id="{i}",edge_location="{}"}}"#, connection.location), 1))
-        .collect();
-    family(&mut page, "cloudflared_tunnel_server_locations", "gauge", &locations);
-    let rpc = |error: &str, n: u64| (format!(r#"{{{error}rpcName="registerConnection"}}"#), count(n));
-    let registered = [rpc("", shown.registered)];
-    let registered = if shown.registered > 0 { &registered[..] } else { &[] };
-    family(&mut page, "cloudflared_tunnel_tunnel_register_success", "counter", registered);
-    let refused = [rpc(r#"error="server_error","#, shown.refused)];
-    let refused = if shown.refused > 0 { &refused[..] } else { &[] };
-    family(&mut page, "cloudflared_tunnel_tunnel_register_fail", "counter", refused);
+    for (name, value) in &series {
+        // Writing to a `String` does not fail.
+        _ = writeln!(page, "{} {value}", fill(name, &[("version", &behaviour.version)]));
+    }
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], page).into_response()
 }
 
-/// When the original that is claimed was built.
-pub const BUILT: &str = "2025-09-15-1303 UTC";
-
-/// One metric family. As with the original's library, one without samples is not shown.
-fn family(page: &mut String, name: &str, kind: &str, samples: &[(String, i64)]) {
-    if samples.is_empty() {
-        return;
-    }
-    // Writing to a `String` does not fail.
-    _ = writeln!(page, "# HELP {name} As in cloudflared.\n# TYPE {name} {kind}");
-    for (labels, value) in samples {
-        _ = writeln!(page, "{name}{labels} {value}");
-    }
-}
+/// What the page has from its first answer on.
+const FROM_THE_START: &[(&str, f64)] = &[
+    (r#"build_info{goversion="go1.27.3",revision="2026-01-01-0000_UTC",type="",version="{version}"}"#, 1.0),
+    ("cloudflared_tunnel_ha_connections", 0.0),
+];
 
 async fn words(State(connector): Shared) -> Json<Value> {
     Json(json!(connector.script.borrow().words()))
@@ -159,7 +151,6 @@ async fn say(State(connector): Shared, Json(request): Json<Value>) -> Response {
     let script = connector.script.borrow().with_json(&request);
     match script {
         Ok(script) => {
-            connector.log.line(Level::Info, "stand-in: told to change", &[("words", &request)]);
             connector.script.send_replace(script);
             words(State(connector)).await.into_response()
         }

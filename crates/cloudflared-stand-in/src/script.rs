@@ -7,6 +7,13 @@ use anyhow::{Result, bail};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 
+use crate::transport::Protocol;
+use crate::wire::Verdict;
+
+/// What the edge says to a wrong secret.
+pub const REFUSAL: &str = "Unauthorized: Invalid tunnel secret";
+/// What it says when it has an error of its own, as far as that was recorded.
+pub const ERROR: &str = "connection with edge closed: internal error";
 /// The variables' prefix.
 const PREFIX: &str = "STAND_IN_";
 
@@ -18,7 +25,7 @@ pub struct Script {
 }
 
 /// The words in force, parsed. The crate's table explains each.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[allow(clippy::struct_excessive_bools, reason = "one per row of the table")]
 #[allow(missing_docs, reason = "the crate's table documents the words")]
@@ -30,7 +37,15 @@ pub struct Behaviour {
     #[serde(deserialize_with = "flag")]
     pub unauthorized: bool,
     #[serde(deserialize_with = "flag")]
+    pub edge_error: bool,
+    #[serde(deserialize_with = "flag")]
+    pub unanswered: bool,
+    #[serde(deserialize_with = "flag")]
     pub unreachable: bool,
+    #[serde(deserialize_with = "flag")]
+    pub swallowed: bool,
+    #[serde(deserialize_with = "flag")]
+    pub clock_wrong: bool,
     #[serde(deserialize_with = "flag")]
     pub udp_blocked: bool,
     #[serde(deserialize_with = "address")]
@@ -43,6 +58,12 @@ pub struct Behaviour {
     pub invalid_token: bool,
     #[serde(deserialize_with = "flag")]
     pub no_dns: bool,
+    #[serde(deserialize_with = "flag")]
+    pub dns_silent: bool,
+    #[serde(deserialize_with = "flag")]
+    pub origin_refuses: bool,
+    #[serde(deserialize_with = "speed")]
+    pub speed: f64,
     pub drain: Option<u64>,
     #[serde(deserialize_with = "flag")]
     pub ignore_sigterm: bool,
@@ -57,10 +78,14 @@ impl Default for Behaviour {
     fn default() -> Self {
         Self {
             unready: false,
-            ready_after: 200,
+            ready_after: 0,
             connections: 4,
             unauthorized: false,
+            edge_error: false,
+            unanswered: false,
             unreachable: false,
+            swallowed: false,
+            clock_wrong: false,
             udp_blocked: false,
             edge: None,
             hang: false,
@@ -68,6 +93,9 @@ impl Default for Behaviour {
             exit_after: 0,
             invalid_token: false,
             no_dns: false,
+            dns_silent: false,
+            origin_refuses: false,
+            speed: 1.0,
             drain: None,
             ignore_sigterm: false,
             version: "2025.9.0".into(),
@@ -80,6 +108,28 @@ impl Default for Behaviour {
 }
 
 impl Behaviour {
+    /// What the words say becomes of a try over this protocol; nothing where it is left to the edge.
+    #[must_use]
+    pub fn verdict(&self, protocol: Protocol) -> Option<Verdict> {
+        if self.unauthorized {
+            Some(Verdict::Refused(REFUSAL.to_owned()))
+        } else if self.edge_error {
+            Some(Verdict::Failed(ERROR.to_owned()))
+        } else if self.unanswered {
+            Some(Verdict::Unanswered)
+        } else if self.clock_wrong {
+            Some(Verdict::Untrusted)
+        } else if self.no_dns || self.dns_silent {
+            Some(Verdict::Unresolved)
+        } else if self.unreachable || self.udp_blocked && protocol == Protocol::Quic {
+            Some(Verdict::Away)
+        } else if self.swallowed {
+            Some(Verdict::Swallowed)
+        } else {
+            None
+        }
+    }
+
     /// When to crash: how long after it was said, and with which code.
     #[must_use]
     pub fn crash(&self) -> Option<(Duration, i32)> {
@@ -149,6 +199,15 @@ fn flag<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
         "1" | "true" => Ok(true),
         "0" | "false" | "" => Ok(false),
         other => Err(D::Error::custom(format!("{other:?} is neither true nor false"))),
+    }
+}
+
+/// So many times as fast as it was recorded.
+fn speed<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    match text.parse::<f64>() {
+        Ok(speed) if (0.1..=1000.0).contains(&speed) => Ok(speed),
+        _ => Err(D::Error::custom(format!("{text:?} is no speed from 0.1 to 1000"))),
     }
 }
 

@@ -3,12 +3,16 @@
 use std::fmt;
 
 use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+
+use crate::recording::Chosen;
 
 /// Begins as the original's list does.
 const AVAILABLE: &str = "Available protocols: 'auto', the default; 'quic', over UDP; 'http2', over TCP";
 
 /// A protocol. `Display` gives the name it has in the log.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Protocol {
     /// Over UDP.
     Quic,
@@ -28,10 +32,8 @@ impl fmt::Display for Protocol {
 /// What was chosen at start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Transport {
-    /// The protocol to begin with.
-    pub first: Protocol,
-    /// Whether http2 may take the place of quic. Never where the user chose.
-    pub may_fall_back: bool,
+    /// Where nothing was chosen, http2 may take the place of quic.
+    pub chosen: Chosen,
 }
 
 impl Transport {
@@ -44,13 +46,22 @@ impl Transport {
         let protocol = protocol.unwrap_or("auto");
         if post_quantum {
             ensure!(matches!(protocol, "auto" | "quic"), "post-quantum is only supported with the quic transport");
-            return Ok(Self { first: Protocol::Quic, may_fall_back: false });
+            return Ok(Self { chosen: Chosen::Only(Protocol::Quic) });
         }
         match protocol {
-            "auto" => Ok(Self { first: Protocol::Quic, may_fall_back: true }),
-            "quic" => Ok(Self { first: Protocol::Quic, may_fall_back: false }),
-            "http2" => Ok(Self { first: Protocol::Http2, may_fall_back: false }),
+            "auto" => Ok(Self { chosen: Chosen::Auto }),
+            "quic" => Ok(Self { chosen: Chosen::Only(Protocol::Quic) }),
+            "http2" => Ok(Self { chosen: Chosen::Only(Protocol::Http2) }),
             other => bail!("unknown protocol {other}, {AVAILABLE}"),
+        }
+    }
+
+    /// The protocol to begin with.
+    #[must_use]
+    pub fn first(self) -> Protocol {
+        match self.chosen {
+            Chosen::Auto => Protocol::Quic,
+            Chosen::Only(protocol) => protocol,
         }
     }
 }
@@ -72,7 +83,7 @@ mod tests {
     fn only_a_protocol_that_nobody_chose_may_change() {
         let chosen = |protocol, post_quantum| {
             let transport = Transport::choose(protocol, post_quantum).expect("known");
-            (transport.first, transport.may_fall_back)
+            (transport.first(), transport.chosen == Chosen::Auto)
         };
         assert_eq!(chosen(None, None), (Protocol::Quic, true));
         assert_eq!(chosen(Some("auto"), Some("false")), (Protocol::Quic, true));

@@ -1,60 +1,83 @@
-//! The connections to a double of the edge: dial, register, answer, unregister, dial again.
+//! The connections to a double of the edge: dial, answer, unregister.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::Result;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use crate::connector::Connector;
-use crate::events;
 use crate::log::Level;
-use crate::wire::{self, FromConnector, FromEdge, Lines, Registration};
+use crate::wire::{self, FromConnector, FromEdge, Lines, Loss, Registration, Verdict};
 
-/// Between two attempts.
-const PAUSE: Duration = Duration::from_secs(1);
-/// For one attempt: an edge that is away may not even refuse.
-const DIAL_LIMIT: Duration = Duration::from_secs(5);
+/// For one attempt: an edge whose process is stopped may not even refuse.
+const DIAL_LIMIT: Duration = Duration::from_secs(2);
+/// More than a connector has connections.
+const ENDS: usize = 64;
 
 /// All of a connector's. Dropping it closes them.
 #[derive(Debug)]
 pub struct Uplinks {
     tasks: JoinSet<()>,
-    draining: watch::Sender<bool>,
+    draining: watch::Sender<Option<Option<u64>>>,
+    ends: mpsc::Receiver<(usize, Loss)>,
+    /// Each task has one, and so `ends` never ends.
+    tell: mpsc::Sender<(usize, Loss)>,
 }
 
 impl Uplinks {
     /// None yet.
     #[must_use]
     pub fn new() -> Self {
-        Self { tasks: JoinSet::new(), draining: watch::Sender::new(false) }
+        let (tell, ends) = mpsc::channel(ENDS);
+        Self { tasks: JoinSet::new(), draining: watch::Sender::new(None), ends, tell }
     }
 
-    /// Whether there is none, not even one that is being tried.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.tasks.is_empty()
+    /// How many there are.
+    pub fn len(&mut self) -> usize {
+        while self.tasks.try_join_next().is_some() {}
+        self.tasks.len()
     }
 
-    /// One more, to the edge at `host:port`; tried until it is there, and again when it breaks.
-    pub fn open(&mut self, connector: &Arc<Connector>, edge: &str, index: usize) {
-        self.tasks.spawn(keep(connector.clone(), edge.to_owned(), index, self.draining.subscribe()));
+    /// Whether there is none.
+    pub fn is_empty(&mut self) -> bool {
+        self.len() == 0
+    }
+
+    /// Serves on this one until it ends.
+    pub fn open(&mut self, connector: &Arc<Connector>, uplink: Uplink, index: usize) {
+        let (connector, mut draining, ends) = (connector.clone(), self.draining.subscribe(), self.tell.clone());
+        self.tasks.spawn(async move {
+            // What broke in the middle is as far away as what vanished.
+            let loss = uplink.serve(&connector, &mut draining).await.unwrap_or(Loss::Away);
+            _ = ends.send((index, loss)).await;
+        });
+    }
+
+    /// The next one that ends. Cancel-safe.
+    pub async fn ended(&mut self) -> (usize, Loss) {
+        match self.ends.recv().await {
+            Some(end) => end,
+            // The sender lives here.
+            None => std::future::pending().await,
+        }
     }
 
     /// Closes all, with whatever is in flight.
     pub fn cut(&mut self) {
         self.tasks = JoinSet::new();
+        while self.ends.try_recv().is_ok() {}
     }
 
     /// Tells the edge to send no more requests. What is in flight, and what the edge sent before it
-    /// knew, is still answered; nothing is dialled any more.
-    pub fn unregister(&self) {
-        self.draining.send_replace(true);
+    /// knew, is still answered. The edge closes `linger` ms after the last answer, or when it likes.
+    pub fn unregister(&self, linger: Option<u64>) {
+        self.draining.send_replace(Some(linger));
     }
 }
 
@@ -64,64 +87,39 @@ impl Default for Uplinks {
     }
 }
 
-async fn keep(connector: Arc<Connector>, edge: String, index: usize, mut draining: watch::Receiver<bool>) {
-    loop {
-        tokio::select! {
-            () = told(&mut draining) => return,
-            dialled = dial(&connector, &edge) => match dialled {
-                Ok(uplink) => {
-                    events::registered(&connector, index);
-                    events::configured(&connector);
-                    let ended = uplink.serve(&connector, &mut draining).await;
-                    connector.log.line(Level::Debug, "stand-in: the edge has gone", &[("reason", &why(&ended))]);
-                    // Taken away already where the drain has begun: then it ends as it should.
-                    if connector.lose(index) {
-                        events::closed(&connector, index);
-                    }
-                }
-                Err(error) => {
-                    let fields: [(&str, &dyn std::fmt::Display); 1] = [("error", &format!("{error:#}"))];
-                    connector.log.line(Level::Debug, "stand-in: cannot use the edge", &fields);
-                    events::dial_failed(&connector, index);
-                }
-            },
-        }
-        if !*draining.borrow() {
-            events::retrying(&connector, index, events::UNREACHED, PAUSE);
-        }
-        tokio::select! { () = told(&mut draining) => return, () = sleep(PAUSE) => {} }
-    }
-}
-
-fn why(ended: &Result<()>) -> String {
-    ended.as_ref().map_or_else(|error| format!("{error:#}"), |()| "it closed the connection".into())
-}
-
-/// Returns once the drain has begun.
-async fn told(draining: &mut watch::Receiver<bool>) {
-    // An error would mean that the `Uplinks` are gone, and these tasks with them.
-    drop(draining.wait_for(|draining| *draining).await);
-}
-
-struct Uplink {
+/// A connection that the edge has registered.
+#[derive(Debug)]
+pub struct Uplink {
     lines: Lines<OwnedReadHalf>,
     write: OwnedWriteHalf,
 }
 
-async fn dial(connector: &Connector, edge: &str) -> Result<Uplink> {
+/// Tries to register at the edge at `host:port`.
+pub async fn dial(connector: &Connector, edge: &str) -> (Verdict, Option<Uplink>) {
     let attempt = async {
-        let stream = TcpStream::connect(edge).await.with_context(|| format!("cannot connect to {edge}"))?;
+        let stream = TcpStream::connect(edge).await?;
         // Lines are short and somebody waits for each.
         stream.set_nodelay(true)?;
         let (read, write) = stream.into_split();
         let mut uplink = Uplink { lines: Lines::new(read), write };
-        let register = Registration { tunnel: connector.tunnel_id.clone(), connector: connector.id.to_string() };
+        let register = Registration {
+            tunnel: connector.tunnel_id.clone(),
+            connector: connector.id.to_string(),
+            token: connector.token.clone(),
+            protocol: connector.protocol(),
+        };
         uplink.say(&FromConnector::Register { register }).await?;
         let answer = uplink.lines.next().await?;
-        ensure!(answer == Some(FromEdge::Registered { registered: true }), "the edge did not register us");
-        Ok(uplink)
+        anyhow::Ok((answer, uplink))
     };
-    timeout(DIAL_LIMIT, attempt).await.with_context(|| format!("no answer from {edge}"))?
+    match timeout(DIAL_LIMIT, attempt).await {
+        Ok(Ok((Some(FromEdge::Verdict { verdict }), uplink))) => {
+            let uplink = (verdict == Verdict::Registered).then_some(uplink);
+            (verdict, uplink)
+        }
+        Ok(_) => (Verdict::Away, None),
+        Err(_) => (Verdict::Swallowed, None),
+    }
 }
 
 impl Uplink {
@@ -130,7 +128,11 @@ impl Uplink {
     }
 
     /// Answers, each request in its time, until the connection ends.
-    async fn serve(mut self, connector: &Arc<Connector>, draining: &mut watch::Receiver<bool>) -> Result<()> {
+    async fn serve(
+        mut self,
+        connector: &Arc<Connector>,
+        draining: &mut watch::Receiver<Option<Option<u64>>>,
+    ) -> Result<Loss> {
         let mut answers = JoinSet::new();
         let mut unregistered = false;
         loop {
@@ -138,26 +140,44 @@ impl Uplink {
             tokio::select! {
                 message = self.lines.next() => match message? {
                     Some(FromEdge::Request { id, path }) => drop(answers.spawn(answer(connector.clone(), id, path))),
-                    Some(FromEdge::Registered { .. }) => {}
-                    None => return Ok(()),
+                    Some(FromEdge::Closing { closing }) => return Ok(closing),
+                    Some(FromEdge::Verdict { .. }) => {}
+                    None => return Ok(Loss::Away),
                 },
                 Some(answer) = answers.join_next() => self.say(&answer?).await?,
-                () = told(draining), if !unregistered => {
+                linger = told(draining), if !unregistered => {
                     unregistered = true;
-                    self.say(&FromConnector::Unregister { unregister: true }).await?;
+                    self.say(&FromConnector::Unregister { unregister: true, linger }).await?;
                 }
             }
         }
     }
 }
 
+/// Returns once the drain has begun.
+async fn told(draining: &mut watch::Receiver<Option<Option<u64>>>) -> Option<u64> {
+    let said = draining.wait_for(Option::is_some).await.ok().map(|linger| linger.flatten());
+    match said {
+        Some(linger) => linger,
+        // The `Uplinks` are gone, and these tasks with them.
+        None => std::future::pending().await,
+    }
+}
+
 async fn answer(connector: Arc<Connector>, id: u64, path: String) -> FromConnector {
     connector.log.say(Level::Debug, format_args!("GET {path} HTTP/1.1"));
+    connector.show(|shown| shown.in_flight += 1);
     sleep(slowness(&path)).await;
     // A process that hangs answers nobody.
     connector.no_hang().await;
-    connector.served();
-    FromConnector::Answer { id, body: format!("hello from {}", connector.id) }
+    let failed = connector.behaviour().origin_refuses;
+    connector.show(|shown| {
+        shown.in_flight -= 1;
+        shown.served += 1;
+        shown.failed += u64::from(failed);
+    });
+    let body = if failed { crate::player::origin_refused(&connector) } else { format!("hello from {}", connector.id) };
+    FromConnector::Answer { id, body }
 }
 
 /// How long `/slow?ms=N` takes; anything else takes no time.

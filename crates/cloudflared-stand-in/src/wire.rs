@@ -5,6 +5,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 
+use crate::transport::Protocol;
+
 /// No line is longer, without its end: whoever reads keeps at most this much.
 const LONGEST: usize = 64 * 1024;
 
@@ -16,25 +18,77 @@ pub(crate) enum FromConnector {
     Register { register: Registration },
     /// `{"id":1,"body":"…"}`: the answer to the request of that number.
     Answer { id: u64, body: String },
-    /// `{"unregister":true}`: no more requests, please; those that were sent are still answered.
-    Unregister { unregister: bool },
+    /// `{"unregister":true}`: no more requests, please; those that were sent are still answered. `linger`: after the
+    /// last answer, close only so many milliseconds later.
+    Unregister {
+        unregister: bool,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        linger: Option<u64>,
+    },
 }
 
 /// Who registers.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Registration {
     pub(crate) tunnel: String,
     pub(crate) connector: String,
+    #[serde(default)]
+    pub(crate) token: String,
+    pub(crate) protocol: Protocol,
 }
 
 /// What the edge says.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub(crate) enum FromEdge {
-    /// `{"registered":true}`: the first line.
-    Registered { registered: bool },
+    /// `{"verdict":"registered"}`: the first line. After any other verdict the edge closes the connection.
+    Verdict { verdict: Verdict },
     /// `{"id":1,"path":"/x"}`: a visitor's request.
     Request { id: u64, path: String },
+    /// `{"closing":"dropped"}`: the last line, unless the edge vanishes.
+    Closing { closing: Loss },
+}
+
+/// What becomes of a try to connect.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    /// The edge has registered the connection.
+    Registered,
+    /// The edge refuses it, in these words: `Unauthorized: …`.
+    Refused(String),
+    /// The edge has an error of its own, in these words.
+    Failed(String),
+    /// The edge takes the connection and never answers the registration.
+    Unanswered,
+    /// Nothing listens: TCP is reset, UDP unreachable.
+    Away,
+    /// Packets get no answer of any kind.
+    Swallowed,
+    /// The edge's certificate is not valid at this time.
+    Untrusted,
+    /// The edge's name cannot be resolved.
+    Unresolved,
+}
+
+impl Verdict {
+    /// Whether the two look the same from outside but for the words.
+    #[must_use]
+    pub fn is_like(&self, other: &Self) -> bool {
+        std::mem::discriminant(self) == std::mem::discriminant(other)
+    }
+}
+
+/// How a connection came to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Loss {
+    /// The edge closed it.
+    Dropped,
+    /// The edge vanished.
+    Away,
+    /// Packets get no answer any more.
+    Swallowed,
 }
 
 /// A message as a line, with its end.
@@ -49,6 +103,7 @@ pub(crate) fn line(message: &impl Serialize) -> Result<String> {
 }
 
 /// The lines of a stream.
+#[derive(Debug)]
 pub(crate) struct Lines<R> {
     stream: BufReader<R>,
     /// What has come of the next line.
@@ -90,12 +145,16 @@ mod tests {
 
     #[tokio::test]
     async fn reads_line_by_line_to_the_end() {
-        let text = b"{\"register\":{\"tunnel\":\"t\",\"connector\":\"c\"}}\n{\"id\":1,\"body\":\"x\"}\n{\"unregister\":true}\n";
-        let mut lines = Lines::new(&text[..]);
-        let register = Registration { tunnel: "t".into(), connector: "c".into() };
+        let text = r#"{"register":{"tunnel":"t","connector":"c","protocol":"quic"}}
+{"id":1,"body":"x"}
+{"unregister":true}
+"#;
+        let mut lines = Lines::new(text.as_bytes());
+        let (tunnel, connector, token) = ("t".into(), "c".into(), String::new());
+        let register = Registration { tunnel, connector, token, protocol: Protocol::Quic };
         assert_eq!(lines.next().await.expect("1"), Some(FromConnector::Register { register }));
         assert_eq!(lines.next().await.expect("2"), Some(FromConnector::Answer { id: 1, body: "x".into() }));
-        assert_eq!(lines.next().await.expect("3"), Some(FromConnector::Unregister { unregister: true }));
+        assert_eq!(lines.next().await.expect("3"), Some(FromConnector::Unregister { unregister: true, linger: None }));
         assert_eq!(lines.next::<FromConnector>().await.expect("end"), None);
     }
 
@@ -111,7 +170,7 @@ mod tests {
         let longest = "1".repeat(LONGEST);
         assert!(line(&longest).is_err(), "two quotes too long");
         assert!(Lines::new(format!("{longest}1\n").as_bytes()).next::<FromEdge>().await.is_err());
-        assert!(Lines::new(&br#"{"registered":true}"#[..]).next::<FromEdge>().await.is_err());
+        assert!(Lines::new(&br#"{"verdict":"registered"}"#[..]).next::<FromEdge>().await.is_err());
         assert!(Lines::new(&b"GET / HTTP/1.1\n"[..]).next::<FromConnector>().await.is_err());
     }
 }

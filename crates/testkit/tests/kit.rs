@@ -103,7 +103,7 @@ async fn the_stand_in_changes_when_told() -> Result<()> {
 
 async fn the_stand_in_obeys_its_token_and_its_image() -> Result<()> {
     let scope = Scope::new(docker()?);
-    let image = images().stand_in_with(&[("STAND_IN_NO_DNS", "1")]).await?;
+    let image = images().stand_in_with(&[("STAND_IN_NO_DNS", "1"), ("STAND_IN_SPEED", "50")]).await?;
     for (image, token, code) in [
         (image, token("t", ""), 1),
         (images().stand_in().await?, token("t", "exit=7"), 7),

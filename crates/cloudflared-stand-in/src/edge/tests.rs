@@ -19,8 +19,10 @@ struct Socket(BufReader<TcpStream>);
 impl Socket {
     async fn registered(edge: &Edge, tunnel: &str, connector: &str) -> Self {
         let mut socket = Self(BufReader::new(TcpStream::connect(edge.address()).await.expect("dialled")));
-        socket.say(&format!(r#"{{"register":{{"tunnel":"{tunnel}","connector":"{connector}"}}}}"#)).await;
-        assert_eq!(socket.hear().await, r#"{"registered":true}"#);
+        socket
+            .say(&format!(r#"{{"register":{{"tunnel":"{tunnel}","connector":"{connector}","protocol":"quic"}}}}"#))
+            .await;
+        assert_eq!(socket.hear().await, r#"{"verdict":"registered"}"#);
         socket
     }
 
@@ -115,6 +117,55 @@ async fn who_does_not_register_first_is_cut() {
         socket.say(line).await;
         assert_eq!(socket.hear().await, "", "{line}");
     }
+}
+
+#[tokio::test]
+async fn who_is_refused_is_dropped_and_told_why_and_the_others_stay() {
+    let edge = edge(Duration::ZERO).await;
+    let mut refused = Socket::registered(&edge, "t-1", "c-1").await;
+    let _other = Socket::registered(&edge, "t-2", "c-2").await;
+    edge.refuse(Whose::Tunnel("t-1".into()));
+    assert_eq!(refused.hear().await, r#"{"closing":"dropped"}"#);
+    let mut again = Socket(BufReader::new(TcpStream::connect(edge.address()).await.expect("dialled")));
+    again.say(r#"{"register":{"tunnel":"t-1","connector":"c-1","protocol":"http2"}}"#).await;
+    assert_eq!(again.hear().await, r#"{"verdict":{"refused":"Unauthorized: Invalid tunnel secret"}}"#);
+    assert_eq!((edge.connectors("t-1").len(), edge.connectors("t-2").len()), (0, 1));
+    edge.accept(Whose::Tunnel("t-1".into()));
+    Socket::registered(&edge, "t-1", "c-1").await;
+    assert_eq!(edge.tries().len(), 4);
+}
+
+#[tokio::test]
+async fn one_protocol_may_find_nobody_there_and_an_edge_that_is_away_serves_none() {
+    let edge = edge(Duration::ZERO).await;
+    edge.block(Protocol::Quic);
+    let hear = async |protocol: &str| {
+        let mut socket = Socket(BufReader::new(TcpStream::connect(edge.address()).await.expect("dialled")));
+        socket.say(&format!(r#"{{"register":{{"tunnel":"t","connector":"c","protocol":"{protocol}"}}}}"#)).await;
+        socket.hear().await
+    };
+    assert_eq!(hear("quic").await, r#"{"verdict":"away"}"#);
+    assert_eq!(hear("http2").await, r#"{"verdict":"registered"}"#);
+    edge.unblock(Protocol::Quic);
+    edge.swallow();
+    assert_eq!(hear("http2").await, r#"{"verdict":"swallowed"}"#);
+    edge.come_back();
+    assert_eq!(hear("quic").await, r#"{"verdict":"registered"}"#);
+}
+
+#[tokio::test]
+async fn a_drained_connection_is_closed_after_its_last_answer() {
+    let edge = edge(Duration::ZERO).await;
+    let mut socket = Socket::registered(&edge, "t-1", "c-1").await;
+    wait_for_connectors(&edge, "t-1", &["c-1"]).await;
+    let connector = async {
+        socket.hear().await;
+        socket.say(r#"{"unregister":true,"linger":1}"#).await;
+        socket.say(r#"{"id":1,"body":"last"}"#).await;
+        socket.hear().await
+    };
+    let (answer, end) = tokio::join!(edge.ask("t-1", "/"), connector);
+    assert_eq!((answer.expect("answer").as_str(), end.as_str()), ("last", ""));
 }
 
 #[tokio::test]

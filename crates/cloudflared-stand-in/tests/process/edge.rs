@@ -2,7 +2,9 @@
 
 use std::net::Ipv4Addr;
 
-use cloudflared_stand_in::edge::Edge;
+use cloudflared_stand_in::edge::{Edge, Whose};
+use cloudflared_stand_in::transport::Protocol;
+use cloudflared_stand_in::wire::Verdict;
 
 use super::*;
 
@@ -14,8 +16,13 @@ async fn edge(takes: Duration) -> Edge {
 
 /// A connector of this edge, with more words, and what it logs for each request.
 fn connector(edge: &Edge, words: &str) -> AgentProcess {
-    let words = format!("edge={} ready-after=1 {words}", edge.address());
-    run(&words, &[("TUNNEL_LOGLEVEL", "debug")])
+    connector_with(edge, words, &[("TUNNEL_LOGLEVEL", "debug")])
+}
+
+fn connector_with(edge: &Edge, words: &str, env: &[(&str, &str)]) -> AgentProcess {
+    let mut all = vec![("TUNNEL_LOGLEVEL", "debug")];
+    all.extend(env);
+    run(&format!("edge={} {words}", edge.address()), &all)
 }
 
 async fn wait_for_connectors(edge: &Edge, count: usize) -> Vec<String> {
@@ -96,7 +103,7 @@ async fn a_drain_loses_nothing_that_is_in_flight() -> Result<()> {
         assert!(answer?.starts_with("hello from "));
     }
     let log = process.log();
-    assert!(!log.contains("Retrying") && !log.contains("Serve tunnel error"), "{log}");
+    assert!(!log.contains("accept QUIC stream"), "{log}");
     assert_eq!(exit_code(process).await, Some(0));
     Ok(())
 }
@@ -127,14 +134,27 @@ async fn visitors_notice_nothing_when_one_takes_the_place_of_another() -> Result
 }
 
 #[tokio::test]
-async fn what_takes_longer_than_the_drain_is_cut() -> Result<()> {
+async fn what_takes_longer_than_the_grace_period_is_cut() -> Result<()> {
     let edge = Arc::new(edge(Duration::ZERO).await);
-    let process = connector(&edge, "drain=100");
+    let process = connector_with(&edge, "", &[("TUNNEL_GRACE_PERIOD", "200ms")]);
     wait_for_connectors(&edge, 1).await;
     let requests = slow_requests(&edge, &process, 3_600_000, 3).await?;
     process.sigterm()?;
     assert_eq!(exit_code(process).await, Some(0));
     assert!(requests.join_all().await.iter().all(Result::is_err));
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_edge_that_keeps_drained_connections_makes_a_stop_take_the_whole_grace_period() -> Result<()> {
+    let edge = Arc::new(edge(Duration::ZERO).await);
+    edge.keep_drained(true);
+    let process = connector_with(&edge, "", &[("TUNNEL_GRACE_PERIOD", "2s")]);
+    wait_for_connections(&metrics_address(&process).await?, 4).await?;
+    let before = Instant::now();
+    process.sigterm()?;
+    assert_eq!(exit_code(process).await, Some(0));
+    assert!(before.elapsed() >= Duration::from_secs(2));
     Ok(())
 }
 
@@ -171,16 +191,16 @@ async fn a_killed_connector_fails_what_is_in_flight_and_gets_no_more() -> Result
 }
 
 #[tokio::test]
-async fn dials_again_when_the_edge_was_away() -> Result<()> {
+async fn comes_back_at_its_next_recorded_try_when_the_edge_was_away() -> Result<()> {
     let first = edge(Duration::ZERO).await;
     let address = first.address();
-    let process = connector(&first, "connections=2");
+    let process = connector(&first, "connections=2 speed=10");
     let metrics = metrics_address(&process).await?;
     wait_for_connections(&metrics, 2).await?;
     drop(first);
-    process.wait_for_log("ERR Serve tunnel error error=\"connection with edge closed\" connIndex=1", SOON).await?;
+    process.wait_for_log("ERR failed to accept incoming stream requests error=\"failed to accept QUIC", SOON).await?;
     process.wait_for_log("ERR Failed to dial a quic connection error=", SOON).await?;
-    process.wait_for_log("INF Retrying connection in up to 1s connIndex=0 event=0 ip=", SOON).await?;
+    process.wait_for_log("INF Retrying connection in up to 4s connIndex=0 event=0 ip=", SOON).await?;
     assert_eq!(wait_for_connections(&metrics, 0).await?.status, 503);
     let second = Edge::start(address, Duration::ZERO).await?;
     wait_for_connections(&metrics, 2).await?;
@@ -190,13 +210,92 @@ async fn dials_again_when_the_edge_was_away() -> Result<()> {
 }
 
 #[tokio::test]
+async fn an_edge_that_refuses_shows_itself_in_words_over_http2_and_in_counters_over_quic() -> Result<()> {
+    let edge = edge(Duration::ZERO).await;
+    let over = |protocol| connector_with(&edge, "speed=20", &[("TUNNEL_TRANSPORT_PROTOCOL", protocol)]);
+    let (quic, http2) = (over("quic"), over("http2"));
+    let (by_quic, by_http2) = (metrics_address(&quic).await?, metrics_address(&http2).await?);
+    for address in [&by_quic, &by_http2] {
+        wait_for_connections(address, 4).await?;
+    }
+    wait_for_connectors(&edge, 2).await;
+    // While connected; and taken back.
+    edge.refuse(Whose::Tunnel(TUNNEL.into()));
+    let words = "ERR Register tunnel error from server side error=\"Unauthorized: Invalid tunnel secret\"";
+    http2.wait_for_log(words, SOON).await?;
+    quic.wait_for_log("ERR Serve tunnel error error=\"control stream encountered a failure", SOON).await?;
+    for address in [&by_quic, &by_http2] {
+        assert_eq!(wait_for_connections(address, 0).await?.status, 503);
+        assert!(get(address, "/metrics").await?.body.contains("cloudflared_tunnel_tunnel_register_fail{"));
+    }
+    assert!(!quic.log().contains("Unauthorized"), "{}", quic.log());
+    assert!(edge.ask(TUNNEL, "/").await.is_err());
+    edge.accept(Whose::Tunnel(TUNNEL.into()));
+    wait_for_connectors(&edge, 2).await;
+    for address in [&by_quic, &by_http2] {
+        wait_for_connections(address, 4).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_token_may_be_refused_where_another_of_the_same_tunnel_is_served() -> Result<()> {
+    let edge = edge(Duration::ZERO).await;
+    let words = format!("edge={} speed=20", edge.address());
+    let (good, bad) = (token(TUNNEL, &words), token(TUNNEL, &words));
+    edge.refuse(Whose::Token(bad.clone()));
+    let over = |token| run("", &[("TUNNEL_TOKEN", token), ("TUNNEL_TRANSPORT_PROTOCOL", "http2")]);
+    let (good, bad) = (over(&good), over(&bad));
+    wait_for_connections(&metrics_address(&good).await?, 4).await?;
+    bad.wait_for_log("error=\"Unauthorized: ", SOON).await?;
+    wait_for_connectors(&edge, 1).await;
+    assert!(edge.tries().iter().any(|attempt| matches!(attempt.verdict, Verdict::Refused(_))));
+    Ok(())
+}
+
+#[tokio::test]
+async fn where_only_quic_finds_nobody_http2_serves() -> Result<()> {
+    let edge = edge(Duration::ZERO).await;
+    edge.block(Protocol::Quic);
+    let over = |protocol| connector_with(&edge, "speed=200", &[("TUNNEL_TRANSPORT_PROTOCOL", protocol)]);
+    let quic = over("quic");
+    wait_for_connections(&metrics_address(&over("http2")).await?, 4).await?;
+    wait_for_connections(&metrics_address(&over("auto")).await?, 4).await?;
+    quic.wait_for_log("failed to dial to edge with quic", SOON).await?;
+    assert_eq!(get(&metrics_address(&quic).await?, "/ready").await?.status, 503);
+    // A connector that was there by QUIC loses it, and has it again.
+    edge.unblock(Protocol::Quic);
+    wait_for_connections(&metrics_address(&quic).await?, 4).await?;
+    edge.block(Protocol::Quic);
+    wait_for_connections(&metrics_address(&quic).await?, 0).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn after_an_outage_a_fresh_connector_is_there_long_before_the_old_one() -> Result<()> {
+    let edge = edge(Duration::ZERO).await;
+    let old = connector_with(&edge, "", &[("TUNNEL_TRANSPORT_PROTOCOL", "http2")]);
+    let address = metrics_address(&old).await?;
+    wait_for_connections(&address, 4).await?;
+    edge.leave();
+    wait_for_connections(&address, 0).await?;
+    edge.come_back();
+    // Its next try comes 17 s after the loss.
+    let fresh = connector_with(&edge, "", &[("TUNNEL_TRANSPORT_PROTOCOL", "http2")]);
+    let before = Instant::now();
+    wait_until("one connection", SOON, async || (edge.connectors(TUNNEL).len() == 1).then_some(())).await?;
+    assert!(before.elapsed() < Duration::from_secs(5));
+    assert_eq!(edge.connectors(TUNNEL), [connector_id(&fresh).await?]);
+    assert_eq!(get(&address, "/ready").await?.status, 503);
+    Ok(())
+}
+
+#[tokio::test]
 async fn has_nothing_to_drain_while_the_edge_refuses() -> Result<()> {
     let edge = edge(Duration::ZERO).await;
-    let process = connector(&edge, "unready");
-    drop(edge);
-    let address = metrics_address(&process).await?;
-    post(&address, "/stand-in", &json!({"unready": null})).await?;
-    process.wait_for_log("stand-in: cannot use the edge", SOON).await?;
+    edge.refuse(Whose::All);
+    let process = connector(&edge, "");
+    process.wait_for_log("ERR Serve tunnel error error=\"control stream", SOON).await?;
     process.sigterm()?;
     assert_eq!(exit_code(process).await, Some(0));
     Ok(())
