@@ -81,7 +81,7 @@ async fn the_stand_in_becomes_healthy_without_rights() -> Result<()> {
     let id = stand_in(&scope, &images().stand_in().await?, &token).await?;
     wait_for_health(&scope, &id, "healthy").await?;
     let log = scope.logs(&id).await?;
-    ensure!(log.matches("Registered tunnel connection").count() == 4, "{log}");
+    ensure!(log.contains("Registered tunnel connection connIndex=0 "), "{log}");
     ensure!(!log.contains(&token), "the token is in the log");
     scope.stop(&id, 0).await
 }
