@@ -11,7 +11,7 @@
 //! |---|---|---|
 //! | configuration | every mistake in it | here |
 //! | data folder | there, can be written, has room; documents; who holds it | `folder` |
-//! | master | DNS, TCP, TLS, answer and protocol, clock, Cloudflare Access, key | `master` |
+//! | master | DNS, TCP, TLS, answer and protocol, clock, Cloudflare Access, key; what the running agent complains of | `master` |
 //! | Docker | answer, version, each call, what else is let through, image, network | `docker` |
 //! | tunnel | assigned, container, readiness, other connectors | `tunnel` |
 //! | containers | the way from the tunnel to each labelled one | `tunnel` |
@@ -196,6 +196,7 @@ pub async fn run(loaded: Result<Loaded, ConfigErrors>) -> Report {
     let master = async {
         let done = timeout(SIDE_LIMIT, master::look(&config, &folder, &mut ours)).await.is_ok();
         overdue(&mut ours, "master", done);
+        master::running(&config, &mut ours).await;
     };
     let docker = async {
         let done = timeout(SIDE_LIMIT, docker::look(&config, &folder, &mut theirs)).await.is_ok();

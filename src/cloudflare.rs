@@ -82,7 +82,8 @@ fn text<'a>(rule: &'a Map<String, Value>, key: &str) -> &'a str {
 /// Pushes the rules as the configuration of `tunnel`, in the token's `account` where the master has several.
 ///
 /// # Errors
-/// As any request to the master; a 404 is [`Pushed::MasterDoesIt`].
+/// As any request to the master; a 404 is [`Pushed::MasterDoesIt`], a list of accounts that is empty
+/// [`MasterError::Unusable`].
 pub async fn push(
     master: &Master,
     account: Option<&str>,
@@ -94,10 +95,8 @@ pub async fn push(
         let listed = accounts.result.iter().filter(|_| accounts.success).map(|account| account.id.as_str());
         // The token knows its own account; a master with one account has no choice anyway.
         let account = listed.clone().find(|id| Some(*id) == account).or_else(|| listed.clone().next());
-        let account = account.ok_or_else(|| MasterError::Away {
-            problem: "names no Cloudflare account".to_owned(),
-            retry_after: None,
-        })?;
+        let nobody = || MasterError::Unusable { problem: "names no Cloudflare account".to_owned() };
+        let account = account.ok_or_else(nobody)?;
         let ingress = ingress(rules);
         let count = ingress.as_array().map_or(0, |list| list.len().saturating_sub(1));
         master.put_configuration(account, &tunnel.0, &json!({ "config": { "ingress": ingress } })).await?;

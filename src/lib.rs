@@ -24,7 +24,7 @@
 //!
 //! Around them: [`config`] (the environment, checked as a whole), [`registration`] (who the agent is at its
 //! master), [`cloudflare`] (ingress rules), [`page`] (`GET /health`, `/metrics` and others), [`metrics`] (what is
-//! counted), [`pulse`] (whether each task is still at work), and three doors, each the only one of its
+//! counted), [`concerns`] (what is wrong at this moment), [`pulse`] (whether each task is still at work), and three doors, each the only one of its
 //! kind: [`master`] to the master, [`docker`] to Docker, [`state`] to the data folder. What is known of `labels` is
 //! shared by all, and so is the crate [`dockflare_host`], which every program of the project stands on: log, signals,
 //! waits, pages, HTTP clients.
@@ -56,6 +56,7 @@ pub mod cause;
 pub mod channels;
 pub mod check;
 pub mod cloudflare;
+pub mod concerns;
 pub mod config;
 pub mod docker;
 pub mod events;
@@ -77,6 +78,7 @@ pub mod state;
 pub mod tunnels;
 
 use channels::{Inventory, View, Wanted, Ways};
+use concerns::Concerns;
 use config::{Config, OnExit};
 use logging::Ring;
 use metrics::Metrics;
@@ -131,6 +133,7 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
             warn!("the agent's id cannot be noted beside its tunnel, trying again later: {}", error_chain(&error));
         }
     }
+    let reported = taken(store.reported()?);
 
     let (wanted_tx, wanted) = watch::channel(Wanted::new(&state, tombstone.as_ref()));
     let (view_tx, view) = watch::channel(View::default());
@@ -141,13 +144,18 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
     let (wake_tx, wake) = mpsc::channel(1);
     let (look_tx, look) = mpsc::channel(1);
 
-    let metrics = Metrics::default();
+    let (metrics, concerns) = (Metrics::default(), Concerns::default());
     let refused = |error: &dyn Error| RunError::Config(error_chain(error));
     let master = Arc::new(master::Master::new(config.master, metrics.clone()).map_err(|error| refused(&error))?);
     let docker = Arc::new(docker::Docker::new(config.docker_host));
     let known_id = agent_id.clone();
-    let registrar =
-        Arc::new(registration::Registrar::new(master.clone(), store.clone(), agent_id, config.display_name));
+    let registrar = Arc::new(registration::Registrar::new(
+        master.clone(),
+        store.clone(),
+        agent_id,
+        config.display_name,
+        concerns.clone(),
+    ));
     let listener = match config.health_page {
         None => None,
         Some(address) => Some(page::bind(address).await.map_err(|error| {
@@ -163,6 +171,7 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
         inventory: inventory.clone(),
         ways: ways.clone(),
         metrics: metrics.clone(),
+        concerns: concerns.clone(),
         log,
         started: Instant::now(),
         tasks: Vec::new(),
@@ -213,6 +222,9 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
             tunnel: view.clone(),
             wanted: wanted.clone(),
             metrics: metrics.clone(),
+            concerns: concerns.clone(),
+            store: store.clone(),
+            reported,
         };
         let reporter =
             reports::Reporter::new(master.clone(), registrar.clone(), inputs, config.report_interval, announces_stop);
@@ -232,7 +244,7 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
     let commands = {
         let disk = tunnels::OnDisk { store, state, tombstone };
         let (interval, image) = (config.poll_interval, config.tunnel.image.to_string());
-        let links = tunnels::Links { wanted: wanted_tx, view: view.clone(), metrics };
+        let links = tunnels::Links { wanted: wanted_tx, view: view.clone(), metrics, concerns };
         let poller = tunnels::Poller::new(master.clone(), registrar.clone(), disk, interval, image, links);
         // A request to the master may take 90 s, and a disk its time.
         Task::spawn("commands", 150, poller.run(shutdown.clone()))

@@ -5,6 +5,7 @@
 //! master goes away and when it is back, once for all callers. It keeps nothing on disk; after a crash it starts
 //! as new.
 
+use std::future::Future;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -13,8 +14,8 @@ use reqwest::{Client, Method, Response, StatusCode, Url};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Serialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
-use tokio::time::Instant;
-use tracing::{info, warn};
+use tokio::time::{Instant, sleep, timeout};
+use tracing::{debug, info, warn};
 
 use crate::config::{MasterConfig, Secret};
 use crate::http;
@@ -35,6 +36,11 @@ const MAX_REPLY_BYTES: usize = 4 << 20;
 /// From the first byte sent to the last one read. A master may take half a minute to answer, and an answer with
 /// commands in it must not be given up on too early: it is sent only once.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(90);
+/// From then on a request is waited for only while no later one is answered: a little above the half minute that a
+/// master may take.
+const PATIENCE: Duration = Duration::from_secs(31);
+/// The later one must be answered within this time, and the one that it overtook has as much time again.
+const OVERTAKES_WITHIN: Duration = Duration::from_secs(3);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Below the ten seconds after which common proxies close an idle connection.
 const IDLE_CONNECTION: Duration = Duration::from_secs(8);
@@ -56,6 +62,8 @@ struct Link {
     trouble: Trouble,
     last_contact: Option<Instant>,
     last_report: Option<SystemTime>,
+    /// Requests for which the master was away.
+    failures: u64,
 }
 
 /// What came of [`Master::probe`].
@@ -99,7 +107,7 @@ impl Master {
                 access.insert(name, value);
             }
         }
-        let link = Link { trouble: Trouble::new("the master"), last_contact: None, last_report: None };
+        let link = Link { trouble: Trouble::new("the master"), last_contact: None, last_report: None, failures: 0 };
         Ok(Self { client, base: config.url, key: Mutex::new(config.key), access, link: Mutex::new(link), metrics })
     }
 
@@ -118,14 +126,23 @@ impl Master {
         self.link().last_report
     }
 
+    /// How many requests found the master away, of all callers together.
+    pub(crate) fn failures(&self) -> u64 {
+        self.link().failures
+    }
+
     /// Notes that the master took a complete report.
     pub(crate) fn report_taken(&self) {
         self.link().last_report = Some(SystemTime::now());
     }
 
-    /// `POST /register`.
-    pub(crate) async fn register(&self, body: &wire::Register<'_>) -> Result<wire::Registered, MasterError> {
-        self.call("register", Method::POST, &["api", "v2", "agents", "register"], Some(body)).await
+    /// `POST /register`. Gives also whether the master has made the agent just now.
+    pub(crate) async fn register(&self, body: &wire::Register<'_>) -> Result<(wire::Registered, bool), MasterError> {
+        let path = ["api", "v2", "agents", "register"];
+        let answered = self.try_with_key("register", Method::POST, &path, Some(body)).await;
+        let read = answered.and_then(|(status, text)| Ok((read(&text)?, status == StatusCode::CREATED)));
+        self.note(read.as_ref().err());
+        read
     }
 
     /// `GET /{agent}/commands`: takes the queue; what is lost from here on is lost for good.
@@ -133,10 +150,18 @@ impl Master {
         self.call("commands", Method::GET, &["api", "v2", "agents", agent.as_str(), "commands"], None::<&()>).await
     }
 
-    /// `POST /{agent}/events`. The reply of a success says nothing that is needed.
-    pub(crate) async fn send_event(&self, agent: &AgentId, event: &serde_json::Value) -> Result<(), MasterError> {
+    /// `POST /{agent}/events` with a body that is JSON. Gives the protocol of whoever took it, where the reply shows it.
+    pub(crate) async fn send_event(&self, agent: &AgentId, body: &str) -> Result<Option<u32>, MasterError> {
         let path = ["api", "v2", "agents", agent.as_str(), "events"];
-        self.tell("events", Method::POST, &path, Some(event)).await
+        let answered = self.post_with_key("events", Method::POST, &path, Some(body.as_bytes().to_vec())).await;
+        let taken = answered.and_then(|(_, text)| {
+            if !text.is_empty() {
+                read::<IgnoredAny>(&text)?;
+            }
+            Ok(wire::protocol_of_success(&text))
+        });
+        self.note(taken.as_ref().err());
+        taken
     }
 
     /// `POST /{agent}/decommission/{operation}/ack`.
@@ -186,7 +211,7 @@ impl Master {
         path: &[&str],
         body: Option<&impl Serialize>,
     ) -> Result<T, MasterError> {
-        let parsed = self.try_with_key(name, method, path, body).await.and_then(|text| read(&text));
+        let parsed = self.try_with_key(name, method, path, body).await.and_then(|(_, text)| read(&text));
         self.note(parsed.as_ref().err());
         parsed
     }
@@ -201,7 +226,8 @@ impl Master {
         body: Option<&impl Serialize>,
     ) -> Result<(), MasterError> {
         let told = self.try_with_key(name, method, path, body).await;
-        let told = told.and_then(|text| if text.is_empty() { Ok(()) } else { read::<IgnoredAny>(&text).map(drop) });
+        let told =
+            told.and_then(|(_, text)| if text.is_empty() { Ok(()) } else { read::<IgnoredAny>(&text).map(drop) });
         self.note(told.as_ref().err());
         told
     }
@@ -213,12 +239,22 @@ impl Master {
         method: Method,
         path: &[&str],
         body: Option<&impl Serialize>,
-    ) -> Result<Vec<u8>, MasterError> {
-        let url = route(&self.base, path);
+    ) -> Result<(StatusCode, Vec<u8>), MasterError> {
         let body = body
             .map(serde_json::to_vec)
             .transpose()
             .map_err(|error| MasterError::Client(format!("a message cannot be written as JSON: {error}")))?;
+        self.post_with_key(name, method, path, body).await
+    }
+
+    async fn post_with_key(
+        &self,
+        name: &'static str,
+        method: Method,
+        path: &[&str],
+        body: Option<Vec<u8>>,
+    ) -> Result<(StatusCode, Vec<u8>), MasterError> {
+        let url = route(&self.base, path);
         let result = self.attempt(name, method.clone(), url.clone(), body.clone()).await;
         match result {
             Err(MasterError::Refused { .. }) if self.reread_key() => self.attempt(name, method, url, body).await,
@@ -232,13 +268,53 @@ impl Master {
         method: Method,
         url: Url,
         body: Option<Vec<u8>>,
-    ) -> Result<Vec<u8>, MasterError> {
+    ) -> Result<(StatusCode, Vec<u8>), MasterError> {
         let began = Instant::now();
         let mut answered = None;
-        let result = self.exchange(method, url, body, &mut answered).await;
+        let result = self.unless_overtaken(self.exchange(method, url, body, &mut answered)).await;
         self.metrics.request(name, answered.map(|status| status.as_u16()), began.elapsed());
         let (status, headers, text) = result?;
-        if status.is_success() { Ok(text) } else { Err(sort(status, &headers, &text)) }
+        if status.is_success() { Ok((status, text)) } else { Err(sort(status, &headers, &text)) }
+    }
+
+    /// Waits for an answer for as long as it may still come. A master may take half a minute for one; but a request
+    /// that was lost on a way that went dark for a moment is never answered, while a later one is. So after that time
+    /// one without an effect is sent again and again, over a connection of its own: if it is answered at once and
+    /// this one still is not, this one is given up.
+    async fn unless_overtaken<T>(
+        &self,
+        answer: impl Future<Output = Result<T, MasterError>>,
+    ) -> Result<T, MasterError> {
+        let mut answer = std::pin::pin!(answer);
+        let began = Instant::now();
+        if let Ok(answered) = timeout(PATIENCE, &mut answer).await {
+            return answered;
+        }
+        loop {
+            let overtaken = async {
+                let answered = matches!(timeout(OVERTAKES_WITHIN, self.is_answering()).await, Ok(true));
+                sleep(OVERTAKES_WITHIN).await;
+                answered
+            };
+            tokio::select! {
+                biased;
+                answered = &mut answer => return answered,
+                is_overtaken = overtaken => if is_overtaken {
+                    debug!(seconds = began.elapsed().as_secs(), "giving up a request that a later one has overtaken");
+                    let problem = "did not answer a request while it answered a later one".to_owned();
+                    return Err(MasterError::Away { problem, retry_after: None });
+                },
+            }
+        }
+    }
+
+    /// Whether a master answers what has no effect. The connection of a request under way is never used for another.
+    async fn is_answering(&self) -> bool {
+        let url = route(&self.base, &["api", "v2", "agents", "probe", "events"]);
+        match self.exchange(Method::POST, url, Some(b"{}".to_vec()), &mut None).await {
+            Ok((status, ..)) => !status.is_server_error() && status != StatusCode::TOO_MANY_REQUESTS,
+            Err(_) => false,
+        }
     }
 
     /// `answered` is set once there is a status, whatever becomes of the rest.
@@ -289,6 +365,7 @@ impl Master {
         let mut link = self.link();
         match error {
             Some(error) if error.is_away() => {
+                link.failures += 1;
                 link.trouble.failed(error, error.remedy());
             }
             _ => {

@@ -22,6 +22,7 @@ use serde_json::json;
 use tokio::sync::watch;
 
 use crate::channels::{Inventory, View, Wanted, Ways};
+use crate::concerns::Concerns;
 use crate::logging::Ring;
 use crate::master::Master;
 use crate::metrics::Metrics;
@@ -49,6 +50,7 @@ pub(crate) struct Sources {
     pub(crate) inventory: watch::Receiver<Inventory>,
     pub(crate) ways: watch::Receiver<Ways>,
     pub(crate) metrics: Metrics,
+    pub(crate) concerns: Concerns,
     pub(crate) log: Ring,
     /// When the agent started.
     pub(crate) started: Instant,

@@ -12,6 +12,7 @@ use tokio::sync::{Mutex, watch};
 use tokio::time::sleep;
 use tracing::{info, warn};
 
+use crate::concerns::{Concerns, Retry};
 use crate::master::wire::{Assignment, CAPABILITIES, PROTOCOLS, Register};
 use crate::master::{Master, MasterError};
 use crate::pulse::{rest, rest_until};
@@ -31,6 +32,8 @@ pub struct Session {
     pub assignment: Option<Assignment>,
     /// The master has just met this agent: on v1 it is pending there and has no tunnel, on v2 it got another id.
     pub is_new: bool,
+    /// The master made this agent with this registration, so that it has taken nothing of it before.
+    pub is_first: bool,
 }
 
 /// The protocol of a session.
@@ -81,8 +84,7 @@ pub struct Registrar {
 #[derive(Debug)]
 struct Work {
     agent_id: Option<AgentId>,
-    backoff: Backoff,
-    refused: Trouble,
+    retry: Retry,
     unsaved: Trouble,
 }
 
@@ -94,11 +96,16 @@ const LONGEST_WAIT: Duration = Duration::from_secs(60);
 
 impl Registrar {
     /// `agent_id` is the one on disk.
-    pub fn new(master: Arc<Master>, store: Store, agent_id: Option<AgentId>, display_name: Option<String>) -> Self {
+    pub fn new(
+        master: Arc<Master>,
+        store: Store,
+        agent_id: Option<AgentId>,
+        display_name: Option<String>,
+        concerns: Concerns,
+    ) -> Self {
         let work = Work {
             agent_id,
-            backoff: Backoff::new(FIRST_WAIT, LONGEST_WAIT),
-            refused: Trouble::new("registration:"),
+            retry: Retry::new("registration", "registration:", FIRST_WAIT, LONGEST_WAIT, concerns),
             unsaved: Trouble::new("the agent id"),
         };
         Self {
@@ -147,8 +154,7 @@ impl Registrar {
         loop {
             match self.register(&mut work, number).await {
                 Ok(session) => {
-                    work.backoff.reset();
-                    work.refused.ended();
+                    work.retry.worked();
                     self.removed.send_replace(false);
                     self.refused.send_replace(false);
                     let session = Arc::new(session);
@@ -162,9 +168,8 @@ impl Registrar {
                     }
                     if !error.is_away() {
                         self.refused.send_replace(true);
-                        work.refused.failed(&format_args!("the master {error}"), self.remedy(&error));
                     }
-                    let wait = work.backoff.next(error.retry_after());
+                    let wait = work.retry.after(&error, self.remedy(&error));
                     rest(wait).await;
                 }
             }
@@ -190,7 +195,7 @@ impl Registrar {
             capabilities: CAPABILITIES,
             agent_id: work.agent_id.as_ref(),
         };
-        let reply = match self.master.register(&request).await {
+        let (reply, is_first) = match self.master.register(&request).await {
             // The key is bound to another id: asking without one brings the right one back.
             Err(error) if error.code() == KEY_OF_ANOTHER && request.agent_id.is_some() => {
                 request.agent_id = None;
@@ -199,15 +204,15 @@ impl Registrar {
             reply => reply?,
         };
         let protocol = match (reply.protocol_version, reply.agent_session_id) {
-            (Some(2), Some(session)) => Protocol::V2 { session },
+            (Some(2), Some(session)) if !session.is_empty() => Protocol::V2 { session },
             (None | Some(1), _) => Protocol::V1,
-            (Some(2), None) => {
+            (Some(2), _) => {
                 let problem = "agreed to protocol 2 without naming a session".to_owned();
-                return Err(MasterError::Away { problem, retry_after: None });
+                return Err(MasterError::Unusable { problem });
             }
             (Some(other), _) => {
                 let problem = format!("agreed to protocol {other}, which was not offered");
-                return Err(MasterError::Away { problem, retry_after: None });
+                return Err(MasterError::Unusable { problem });
             }
         };
         let another = work.agent_id.as_ref().is_some_and(|known| *known != reply.agent_id);
@@ -216,7 +221,7 @@ impl Registrar {
         let pending = reply.agent.as_ref().is_some_and(|agent| agent.status.as_deref() == Some("pending"));
         let assignment = reply.agent.and_then(|agent| agent.assignment());
         let is_new = if protocol == Protocol::V1 { pending && assignment.is_none() } else { another };
-        Ok(Session { agent_id: reply.agent_id, protocol, number, assignment, is_new })
+        Ok(Session { agent_id: reply.agent_id, protocol, number, assignment, is_new, is_first })
     }
 
     /// Puts the id on disk before it is used: an id that is forgotten shows as a second agent in the master.

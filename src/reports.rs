@@ -10,22 +10,33 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::channels::{Change, Inventory, Traffic, View, Wanted};
+use crate::concerns::Concerns;
 use crate::docker::Container;
+use crate::labels::ENABLE_KEYS;
 use crate::master::{Master, MasterError, wire};
 use crate::metrics::{self, Metrics};
 use crate::pulse::{BEAT, rest};
 use crate::registration::{Protocol, Registrar, Session};
 use crate::retry::{Backoff, Trouble};
+use crate::state::{Reported, Store};
 
+mod ledger;
 mod outbox;
+mod rivalry;
+mod stubborn;
+use ledger::{Ledger, One, Outcome, Why};
 use outbox::{Message, Outbox};
+use rivalry::Rivalry;
+use stubborn::Stubborn;
 
 /// A master counts an agent as gone when it has heard nothing for 60 s; a sign of life goes out well before, so
 /// that one may be lost.
@@ -52,6 +63,12 @@ pub struct Inputs {
     pub wanted: watch::Receiver<Wanted>,
     /// Counts what waits and what was said.
     pub metrics: Metrics,
+    /// What is left out and what is tried again is listed here.
+    pub concerns: Concerns,
+    /// Where it is kept what the master knows, while a report may go without something.
+    pub store: Store,
+    /// What an earlier life kept.
+    pub reported: Option<Reported>,
 }
 
 /// The report task.
@@ -68,8 +85,15 @@ pub struct Reporter {
     streams: Streams,
     /// The master said that this agent is being decommissioned: nothing more in this session.
     quiet: bool,
-    /// An inventory that the master found too large; it is not sent again as it is.
-    too_large: Option<BTreeMap<String, Container>>,
+    /// What the master took and what it refuses.
+    ledger: Ledger,
+    /// The report under way: ids and names, and about its size in bytes.
+    reporting: (BTreeMap<String, String>, usize),
+    kept: Kept,
+    stubborn: Stubborn,
+    rivalry: Rivalry,
+    /// A v2 master whose answers look like those of v1.
+    is_terse: bool,
     /// The tunnel as the last status told it, and as the one under way does.
     told: View,
     telling: View,
@@ -88,19 +112,49 @@ struct Streams {
 #[derive(Debug, Default)]
 struct Numbered {
     last: u64,
-    /// The message under that number while it is not answered, and what it says: whoever wants to say the same
-    /// repeats it to the letter.
-    unanswered: Option<(Value, Value)>,
+    /// The message under that number while it is not answered, and a digest of what it says: whoever wants to say the
+    /// same repeats it to the letter.
+    unanswered: Option<(Digest, Arc<Payload>)>,
 }
+
+type Digest = [u8; 32];
+
+/// A message in the session's words.
+#[derive(Debug)]
+struct Payload {
+    kind: &'static str,
+    body: String,
+}
+
+/// The file that says after a restart what the master knows.
+#[derive(Debug, Default)]
+struct Kept {
+    agent_id: Option<String>,
+    /// What it says; `None` while there is no such file.
+    document: Option<Reported>,
+    written: Option<Instant>,
+    /// A write that is under way: a slow disk must not hold up a report.
+    work: Option<JoinHandle<()>>,
+}
+
+/// The file is written again at most this often.
+const KEEP_EVERY: Duration = Duration::from_secs(5);
 
 /// What became of a message.
 enum Sent {
-    Yes,
+    /// Taken, by a master of this protocol where the answer shows it.
+    Yes(Option<u32>),
     /// Not now: put it back and wait.
     Later(Option<Duration>),
+    /// Not now either, and said with a 5xx: it may be this message that the master cannot digest.
+    Failed(Option<Duration>),
     /// Never as it is.
+    Refused(Why),
+    /// Dropped, and said so.
     Dropped,
-    /// Not under this session.
+    /// Not under this session, which was one until now.
+    Lost,
+    /// The key or the id is refused.
     Unregistered,
     /// The agent is being decommissioned.
     Decommissioning,
@@ -115,6 +169,10 @@ impl Reporter {
         interval: Duration,
         announces_stop: bool,
     ) -> Self {
+        let document = inputs.reported.clone();
+        let ledger = Ledger::new(document.clone().map(|reported| reported.containers));
+        let agent_id = document.as_ref().map(|reported| reported.agent_id.clone());
+        let kept = Kept { agent_id, document, ..Kept::default() };
         Self {
             master,
             registrar,
@@ -125,7 +183,12 @@ impl Reporter {
             session: None,
             streams: Streams::default(),
             quiet: false,
-            too_large: None,
+            ledger,
+            reporting: Default::default(),
+            kept,
+            stubborn: Stubborn::default(),
+            rivalry: Rivalry::default(),
+            is_terse: false,
             told: View::default(),
             telling: View::default(),
             revision: 0,
@@ -166,40 +229,62 @@ impl Reporter {
                 continue;
             }
             let heartbeat_at = self.master.last_contact().map_or(now, |contact| contact + HEARTBEAT_AFTER);
-            let Some(message) = self.outbox.next(self.can_report(), now >= heartbeat_at) else {
-                self.wait_for_news(&shutdown, next_report.min(heartbeat_at), &mut sessions).await;
+            let Some(message) = self.next(now, now >= heartbeat_at, failures) else {
+                let deadline = next_report.min(heartbeat_at).min(self.rivalry.over_at().unwrap_or(next_report));
+                self.wait_for_news(&shutdown, deadline, &mut sessions).await;
                 continue;
             };
             let payload = self.write(&message, &session);
             let master = self.master.clone();
-            let Some(result) = self.meanwhile(&shutdown, master.send_event(&session.agent_id, &payload)).await else {
+            let sending = master.send_event(&session.agent_id, &payload.body);
+            let Some(result) = self.meanwhile(&shutdown, sending).await else {
                 // Under way when the shutdown came: the flush repeats it, and v2 masters know the number.
                 self.outbox.put_back(message);
                 break;
             };
-            let sent = self.judge(result, &message);
-            if !matches!(sent, Sent::Later(_)) {
+            let sent = self.judge(&result, &message);
+            if !matches!(sent, Sent::Later(_) | Sent::Failed(_)) {
                 self.answered(&payload);
             }
-            let kind = payload["type"].as_str().unwrap_or_default();
+            let sent = match sent {
+                Sent::Failed(asked) if !self.stubborn.failed(&kind_of(&message), Instant::now()) => Sent::Later(asked),
+                Sent::Failed(_) => {
+                    // The next one is another message, and needs a number of its own.
+                    self.answered(&payload);
+                    self.say_set_aside(&message, &result);
+                    Sent::Refused(Why::Failing)
+                }
+                sent => sent,
+            };
             match sent {
-                Sent::Yes => {
-                    self.inputs.metrics.message(kind, metrics::ACCEPTED);
+                Sent::Yes(speaks) => {
+                    self.inputs.metrics.message(payload.kind, metrics::ACCEPTED);
                     failures = 0;
                     backoff.reset();
-                    self.outbox.delivered(&message);
-                    self.refused.ended();
-                    match message {
-                        Message::Report => self.master.report_taken(),
-                        Message::Status => self.told.clone_from(&self.telling),
-                        _ => {}
+                    self.taken(message);
+                    if speaks == Some(1) && session.protocol != Protocol::V1 && !self.is_terse {
+                        info!(
+                            "the master answers as the first protocol does, an earlier version has taken its place; registering again"
+                        );
+                        let Some(renewed) = self.meanwhile(&shutdown, registrar.renew(Some(&session))).await else {
+                            break;
+                        };
+                        // One that speaks the second all the same is believed.
+                        self.is_terse = renewed.protocol != Protocol::V1;
                     }
                 }
                 Sent::Dropped => {
-                    self.inputs.metrics.message(kind, metrics::DROPPED);
+                    self.inputs.metrics.message(payload.kind, metrics::DROPPED);
                     self.outbox.delivered(&message);
                 }
-                Sent::Later(asked) => {
+                Sent::Refused(why) => {
+                    self.inputs.metrics.message(payload.kind, metrics::DROPPED);
+                    failures = 0;
+                    backoff.reset();
+                    self.outbox.delivered(&message);
+                    self.refused(message, why);
+                }
+                Sent::Later(asked) | Sent::Failed(asked) => {
                     failures += 1;
                     self.outbox.put_back(message);
                     // The first retry repeats the message; after that it is an outage.
@@ -209,8 +294,12 @@ impl Reporter {
                     let wait = backoff.next(asked);
                     self.meanwhile(&shutdown, rest(wait)).await;
                 }
-                Sent::Unregistered => {
+                Sent::Lost | Sent::Unregistered => {
                     self.outbox.put_back(message);
+                    if matches!(sent, Sent::Lost) && self.rivalry.lost(self.master.failures(), Instant::now()) {
+                        warn!("{SAME_KEY}; {SAME_KEY_REMEDY}");
+                        self.inputs.concerns.raise("same_key", "", SAME_KEY, SAME_KEY_REMEDY);
+                    }
                     // A master that takes the registration and not the session must not make this spin, nor another
                     // agent with the same key.
                     if adopted.elapsed() >= LASTING_SESSION {
@@ -230,10 +319,172 @@ impl Reporter {
                     self.quiet = true;
                 }
             }
+            self.keep();
         }
         if timeout(FLUSH_LIMIT, self.flush()).await.is_err() {
             warn!("the master did not take the last messages in time; the next start reports anew");
         }
+    }
+
+    /// What to say next. While no report can be complete, and nothing else is due, that is what was not told yet of
+    /// single containers.
+    fn next(&mut self, now: Instant, heartbeat_due: bool, failures: u32) -> Option<Message> {
+        if self.rivalry.is_over(now) {
+            info!("one session has lasted: no other agent uses this key any more, reports are complete again");
+            self.inputs.concerns.clear("same_key", "");
+        }
+        self.ledger.is_contested = self.rivalry.is_contested();
+        // A report that is answered with 500 each time: now and then something small finds out whether it is the
+        // report or the master.
+        if self.outbox.is_away() && self.stubborn.count(REPORT) > 1 && failures % 3 == 1 {
+            return Some(Message::Heartbeat);
+        }
+        loop {
+            let can_report = self.can_report();
+            if let Some(message) = self.outbox.next(can_report, false) {
+                let rests = self.stubborn.rests(&kind_of(&message), now);
+                match &message {
+                    Message::Change(change) if self.ledger.is_idle_word(change) => self.outbox.delivered(&message),
+                    // It is due again with the next report.
+                    Message::Status | Message::Unknown if rests && !self.outbox.is_away() => {}
+                    _ => return Some(message),
+                }
+                continue;
+            }
+            let one = {
+                let inventory = self.inputs.inventory.borrow();
+                if !inventory.complete {
+                    break;
+                }
+                self.ledger.forget_gone(&inventory.containers);
+                match self.ledger.next(&inventory.containers, now) {
+                    Some(one) => Some(one),
+                    None => match self.ledger.settle(&inventory.containers, now) {
+                        Some(outcome) => {
+                            drop(inventory);
+                            self.say_outcome(outcome);
+                            self.outbox.report_when_complete();
+                            continue;
+                        }
+                        None => None,
+                    },
+                }
+            };
+            self.list_left_out();
+            let Some(one) = one else { break };
+            let (running, container) = match one {
+                One::Start(container) => (true, container),
+                One::Stop { id, name } => (false, bare(id, name)),
+            };
+            return Some(Message::Change(Box::new(Change { at: jiff::Timestamp::now(), running, container })));
+        }
+        heartbeat_due.then_some(Message::Heartbeat)
+    }
+
+    /// The master took a message.
+    fn taken(&mut self, message: Message) {
+        self.outbox.delivered(&message);
+        let kind = kind_of(&message);
+        if self.stubborn.taken(&kind) {
+            info!("the master takes {} again", describe(&message));
+            self.inputs.concerns.clear("message", &kind);
+        }
+        if self.refused.ended() {
+            self.inputs.concerns.clear("message", "");
+        }
+        match message {
+            Message::Report => {
+                self.master.report_taken();
+                self.ledger.report_taken(std::mem::take(&mut self.reporting.0));
+                self.inputs.concerns.clear("report", "");
+            }
+            Message::Status => self.told.clone_from(&self.telling),
+            Message::Change(change) if change.running => self.ledger.start_taken(&change.container),
+            Message::Change(change) => self.ledger.stop_taken(&change.container.id),
+            Message::Unknown | Message::Heartbeat => {}
+        }
+    }
+
+    /// The master will not take this message.
+    fn refused(&mut self, message: Message, why: Why) {
+        match message {
+            Message::Report => {
+                self.ledger.report_refused(self.reporting.1, why);
+                self.outbox.report_when_complete();
+            }
+            Message::Change(change) if change.running => {
+                if self.ledger.start_refused(&change.container) {
+                    say_left_out(&change.container, why, &self.inputs.concerns);
+                }
+                self.outbox.report_when_complete();
+            }
+            // What matters of an end is whose it is.
+            Message::Change(change) if change.container.labels.len() > 1 => {
+                let Container { id, name, .. } = change.container.clone();
+                self.outbox.put_back(Message::Change(Box::new(Change { container: bare(id, name), ..*change })));
+            }
+            // The next report tells as much.
+            Message::Change(_) => self.outbox.report_when_complete(),
+            Message::Status | Message::Unknown | Message::Heartbeat => {}
+        }
+    }
+
+    fn say_set_aside(&mut self, message: &Message, result: &Result<Option<u32>, MasterError>) {
+        let Err(error) = result else { return };
+        let (what, kind) = (describe(message), kind_of(message));
+        let next = "it is set aside and tried again later, the others are sent; see the master's log";
+        warn!("{what} is not taken: the master {error} to it each time, and takes others; {next}");
+        let problem = format!("{what} is not taken: the master {error} to it each time");
+        self.inputs.concerns.raise("message", &kind, problem, next);
+    }
+
+    fn say_outcome(&mut self, outcome: Outcome) {
+        let Outcome::Whole { why, containers, size } = outcome else { return };
+        let problem = match why {
+            Why::TooLarge => "the report is refused as too large, by the master or by what stands before it",
+            Why::Invalid | Why::Failing => "the master does not take the report",
+        };
+        let remedy = match why {
+            Why::TooLarge => {
+                "allow larger requests there (nginx: client_max_body_size 8m); until then each container is told for itself, and what is removed while the agent is down stays published"
+            }
+            Why::Invalid | Why::Failing => {
+                "see the master's log; until then each container is told for itself, and what is removed while the agent is down stays published"
+            }
+        };
+        warn!(containers, bytes = size, "{problem}, and takes each of its containers; {remedy}");
+        let listed =
+            format!("{problem}: {containers} containers, about {size} bytes; each of them is taken for itself");
+        self.inputs.concerns.raise("report", "", listed, remedy);
+    }
+
+    /// Takes from the list what is no more.
+    fn list_left_out(&self) {
+        let names = self.ledger.names(&self.inputs.inventory.borrow().containers);
+        self.inputs.concerns.retain(LEFT_OUT, |about| names.contains(about));
+    }
+
+    /// Keeps on disk what the master knows, while that must be known after a restart.
+    fn keep(&mut self) {
+        let document = self.ledger.to_keep().zip(self.kept.agent_id.clone());
+        let document = document.map(|(containers, agent_id)| Reported { agent_id, containers: containers.clone() });
+        let is_busy = self.kept.work.as_ref().is_some_and(|work| !work.is_finished());
+        let is_early = document.is_some() && self.kept.written.is_some_and(|at| at.elapsed() < KEEP_EVERY);
+        if is_busy || is_early || document == self.kept.document {
+            return;
+        }
+        let store = self.inputs.store.clone();
+        self.kept.document.clone_from(&document);
+        self.kept.written = Some(Instant::now());
+        self.kept.work = Some(tokio::spawn(async move {
+            // Without it an agent that is started again knows less, and is the more careful.
+            if let Err(error) = store.save_reported(document.as_ref()).await {
+                warn!(
+                    "it cannot be stored what the master knows: {}; after a restart nothing is called complete until that is known again",
+                    crate::error_chain(&error)
+                );
+            }
+        }));
     }
 
     /// Says what is still due, each message once, and last that the tunnel stops.
@@ -244,17 +495,17 @@ impl Reporter {
         }
         while let Some(message) = self.outbox.next(self.can_report(), false) {
             let payload = self.write(&message, &session);
-            if self.master.send_event(&session.agent_id, &payload).await.is_err() {
+            if self.master.send_event(&session.agent_id, &payload.body).await.is_err() {
                 return;
             }
             self.answered(&payload);
-            self.outbox.delivered(&message);
+            self.taken(message);
         }
         if self.announces_stop {
             let view = self.inputs.tunnel.borrow().stopped_with_agent();
-            let payload = self.envelope("tunnel_status", view.fields(Traffic::default()), &session);
+            let payload = self.envelope("tunnel_status", view.fields(Traffic::default()), None, &session);
             // There is nothing left to do about a failure: the master shows the agent as offline in a minute.
-            let _ = self.master.send_event(&session.agent_id, &payload).await;
+            let _ = self.master.send_event(&session.agent_id, &payload.body).await;
         }
     }
 
@@ -307,7 +558,13 @@ impl Reporter {
         self.session = Some(session.clone());
         self.streams = Streams::default();
         self.quiet = false;
-        self.too_large = None;
+        let agent_id = Some(session.agent_id.as_str().to_owned());
+        if std::mem::replace(&mut self.kept.agent_id, agent_id.clone()) != agent_id {
+            // What was told under another id is nothing that this master knows.
+            self.ledger = Ledger::new(None);
+        }
+        self.ledger.begin(session.is_first);
+        self.rivalry.begun(Instant::now());
         self.outbox.report_when_complete();
         // Before the supervisor's first look there is nothing to say, and its first word is a change.
         if self.inputs.tunnel.borrow_and_update().looked {
@@ -333,96 +590,107 @@ impl Reporter {
     }
 
     fn can_report(&self) -> bool {
-        let inventory = self.inputs.inventory.borrow();
-        inventory.complete && self.too_large.as_ref() != Some(&inventory.containers)
+        let (inventory, now) = (self.inputs.inventory.borrow(), Instant::now());
+        inventory.complete && self.ledger.can_report(&inventory.containers, now) && !self.stubborn.rests(REPORT, now)
     }
 
     /// Decides what becomes of a message, by the tables of both protocols.
-    fn judge(&mut self, result: Result<(), MasterError>, message: &Message) -> Sent {
-        let Err(error) = result else { return Sent::Yes };
-        match (&error, error.status(), error.code()) {
+    fn judge(&mut self, result: &Result<Option<u32>, MasterError>, message: &Message) -> Sent {
+        let error = match result {
+            Ok(speaks) => return Sent::Yes(*speaks),
+            Err(error) => error,
+        };
+        let of_a_container = matches!(message, Message::Report | Message::Change(_));
+        match (error, error.status(), error.code()) {
+            (MasterError::Unavailable { retry_after: None, .. }, Some(500..), _) => Sent::Failed(None),
             _ if error.is_away() => Sent::Later(error.retry_after()),
             // Whoever registers says what is wrong with the key.
-            (_, Some(401 | 403 | 404), _) | (_, Some(409), "registration_required") => Sent::Unregistered,
+            (_, Some(401 | 403 | 404), _) => Sent::Unregistered,
+            (_, Some(409), "registration_required") => Sent::Lost,
             (_, Some(409), "stale_sequence") => {
                 error!(
                     "the master has seen a higher number in this session, which is a mistake of this agent; registering again and reporting everything"
                 );
-                Sent::Unregistered
+                Sent::Lost
             }
             (_, Some(409), "agent_decommissioning") => Sent::Decommissioning,
-            (_, Some(413), _) => {
-                if *message == Message::Report {
-                    self.too_large = Some(self.inputs.inventory.borrow().containers.clone());
-                    let containers = self.inputs.inventory.borrow().containers.len();
-                    warn!(
-                        containers,
-                        "the master refuses the report as too large; it removes nothing until the next one that fits, use fewer or shorter dockflare.* labels"
-                    );
-                } else {
-                    warn!(
-                        "the master refuses {} as too large; it is dropped, use fewer or shorter dockflare.* labels",
-                        describe(message)
-                    );
-                }
-                Sent::Dropped
-            }
+            // What is left out is told where that is known.
+            (_, Some(413), _) if of_a_container => Sent::Refused(Why::TooLarge),
+            (_, Some(400), _) if of_a_container => Sent::Refused(Why::Invalid),
             _ => {
                 let what = format!("{} is dropped, since the master {error}", describe(message));
-                self.refused
-                    .failed(&what, "going on with the next; this is a mismatch of agent and master, please report it");
+                let next = match error.status() {
+                    Some(413) => "going on with the next; let what stands before the master take larger requests",
+                    _ => "going on with the next; this is a mismatch of agent and master, please report it",
+                };
+                self.refused.failed(&what, next);
+                self.inputs.concerns.raise("message", "", format!("a message: {what}"), next);
                 Sent::Dropped
             }
         }
     }
 
     /// Puts a message into the session's words.
-    fn write(&mut self, message: &Message, session: &Session) -> Value {
+    fn write(&mut self, message: &Message, session: &Session) -> Arc<Payload> {
         match message {
             Message::Change(change) => self.change(change, session),
             Message::Report => self.report(session),
             Message::Unknown if session.protocol != Protocol::V1 => {
                 let fields = json!({ "inventory_complete": false, "inventory_scope": SCOPE });
-                self.envelope(REPORT, fields, session)
+                self.envelope(REPORT, fields, None, session)
             }
             Message::Status => {
                 let view = self.inputs.tunnel.borrow_and_update().clone();
                 let fields = view.fields(view.connector.carried_since(&self.told.connector));
                 self.telling = view;
-                self.envelope("tunnel_status", fields, session)
+                self.envelope("tunnel_status", fields, None, session)
             }
-            Message::Heartbeat | Message::Unknown => self.envelope("heartbeat", json!({}), session),
+            Message::Heartbeat | Message::Unknown => self.envelope("heartbeat", json!({}), None, session),
         }
     }
 
-    fn change(&mut self, change: &Change, session: &Session) -> Value {
+    fn change(&mut self, change: &Change, session: &Session) -> Arc<Payload> {
         let kind = if change.running { "container_start" } else { "container_stop" };
         let Container { id, name, labels, .. } = change.container.clone();
         let container = wire::Container { id, name, labels };
-        self.envelope(kind, json!({ "timestamp": change.at.to_string(), "container": container }), session)
+        self.envelope(kind, json!({ "timestamp": change.at.to_string(), "container": container }), None, session)
     }
 
-    fn report(&mut self, session: &Session) -> Value {
-        let containers: Vec<Value> = {
+    fn report(&mut self, session: &Session) -> Arc<Payload> {
+        let list = {
             let inventory = self.inputs.inventory.borrow_and_update();
-            let listed = inventory.containers.values();
-            listed.map(|c| json!({ "id": c.id, "name": c.name, "labels": c.labels, "status": c.status })).collect()
+            let listed: Vec<_> =
+                inventory.containers.values().filter(|one| !self.ledger.is_left_out(&one.id)).collect();
+            let names = listed.iter().map(|one| (one.id.clone(), one.name.clone())).collect();
+            self.reporting = (names, self.ledger.size(&inventory.containers));
+            let listed: Vec<_> = listed.into_iter().map(Listed::of).collect();
+            // Texts and maps of texts.
+            serde_json::to_string(&listed).unwrap_or_default()
         };
         match session.protocol {
-            Protocol::V1 => self.envelope(REPORT, json!({ "container": { "containers": containers } }), session),
+            Protocol::V1 => {
+                self.envelope(REPORT, json!({}), Some(("\"container\":{\"containers\":", list, "}")), session)
+            }
             Protocol::V2 { .. } => {
-                let fields = json!({ "inventory_complete": true, "inventory_scope": SCOPE, "containers": containers });
-                self.envelope(REPORT, fields, session)
+                let fields = json!({ "inventory_complete": true, "inventory_scope": SCOPE });
+                self.envelope(REPORT, fields, Some(("\"containers\":", list, "")), session)
             }
         }
     }
 
-    /// Type, time and, on v2, session and number around `fields`, which win. What was sent and not answered is
-    /// repeated to the letter.
-    fn envelope(&mut self, kind: &'static str, fields: Value, session: &Session) -> Value {
+    /// Type, time and, on v2, session and number around `fields`, which win, and around a list that is JSON already,
+    /// between what comes before and after it: the list of a large host is not copied more often than it must be. What
+    /// was sent and not answered is repeated to the letter.
+    fn envelope(
+        &mut self,
+        kind: &'static str,
+        fields: Value,
+        list: Option<(&'static str, String, &'static str)>,
+        session: &Session,
+    ) -> Arc<Payload> {
         let stream = self.stream(kind);
-        let says = json!([kind, fields]);
-        if let Some((_, message)) = stream.unanswered.as_ref().filter(|(said, _)| *said == says) {
+        let said = digest(&[kind, &fields.to_string(), list.as_ref().map_or("", |(_, list, _)| list)]);
+        if let Some((_, message)) = stream.unanswered.as_ref().filter(|(known, _)| *known == said) {
             return message.clone();
         }
         let mut message = json!({ "type": kind, "timestamp": jiff::Timestamp::now().to_string() });
@@ -435,8 +703,17 @@ impl Reporter {
         if let (Value::Object(message), Value::Object(fields)) = (&mut message, fields) {
             message.extend(fields);
         }
-        stream.unanswered = Some((says, message.clone()));
-        message
+        let mut body = message.to_string();
+        if let Some((before, list, after)) = list {
+            body.truncate(body.len() - 1);
+            body.reserve_exact(before.len() + list.len() + after.len() + 2);
+            for part in [",", before, &list, after, "}"] {
+                body.push_str(part);
+            }
+        }
+        let payload = Arc::new(Payload { kind, body });
+        stream.unanswered = Some((said, payload.clone()));
+        payload
     }
 
     fn stream(&mut self, kind: &str) -> &mut Numbered {
@@ -444,10 +721,87 @@ impl Reporter {
     }
 
     /// The master has answered: the next message is another one, even if it says the same.
-    fn answered(&mut self, payload: &Value) {
-        self.stream(payload["type"].as_str().unwrap_or_default()).unanswered = None;
+    fn answered(&mut self, payload: &Payload) {
+        self.stream(payload.kind).unanswered = None;
     }
 }
+
+/// A container in a report.
+#[derive(Serialize)]
+struct Listed<'a> {
+    id: &'a str,
+    name: &'a str,
+    labels: &'a BTreeMap<String, String>,
+    status: &'a str,
+}
+
+impl<'a> Listed<'a> {
+    fn of(container: &'a Container) -> Self {
+        let Container { id, name, labels, status, .. } = container;
+        Self { id, name, labels, status }
+    }
+}
+
+fn digest(parts: &[&str]) -> Digest {
+    let mut context = ring::digest::Context::new(&ring::digest::SHA256);
+    for part in parts {
+        context.update(part.as_bytes());
+        context.update(&[0]);
+    }
+    let mut digest = Digest::default();
+    digest.copy_from_slice(context.finish().as_ref());
+    digest
+}
+
+/// A container of which no more is told than whose it is.
+fn bare(id: String, name: String) -> Container {
+    let labels = [(ENABLE_KEYS[0].to_owned(), "true".to_owned())].into();
+    Container { id, name, labels, status: String::new(), image: String::new() }
+}
+
+/// The kind under which [`Stubborn`] knows a message.
+fn kind_of(message: &Message) -> String {
+    match message {
+        Message::Report => REPORT.to_owned(),
+        Message::Unknown => "unknown".to_owned(),
+        Message::Status => "tunnel_status".to_owned(),
+        Message::Heartbeat => "heartbeat".to_owned(),
+        Message::Change(change) => {
+            format!("{} {}", if change.running { "start" } else { "stop" }, change.container.id)
+        }
+    }
+}
+
+fn say_left_out(container: &Container, why: Why, concerns: &Concerns) {
+    let name = &container.name;
+    let longest = container.labels.iter().max_by_key(|(key, value)| key.len() + value.len());
+    let (label, bytes) = longest.map_or(("-", 0), |(key, value)| (key.as_str(), value.len()));
+    let labels = container.labels.len();
+    let (problem, remedy) = match why {
+        Why::TooLarge => (
+            "the master refuses the container as too large, it is left out and the others are reported",
+            "use fewer or shorter dockflare.* labels",
+        ),
+        Why::Invalid => (
+            "the master refuses the container as invalid, it is left out and the others are reported",
+            "look at its name and dockflare.* labels",
+        ),
+        Why::Failing => (
+            "the master fails at the container each time, it is left out and the others are reported",
+            "look at its name and dockflare.* labels, and see the master's log",
+        ),
+    };
+    warn!(container = %name, label, bytes, labels, "{problem}; {remedy}");
+    let listed = format!("{name}: {problem}; its longest label is {label} with {bytes} bytes, it has {labels}");
+    concerns.raise(LEFT_OUT, name, listed, remedy);
+}
+
+/// Under which the list has what the master refuses.
+const LEFT_OUT: &str = "container_refused";
+
+/// How another agent is told of, and what to do.
+const SAME_KEY: &str = "another agent uses this key: each host needs its own";
+const SAME_KEY_REMEDY: &str = "generate a key for each on the master's Agents page, and delete agent_id.txt on the copy; until one session has lasted ten minutes no report is called complete";
 
 /// The one type of message that has a stream of its own.
 const REPORT: &str = "status_report";

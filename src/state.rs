@@ -19,7 +19,7 @@ mod documents;
 mod leftovers;
 mod lock;
 mod peek;
-pub use documents::{AgentId, DesiredState, Phase, Token, TokenClaims, Tombstone, TunnelId, TunnelState};
+pub use documents::{AgentId, DesiredState, Phase, Reported, Token, TokenClaims, Tombstone, TunnelId, TunnelState};
 use lock::{Lock, Refused};
 pub(crate) use peek::{Folder, files, peek};
 
@@ -107,6 +107,7 @@ const AGENT_ID: &str = "agent_id.txt";
 const TUNNEL: &str = "tunnel_state.json";
 /// Name of the tombstone; an operator deletes it to enrol the agent again.
 pub const TOMBSTONE: &str = "decommission.json";
+const REPORTED: &str = "reported.json";
 /// Written and removed, to see whether the folder can be written.
 const WRITABLE: &str = ".writable";
 
@@ -171,6 +172,14 @@ impl Store {
         self.read(TOMBSTONE, parse_tombstone)
     }
 
+    /// Reads `reported.json`.
+    ///
+    /// # Errors
+    /// As [`Store::agent_id`].
+    pub fn reported(&self) -> Result<Found<Reported>, StateError> {
+        self.read(REPORTED, parse_json)
+    }
+
     /// Replaces `agent_id.txt`.
     ///
     /// # Errors
@@ -193,6 +202,22 @@ impl Store {
     /// As [`Store::save_agent_id`].
     pub async fn save_tombstone(&self, tombstone: &Tombstone) -> Result<(), StateError> {
         self.save_json(TOMBSTONE, tombstone).await
+    }
+
+    /// Replaces `reported.json`, or removes it.
+    ///
+    /// # Errors
+    /// As [`Store::save_agent_id`].
+    pub async fn save_reported(&self, reported: Option<&Reported>) -> Result<(), StateError> {
+        if let Some(reported) = reported {
+            return self.save_json(REPORTED, reported).await;
+        }
+        let path = self.dir.join(REPORTED);
+        let removed = tokio::task::spawn_blocking(move || fs::remove_file(path)).await;
+        match removed.map_err(io::Error::other).flatten() {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(self.failed(REPORTED, "removed", error)),
+            _ => Ok(()),
+        }
     }
 
     async fn save_json(&self, name: &'static str, document: &impl Serialize) -> Result<(), StateError> {

@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::channels::{Refusal, View, Wanted};
+use crate::concerns::{Concerns, Retry};
 use crate::master::{Master, MasterError};
 use crate::metrics::{self, Metrics};
 use crate::pulse::BEAT;
@@ -59,6 +60,8 @@ pub struct Links {
     pub view: watch::Receiver<View>,
     /// Counts the commands.
     pub metrics: Metrics,
+    /// What is tried again is listed here.
+    pub concerns: Concerns,
 }
 
 /// The command task.
@@ -82,12 +85,11 @@ pub struct Poller {
 #[derive(Debug)]
 struct Timers {
     poll: Instant,
-    polling: Backoff,
+    polling: Retry,
     push: Instant,
-    pushing: Backoff,
+    pushing: Retry,
     ack: Instant,
-    acking: Backoff,
-    odd_reply: Trouble,
+    acking: Retry,
     disk: Trouble,
     no_route: bool,
 }
@@ -107,15 +109,15 @@ impl Poller {
         cloudflared_image: String,
         links: Links,
     ) -> Self {
-        let (now, backoff) = (Instant::now(), || Backoff::new(FIRST_WAIT, LONGEST_WAIT));
+        let now = Instant::now();
+        let retry = |id, what| Retry::new(id, what, FIRST_WAIT, LONGEST_WAIT, links.concerns.clone());
         let timers = Timers {
             poll: now,
-            polling: backoff(),
+            polling: retry("commands", "polling commands:"),
             push: now,
-            pushing: backoff(),
+            pushing: retry("ingress", "handing on ingress rules:"),
             ack: now,
-            acking: backoff(),
-            odd_reply: Trouble::new("polling commands:"),
+            acking: retry("acknowledgement", "acknowledging a decommission:"),
             disk: Trouble::new("the data folder"),
             no_route: false,
         };
@@ -204,8 +206,7 @@ impl Poller {
         let pause = self.interval.mul_f64(0.9 + 0.2 * fastrand::f64());
         match reply {
             Ok(reply) => {
-                self.timers.polling.reset();
-                self.timers.odd_reply.ended();
+                self.timers.polling.worked();
                 self.timers.poll = Instant::now() + pause;
                 self.carry_out(&agent, &reply.commands, shutdown).await;
                 let lost = std::mem::take(&mut self.reply_lost);
@@ -217,14 +218,18 @@ impl Poller {
                 false
             }
             Err(error) => {
-                let wait = self.timers.polling.next(error.retry_after());
+                self.reply_lost |= matches!(error, MasterError::Away { .. } | MasterError::Unavailable { .. });
+                let is_refused = matches!(error.status(), Some(401 | 403 | 404)) && !error.is_away();
+                let wait = match is_refused && !self.is_finalized() {
+                    true => self.timers.polling.while_registering(&error),
+                    false => self.timers.polling.after(&error, error.remedy()),
+                };
                 self.timers.poll = Instant::now() + wait;
-                self.reply_lost |= matches!(error, MasterError::Away { .. });
                 match (&error, error.status()) {
                     _ if error.is_away() => false,
                     // Something between the two may say that as well, and then it means nothing.
-                    (_, Some(401 | 403 | 404)) if self.is_finalized() => error.is_explained() && self.bury().await,
-                    (_, Some(401 | 403 | 404)) => {
+                    _ if is_refused && self.is_finalized() => error.is_explained() && self.bury().await,
+                    _ if is_refused => {
                         if error.status() == Some(404) && error.is_explained() {
                             info!(
                                 "the master does not know this agent any more; registering again, the tunnel is not touched"
@@ -234,11 +239,7 @@ impl Poller {
                         self.registered(session, shutdown).await;
                         false
                     }
-                    _ => {
-                        let problem = format!("the master {error}");
-                        self.timers.odd_reply.failed(&problem, error.remedy());
-                        false
-                    }
+                    _ => false,
                 }
             }
         }

@@ -67,6 +67,20 @@ pub(super) async fn look(config: &Config, folder: &Folder, to: &mut Section) {
     judge(&probed, config.master.access.is_some(), to);
 }
 
+/// What the agent that runs beside this check has to say: what only shows over time, such as another one with its key,
+/// or what the master refuses. Its page is asked, which has no effect.
+pub(super) async fn running(config: &Config, to: &mut Section) {
+    let Some(page) = config.health_page else { return };
+    // None runs, or not in this container: nothing to add.
+    let Ok(health) = crate::page::ask(page, "/health").await else { return };
+    to.begin(MASTER);
+    for concern in health["concerns"].as_array().into_iter().flatten() {
+        let text = |name: &str| concern[name].as_str().unwrap_or_default();
+        let title = if text("about").is_empty() { "the running agent" } else { text("about") };
+        to.warn(&format!("agent.{}", text("id")), title, text("problem"), text("remedy"));
+    }
+}
+
 /// DNS, TCP and TLS. An error says, for what rests on them, because of what it is not tried.
 async fn way(url: &Url, host: &str, port: u16, proxied: bool, to: &mut Section) -> Result<(), &'static str> {
     let through = if proxied { " (the HTTP proxy of this environment)" } else { "" };

@@ -18,12 +18,29 @@ const MAX_MESSAGE_CHARS: usize = 200;
 /// What can go wrong with a request. Sorted by what a caller does about it.
 #[derive(Debug)]
 pub enum MasterError {
-    /// No answer, half an answer, or one that says "later": 429, 5xx. Try again with back-off.
+    /// No answer, half an answer, or a page of something else. Only the door to the master makes this error, and says
+    /// so for all callers.
     Away {
         /// What happened.
         problem: String,
         /// What the master asked for.
         retry_after: Option<Duration>,
+    },
+    /// An answer that says "later": 429, 5xx. The door says so as well. It may be the master or what stands before it
+    /// that is in trouble, or this one request that the master cannot digest.
+    Unavailable {
+        /// The status.
+        status: StatusCode,
+        /// v2's code.
+        code: String,
+        /// What the master asked for.
+        retry_after: Option<Duration>,
+    },
+    /// A master has answered, in good order, with something that cannot be used: a protocol that was not offered, no
+    /// session, no account. The door takes it for an answer, so whoever tries again has to say it.
+    Unusable {
+        /// What it was.
+        problem: String,
     },
     /// There is no talking to whoever answers there, since their certificate is not to be trusted. Try again with
     /// back-off: it may be renewed, or a clock set right.
@@ -67,7 +84,13 @@ impl fmt::Display for MasterError {
             if code.is_empty() && message.is_empty() { Ok(()) } else { write!(f, " ({code}{separator}{message})") }
         };
         match self {
-            Self::Away { problem, .. } | Self::Certificate { problem, .. } => f.write_str(problem),
+            Self::Away { problem, .. } | Self::Certificate { problem, .. } | Self::Unusable { problem } => {
+                f.write_str(problem)
+            }
+            Self::Unavailable { status, code, .. } => {
+                let separator = if code.is_empty() { "" } else { ", " };
+                write!(f, "answered {status}{separator}{code}")
+            }
             Self::Refused { status, code, message } => {
                 write!(f, "refuses the agent key with {}", status.as_u16())?;
                 said(f, code, message)
@@ -98,17 +121,18 @@ impl MasterError {
     /// The status, where there was an answer that counts as one.
     pub fn status(&self) -> Option<u16> {
         match self {
-            Self::Refused { status, .. } | Self::Status { status, .. } | Self::Access { status } => {
-                Some(status.as_u16())
-            }
-            Self::Away { .. } | Self::Certificate { .. } | Self::Client(_) => None,
+            Self::Refused { status, .. }
+            | Self::Status { status, .. }
+            | Self::Unavailable { status, .. }
+            | Self::Access { status } => Some(status.as_u16()),
+            Self::Away { .. } | Self::Certificate { .. } | Self::Unusable { .. } | Self::Client(_) => None,
         }
     }
 
     /// Whether the request did not come to a master at all, or not to one that could answer it: it may be repeated
-    /// as it was, after a wait.
+    /// as it was, after a wait. The door to the master has said so.
     pub fn is_away(&self) -> bool {
-        matches!(self, Self::Away { .. } | Self::Certificate { .. } | Self::Access { .. })
+        matches!(self, Self::Away { .. } | Self::Unavailable { .. } | Self::Certificate { .. } | Self::Access { .. })
     }
 
     /// Whether a master says so itself: it gives a code or a message, and what stands between gives a page.
@@ -124,7 +148,7 @@ impl MasterError {
     /// What the master asked to wait.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::Away { retry_after, .. } => *retry_after,
+            Self::Away { retry_after, .. } | Self::Unavailable { retry_after, .. } => *retry_after,
             _ => None,
         }
     }
@@ -132,9 +156,10 @@ impl MasterError {
     /// What an operator can do, when nobody is trying again.
     pub(crate) fn advice(&self) -> &'static str {
         match self {
-            Self::Away { .. } => "see to the master, and to the way to it",
+            Self::Away { .. } | Self::Unavailable { .. } => "see to the master, and to the way to it",
             Self::Refused { .. } => "set DOCKFLARE_API_KEY to a key from the master's Agents page",
             Self::Certificate { remedy, .. } => remedy.strip_suffix(GOES_ON).unwrap_or(remedy),
+            Self::Unusable { .. } => "update the older of agent and master",
             Self::Access { .. } | Self::Status { .. } | Self::Client(_) => self.remedy(),
         }
     }
@@ -142,7 +167,10 @@ impl MasterError {
     /// What an operator can do, for the end of a log line.
     pub fn remedy(&self) -> &'static str {
         match self {
-            Self::Away { .. } => {
+            Self::Unusable { .. } => {
+                "trying again, the tunnel is not touched; update the older of agent and master, and check that nothing on the way changes its answers"
+            }
+            Self::Away { .. } | Self::Unavailable { .. } => {
                 "trying again, the tunnel is not touched; if this lasts, check that the master runs and that DOCKFLARE_MASTER_URL leads to it"
             }
             Self::Certificate { remedy, .. } => remedy,
@@ -253,13 +281,7 @@ pub(super) fn sort(status: StatusCode, headers: &HeaderMap, text: &[u8]) -> Mast
     let message = refusal.message.or_else(|| refusal.error.as_ref()?.as_str().map(str::to_owned));
     let message = printable(&message.unwrap_or_default());
     match status.as_u16() {
-        429 | 500..=599 => {
-            let separator = if code.is_empty() { "" } else { ", " };
-            MasterError::Away {
-                problem: format!("answered {status}{separator}{code}"),
-                retry_after: retry_after(headers),
-            }
-        }
+        429 | 500..=599 => MasterError::Unavailable { status, code, retry_after: retry_after(headers) },
         // Access sends people to a login page and machines a page of HTML.
         300..=399 if headers.contains_key(LOCATION) => MasterError::Access { status },
         403 if !is_json => MasterError::Access { status },

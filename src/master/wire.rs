@@ -95,6 +95,17 @@ pub(crate) fn protocol_of_refusal(text: &[u8]) -> Option<u32> {
     }
 }
 
+/// Which protocol the answer to an event that was taken is of: v2 says `code`, v1 `status` without one; `None` when
+/// neither.
+pub(crate) fn protocol_of_success(text: &[u8]) -> Option<u32> {
+    let said: serde_json::Map<String, Value> = serde_json::from_slice(text).ok()?;
+    if said.get("code").is_some_and(Value::is_string) {
+        Some(2)
+    } else {
+        (said.get("status").and_then(Value::as_str) == Some("success")).then_some(1)
+    }
+}
+
 /// Body of `POST /decommission/{operation}/ack`.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Ack {

@@ -15,6 +15,9 @@ use crate::state::Phase;
 /// A master counts an agent online for this long.
 const CONTACT_LIMIT: Duration = Duration::from_secs(60);
 
+/// Of one kind of concern; all are listed beside.
+const MOST_SENTENCES: usize = 5;
+
 /// How the agent is as a whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
@@ -71,6 +74,16 @@ impl Sources {
             problems.push(format!("the tunnel is {}: {}", view.status.as_str(), view.reason.unwrap_or("-")));
         }
         problems.extend(unreachable_sentence(&ways));
+        let concerns = self.concerns.all();
+        for of_a_kind in concerns.chunk_by(|one, other| one.id == other.id) {
+            problems.extend(of_a_kind.iter().take(MOST_SENTENCES).map(|concern| concern.problem.clone()));
+            let more = of_a_kind.len().saturating_sub(MOST_SENTENCES);
+            problems.extend((more > 0).then(|| format!("{more} more of the kind {}", of_a_kind[0].id)));
+        }
+        let concerns = concerns.iter().map(|concern| {
+            json!({ "id": concern.id, "about": concern.about, "problem": concern.problem, "remedy": concern.remedy })
+        });
+        let concerns: Vec<_> = concerns.collect();
         let state = match (ailments.is_empty(), problems.is_empty()) {
             (false, _) => State::Unhealthy,
             (true, false) => State::Degraded,
@@ -116,6 +129,7 @@ impl Sources {
             "containers": inventory.complete.then_some(inventory.containers.len()),
             "unreachable_containers": unreachable,
             "other_connectors": ways.rivals,
+            "concerns": concerns,
             "master_connection": {
                 "url": self.master.url().as_str(),
                 "last_successful_report": last_report.map(|at| at.to_string()),
@@ -215,6 +229,7 @@ mod tests {
             inventory: watch::channel(Inventory { complete: true, ..Inventory::default() }).1,
             ways: watch::channel(Ways::default()).1,
             metrics,
+            concerns: crate::concerns::Concerns::default(),
             log: Ring::default(),
             started: Instant::now(),
             tasks: Vec::new(),

@@ -127,6 +127,11 @@ impl Outbox {
         self.coalesce();
     }
 
+    /// Whether one message tries the way, and the rest waits.
+    pub(super) fn is_away(&self) -> bool {
+        self.away
+    }
+
     /// The master took `message`.
     pub(super) fn delivered(&mut self, message: &Message) {
         if mem::take(&mut self.away) && *message != Message::Report {

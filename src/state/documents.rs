@@ -235,6 +235,16 @@ pub struct Tombstone {
     pub acknowledged: bool,
 }
 
+/// `reported.json`: what the master may believe to run here. Kept only while a report may go without something, since
+/// the rules of what is missing in one are removed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reported {
+    /// The agent that told it.
+    pub agent_id: String,
+    /// Ids of the containers, with their names.
+    pub containers: std::collections::BTreeMap<String, String>,
+}
+
 fn yes() -> bool {
     true
 }

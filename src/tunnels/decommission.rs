@@ -140,13 +140,20 @@ impl Poller {
         let finalized = ack.phase == Phase::Finalized && ack.conflict.is_none();
         match result {
             Ok(()) => {
-                self.timers.acking.reset();
+                self.timers.acking.worked();
                 self.ack = None;
                 info!(operation = ack.operation_id, phase = ?ack.phase, "the master took the acknowledgement");
                 finalized && self.bury().await
             }
             Err(error) => {
-                self.timers.ack = Instant::now() + self.timers.acking.next(error.retry_after());
+                // What is no master's word means nothing, and is asked again. All else is said by whoever registers, or
+                // below.
+                let is_nobodys = matches!(error.status(), Some(401 | 403 | 404)) && !error.is_explained();
+                let wait = match is_nobodys {
+                    true => self.timers.acking.after(&error, error.remedy()),
+                    false => self.timers.acking.while_registering(&error),
+                };
+                self.timers.ack = Instant::now() + wait;
                 match (&error, error.status(), error.code()) {
                     _ if error.is_away() => false,
                     // The first one arrived and only its answer was lost: the key and the agent are gone.

@@ -4,7 +4,7 @@ use serde_json::Value;
 use tokio::time::Instant;
 use tracing::{error, info, warn};
 
-use super::Poller;
+use super::{LONGEST_WAIT, Poller};
 use crate::cloudflare::{self, Pushed};
 use crate::master::MasterError;
 
@@ -28,8 +28,11 @@ impl Poller {
                 }
                 self.forget_ingress().await;
             }
-            Err(error) if error.is_away() || matches!(error, MasterError::Refused { .. }) => {
-                self.timers.push = Instant::now() + self.timers.pushing.next(error.retry_after());
+            Err(error)
+                if error.is_away() || matches!(error, MasterError::Refused { .. } | MasterError::Unusable { .. }) =>
+            {
+                let next = "the rules are kept and tried again, those in force stay; check the account of the master's Cloudflare token";
+                self.timers.push = Instant::now() + self.timers.pushing.after(&error, next);
             }
             Err(error) => {
                 error!(
@@ -41,13 +44,17 @@ impl Poller {
     }
 
     async fn forget_ingress(&mut self) {
-        self.timers.pushing.reset();
+        self.timers.pushing.worked();
         let mut state = self.disk.state.clone();
         state.pending_ingress = None;
         match self.disk.store.save_tunnel(&state).await {
             Ok(()) => self.disk.state = state,
             // They are pushed once more, which changes nothing.
-            Err(_) => self.timers.push = Instant::now() + self.timers.pushing.next(None),
+            Err(error) => {
+                let problem = format!("refuses to note that rules were handed on: {}", crate::error_chain(&error));
+                self.timers.disk.failed(&problem, "they are handed on once more; make room or mend the permissions");
+                self.timers.push = Instant::now() + LONGEST_WAIT;
+            }
         }
     }
 }

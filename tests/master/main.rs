@@ -13,6 +13,7 @@ mod folder;
 mod key;
 mod kills;
 mod monitoring;
+mod oddities;
 mod outages;
 mod pages;
 mod program;

@@ -115,6 +115,8 @@ fn development(state: &mut State, call: &Call, rest: &[&str]) -> Result<Reply, R
     struct NewFault {
         route: Route,
         fault: Fault,
+        /// Only on bodies with this text.
+        containing: Option<String>,
         /// How often; without it until the faults are cleared.
         times: Option<u32>,
     }
@@ -141,8 +143,8 @@ fn development(state: &mut State, call: &Call, rest: &[&str]) -> Result<Reply, R
         (&Method::GET, ["violations"]) => return Ok(done(json!({ "violations": state.journal.violations() }))),
         (&Method::GET, ["snapshot"]) => return Ok(Reply::json(StatusCode::OK, &json!(state.snapshot()))),
         (&Method::POST, ["faults"]) => {
-            let NewFault { route, fault, times } = body(call)?;
-            state.faults.add(route, fault, times.map_or(Times::UntilCleared, Times::Count));
+            let NewFault { route, fault, containing, times } = body(call)?;
+            state.faults.add(route, containing, fault, times.map_or(Times::UntilCleared, Times::Count));
         }
         (&Method::DELETE, ["faults"]) => state.faults.clear(),
         (&Method::POST, ["protocol"]) => {

@@ -28,6 +28,7 @@ impl Default for Builder {
                 protocol: Protocol::V2,
                 at_most: 2,
                 limits: Limits::default(),
+                front_bytes: usize::MAX,
                 enroll_new: None,
                 account: None,
             },

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::request::Route;
 
@@ -20,6 +21,13 @@ pub enum Fault {
         /// The `Retry-After` header as sent: seconds or an HTTP date.
         #[serde(default)]
         retry_after: Option<String>,
+    },
+    /// Answers this JSON instead of handling the request. No effect.
+    Reply {
+        /// The HTTP status.
+        status: u16,
+        /// The body.
+        body: Value,
     },
     /// Waits, then handles the request as usual, unless the client has hung up by then.
     Delay {
@@ -52,6 +60,11 @@ impl Fault {
     /// Answers `status` with a master's JSON and its `code`.
     pub fn code(status: u16, code: &str) -> Self {
         Self::Status { status, code: Some(code.to_owned()), retry_after: None }
+    }
+
+    /// Answers `status` with this JSON.
+    pub fn reply(status: u16, body: Value) -> Self {
+        Self::Reply { status, body }
     }
 
     /// Adds `Retry-After`, in seconds or as an HTTP date, to a [`Fault::Status`]; other faults stay
@@ -88,15 +101,24 @@ impl From<u32> for Times {
 /// The faults in force, oldest first. At most one acts on a request.
 #[derive(Debug, Default)]
 pub(crate) struct Faults {
-    set: Vec<(Route, Fault, Times)>,
+    set: Vec<Set>,
     /// How often the faults were cleared: what a held request waits for.
     pub(crate) clearings: u64,
 }
 
+#[derive(Debug)]
+struct Set {
+    route: Route,
+    /// Only on bodies with this text.
+    containing: Option<String>,
+    fault: Fault,
+    times: Times,
+}
+
 impl Faults {
-    pub(crate) fn add(&mut self, route: Route, fault: Fault, times: Times) {
+    pub(crate) fn add(&mut self, route: Route, containing: Option<String>, fault: Fault, times: Times) {
         if times != Times::Count(0) {
-            self.set.push((route, fault, times));
+            self.set.push(Set { route, containing, fault, times });
         }
     }
 
@@ -109,10 +131,14 @@ impl Faults {
         self.set.len()
     }
 
-    /// Takes the fault that acts on a request on `route`, if one does.
-    pub(crate) fn take(&mut self, route: Route) -> Option<Fault> {
-        let at = self.set.iter().position(|(aim, _, _)| aim.covers(route))?;
-        let (_, fault, times) = &mut self.set[at];
+    /// Takes the fault that acts on a request on `route` with this body, if one does.
+    pub(crate) fn take(&mut self, route: Route, body: impl Fn() -> String) -> Option<Fault> {
+        let text = self.set.iter().any(|set| set.containing.is_some()).then(body).unwrap_or_default();
+        let acts = |set: &Set| {
+            set.route.covers(route) && set.containing.as_ref().is_none_or(|part| text.contains(part.as_str()))
+        };
+        let at = self.set.iter().position(acts)?;
+        let Set { fault, times, .. } = &mut self.set[at];
         let fault = fault.clone();
         if let Times::Count(left) = times {
             *left -= 1;
@@ -131,14 +157,17 @@ mod tests {
     #[test]
     fn a_fault_acts_as_often_as_it_was_set_and_only_on_its_route() {
         let mut faults = Faults::default();
-        faults.add(Route::Events, Fault::CutBefore, Times::Count(2));
-        faults.add(Route::Any, Fault::NotJson, Times::UntilCleared);
-        assert_eq!(faults.take(Route::Commands), Some(Fault::NotJson));
-        assert_eq!(faults.take(Route::Events), Some(Fault::CutBefore));
-        assert_eq!(faults.take(Route::Events), Some(Fault::CutBefore));
-        assert_eq!(faults.take(Route::Events), Some(Fault::NotJson));
+        faults.add(Route::Events, Some("two".to_owned()), Fault::LostReply, Times::UntilCleared);
+        faults.add(Route::Events, None, Fault::CutBefore, Times::Count(2));
+        faults.add(Route::Any, None, Fault::NotJson, Times::UntilCleared);
+        let one = || "one".to_owned();
+        assert_eq!(faults.take(Route::Commands, one), Some(Fault::NotJson));
+        assert_eq!(faults.take(Route::Events, one), Some(Fault::CutBefore));
+        assert_eq!(faults.take(Route::Events, || "one and two".to_owned()), Some(Fault::LostReply));
+        assert_eq!(faults.take(Route::Events, one), Some(Fault::CutBefore));
+        assert_eq!(faults.take(Route::Events, one), Some(Fault::NotJson));
         faults.clear();
-        assert_eq!(faults.take(Route::Events), None);
+        assert_eq!(faults.take(Route::Events, one), None);
     }
 
     #[test]

@@ -158,7 +158,18 @@ impl DevMaster {
     /// Sets a fault: `times` is a number or [`Times::UntilCleared`]. On each request the oldest fault
     /// that concerns its route acts, and no other.
     pub fn fault(&self, route: Route, fault: Fault, times: impl Into<Times>) {
-        self.shared.change(|state| state.faults.add(route, fault, times.into()));
+        self.shared.change(|state| state.faults.add(route, None, fault, times.into()));
+    }
+
+    /// As [`DevMaster::fault`], on the requests whose body has this text.
+    pub fn fault_on(&self, route: Route, containing: &str, fault: Fault, times: impl Into<Times>) {
+        self.shared.change(|state| state.faults.add(route, Some(containing.to_owned()), fault, times.into()));
+    }
+
+    /// What stands before the master takes bodies of so many bytes, and answers 413 to larger ones without the master
+    /// having seen them, as nginx does beyond 1 MiB.
+    pub fn front_takes(&self, bytes: usize) {
+        self.shared.change(|state| state.rules.front_bytes = bytes);
     }
 
     /// Takes all faults back and lets the requests go that are held.

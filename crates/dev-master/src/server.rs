@@ -86,6 +86,10 @@ async fn answer(shared: Arc<Shared>, request: hyper::Request<Incoming>) -> Resul
             let reply = refusal(status, code.as_deref(), retry_after);
             Ok(whole(visit.end(|_, _| reply, true)))
         }
+        Some(Fault::Reply { status, body }) => {
+            let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+            Ok(whole(visit.end(|_, _| Reply::json(status, &body), true)))
+        }
         Some(Fault::NotJson) => Ok(whole(visit.end(|_, _| Reply::html(StatusCode::OK), true))),
         Some(Fault::LoginRedirect) => Ok(whole(visit.end(|_, _| Reply::login(), true))),
         Some(Fault::CutBefore) => {
@@ -107,6 +111,9 @@ async fn answer(shared: Arc<Shared>, request: hyper::Request<Incoming>) -> Resul
 
 /// The agent's routes.
 fn handle(state: &mut State, call: &Call) -> Reply {
+    if call.length > state.rules.front_bytes {
+        return Reply::html(StatusCode::PAYLOAD_TOO_LARGE);
+    }
     match &call.target {
         Target::Register => register::register(state, call),
         Target::Commands { agent } => commands::commands(state, call, agent),
@@ -146,7 +153,7 @@ struct Visit {
 impl Visit {
     fn begin(shared: Arc<Shared>, call: Call) -> Self {
         let (fault, flight, clearings) = shared.change(|state| {
-            let fault = state.faults.take(call.target.route());
+            let fault = state.faults.take(call.target.route(), || call.body().to_string());
             if let Some(fault) = &fault {
                 tracing::info!("fault on {}: {fault:?}", call.target.route());
             }

@@ -81,6 +81,8 @@ pub(crate) struct Rules {
     /// The highest version a version 2 double agrees to: 2, or 1 to try an agent's way back.
     pub(crate) at_most: u8,
     pub(crate) limits: Limits,
+    /// What stands before the master answers 413 to larger bodies, in either version.
+    pub(crate) front_bytes: usize,
     /// The name of the tunnel each new agent gets at once.
     pub(crate) enroll_new: Option<String>,
     /// The account behind `/accounts`; without it those routes are 404.
@@ -327,7 +329,14 @@ mod tests {
 
     fn state() -> State {
         let limits = Limits::default();
-        State::new(Rules { protocol: Protocol::V1, at_most: 2, limits, enroll_new: None, account: None })
+        State::new(Rules {
+            protocol: Protocol::V1,
+            at_most: 2,
+            limits,
+            front_bytes: usize::MAX,
+            enroll_new: None,
+            account: None,
+        })
     }
 
     #[test]
