@@ -272,8 +272,7 @@ impl<H: Host> Supervisor<H> {
         }
         match (wanted.state, &wanted.token) {
             (DesiredState::Unknown, _) => Ok(Goal::Leave),
-            (DesiredState::Stopped, None) if wanted.id.is_none() => Ok(Goal::Remove),
-            (DesiredState::Stopped, _) => Ok(Goal::Stop),
+            (DesiredState::Stopped, _) => Ok(Goal::Remove),
             (DesiredState::Running, None) => Err(Problem::new(Cause::TokenMissing, "")),
             (DesiredState::Running, Some(token)) => match (token.claims(), self.spec(wanted)) {
                 (Ok(_), Some(spec)) => Ok(Goal::Run { hash: spec.hash(), network: self.config.network.clone() }),

@@ -83,7 +83,7 @@ use config::{Config, OnExit};
 use logging::Ring;
 use metrics::Metrics;
 use pulse::Pulse;
-use state::{Found, Phase, Store, TunnelState};
+use state::{DesiredState, Found, Phase, Store, TunnelState};
 
 /// Why the agent does not run, or not any longer, though nobody asked it to stop.
 #[derive(Debug, thiserror::Error)]
@@ -126,12 +126,19 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
     let agent_id = taken(store.agent_id()?);
     let tombstone = taken(store.tombstone()?);
     let mut state: TunnelState = taken(store.tunnel()?).unwrap_or_default();
+    let known = state.clone();
     // What runs is this agent's, also when the master gives it another id.
     if let Some(id) = agent_id.as_ref().filter(|id| state.token.is_some() && state.owners.last() != Some(id)) {
         state.be(id);
-        if let Err(error) = store.save_tunnel(&state).await {
-            warn!("the agent's id cannot be noted beside its tunnel, trying again later: {}", error_chain(&error));
-        }
+    }
+    // Earlier versions kept it for the next start, which brings its own.
+    if state.desired_state == DesiredState::Stopped && tombstone.is_none() {
+        state.token = None;
+    }
+    if state != known
+        && let Err(error) = store.save_tunnel(&state).await
+    {
+        warn!("{}; trying again with the next command", error_chain(&error));
     }
     let reported = taken(store.reported()?);
 

@@ -281,7 +281,7 @@ impl<H: Host> Supervisor<H> {
             }
             view.reason = Some(problem.cause.reason());
             pause = pause.min(self.not_before.map_or(PATIENT, |at| at.saturating_duration_since(Instant::now())));
-        } else if current.is_none() && wanted.token.is_none() && !acting {
+        } else if current.is_none() && wanted.id.is_none() && !acting {
             view.reason = Some("no_tunnel_assigned");
         }
         if let Some(refusal) = &wanted.refusal {

@@ -13,9 +13,9 @@ use crate::state::AgentId;
 pub(super) enum Goal {
     /// Nothing was said yet: what runs is left alone.
     Leave,
-    /// There, and not running.
+    /// There, and not running: between the two phases of a decommission the master wants to find it so.
     Stop,
-    /// Not there: there is no tunnel any more.
+    /// Not there: the master does not want it, or there is no tunnel any more.
     Remove,
     /// Running, made from the spec with this hash, on this network.
     Run {

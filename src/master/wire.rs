@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::state::{AgentId, Phase, Token, TunnelId};
+use crate::state::{AgentId, Phase, Token};
 
 /// Protocols this agent speaks, the preferred one first.
 pub(crate) const PROTOCOLS: [u32; 2] = [2, 1];
@@ -50,18 +50,18 @@ impl AgentRecord {
     pub(crate) fn assignment(self) -> Option<Assignment> {
         let given = |text: Option<String>| text.filter(|text| !text.is_empty());
         Some(Assignment {
-            id: TunnelId(given(self.assigned_tunnel_id)?),
+            id: given(self.assigned_tunnel_id)?,
             token: Token::new(given(self.assigned_tunnel_token)?),
             name: given(self.assigned_tunnel_name),
         })
     }
 }
 
-/// The tunnel that a master has given to this agent.
+/// The tunnel that a master has given to this agent, as it came.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Assignment {
     /// The tunnel's id.
-    pub id: TunnelId,
+    pub id: String,
     /// The connector's token.
     pub token: Token,
     /// The tunnel's name, for people.

@@ -15,7 +15,7 @@ use crate::config::connector_option;
 use crate::docker::{
     COMMAND, NAME_LABEL, OWNER_LABEL, REDEPLOY_LABEL, SPEC_LABEL, Spec, TUNNEL_LABEL, metrics_variable,
 };
-use crate::state::{AgentId, Token};
+use crate::state::{AgentId, Token, TunnelId};
 
 type Rule = &'static str;
 
@@ -177,31 +177,23 @@ fn environment(entries: &[String]) -> Result<(Token, BTreeMap<&'static str, Stri
         }
     }
     let token = token.filter(|_| has_metrics).ok_or("create_environment")?;
-    if token.expose().len() > MOST_TOKEN || !is_word(token.expose(), "+/=") || token.claims().is_err() {
+    if token.claims().is_err() {
         return Err("create_token");
     }
     Ok((token, options))
 }
 
-/// Several times as long as Cloudflare's.
-const MOST_TOKEN: usize = 4096;
-const MOST_LABEL: usize = 128;
-
 /// The owner's, and of the others only those that the agent sets.
 fn check_labels(policy: &Policy, labels: &BTreeMap<String, String>) -> Result<(), Rule> {
     let is_number = |text: &str| text.parse::<u64>().is_ok_and(|number| number.to_string() == text);
     let fits = labels.iter().all(|(key, value)| match key.as_str() {
-        TUNNEL_LABEL => value.len() <= MOST_LABEL && is_word(value, "_.-"),
+        TUNNEL_LABEL => TunnelId::read(value).is_ok_and(|id| id.0 == *value),
         REDEPLOY_LABEL => is_number(value),
         NAME_LABEL => *value == policy.tunnel.container_name,
         // Which agent it is, the proxy does not know.
         key => key == OWNER_LABEL.0 && AgentId::try_from(value.clone()).is_ok(),
     });
     if fits && labels.contains_key(OWNER_LABEL.0) { Ok(()) } else { Err("create_labels") }
-}
-
-fn is_word(text: &str, more: &str) -> bool {
-    !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || more.contains(c))
 }
 
 /// Only the tunnel's network, as the agent makes it.

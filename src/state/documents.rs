@@ -29,11 +29,15 @@ impl TryFrom<String> for AgentId {
     type Error = &'static str;
 
     fn try_from(text: String) -> Result<Self, Self::Error> {
-        let fits = (1..=128).contains(&text.len())
-            && text.starts_with(|c: char| c.is_ascii_alphanumeric())
-            && text.chars().all(|c| c.is_ascii_alphanumeric() || "_.-".contains(c));
-        if fits { Ok(Self(text)) } else { Err("is not 1 to 128 letters, digits, '_', '.' or '-'") }
+        if is_id(&text) { Ok(Self(text)) } else { Err("is not 1 to 128 letters, digits, '_', '.' or '-'") }
     }
+}
+
+/// The shape of all ids: safe in a path, a label and a log, and of a length that all who are told it take.
+fn is_id(text: &str) -> bool {
+    (1..=128).contains(&text.len())
+        && text.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && text.chars().all(|c| c.is_ascii_alphanumeric() || "_.-".contains(c))
 }
 
 impl<'de> Deserialize<'de> for AgentId {
@@ -42,10 +46,29 @@ impl<'de> Deserialize<'de> for AgentId {
     }
 }
 
-/// Id of a Cloudflare tunnel, a UUID in practice.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// Id of a Cloudflare tunnel. A UUID in practice, and cloudflared takes nothing else; here it only must have the shape
+/// of an id, since a token that is refused for nothing is worse than one that cloudflared refuses.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(transparent)]
 pub struct TunnelId(pub String);
+
+impl TunnelId {
+    /// Reads an id, without the white space around it.
+    ///
+    /// # Errors
+    /// What is wrong with it, without its content.
+    pub fn read(text: &str) -> Result<Self, &'static str> {
+        let text = text.trim();
+        if is_id(text) { Ok(Self(text.to_owned())) } else { Err("is not 1 to 128 letters, digits, '_', '.' or '-'") }
+    }
+}
+
+impl<'de> Deserialize<'de> for TunnelId {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        // What an earlier version stored is not thrown away for its shape.
+        Ok(Self(String::deserialize(deserializer)?.trim().to_owned()))
+    }
+}
 
 impl fmt::Display for TunnelId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -57,6 +80,9 @@ impl fmt::Display for TunnelId {
 #[derive(Debug, Clone)]
 pub struct Token(SecretString);
 
+/// Several times as long as Cloudflare's.
+const MOST_TOKEN: usize = 4096;
+
 /// What a token says of itself, without its secret.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokenClaims {
@@ -67,9 +93,9 @@ pub struct TokenClaims {
 }
 
 impl Token {
-    /// Takes a token as it came; [`Token::claims`] tells whether cloudflared would take it.
-    pub fn new(text: impl Into<String>) -> Self {
-        Self(SecretString::from(text.into()))
+    /// Takes a token as it came, without the white space around it; [`Token::claims`] tells whether it is one.
+    pub fn new(text: impl AsRef<str>) -> Self {
+        Self(SecretString::from(text.as_ref().trim()))
     }
 
     /// The token itself, for the container's environment and the state file only.
@@ -82,7 +108,8 @@ impl Token {
         self.decode().ok().map(|(_, secret)| secret)
     }
 
-    /// Decodes the token: base64 of a JSON object with the strings `a` (account), `t` (tunnel) and `s` (secret).
+    /// Decodes the token: base64 of a JSON object with the strings `a` (account), `t` (tunnel) and `s` (secret). The
+    /// one check of a token, for what a master sends as for what the socket proxy lets through.
     ///
     /// # Errors
     /// What is wrong, without any of the content.
@@ -101,12 +128,18 @@ impl Token {
             &base64::alphabet::STANDARD,
             GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
         );
-        let json = BASE64.decode(self.expose().trim()).map_err(|_| "the token is not base64")?;
+        if self.expose().len() > MOST_TOKEN {
+            return Err("the token is longer than 4096 bytes");
+        }
+        let json = BASE64.decode(self.expose()).map_err(|_| "the token is not base64")?;
         let claims: Claims = serde_json::from_slice(&json)
             .map_err(|_| "the token does not hold the three strings a (account), t (tunnel) and s (secret)")?;
         let secret = SecretString::from(claims.s);
         if claims.a.is_empty() || claims.t.is_empty() || secret.expose_secret().is_empty() {
             return Err("the token has an empty account, tunnel or secret");
+        }
+        if !is_id(&claims.a) || !is_id(&claims.t) {
+            return Err("the token's account or tunnel is not 1 to 128 letters, digits, '_', '.' or '-'");
         }
         Ok((TokenClaims { account: claims.a, tunnel: TunnelId(claims.t) }, secret))
     }

@@ -12,13 +12,21 @@ use crate::state::{AgentId, DesiredState, Token, TunnelId, TunnelState};
 /// A command that was understood.
 #[derive(Debug, PartialEq)]
 pub(super) enum Command {
-    Start(Assignment),
+    Start(Assigned),
     /// A new container even when nothing changed.
-    Restart(Assignment),
+    Restart(Assigned),
     Stop,
     Ingress(Map<String, Value>),
     Prepare(Decommission),
     Finalize(Decommission),
+}
+
+/// A tunnel with a token that is for it: what [`check`] has let through.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Assigned {
+    id: TunnelId,
+    token: Token,
+    name: Option<String>,
 }
 
 /// The fields of both decommission commands.
@@ -81,34 +89,33 @@ impl Command {
 }
 
 /// Reads the tunnel of a command and checks its token before anything that runs is touched.
-fn assignment<'a>(
-    action: &str,
-    text: impl Fn(&str) -> Option<&'a str>,
-    token_key: &str,
-) -> Result<Assignment, Rejected> {
+fn assignment<'a>(action: &str, text: impl Fn(&str) -> Option<&'a str>, token_key: &str) -> Result<Assigned, Rejected> {
     let name = text("tunnel_name").map(str::to_owned);
     let (Some(id), Some(token)) = (text("tunnel_id"), text(token_key)) else {
         return Err(Rejected::NotUnderstood(format!("{action} without tunnel_id and {token_key}")));
     };
-    let assignment = Assignment { id: TunnelId(id.to_owned()), token: Token::new(token), name };
-    check(&assignment).map_err(Rejected::Refused)?;
-    Ok(assignment)
+    check(&Assignment { id: id.to_owned(), token: Token::new(token), name }).map_err(Rejected::Refused)
 }
 
-/// Whether cloudflared would take the token and the token is for the tunnel it came with.
-pub(super) fn check(assignment: &Assignment) -> Result<(), Refusal> {
-    let refusal = |cause, problem| Refusal { name: assignment.name.clone(), cause, problem };
-    match assignment.token.claims() {
-        Err(problem) => Err(refusal(Cause::TokenMalformed, problem.to_owned())),
-        Ok(claims) if claims.tunnel != assignment.id => Err(refusal(
+/// No name that a person gives is nearly as long.
+const MOST_NAME: usize = 200;
+
+/// Whether the id is one, cloudflared would take the token, and the token is for that tunnel.
+pub(super) fn check(assignment: &Assignment) -> Result<Assigned, Refusal> {
+    let name = assignment.name.as_deref().map(str::trim).filter(|name| !name.is_empty());
+    let name = name.map(|name| name.chars().take(MOST_NAME).collect::<String>());
+    let refusal = |cause, problem| Refusal { name: name.clone(), cause, problem };
+    let claims = assignment.token.claims().map_err(|problem| refusal(Cause::TokenMalformed, problem.to_owned()))?;
+    match TunnelId::read(&assignment.id) {
+        Ok(id) if id == claims.tunnel => Ok(Assigned { id, token: assignment.token.clone(), name }),
+        _ => Err(refusal(
             Cause::TokenMismatch,
             format!(
                 "the token is for tunnel {} and the command for tunnel {}",
                 printable(&claims.tunnel.0),
-                printable(&assignment.id.0)
+                printable(&assignment.id)
             ),
         )),
-        Ok(_) => Ok(()),
     }
 }
 
@@ -121,13 +128,16 @@ pub(super) fn apply(state: &mut TunnelState, command: &Command) {
             // Only that it is another number counts, whatever the file held.
             state.redeploys = state.redeploys.wrapping_add(1);
         }
-        Command::Stop => state.desired_state = DesiredState::Stopped,
+        // Id and name stay for the status; whoever starts it again sends a token.
+        Command::Stop => {
+            (state.desired_state, state.token, state.unclaimed) = (DesiredState::Stopped, None, false);
+        }
         Command::Ingress(rules) => state.pending_ingress = Some(Value::Object(rules.clone())),
         Command::Prepare(_) | Command::Finalize(_) => {}
     }
 }
 
-fn adopt(state: &mut TunnelState, assignment: &Assignment) {
+fn adopt(state: &mut TunnelState, assignment: &Assigned) {
     if state.id.as_ref() != Some(&assignment.id) {
         // Rules for another tunnel are not for this one.
         state.pending_ingress = None;
@@ -147,15 +157,21 @@ pub(super) fn recover(
     assignment: &Assignment,
     agent: &AgentId,
 ) -> Result<Option<TunnelState>, Refusal> {
-    let known = state.id.as_ref() == Some(&assignment.id) && state.token.as_ref() == Some(&assignment.token);
-    if known && state.desired_state != DesiredState::Unknown {
+    let id = TunnelId::read(&assignment.id).ok();
+    let known = match state.desired_state {
+        DesiredState::Unknown => false,
+        DesiredState::Running => state.token.as_ref() == Some(&assignment.token),
+        // Its token was forgotten when it was stopped.
+        DesiredState::Stopped => state.token.as_ref().is_none_or(|token| *token == assignment.token),
+    };
+    if known && id.is_some() && state.id == id {
         let claimed = TunnelState { unclaimed: false, ..state.clone() };
         return Ok(Some(claimed).filter(|claimed| claimed != state));
     }
-    check(assignment)?;
+    let assigned = check(assignment)?;
     let mut next = state.clone();
     next.be(agent);
-    adopt(&mut next, assignment);
+    adopt(&mut next, &assigned);
     Ok(Some(next))
 }
 
@@ -219,9 +235,39 @@ mod tests {
     }
 
     #[test]
-    fn a_stop_keeps_what_a_later_start_needs() {
+    fn a_stop_forgets_the_token_and_keeps_what_the_status_names() {
         let state = after(&TunnelState::default(), &[start("t1"), json!({"action": "stop_tunnel"})]);
-        assert!(state.token.is_some() && state.id.is_some());
+        assert_eq!((state.token, state.id), (None, Some(TunnelId("t1".into()))));
+        assert_eq!((state.name.as_deref(), state.desired_state), (Some("edge"), DesiredState::Stopped));
+    }
+
+    #[test]
+    fn white_space_around_a_token_an_id_or_a_name_is_none_of_it() {
+        let command = json!({
+            "action": "start_tunnel", "tunnel_name": " edge ", "tunnel_id": " t1\n", "token": format!("\t{} \r\n", token("t1")),
+        });
+        assert_eq!(after(&TunnelState::default(), &[command]), after(&TunnelState::default(), &[start("t1")]));
+        let assignment =
+            Assignment { id: " t1 ".into(), token: Token::new(format!("{}\n", token("t1"))), name: Some(" ".into()) };
+        let agent = AgentId::try_from("a".to_owned()).unwrap();
+        let started = recover(&TunnelState::default(), &assignment, &agent).unwrap().unwrap();
+        assert_eq!((started.id, started.token.unwrap().expose()), (Some(TunnelId("t1".into())), token("t1").as_str()));
+        assert_eq!(started.name, None);
+    }
+
+    #[test]
+    fn an_id_that_is_none_and_a_token_beyond_all_measure_are_refused_and_replace_nothing() {
+        let long = "x".repeat(5000);
+        let state = after(&TunnelState::default(), &[start("t1")]);
+        let agent = AgentId::try_from("a".to_owned()).unwrap();
+        for id in ["a b", "a/b", "../x", "-x", "é", &"x".repeat(129), &long] {
+            let command = json!({"action": "start_tunnel", "tunnel_name": "edge", "tunnel_id": id, "token": token(id)});
+            assert!(matches!(Command::parse(&command), Err(Rejected::Refused(_))), "{id}");
+            let assignment = Assignment { id: id.to_owned(), token: Token::new(token(id)), name: None };
+            assert!(recover(&state, &assignment, &agent).is_err(), "{id}");
+        }
+        let named = json!({"action": "start_tunnel", "tunnel_name": long, "tunnel_id": "t1", "token": token("t1")});
+        assert_eq!(after(&state, &[named]).name.map(|name| name.len()), Some(MOST_NAME));
     }
 
     #[test]
@@ -261,7 +307,7 @@ mod tests {
     #[test]
     fn an_assignment_at_registration_recovers_a_lost_command_and_nothing_else() {
         let assignment = |tunnel: &str| Assignment {
-            id: TunnelId(tunnel.into()),
+            id: tunnel.into(),
             token: Token::new(token(tunnel)),
             name: Some("edge".into()),
         };

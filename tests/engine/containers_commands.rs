@@ -17,6 +17,7 @@ pub(crate) fn cases() -> Vec<Case> {
     cases.extend(on_both("a_restart_is_done_once_though_the_agent_is_killed_when_it_is_on_disk", a_restart_and_a_kill));
     cases.extend(on_both("a_stop_holds_over_an_agent_restart_until_the_next_start", a_stop));
     cases.extend(on_both("a_token_that_cannot_be_right_is_refused_and_nothing_is_touched", a_bad_token));
+    cases.extend(on_both("white_space_around_a_token_and_an_id_is_none_of_them", white_space));
     cases.extend(on_both("an_unknown_command_does_not_stop_those_after_it", an_unknown_command));
     cases.extend(on_both("of_several_commands_in_one_reply_the_last_wins", several_commands));
     cases.extend(on_both("a_start_of_another_tunnel_replaces_the_running_one", another_tunnel));
@@ -93,14 +94,19 @@ async fn a_stop(protocol: Protocol) -> Result<()> {
     let before = tunnel.container(&stage).await?;
     stage.master.push_commands(&known.id, vec![json!({ "action": "stop_tunnel" })])?;
     told(&stage, "stopped", None).await?;
-    assert_eq!(stage.scope.status(&before.id).await?, "exited");
+    assert_eq!(stage.scope.status(&before.id).await?, "gone");
+    let state: Value = serde_json::from_str(&stage.file("tunnel_state.json")?)?;
+    assert_eq!(state["token"], Value::Null, "nobody needs it any more");
+    assert_eq!((&state["id"], &state["name"]), (&json!(tunnel.id), &json!("edge")), "what the status names");
+    let status = registered(&stage).await?.tunnel_status.map(|status| status.event).unwrap_or_default();
+    assert_eq!((&status["tunnel_id"], &status["name"]), (&json!(tunnel.id), &json!("edge")));
 
     first.sigkill()?;
     first.wait_exit(SOON).await?;
     let second = tunnel.agent(&stage)?;
     second.wait_for_log("registered at the master", SOON).await?;
     two_more_polls(&stage).await?;
-    assert_eq!(stage.scope.status(&before.id).await?, "exited");
+    assert_eq!(stage.scope.status(&stage.tunnel).await?, "gone", "a registration does not start it again");
 
     stage.master.push_commands(&known.id, vec![tunnel.start()])?;
     second.wait_for_log("tunnel ready", SOON).await?;
@@ -132,6 +138,21 @@ async fn a_bad_token(protocol: Protocol) -> Result<()> {
         told(&stage, "running", None).await?;
         assert_eq!(tunnel.container(&stage).await?, before);
     }
+    Ok(())
+}
+
+async fn white_space(protocol: Protocol) -> Result<()> {
+    let stage = Stage::new(protocol).await?;
+    let tunnel = Tunnel::new(&stage, "");
+    let agent = tunnel.agent(&stage)?;
+    let known = registered(&stage).await?;
+    stage.master.enroll_with(&known.id, " edge ", &format!(" {}\n", tunnel.id), &format!("\t{}\r\n", tunnel.token))?;
+    agent.wait_for_log("tunnel ready", SOON).await?;
+    let before = tunnel.container(&stage).await?;
+    // Without it, it is the same.
+    stage.master.enroll_with(&known.id, "edge", &tunnel.id, &tunnel.token)?;
+    two_more_polls(&stage).await?;
+    assert_eq!(tunnel.container(&stage).await?, before);
     Ok(())
 }
 
@@ -172,7 +193,7 @@ async fn several_commands(protocol: Protocol) -> Result<()> {
 
     stage.master.push_commands(&known.id, vec![last.restart(), first.start(), stop])?;
     told(&stage, "stopped", None).await?;
-    assert_eq!(stage.scope.status(&stage.tunnel).await?, "exited");
+    assert_eq!(stage.scope.status(&stage.tunnel).await?, "gone");
     stage.assert_no_violations();
     Ok(())
 }

@@ -29,7 +29,7 @@ pub(crate) fn cases() -> Vec<Case> {
         sigterm_does_not_wait_for_a_docker_that_is_away,
         sigterm_does_not_wait_for_a_pull_that_hangs,
         sigterm_does_not_wait_for_an_image_that_cannot_be_had,
-        sigterm_removes_a_container_that_was_stopped_by_command,
+        sigterm_after_a_stop_by_command_finds_nothing_to_remove,
         an_invalid_configuration_is_exit_64_with_all_errors_and_no_secret,
         a_data_folder_that_cannot_be_one_is_exit_73,
         two_agents_with_containers_of_their_own_do_not_disturb_each_other,
@@ -225,15 +225,16 @@ async fn sigterm_does_not_wait_for_an_image_that_cannot_be_had() -> Result<()> {
     end(&mut agent, Signal::TERM).await
 }
 
-async fn sigterm_removes_a_container_that_was_stopped_by_command() -> Result<()> {
+async fn sigterm_after_a_stop_by_command_finds_nothing_to_remove() -> Result<()> {
     let stage = Stage::new(Protocol::V2).await?;
     let tunnel = Tunnel::new(&stage, "");
     let mut agent = tunnel.agent_with_ready_tunnel(&stage).await?;
     let known = registered(&stage).await?;
     stage.master.push_commands(&known.id, vec![json!({ "action": "stop_tunnel" })])?;
     told(&stage, "stopped", None).await?;
-    end(&mut agent, Signal::TERM).await?;
     assert_eq!(stage.scope.status(&stage.tunnel).await?, "gone");
+    end(&mut agent, Signal::TERM).await?;
+    ensure!(!agent.log().contains("could not be removed"), "{}", agent.log());
     Ok(())
 }
 

@@ -34,6 +34,7 @@ enum Order {
 struct Tunnel {
     id: String,
     name: String,
+    /// Empty in files once it was stopped.
     token: String,
 }
 
@@ -64,7 +65,7 @@ impl Files {
         };
         let state = parsed("tunnel_state.json").unwrap_or_default();
         let text = |key: &str| state.get(key).and_then(Value::as_str).map(str::to_owned);
-        let tunnel = || Some(Tunnel { id: text("id")?, name: text("name")?, token: text("token")? });
+        let tunnel = || Some(Tunnel { id: text("id")?, name: text("name")?, token: text("token").unwrap_or_default() });
         let rules = state.get("pending_ingress").and_then(|rules| rules["r"]["hostname"].as_str()).map(str::to_owned);
         let tombstone = parsed("decommission.json");
         let of_tombstone = |key: &str| Some(tombstone.as_ref()?.get(key)?.as_str()?.to_owned());
@@ -106,7 +107,12 @@ impl Files {
                     files.adopt(tunnel.as_ref().unwrap());
                     files.redeploys += 1;
                 }
-                Order::Stop => files.desired = "stopped".to_owned(),
+                Order::Stop => {
+                    files.desired = "stopped".to_owned();
+                    if let Some(tunnel) = &mut files.tunnel {
+                        tunnel.token.clear();
+                    }
+                }
                 Order::Rules(host) => files.rules = Some(host.clone()),
             }
         }
@@ -116,7 +122,13 @@ impl Files {
     /// What a registration at a v1 master makes of them: the way back to a start that was lost.
     fn recovered(&self, assigned: Option<&Tunnel>) -> Self {
         let mut files = self.clone();
-        if let Some(tunnel) = assigned.filter(|tunnel| files.tunnel.as_ref() != Some(*tunnel))
+        let is_known = |tunnel: &&Tunnel| {
+            let known = files.tunnel.as_ref();
+            known == Some(*tunnel)
+                || known
+                    .is_some_and(|known| known.id == tunnel.id && known.token.is_empty() && files.desired == "stopped")
+        };
+        if let Some(tunnel) = assigned.filter(|tunnel| !is_known(tunnel))
             && files.tombstone.is_none()
         {
             files.adopt(tunnel);
@@ -197,7 +209,9 @@ impl Round {
             self.tally.recovered += usize::from(expected != self.files);
         }
         if let Some(host) = expected.rules.take_if(|_| self.files.tombstone.is_none()) {
-            assert!(self.is_pushed(&host), "rules that were on disk are still to be pushed");
+            // A start that was lost leaves no tunnel that they could be for.
+            let is_pushed = expected.tunnel.is_none() || self.is_pushed(&host);
+            assert!(is_pushed, "rules that were on disk are still to be pushed");
         }
         self.files = Files::read(&self.desk);
         assert_eq!(self.files, expected, "{:?}: after the start\n{}", self.protocol, agent.log());
