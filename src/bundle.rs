@@ -44,7 +44,7 @@ async fn gather() -> Value {
         Ok(page) => not_available(page["error"].as_str().unwrap_or("the agent that runs does not show it")),
         Err(why) => not_available(&why),
     };
-    let files = state::files(&data_dir).map(|files| json!(files));
+    let files = state::files(data_dir.clone()).await.map(|files| json!(files));
     let mut document = json!({
         "generated_at": jiff::Timestamp::now().to_string(),
         "versions": versions,
@@ -54,7 +54,8 @@ async fn gather() -> Value {
         "files": files.unwrap_or_else(|error| not_available(&format!("{}: {error}", data_dir.display()))),
         "log": log,
     });
-    redact::redact(&mut document, &words(&settings.secrets, &data_dir));
+    let folder = state::peek_soon(data_dir).await;
+    redact::redact(&mut document, &words(&settings.secrets, &folder));
     document
 }
 
@@ -71,7 +72,7 @@ async fn agent_says(address: Option<PageAddress>, path: &str) -> Result<Value, S
 }
 
 async fn versions(config: Option<&Config>) -> Value {
-    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").ok().map(|text| text.trim().to_owned());
+    let kernel = kernel();
     let (mut docker, mut cloudflared) = (Value::Null, Value::Null);
     if let Some(config) = config {
         let client = Docker::new(config.docker_host.clone());
@@ -98,10 +99,15 @@ async fn versions(config: Option<&Config>) -> Value {
     json!({ "agent": env!("CARGO_PKG_VERSION"), "docker": docker, "cloudflared": cloudflared, "kernel": kernel })
 }
 
+#[expect(clippy::disallowed_methods, reason = "the kernel itself answers")]
+fn kernel() -> Option<String> {
+    std::fs::read_to_string("/proc/sys/kernel/osrelease").ok().map(|text| text.trim().to_owned())
+}
+
 /// What must be nowhere: the settings' secrets, the tunnel's token and the secret in it, each also in base64.
-fn words(settings: &[SecretString], data_dir: &std::path::Path) -> Vec<SecretString> {
+fn words(settings: &[SecretString], folder: &state::Folder) -> Vec<SecretString> {
     let mut secrets = settings.to_vec();
-    if let Ok(Some(tunnel)) = state::peek(data_dir).tunnel {
+    if let Ok(Some(tunnel)) = &folder.tunnel {
         secrets.extend(tunnel.token.iter().map(|token| token.expose().to_owned().into()));
         secrets.extend(tunnel.token.as_ref().and_then(state::Token::secret));
     }
@@ -122,7 +128,7 @@ mod tests {
         let token = token("t1");
         let state = json!({ "token": token, "id": "t1", "desired_state": "running" });
         std::fs::write(dir.path().join("tunnel_state.json"), state.to_string()).unwrap();
-        let words = words(&["the-agent-key".into(), "abc".into()], dir.path());
+        let words = words(&["the-agent-key".into(), "abc".into()], &state::peek(dir.path()));
         let base64 = STANDARD.encode("the-agent-key");
         let mut document = json!({
             "log": ["abc", format!("key the-agent-key, {base64}"), format!("x{token}y"), "its secret c2VjcmV0"],

@@ -188,7 +188,7 @@ pub async fn run(loaded: Result<Loaded, ConfigErrors>) -> Report {
         findings.warn("config", title, warning, "the README's table of settings says what it may be");
     }
     let config = loaded.config;
-    let folder = state::peek(&config.data_dir);
+    let folder = state::peek_soon(config.data_dir.clone()).await;
     findings.begin(FOLDER);
     folder::look(&config, &folder, &mut findings);
 

@@ -6,10 +6,10 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use dockflare_host::disk;
 pub use dockflare_host::logging::{LogConfig, LogFormat};
 pub use dockflare_host::page::PageAddress;
 use jiff::tz::TimeZone;
@@ -361,18 +361,19 @@ fn shown_file(path: &str) -> &str {
     }
 }
 
-/// Reads a secret from its file; the text around it is trimmed.
+/// Reads a secret from its file; the text around it is trimmed. `read` is how, since it may block.
 ///
 /// # Errors
 /// A sentence without the content, when the file cannot be read or holds nothing.
-pub(crate) fn read_secret_file(path: &Path) -> Result<String, String> {
-    let mut text = String::new();
-    let file = std::fs::File::open(path);
-    let read = file.and_then(|file| file.take(MAX_SECRET_BYTES + 1).read_to_string(&mut text));
-    let length = read.map_err(|error| format!("cannot be read: {error}"))?;
-    if length as u64 > MAX_SECRET_BYTES {
-        return Err(format!("is longer than {MAX_SECRET_BYTES} bytes, which is no secret"));
-    }
+fn read_secret_file(
+    path: &Path,
+    read: impl FnOnce(&Path, u64) -> Result<Vec<u8>, disk::Unread>,
+) -> Result<String, String> {
+    let bytes = read(path, MAX_SECRET_BYTES).map_err(|unread| match unread {
+        disk::Unread::TooLong(most) => format!("is longer than {most} bytes, which is no secret"),
+        other => other.to_string(),
+    })?;
+    let text = text_of(bytes)?;
     let text = text.trim();
     if text.is_empty() {
         return Err("is empty; put the secret into it, alone on one line".to_owned());
@@ -380,14 +381,23 @@ pub(crate) fn read_secret_file(path: &Path) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
+/// The text of a file that people write, without the mark that some editors put before it.
+fn text_of(bytes: Vec<u8>) -> Result<String, String> {
+    if bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff]) {
+        return Err("is UTF-16, as Windows PowerShell writes it; save it as UTF-8".to_owned());
+    }
+    let text = String::from_utf8(bytes).map_err(|_| "is not UTF-8 text".to_owned())?;
+    Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))
+}
+
 impl Secret {
-    /// Reads the file again.
+    /// Reads the file again. Blocks as long as its disk does.
     ///
     /// # Errors
     /// A sentence without the content, when the file is there but cannot be used.
     pub fn reread(&self) -> Result<Option<SecretString>, String> {
         let Some(path) = &self.file else { return Ok(None) };
-        let value = read_secret_file(path)?;
+        let value = read_secret_file(path, disk::read)?;
         if HeaderValue::from_str(&value).is_err() {
             return Err("holds characters that no HTTP header can carry".to_owned());
         }

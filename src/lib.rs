@@ -39,6 +39,11 @@
 //! found out again by looking. Commands and events only change what is wanted or known and wake a loop; the loop
 //! compares and acts.
 
+#![cfg_attr(
+    test,
+    allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::disallowed_macros, reason = "tests may block")
+)]
+
 use std::error::Error;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -122,10 +127,15 @@ const CHANGES: usize = 256;
 /// # Errors
 /// See [`RunError`]. The tunnel container is then left as it is.
 pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Result<(), RunError> {
-    let store = Store::open(&config.data_dir)?;
-    let agent_id = taken(store.agent_id()?);
-    let tombstone = taken(store.tombstone()?);
-    let mut state: TunnelState = taken(store.tunnel()?).unwrap_or_default();
+    let opened = tokio::select! {
+        opened = Store::open_and_read(config.data_dir.clone()) => opened?,
+        // Nothing runs yet that would have to end in order.
+        () = asked_for(shutdown.clone(), OPEN_LIMIT_AT_STOP) => return Ok(()),
+    };
+    let store = opened.store;
+    let agent_id = taken(opened.agent_id);
+    let tombstone = taken(opened.tombstone);
+    let mut state: TunnelState = taken(opened.tunnel).unwrap_or_default();
     let known = state.clone();
     // What runs is this agent's, also when the master gives it another id.
     if let Some(id) = agent_id.as_ref().filter(|id| state.token.is_some() && state.owners.last() != Some(id)) {
@@ -140,7 +150,7 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
     {
         warn!("{}; trying again with the next command", error_chain(&error));
     }
-    let reported = taken(store.reported()?);
+    let reported = taken(opened.reported);
 
     let (wanted_tx, wanted) = watch::channel(Wanted::new(&state, tombstone.as_ref()));
     let (view_tx, view) = watch::channel(View::default());
@@ -311,6 +321,14 @@ async fn stop_self(docker: &docker::Docker, hostname: Option<&str>, shutdown: &C
         None => info!("decommissioned; the agent cannot tell its own container for certain and idles: stop it by hand"),
     }
     shutdown.cancelled().await;
+}
+
+/// An agent that is asked to stop while it opens its folder still ends in order, if the folder opens soon.
+const OPEN_LIMIT_AT_STOP: Duration = Duration::from_secs(2);
+
+async fn asked_for(shutdown: CancellationToken, grace: Duration) {
+    shutdown.cancelled().await;
+    tokio::time::sleep(grace).await;
 }
 
 /// A task and whether it is at work.

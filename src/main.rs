@@ -44,6 +44,7 @@ enum Command {
     },
 }
 
+#[expect(clippy::disallowed_methods, reason = "this is main")]
 fn main() -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,

@@ -9,6 +9,8 @@ use std::future::Future;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use dockflare_host::aside::Aside;
+use dockflare_host::disk;
 use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, DATE, HeaderMap, HeaderValue};
 use reqwest::{Client, Method, Response, StatusCode, Url};
 use secrecy::{ExposeSecret, SecretString};
@@ -51,6 +53,7 @@ pub struct Master {
     client: Client,
     base: Url,
     key: Mutex<Secret>,
+    key_file: Aside<Result<Option<SecretString>, String>>,
     access: HeaderMap,
     link: Mutex<Link>,
     metrics: Metrics,
@@ -108,7 +111,15 @@ impl Master {
             }
         }
         let link = Link { trouble: Trouble::new("the master"), last_contact: None, last_report: None, failures: 0 };
-        Ok(Self { client, base: config.url, key: Mutex::new(config.key), access, link: Mutex::new(link), metrics })
+        Ok(Self {
+            client,
+            base: config.url,
+            key: Mutex::new(config.key),
+            key_file: Aside::default(),
+            access,
+            link: Mutex::new(link),
+            metrics,
+        })
     }
 
     /// The base address, without credentials by construction.
@@ -257,7 +268,7 @@ impl Master {
         let url = route(&self.base, path);
         let result = self.attempt(name, method.clone(), url.clone(), body.clone()).await;
         match result {
-            Err(MasterError::Refused { .. }) if self.reread_key() => self.attempt(name, method, url, body).await,
+            Err(MasterError::Refused { .. }) if self.reread_key().await => self.attempt(name, method, url, body).await,
             result => result,
         }
     }
@@ -342,18 +353,25 @@ impl Master {
         Ok((status, headers, read_bounded(response).await?))
     }
 
-    /// Takes a rolled key from its file. Returns whether there is a new one.
-    fn reread_key(&self) -> bool {
-        let mut key = lock(&self.key);
-        match key.reread() {
+    /// Takes a rolled key from its file. Returns whether there is a new one. A file whose disk hangs is waited for
+    /// for a moment, by a thread of its own, and by one only.
+    async fn reread_key(&self) -> bool {
+        let known = lock(&self.key).clone();
+        let Some(file) = known.file.as_deref().map(|file| file.display().to_string()) else { return false };
+        let read = self.key_file.or_earlier(disk::LIMIT, move || known.reread()).await;
+        match read.unwrap_or_else(|| Err(disk::Unread::Hangs.to_string())) {
             Ok(Some(value)) => {
-                info!("the key file holds a new agent key, using it");
+                let mut key = lock(&self.key);
+                let is_new = key.value.expose_secret() != value.expose_secret();
+                if is_new {
+                    info!("the key file holds a new agent key, using it");
+                }
                 key.value = value;
+                // Another stream may have taken it in the meantime: then it is new to this one.
                 true
             }
             Ok(None) => false,
             Err(problem) => {
-                let file = key.file.as_deref().unwrap_or("".as_ref()).display().to_string();
                 warn!(file, "the key file {problem}; going on with the key read before");
                 false
             }

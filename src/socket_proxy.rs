@@ -63,7 +63,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// # Errors
 /// When it cannot listen.
 pub async fn run(config: SocketProxyConfig, shutdown: CancellationToken) -> Result<(), RunError> {
-    let listener = Listener::bind(&config.listen).map_err(RunError::Config)?;
+    let listener = Listener::bind(&config.listen).await.map_err(RunError::Config)?;
     let tunnel = &config.tunnel;
     info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -102,11 +102,16 @@ pub async fn run(config: SocketProxyConfig, shutdown: CancellationToken) -> Resu
         }
     }
     if let Listen::Unix(path) = &config.listen {
-        // The next one would replace it; without it a client is told at once that nobody is there.
-        let _ = std::fs::remove_file(path);
+        leave(path);
     }
     info!("dockflare-agent socket-proxy stopped");
     Ok(())
+}
+
+/// The next one would replace the socket; without it a client is told at once that nobody is there.
+#[expect(clippy::disallowed_methods, reason = "the last thing that it does")]
+fn leave(path: &str) {
+    let _ = std::fs::remove_file(path);
 }
 
 fn serve<S>(connections: &mut JoinSet<()>, service: &Arc<Service>, stream: S)
@@ -129,14 +134,15 @@ enum Connection {
 }
 
 impl Listener {
-    fn bind(listen: &Listen) -> Result<Self, String> {
+    #[expect(clippy::disallowed_methods, reason = "at the start, when nothing runs yet, in the volume of the socket")]
+    async fn bind(listen: &Listen) -> Result<Self, String> {
         let said = |problem: &dyn std::fmt::Display, remedy: &str| {
             format!("SOCKET_PROXY_LISTEN={listen}: cannot be listened on ({problem}); {remedy}")
         };
         match listen {
             Listen::Unix(path) => {
                 const REMEDY: &str = "its folder must exist and belong to the user that the socket proxy runs as";
-                replace_stale(Path::new(path)).map_err(|error| said(&error, REMEDY))?;
+                replace_stale(Path::new(path)).await.map_err(|error| said(&error, REMEDY))?;
                 let listener = UnixListener::bind(path).map_err(|error| said(&error, REMEDY))?;
                 // The folder is what keeps others out: it is shared with the agent alone, whoever that runs as.
                 std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o666))
@@ -145,11 +151,7 @@ impl Listener {
             }
             Listen::Tcp(address) => {
                 const REMEDY: &str = "use an address of this container and a free port";
-                let bound = std::net::TcpListener::bind(address).and_then(|listener| {
-                    listener.set_nonblocking(true)?;
-                    TcpListener::from_std(listener)
-                });
-                bound.map(Self::Tcp).map_err(|error| said(&error, REMEDY))
+                TcpListener::bind(address).await.map(Self::Tcp).map_err(|error| said(&error, REMEDY))
             }
         }
     }
@@ -164,12 +166,13 @@ impl Listener {
 }
 
 /// Removes the socket of one that was killed; never a socket on which somebody listens, nor anything else.
-fn replace_stale(path: &Path) -> io::Result<()> {
+#[expect(clippy::disallowed_methods, reason = "at the start, when nothing runs yet, in the volume of the socket")]
+async fn replace_stale(path: &Path) -> io::Result<()> {
     match std::fs::symlink_metadata(path) {
         Ok(found) if !found.file_type().is_socket() => {
             Err(io::Error::new(io::ErrorKind::AlreadyExists, "there is something that is no socket"))
         }
-        Ok(_) if std::os::unix::net::UnixStream::connect(path).is_ok() => {
+        Ok(_) if UnixStream::connect(path).await.is_ok() => {
             Err(io::Error::new(io::ErrorKind::AddrInUse, "another socket proxy listens there"))
         }
         Ok(_) => std::fs::remove_file(path),
@@ -179,9 +182,10 @@ fn replace_stale(path: &Path) -> io::Result<()> {
 }
 
 /// Whether the Docker socket can be opened, and if not, what would help.
+#[expect(clippy::disallowed_methods, reason = "at the start, and its folder has just been looked into")]
 async fn openable(path: &str) -> Result<(), String> {
     let Err(error) = UnixStream::connect(path).await else { return Ok(()) };
-    let user = std::fs::metadata("/proc/self").map_or(0, |own| own.uid());
+    let user = nix::unistd::getuid();
     Err(match (error.kind(), std::fs::metadata(path)) {
         (io::ErrorKind::PermissionDenied, Ok(socket)) => {
             let (owner, group, mode) = (socket.uid(), socket.gid(), socket.mode() & 0o7777);

@@ -6,13 +6,18 @@
 //! set aside under another name and said so; it is never treated as if it had not been there without a word.
 //! The folder is one agent's at a time: see `lock`.
 
+#![expect(clippy::disallowed_methods, reason = "what is not async here runs on threads of its own, by `Aside`")]
+
 use std::fs;
 use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use atomic_write_file::unix::OpenOptionsExt as _;
+use dockflare_host::aside::Aside;
+use dockflare_host::disk;
 use serde::{Deserialize, Serialize};
 
 mod documents;
@@ -21,7 +26,9 @@ mod lock;
 mod peek;
 pub use documents::{AgentId, DesiredState, Phase, Reported, Token, TokenClaims, Tombstone, TunnelId, TunnelState};
 use lock::{Lock, Refused};
-pub(crate) use peek::{Folder, files, peek};
+#[cfg(test)]
+pub(crate) use peek::peek;
+pub(crate) use peek::{Folder, files, peek_soon};
 
 /// Why the data folder cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +45,12 @@ pub enum StateError {
         owner: Option<u32>,
         /// What the system said.
         problem: io::Error,
+    },
+    /// Its disk, or a network file system, does not answer.
+    #[error("the data folder {} does not answer: see to the disk or the network file system", .dir.display())]
+    Hangs {
+        /// The folder.
+        dir: PathBuf,
     },
     /// Another agent uses the folder.
     #[error("the data folder {} is in use by another agent: {holder}; stop that one, or give this one a folder or volume of its own (DOCKFLARE_DATA_DIR)",
@@ -60,9 +73,9 @@ pub enum StateError {
     },
 }
 
-/// The user this runs as: Linux shows a process's own folder under it.
+/// The user this runs as.
 fn own_uid() -> u32 {
-    fs::metadata("/proc/self").map(|own| own.uid()).unwrap_or_default()
+    nix::unistd::getuid().as_raw()
 }
 
 /// What an operator can do about a folder that cannot be written.
@@ -79,6 +92,7 @@ fn remedy(problem: &io::Error, uid: u32, dir: &Path) -> String {
 #[derive(Debug, Clone)]
 pub struct Store {
     dir: Arc<Path>,
+    writes: Arc<Aside<io::Result<()>>>,
     /// Closing its file gives the folder back.
     _lock: Arc<Lock>,
 }
@@ -111,10 +125,51 @@ const REPORTED: &str = "reported.json";
 /// Written and removed, to see whether the folder can be written.
 const WRITABLE: &str = ".writable";
 
+/// A write that takes longer counts as refused. Below the time that Docker leaves a container to stop, 10 s.
+const WRITE_LIMIT: Duration = Duration::from_secs(5);
+/// For opening the folder and reading its documents.
+const OPEN_LIMIT: Duration = Duration::from_secs(30);
+
 /// No document comes near this; whatever is larger was not written by an agent.
 const MAX_DOCUMENT_BYTES: u64 = 1 << 20;
 
+/// What the folder holds at the start.
+#[derive(Debug)]
+pub struct Opened {
+    /// The folder.
+    pub store: Store,
+    /// `agent_id.txt`.
+    pub agent_id: Found<AgentId>,
+    /// `decommission.json`.
+    pub tombstone: Found<Tombstone>,
+    /// `tunnel_state.json`.
+    pub tunnel: Found<TunnelState>,
+    /// `reported.json`.
+    pub reported: Found<Reported>,
+}
+
+/// What the system would say of a disk that does not answer.
+fn hangs() -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, "the disk or the network file system does not answer")
+}
+
 impl Store {
+    /// Opens the folder and reads all of it, on a thread of its own.
+    ///
+    /// # Errors
+    /// As [`Store::open`] and [`Store::agent_id`]; [`StateError::Hangs`] when that takes half a minute.
+    pub async fn open_and_read(dir: PathBuf) -> Result<Opened, StateError> {
+        let folder = dir.clone();
+        let aside = Aside::default();
+        let opened = aside.after_earlier(OPEN_LIMIT, move || {
+            let store = Self::open(&folder)?;
+            let (agent_id, tombstone, tunnel) = (store.agent_id()?, store.tombstone()?, store.tunnel()?);
+            let reported = store.reported()?;
+            Ok(Opened { store, agent_id, tombstone, tunnel, reported })
+        });
+        opened.await.unwrap_or(Err(StateError::Hangs { dir }))
+    }
+
     /// Opens the folder, making it when it is missing: takes its lock, proves that it can be written, and removes
     /// what a crash in the middle of a write has left.
     ///
@@ -137,7 +192,7 @@ impl Store {
         if lock.is_held() {
             leftovers::remove(dir);
         }
-        let store = Self { dir: dir.into(), _lock: Arc::new(lock) };
+        let store = Self { dir: dir.into(), writes: Arc::default(), _lock: Arc::new(lock) };
         let probe = dir.join(WRITABLE);
         store.replace(WRITABLE, b"").and_then(|()| fs::remove_file(probe)).map_err(unusable)?;
         Ok(store)
@@ -213,8 +268,8 @@ impl Store {
             return self.save_json(REPORTED, reported).await;
         }
         let path = self.dir.join(REPORTED);
-        let removed = tokio::task::spawn_blocking(move || fs::remove_file(path)).await;
-        match removed.map_err(io::Error::other).flatten() {
+        let removed = self.writes.after_earlier(WRITE_LIMIT, move || fs::remove_file(path)).await;
+        match removed.unwrap_or_else(|| Err(hangs())) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(self.failed(REPORTED, "removed", error)),
             _ => Ok(()),
         }
@@ -225,25 +280,24 @@ impl Store {
         self.save(name, text).await
     }
 
-    /// Writes on a thread of its own: a disk that hangs must not stop the events.
+    /// Writes on a thread of its own: a disk that hangs must not stop the events. After a while it counts as refused;
+    /// it may still be done, but never after a later one.
     async fn save(&self, name: &'static str, text: Vec<u8>) -> Result<(), StateError> {
         let store = self.clone();
-        let written = tokio::task::spawn_blocking(move || store.replace(name, &text)).await;
-        written.map_err(io::Error::other).flatten().map_err(|source| self.failed(name, "replaced", source))
+        let written = self.writes.after_earlier(WRITE_LIMIT, move || store.replace(name, &text)).await;
+        written.unwrap_or_else(|| Err(hangs())).map_err(|source| self.failed(name, "replaced", source))
     }
 
     /// Sees whether the folder can be written: makes a file and removes it, without waiting for the disk itself.
+    /// Blocks as long as that takes.
     ///
     /// # Errors
     /// What the system says, with the remedy, for people.
-    pub async fn try_out(&self) -> Result<(), String> {
-        let store = self.clone();
+    pub fn try_out(&self) -> Result<(), String> {
         let path = self.dir.join(WRITABLE);
-        let tried = tokio::task::spawn_blocking(move || fs::write(&path, b"?").and_then(|()| fs::remove_file(&path)));
-        let tried = tried.await.map_err(io::Error::other).flatten();
-        tried.map_err(|problem| {
-            let remedy = remedy(&problem, own_uid(), &store.dir);
-            format!("the data folder {} cannot be written ({problem}): {remedy}", store.dir.display())
+        fs::write(&path, b"?").and_then(|()| fs::remove_file(&path)).map_err(|problem| {
+            let remedy = remedy(&problem, own_uid(), &self.dir);
+            format!("the data folder {} cannot be written ({problem}): {remedy}", self.dir.display())
         })
     }
 
@@ -297,11 +351,11 @@ enum Unread {
 
 /// Reads a document, or that there is none.
 fn document<T>(path: &Path, parse: impl FnOnce(Vec<u8>) -> Result<T, String>) -> Result<Option<T>, Unread> {
-    match fs::metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(Unread::Io(error)),
-        Ok(file) if file.len() > MAX_DOCUMENT_BYTES => Err(Unread::Content(format!("has {} bytes", file.len()))),
-        Ok(_) => parse(fs::read(path).map_err(Unread::Io)?).map(Some).map_err(Unread::Content),
+    match disk::read(path, MAX_DOCUMENT_BYTES) {
+        Ok(bytes) => parse(bytes).map(Some).map_err(Unread::Content),
+        Err(unread) if unread.is_missing() => Ok(None),
+        Err(disk::Unread::Io(error)) => Err(Unread::Io(error)),
+        Err(other) => Err(Unread::Content(other.to_string())),
     }
 }
 

@@ -15,6 +15,12 @@ pub(super) fn look(config: &Config, folder: &Folder, to: &mut Section) {
         Ok(()) => to.pass("folder.writable", title, format!("{dir} is made at the first start")),
         Err(unusable) => to.fail("folder.writable", title, &unusable.problem, &unusable.remedy),
     }
+    if !folder.answers {
+        for (id, title) in [("folder.room", "room"), ("folder.documents", "documents"), ("folder.holder", "held by")] {
+            to.skip(id, title, "the folder does not answer");
+        }
+        return;
+    }
     let (id, title) = ("folder.room", "room");
     match folder.free {
         Some((bytes, true)) if bytes >= LEAST_FREE_BYTES => to.pass(id, title, format!("{} MiB free", bytes >> 20)),

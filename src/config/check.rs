@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use dockflare_host::disk;
 use reqwest::Url;
 use reqwest::header::HeaderValue;
 use tracing::level_filters::LevelFilter;
@@ -78,7 +79,7 @@ impl Check {
                 return None;
             }
             (Some(value), None) => (value, None),
-            (None, Some(path)) => match read_secret_file(Path::new(&path)) {
+            (None, Some(path)) => match read_secret_file(Path::new(&path), disk::read_at_start) {
                 Ok(value) => (value, Some(PathBuf::from(path))),
                 Err(problem) => {
                     self.error(format!("{file_name}={}: {problem}", shown_file(&path)));

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use dockflare_host::disk;
 use secrecy::SecretString;
 use serde_json::{Map, Value};
 
@@ -89,7 +90,7 @@ impl Settings {
                 }
                 (Kind::Secret, None) => Some("unset".to_owned()),
                 (Kind::SecretFile, Some(path)) => {
-                    secrets.extend(read_secret_file(Path::new(path)).ok().map(Into::into));
+                    secrets.extend(read_secret_file(Path::new(path), disk::read_at_start).ok().map(Into::into));
                     Some(shown_file(path).to_owned())
                 }
                 (Kind::SecretFile, None) => None,

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
+use dockflare_host::aside::Aside;
 use tokio::sync::Mutex;
-use tokio::task::JoinHandle;
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 
 use crate::state::Store;
 
@@ -17,47 +17,32 @@ const LIMIT: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(crate) struct Disk {
     store: Store,
-    known: Mutex<Known>,
-}
-
-#[derive(Debug, Default)]
-struct Known {
-    answer: Option<(Instant, Option<String>)>,
-    /// A look that has not come back: another one would only hang as well.
-    under_way: Option<JoinHandle<Result<(), String>>>,
+    looks: Aside<Result<(), String>>,
+    known: Mutex<Option<(Instant, Option<String>)>>,
 }
 
 impl Disk {
     pub(crate) fn new(store: Store) -> Self {
-        Self { store, known: Mutex::default() }
+        Self { store, looks: Aside::default(), known: Mutex::default() }
     }
 
     /// What keeps the agent from writing its state.
     pub(super) async fn problem(&self) -> Option<String> {
         let mut known = self.known.lock().await;
-        if let Some((at, problem)) = &known.answer
+        if let Some((at, problem)) = &*known
             && at.elapsed() < GOOD_FOR
         {
             return problem.clone();
         }
-        let mut look = known.under_way.take().unwrap_or_else(|| {
-            let store = self.store.clone();
-            tokio::spawn(async move { store.try_out().await })
-        });
-        match timeout(LIMIT, &mut look).await {
-            Ok(looked) => {
-                // The look itself does not panic.
-                let problem = looked.unwrap_or(Ok(())).err();
-                // A folder that was mended is to be seen at once.
-                known.answer = problem.is_none().then(|| (Instant::now(), None));
-                problem
-            }
-            Err(_) => {
-                known.under_way = Some(look);
-                let dir = self.store.dir().display();
-                Some(format!("the data folder {dir} does not answer: see to the disk or the network file system"))
-            }
-        }
+        let store = self.store.clone();
+        let Some(looked) = self.looks.or_earlier(LIMIT, move || store.try_out()).await else {
+            let dir = self.store.dir().display();
+            return Some(format!("the data folder {dir} does not answer: see to the disk or the network file system"));
+        };
+        let problem = looked.err();
+        // A folder that was mended is to be seen at once.
+        *known = problem.is_none().then(|| (Instant::now(), None));
+        problem
     }
 }
 

@@ -1,11 +1,15 @@
 //! Reading the folder without taking it: beside the agent that has it, or before one starts. Writes nothing, sets
 //! nothing aside, locks nothing.
 
+#![expect(clippy::disallowed_methods, reason = "a look runs on a thread of its own")]
+
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use dockflare_host::aside::Aside;
 use nix::sys::statvfs::statvfs;
 use nix::unistd::{AccessFlags, access};
 
@@ -15,6 +19,8 @@ use super::{parse_id, parse_json, parse_tombstone};
 /// What could be seen of the folder.
 #[derive(Debug)]
 pub(crate) struct Folder {
+    /// Whether anything could be seen of it: its disk, or a network file system, may hang.
+    pub(crate) answers: bool,
     /// Whether it is there; a missing one is made at the start of an agent.
     pub(crate) exists: bool,
     /// Whether an agent that runs as this user could write there.
@@ -57,7 +63,44 @@ pub(crate) struct FileFacts {
 /// More than these are not the agent's.
 const MOST_FILES: usize = 100;
 
-/// Looks at the folder.
+/// A healthy disk answers in moments.
+const LIMIT: Duration = Duration::from_secs(5);
+
+impl Folder {
+    /// What is known of a folder that does not answer.
+    fn silent(dir: &Path) -> Self {
+        let problem = format!("{} did not answer within {} s", dir.display(), LIMIT.as_secs());
+        let remedy = "see to its disk or network file system: an agent that runs goes on without it and stores nothing";
+        Self {
+            answers: false,
+            exists: true,
+            writable: Err(Unusable { problem: problem.clone(), remedy: remedy.to_owned() }),
+            free: None,
+            holder: None,
+            agent_id: Err(problem.clone()),
+            tunnel: Err(problem.clone()),
+            tombstone: Err(problem),
+        }
+    }
+}
+
+/// Looks at the folder on a thread of its own, and not for long.
+pub(crate) async fn peek_soon(dir: PathBuf) -> Folder {
+    let folder = dir.clone();
+    let seen = Aside::default().after_earlier(LIMIT, move || peek(&folder)).await;
+    seen.unwrap_or_else(|| Folder::silent(&dir))
+}
+
+/// The files of the folder by name, never what is in them. Not waited for for long.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub(crate) async fn files(dir: PathBuf) -> io::Result<Vec<FileFacts>> {
+    let seen = Aside::default().after_earlier(LIMIT, move || list(&dir)).await;
+    seen.unwrap_or_else(|| Err(super::hangs()))
+}
+
+/// Looks at the folder. Blocks as long as its disk does.
 pub(crate) fn peek(dir: &Path) -> Folder {
     let exists = dir.exists();
     // What is missing is made in the nearest folder that is there.
@@ -69,6 +112,7 @@ pub(crate) fn peek(dir: &Path) -> Folder {
         (bytes, disk.files() == 0 || disk.files_available() > 0)
     });
     Folder {
+        answers: true,
         exists,
         writable: writable(place, dir),
         free,
@@ -79,11 +123,7 @@ pub(crate) fn peek(dir: &Path) -> Folder {
     }
 }
 
-/// The files of the folder by name, never what is in them.
-///
-/// # Errors
-/// When the folder cannot be read.
-pub(crate) fn files(dir: &Path) -> io::Result<Vec<FileFacts>> {
+fn list(dir: &Path) -> io::Result<Vec<FileFacts>> {
     let mut files = Vec::new();
     for entry in fs::read_dir(dir)?.take(MOST_FILES) {
         let entry = entry?;
@@ -153,7 +193,7 @@ mod tests {
         assert!(seen.exists && seen.writable.is_ok() && seen.free.is_some_and(|(bytes, _)| bytes > 0));
         assert_eq!(seen.holder, None);
         assert_eq!(content(dir.path()), before);
-        assert_eq!(files(dir.path()).unwrap().len(), 3);
+        assert_eq!(list(dir.path()).unwrap().len(), 3);
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! The agent as people run it: the real binary, a real Docker Engine, a master in both protocols.
 
+#![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::disallowed_macros, reason = "tests may block")]
+
 #[path = "../support/mod.rs"]
 mod support;
 

@@ -1,4 +1,6 @@
 //! The agent and its master, as two programs on one host without Docker: what each row of the protocol says.
+
+#![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::disallowed_macros, reason = "tests may block")]
 #![allow(clippy::unwrap_used, reason = "what a test shares with another is test as well")]
 
 #[path = "../support/mod.rs"]
@@ -10,6 +12,7 @@ mod check;
 mod counts;
 mod desk;
 mod folder;
+mod hang;
 mod key;
 mod kills;
 mod monitoring;

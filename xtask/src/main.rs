@@ -5,6 +5,8 @@
 //! - [`demo`]: `cargo xtask demo`, the main job on this machine without a master or a Cloudflare account.
 //! - [`soak`]: `cargo xtask soak`, the agent under one fault after the other, for as long as one likes.
 
+#![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::disallowed_macros, reason = "for development")]
+
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};

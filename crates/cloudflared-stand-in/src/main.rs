@@ -1,5 +1,7 @@
 //! `cloudflared`, or so it says: see the library's page for what it does and how to make it fail.
 
+#![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::disallowed_macros, reason = "for development")]
+
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};

@@ -6,6 +6,8 @@
 //! | `exit N` | exits N at once |
 //! | `sleep MS` | exits 0 after so long, or on a signal |
 
+#![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::disallowed_macros, reason = "for development")]
+
 use std::process::ExitCode;
 use std::time::Duration;
 

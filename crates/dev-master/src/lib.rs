@@ -39,6 +39,8 @@
 //! All state is in one place behind one lock and no wait happens under it, so each request is handled
 //! at one instant: the order of the journal is the order of the effects.
 
+#![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::disallowed_macros, reason = "for development")]
+
 mod accounts;
 mod admin;
 mod builder;

@@ -1,5 +1,7 @@
 //! The double as a program, for demonstrations: see the library for what it does.
 
+#![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::disallowed_macros, reason = "for development")]
+
 use std::net::SocketAddr;
 
 use anyhow::Context;

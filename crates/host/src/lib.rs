@@ -1,8 +1,15 @@
 //! What every program of this project shares: how it logs, waits, stops, serves its pages, asks others over HTTP,
 //! and keeps secrets out of what it shows. Nothing here knows what a program is for.
 
+#![cfg_attr(
+    test,
+    allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::disallowed_macros, reason = "tests may block")
+)]
+
 use std::error::Error;
 
+pub mod aside;
+pub mod disk;
 pub mod http;
 pub mod logging;
 mod outlet;

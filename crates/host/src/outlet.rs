@@ -55,6 +55,7 @@ impl Outlet {
     }
 
     /// Waits until all is written, for no longer than `limit`: whoever ends must not wait for a reader.
+    #[expect(clippy::disallowed_methods, reason = "the process ends, and the wait has a limit")]
     pub(crate) fn flush(&self, limit: Duration) {
         let deadline = Instant::now() + limit;
         let mut waiting = self.0.lock();
@@ -112,6 +113,7 @@ impl Shared {
     }
 
     /// The next record; none where a gap was told instead, of which there is a record then.
+    #[expect(clippy::disallowed_methods, reason = "runs on the log's own thread")]
     fn next(&self, missing: &impl Fn(u64)) -> Option<Vec<u8>> {
         let mut waiting = self.lock();
         loop {
@@ -137,6 +139,7 @@ impl Shared {
 }
 
 /// Writes all of it, however long the reader takes.
+#[expect(clippy::disallowed_methods, reason = "runs on threads of its own")]
 fn write_whole(to: &mut impl Write, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
         match to.write(bytes) {

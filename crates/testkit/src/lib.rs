@@ -40,6 +40,8 @@
 //! [`Files`] · [`SocketProxy`] is the agent's own proxy as a process · [`FakeDocker`] is an engine that fails on demand ·
 //! [`binary`] builds the workspace's programs · [`AgentProcess`] runs one outside Docker ·
 //! [`token`], [`http`] talk to the `cloudflared` stand-in.
+
+#![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::disallowed_macros, reason = "for development")]
 #![allow(
     clippy::expect_used,
     clippy::unwrap_used,

@@ -1,4 +1,6 @@
 //! The kit on a real engine: what the other engine tests rely on.
+
+#![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::disallowed_macros, reason = "tests may block")]
 #![allow(clippy::expect_used, reason = "tests; clippy spares only the test functions themselves")]
 
 use std::collections::HashMap;

@@ -1,4 +1,6 @@
 //! The stand-in and the workload as processes: exit codes, signals, the log and the metrics server.
+
+#![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::disallowed_macros, reason = "tests may block")]
 #![allow(clippy::expect_used, reason = "tests; clippy spares only the test functions themselves")]
 
 use std::path::Path;
