@@ -214,7 +214,6 @@ impl View {
         let mut fields = json!({
             "status": self.status.as_str(),
             "name": self.name,
-            "version": self.version,
             "tunnel_id": self.tunnel_id,
             "restarts": self.restarts,
         });
@@ -222,6 +221,8 @@ impl View {
         let connector = &self.connector;
         let known = [
             ("since", since.map(Value::from)),
+            // None would overwrite the one that the master knows.
+            ("version", self.version.clone().map(Value::from)),
             ("reason", self.reason.map(Value::from)),
             ("ready_connections", self.connections.map(Value::from)),
             ("connector_id", connector.id.clone().map(Value::from)),

@@ -137,7 +137,8 @@ fn readiness(seen: &Glance, to: &mut Section) {
         }
         (Readiness::NotReady, _) | (Readiness::Silent, Some(Health::Unhealthy)) => {
             let cause = seen.clue.map_or("has no connection to Cloudflare", |clue| clue.what());
-            to.fail(id, title, format!("the tunnel {cause}"), not_ready_remedy(seen));
+            let detail = seen.detail.map(|detail| format!(": {detail}")).unwrap_or_default();
+            to.fail(id, title, format!("the tunnel {cause}{detail}"), not_ready_remedy(seen));
         }
         (Readiness::Silent, Some(Health::Healthy)) => {
             to.pass(id, title, "Docker's own check of it says so; cloudflared cannot be asked from here");

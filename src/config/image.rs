@@ -23,6 +23,14 @@ impl ImageRef {
         self.digest.as_deref().or(self.tag.as_deref()).unwrap_or("latest")
     }
 
+    /// The version of cloudflared in it, where the tag says so: `2025.9.0`.
+    pub(crate) fn version(&self) -> Option<String> {
+        let tag = self.tag_or_digest();
+        let numbers: Vec<_> = tag.split('.').collect();
+        let is_number = |part: &&str| !part.is_empty() && part.len() <= 4 && part.bytes().all(|b| b.is_ascii_digit());
+        (numbers.len() == 3 && numbers.iter().all(is_number)).then(|| tag.to_owned())
+    }
+
     /// Whether the operator named neither tag nor digest and `latest` was put in.
     pub fn tag_was_added(&self) -> bool {
         self.tag_was_added
@@ -104,6 +112,15 @@ impl FromStr for ImageRef {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_tag_that_is_a_version_tells_it() {
+        let version = |text: &str| text.parse::<ImageRef>().unwrap().version();
+        assert_eq!(version("cloudflare/cloudflared:2025.9.0"), Some("2025.9.0".into()));
+        for other in ["cloudflared", "cloudflared:latest", "cloudflared:1", "cloudflared:2025.9.0-amd64", "a:1.2.3.4"] {
+            assert_eq!(version(other), None, "{other}");
+        }
+    }
 
     #[test]
     fn references_in_use_are_taken_apart() {

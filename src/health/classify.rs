@@ -134,7 +134,7 @@ impl Memory {
     /// Takes a look into account and tells what it means.
     pub fn classify(&mut self, seen: &Seen<'_>) -> Verdict {
         if self.started_at != seen.started_at {
-            *self = Self { started_at: seen.started_at, ended_of: self.ended_of, ..Self::default() };
+            *self = Self { started_at: seen.started_at, ..self.next_start() };
         }
         if let Some(tries) = seen.tries {
             if seen.page == Page::Ready {
@@ -153,9 +153,9 @@ impl Memory {
         verdict
     }
 
-    /// What it ended of, when it was started again and has not been ready since.
-    pub fn ended_of(&self) -> Option<Cause> {
-        self.ended_of
+    /// The same container was started again.
+    pub(super) fn next_start(&self) -> Self {
+        Self { ended_of: self.ended_of, ..Self::default() }
     }
 }
 

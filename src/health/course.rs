@@ -9,15 +9,17 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+pub(super) use super::classify::Verdict;
+use super::classify::{self, Page};
 use super::probe::Readiness;
 use crate::cause::{Action, Cause};
 use crate::docker::{Health, Inspected, LastCheck, RunState};
 
 /// A connector that is not ready this long after its start has a problem, though nothing else tells of one.
-pub(super) const START_LIMIT: Duration = Duration::from_secs(30);
+pub(super) const START_LIMIT: Duration = Duration::from_secs(classify::START_LIMIT as u64);
 /// How long a look must be confirmed before it is believed: two time-outs of the probe.
 const LASTS: Duration = Duration::from_secs(2);
-/// The edge may refuse a token that is seconds old.
+/// The edge may refuse a token that is seconds old: so long a successor is not given up for it.
 const REFUSAL_LASTS: Duration = Duration::from_secs(10);
 /// A connector that crashed again and again is well again when it has been ready for so long.
 const RECOVERED: Duration = Duration::from_secs(5);
@@ -37,20 +39,18 @@ const EDGE_DELAY: Duration = Duration::from_secs(5);
 pub(super) struct Look<'a> {
     pub(super) container: &'a Inspected,
     pub(super) readiness: &'a Readiness,
-    /// What its log speaks of, see [`clue`].
-    pub(super) clue: Option<Cause>,
+    /// What the rules make of it.
+    pub(super) verdict: Verdict,
 }
 
-/// What is the matter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) enum Verdict {
-    /// It is not to be expected to be ready yet.
-    #[default]
-    Starting,
-    /// It can carry traffic.
-    Ready,
-    /// It cannot.
-    Sick(Cause),
+/// What `/ready` says, or what Docker's own check was told by it where it cannot be asked from here.
+pub(super) fn page(container: &Inspected, readiness: &Readiness) -> Page {
+    match (readiness, container.health, container.last_check) {
+        (Readiness::Ready { .. }, ..) => Page::Ready,
+        (Readiness::NotReady, ..) => Page::NotReady,
+        (Readiness::Silent, Some(Health::Unhealthy), Some(LastCheck::NotReady)) => Page::NotReady,
+        (Readiness::Silent, ..) => Page::Silent,
+    }
 }
 
 /// The course of one container, over its starts.
@@ -64,7 +64,9 @@ pub(super) struct Course {
     first_seen: Instant,
     pub(super) verdict: Verdict,
     /// What another look must confirm, and since when it is seen.
-    suspicion: Option<(Cause, Instant)>,
+    suspicion: Option<(Verdict, Instant)>,
+    /// Its verdict is what it ended of, and it has not been well since.
+    has_ended: bool,
     /// Since when it is ready without a break.
     ready_since: Option<Instant>,
     /// Ready at some time of this start.
@@ -83,6 +85,7 @@ impl Course {
             first_seen: now,
             verdict: Verdict::Starting,
             suspicion: None,
+            has_ended: false,
             ready_since: None,
             was_ready: false,
             answered: false,
@@ -101,12 +104,16 @@ impl Course {
             *self = next;
             return;
         }
-        let suspicion = self.suspicion.filter(|(cause, _)| crash_like(*cause));
-        let verdict = match self.verdict {
-            Verdict::Sick(cause) if crash_like(cause) => self.verdict,
-            _ => Verdict::Starting,
+        *self = match self.has_ended {
+            true => Self {
+                first_seen: self.first_seen,
+                suspicion: self.suspicion,
+                verdict: self.verdict,
+                has_ended: true,
+                ..next
+            },
+            false => Self { first_seen: self.first_seen, ..next },
         };
-        *self = Self { first_seen: self.first_seen, suspicion, verdict, ..next };
     }
 
     /// Takes a look into account.
@@ -120,21 +127,22 @@ impl Course {
                 self.answered &= *look.readiness != Readiness::Silent;
                 let since = *self.ready_since.get_or_insert(now);
                 self.was_ready = true;
-                let crashed = matches!(self.verdict, Verdict::Sick(cause) if crash_like(cause));
-                if !crashed || now - since >= RECOVERED {
+                if !self.has_ended || now - since >= RECOVERED {
                     self.suspicion = None;
                     self.verdict = Verdict::Ready;
+                    self.has_ended = false;
                 }
             }
             Verdict::Starting => self.ready_since = None,
-            Verdict::Sick(cause) => {
+            symptom => {
                 let since = match self.suspicion {
-                    Some((suspected, since)) if suspected == cause => since,
+                    Some((suspected, since)) if suspected == symptom => since,
                     _ => now,
                 };
-                self.suspicion = Some((cause, since));
-                if now - since >= lasts(cause) {
-                    self.verdict = Verdict::Sick(cause);
+                self.suspicion = Some((symptom, since));
+                self.has_ended |= look.container.state != RunState::Running && matches!(symptom, Verdict::Sick(_));
+                if now - since >= lasts(symptom) {
+                    self.verdict = symptom;
                     self.ready_since = None;
                 }
             }
@@ -145,22 +153,9 @@ impl Course {
     fn symptom(&self, look: &Look<'_>, now: Instant) -> Verdict {
         let container = look.container;
         let is_new = !self.was_ready && self.age(now) < START_LIMIT;
-        let crashed = self.suspicion.map(|(cause, _)| cause).filter(|cause| is_new && crash_like(*cause));
-        let connection = || match look.clue {
-            Some(cause @ (Cause::TokenRefused | Cause::UdpBlocked)) => cause,
-            _ => Cause::EdgeUnreachable,
-        };
-        if container.state != RunState::Running {
-            return Verdict::Sick(death(container, look.clue));
-        }
         match (look.readiness, container.health, container.last_check) {
-            (Readiness::Ready { .. }, ..) => Verdict::Ready,
-            (Readiness::NotReady, ..) if look.clue == Some(Cause::TokenRefused) => Verdict::Sick(Cause::TokenRefused),
-            (Readiness::NotReady, ..) => match crashed {
-                Some(cause) => Verdict::Sick(cause),
-                None if is_new => Verdict::Starting,
-                None => Verdict::Sick(connection()),
-            },
+            _ if container.state != RunState::Running || look.verdict == Verdict::Stopped => look.verdict,
+            (Readiness::Ready { .. } | Readiness::NotReady, ..) => look.verdict,
             // The way from here is cut, not cloudflared: Docker asks it from within and gets an answer.
             (Readiness::Silent, Some(Health::Healthy), Some(LastCheck::Ready))
                 if !self.answered || self.suspects(Cause::Hung, now) >= Some(HANG_LASTS) =>
@@ -169,12 +164,11 @@ impl Course {
             }
             (Readiness::Silent, ..) if self.answered => Verdict::Sick(Cause::Hung),
             (Readiness::Silent, Some(Health::Unhealthy), Some(LastCheck::TimedOut)) => Verdict::Sick(Cause::Hung),
-            (Readiness::Silent, Some(Health::Unhealthy), Some(LastCheck::NotReady)) => Verdict::Sick(connection()),
-            (Readiness::Silent, ..) => match crashed {
-                Some(cause) => Verdict::Sick(cause),
-                None if is_new => Verdict::Starting,
-                None => Verdict::Sick(Cause::NotAnswering),
-            },
+            // Its log can be read.
+            (Readiness::Silent, ..) if matches!(look.verdict, Verdict::Sick(_)) => look.verdict,
+            (Readiness::Silent, Some(Health::Unhealthy), Some(LastCheck::NotReady)) => look.verdict,
+            (Readiness::Silent, ..) if is_new => Verdict::Starting,
+            (Readiness::Silent, ..) => Verdict::Sick(Cause::NotAnswering),
         }
     }
 
@@ -188,8 +182,8 @@ impl Course {
         match (self.verdict, self.suspicion) {
             (Verdict::Starting, _) => self.age(now) < START_LIMIT,
             (Verdict::Ready, suspicion) => suspicion.is_some(),
-            (Verdict::Sick(cause), suspicion) => {
-                self.ready_since.is_some() || suspicion.is_some_and(|(suspected, _)| suspected != cause)
+            (verdict, suspicion) => {
+                self.ready_since.is_some() || suspicion.is_some_and(|(suspected, _)| suspected != verdict)
             }
         }
     }
@@ -219,72 +213,29 @@ impl Course {
     pub(super) fn failure(&self, now: Instant) -> Option<Cause> {
         let seen = now - self.first_seen;
         match self.verdict {
-            Verdict::Sick(cause @ (Cause::TokenMalformed | Cause::TokenRefused)) => Some(cause),
-            Verdict::Sick(cause) if crash_like(cause) && seen >= CRASH_LIMIT => Some(cause),
+            Verdict::Sick(Cause::TokenMalformed) => Some(Cause::TokenMalformed),
+            Verdict::Sick(Cause::TokenRefused) if self.suspects(Cause::TokenRefused, now) >= Some(REFUSAL_LASTS) => {
+                Some(Cause::TokenRefused)
+            }
+            Verdict::Sick(cause) if self.has_ended && seen >= CRASH_LIMIT => Some(cause),
             Verdict::Sick(cause) if seen >= READY_LIMIT => Some(cause),
-            Verdict::Starting if seen >= READY_LIMIT => Some(Cause::EdgeUnreachable),
+            Verdict::Starting | Verdict::Unknown | Verdict::Stopped if seen >= READY_LIMIT => {
+                Some(Cause::EdgeUnreachable)
+            }
             _ => None,
         }
     }
 
     fn suspects(&self, cause: Cause, now: Instant) -> Option<Duration> {
-        self.suspicion.filter(|(suspected, _)| *suspected == cause).map(|(_, since)| now - since)
+        self.suspicion.filter(|(suspected, _)| *suspected == Verdict::Sick(cause)).map(|(_, since)| now - since)
     }
-}
-
-/// Whether the container ends of it and Docker starts it again.
-fn crash_like(cause: Cause) -> bool {
-    cause.action() == Action::LeaveToDocker
 }
 
 /// How long the looks must agree.
-fn lasts(cause: Cause) -> Duration {
-    match cause {
-        // cloudflared has said so itself and ended.
-        Cause::TokenMalformed => Duration::ZERO,
-        Cause::TokenRefused => REFUSAL_LASTS,
+fn lasts(verdict: Verdict) -> Duration {
+    match verdict {
+        // cloudflared has said so itself.
+        Verdict::Sick(Cause::TokenMalformed | Cause::TokenRefused) => Duration::ZERO,
         _ => LASTS,
     }
-}
-
-/// What it ended of.
-fn death(container: &Inspected, clue: Option<Cause>) -> Cause {
-    match clue {
-        // 255 is cloudflared's code for a command that cannot be carried out as given.
-        Some(Cause::TokenMalformed) if container.exit_code == 255 => Cause::TokenMalformed,
-        _ if container.out_of_memory => Cause::OutOfMemory,
-        Some(Cause::NoDns) => Cause::NoDns,
-        _ => Cause::CrashLoop,
-    }
-}
-
-/// What the last lines of cloudflared's log speak of. `only_quic`: it was told to use nothing else.
-///
-/// The sentences are those of cloudflared 2025.9 and 2026.8; one that is not known gives no clue.
-pub(super) fn clue(lines: &[String], only_quic: bool) -> Option<Cause> {
-    const NO_EDGE: [&str; 5] = [
-        "Unable to establish connection with Cloudflare edge",
-        "DialContext error",
-        "TLS handshake with edge error",
-        "Serve tunnel error",
-        "Connection terminated",
-    ];
-    for line in lines.iter().rev() {
-        let has = |text: &str| line.contains(text);
-        if has("Registered tunnel connection") {
-            // Whatever came before is over.
-            return None;
-        } else if has("Provided Tunnel token is not valid") {
-            return Some(Cause::TokenMalformed);
-        } else if has("Register tunnel error") && has("Unauthorized") {
-            return Some(Cause::TokenRefused);
-        } else if has("Could not lookup srv records") || has("argotunnel.com") && has("lookup") {
-            return Some(Cause::NoDns);
-        } else if has("failed to dial to edge with quic") || has("Failed to dial a quic connection") {
-            return Some(if only_quic { Cause::UdpBlocked } else { Cause::EdgeUnreachable });
-        } else if NO_EDGE.iter().any(|text| has(text)) {
-            return Some(Cause::EdgeUnreachable);
-        }
-    }
-    None
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
 
+use super::classify::Tries;
 use super::host::Host;
 use super::probe::{Facts, Readiness};
 use crate::channels::{OwnContainer, Traffic};
@@ -41,11 +42,19 @@ pub(super) struct Behaviour {
     pub(super) docker_says: Option<(Health, LastCheck)>,
     /// Its log.
     pub(super) log: Vec<&'static str>,
+    /// The registrations that its metrics count.
+    pub(super) tries: Tries,
 }
 
 impl Default for Behaviour {
     fn default() -> Self {
-        Self { ready_after: Some(Duration::from_secs(1)), silent: false, docker_says: None, log: Vec::new() }
+        Self {
+            ready_after: Some(Duration::from_secs(1)),
+            silent: false,
+            docker_says: None,
+            log: Vec::new(),
+            tries: Tries::default(),
+        }
     }
 }
 
@@ -72,6 +81,8 @@ pub(super) struct World {
     pub(super) gaps: u32,
     /// The agent dies at this changing call: before it has had its effect, or after.
     pub(super) dies_at: Option<(usize, Moment)>,
+    /// How often a connector was asked for its diagnosis.
+    pub(super) diagnoses: usize,
     made: u32,
 }
 
@@ -320,9 +331,18 @@ impl Host for Double {
             false => Readiness::NotReady,
         }
     }
-    async fn facts(&self, _: &str) -> Facts {
+    async fn facts(&self, address: &str) -> Option<Facts> {
+        let world = self.world();
+        let fake = world.containers.values().find(|fake| fake.seen.id == address)?;
+        let behaviour = world.behaviour(&fake.token);
         let traffic = Some(Traffic { requests: 7, errors: 0 });
-        Facts { version: Some("2025.9.0".into()), config_version: Some(1), protocol: Some("quic"), traffic }
+        let facts =
+            Facts { version: Some("2025.9.0".into()), config_version: Some(1), traffic, tries: behaviour.tries };
+        (!behaviour.silent).then_some(facts)
+    }
+    async fn protocol(&self, _: &str) -> Option<&'static str> {
+        self.world().diagnoses += 1;
+        Some("quic")
     }
     async fn own_container(&self, _: Option<&str>) -> Option<OwnContainer> {
         None

@@ -1,7 +1,11 @@
 //! One look at the tunnel container from outside the supervisor, for `dockflare-agent check`: what it is, and whether
 //! cloudflared in it is connected. Changes nothing and remembers nothing.
 
-use super::course;
+use jiff::Timestamp;
+
+use super::classify::{self, Memory, Seen};
+use super::course::{self, Verdict};
+use super::log::Line;
 use super::look::{LAST_LINES, START_LINES, started};
 use super::plan::{self, Owner, Whose};
 use super::probe::{self, Probe, Readiness};
@@ -32,8 +36,10 @@ pub(crate) struct Glance {
     pub(crate) health: Option<Health>,
     /// cloudflared's version, where it tells.
     pub(crate) version: Option<String>,
-    /// What its log speaks of, when it is not ready.
+    /// Why it is not ready, where that can be seen, and what is particular about it.
     pub(crate) clue: Option<Cause>,
+    /// The latter.
+    pub(crate) detail: Option<&'static str>,
 }
 
 /// Looks at the container with the tunnel's name, or else at the successor's.
@@ -58,16 +64,33 @@ pub(crate) async fn glance(
     let place = found.networks.get(&config.network).or_else(|| found.networks.values().next());
     let address = place.map(|place| place.address.as_str());
     let address = address.filter(|address| !foreign && found.state == RunState::Running && !address.is_empty());
-    let (mut readiness, mut version, mut clue) = (Readiness::Silent, None, None);
+    let (mut readiness, mut version, mut tries) = (Readiness::Silent, None, None);
+    let (mut clue, mut detail) = (None, None);
     if let (Some(address), Ok(probe)) = (address, Probe::new()) {
         readiness = probe.readiness(address).await;
         if readiness != Readiness::Silent {
-            version = probe.facts(address).await.version;
+            let facts = probe.facts(address).await;
+            tries = facts.as_ref().map(|facts| facts.tries);
+            version = facts.and_then(|facts| facts.version);
         }
     }
     if !foreign && !matches!(readiness, Readiness::Ready { .. }) {
         let lines = docker.log_tail(&found.id, started(&found), LAST_LINES).await.unwrap_or_default();
-        clue = course::clue(&lines, config.only_quic());
+        let log: Vec<_> = lines.iter().map(|line| Line::parse(line)).collect();
+        let verdict = Memory::default().classify(&Seen {
+            now: Timestamp::now().as_second() as f64,
+            state: found.state,
+            exit_code: Some(found.exit_code),
+            out_of_memory: found.out_of_memory,
+            started_at: classify::seconds(&found.started_at).unwrap_or_default(),
+            page: course::page(&found, &readiness),
+            tries,
+            log: &log,
+            only_quic: config.only_quic(),
+        });
+        if let Verdict::Sick(cause) = verdict {
+            (clue, detail) = (Some(cause), classify::detail(cause, &log));
+        }
     }
     if !foreign && version.is_none() {
         let lines = docker.log_start(&found.id, started(&found), START_LINES).await.unwrap_or_default();
@@ -83,6 +106,7 @@ pub(crate) async fn glance(
         health: found.health,
         version,
         clue,
+        detail,
         name: found.name,
         image: found.image,
     }))

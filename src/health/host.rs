@@ -34,8 +34,10 @@ pub(crate) trait Host: Send + Sync + 'static {
     fn remove(&self, id: &str) -> impl Future<Output = Answer<()>> + Send;
     /// `GET /ready` of the cloudflared at this address.
     fn readiness(&self, address: &str) -> impl Future<Output = Readiness> + Send;
-    /// What the other pages of the cloudflared at this address say.
-    fn facts(&self, address: &str) -> impl Future<Output = Facts> + Send;
+    /// What the metrics of the cloudflared at this address say, where they answer.
+    fn facts(&self, address: &str) -> impl Future<Output = Option<Facts>> + Send;
+    /// Over which protocol the cloudflared at this address is connected; it logs that it was asked.
+    fn protocol(&self, address: &str) -> impl Future<Output = Option<&'static str>> + Send;
     /// The container in which the agent itself runs.
     fn own_container(&self, hostname: Option<&str>) -> impl Future<Output = Option<OwnContainer>> + Send;
 }
@@ -102,8 +104,11 @@ impl Host for Machine {
     async fn readiness(&self, address: &str) -> Readiness {
         self.probe.readiness(address).await
     }
-    async fn facts(&self, address: &str) -> Facts {
+    async fn facts(&self, address: &str) -> Option<Facts> {
         self.probe.facts(address).await
+    }
+    async fn protocol(&self, address: &str) -> Option<&'static str> {
+        self.probe.protocol(address).await
     }
     async fn own_container(&self, hostname: Option<&str>) -> Option<OwnContainer> {
         super::own_container(&self.docker, hostname).await

@@ -6,8 +6,10 @@ use jiff::Timestamp;
 use tokio::time::Instant;
 use tracing::info;
 
+use super::classify::{self, Memory, Page, Seen, Tries};
 use super::course::{self, Course, Look, Verdict};
 use super::host::Host;
+use super::log::{Line, Said};
 use super::plan::{self, Owner, Progress, Slot, Whose};
 use super::probe::{self, Readiness};
 use super::problem::Problem;
@@ -20,15 +22,18 @@ use crate::state::{AgentId, Token};
 
 /// While something is expected to change within seconds.
 pub(super) const EAGER: Duration = Duration::from_millis(250);
-/// While something is wrong for longer.
-const PATIENT: Duration = Duration::from_secs(5);
-/// Lines in which cloudflared has told its version.
-pub(super) const START_LINES: usize = 50;
-/// Lines in which it tells what is wrong; four connections may each say it in three.
-pub(super) const LAST_LINES: usize = 30;
-/// Its log is read so often at most, and its other pages too.
-const LOG_EVERY: Duration = Duration::from_secs(2);
+/// While something is wrong for longer: what cloudflared says of it is to be known within three seconds.
+const PATIENT: Duration = Duration::from_secs(2);
+/// Lines in which cloudflared has told its version, and what it found out about the host's connection.
+pub(super) const START_LINES: usize = 80;
+/// Lines in which it tells what is wrong; each of four connections says so in up to eight, and two tries are needed.
+pub(super) const LAST_LINES: usize = 100;
+/// Its log is read so often at most while it is not ready, and its metrics too.
+const LOG_EVERY: Duration = Duration::from_secs(1);
 const FACTS_EVERY: Duration = Duration::from_secs(10);
+/// It is asked for its diagnosis, which it logs: when another number of connections is ready, and now and then.
+const DIAGNOSE_AFTER: Duration = Duration::from_secs(60);
+const DIAGNOSE_EVERY: Duration = Duration::from_secs(600);
 
 /// The two containers, as one pass has seen them.
 #[derive(Debug)]
@@ -74,11 +79,21 @@ pub(super) struct Known {
     connections: Option<u32>,
     connector: Connector,
     version: Option<String>,
-    /// What its log speaks of, and its last line.
-    clue: Option<Cause>,
+    /// What the rules need of earlier looks.
+    memory: Memory,
+    tries: Option<Tries>,
+    /// Its last lines, before them what it found out when it started, and the very last one as it is.
+    log: Vec<Line>,
     last_words: String,
-    log_read: Option<Instant>,
-    facts_read: Option<Instant>,
+    /// The state in which its log was read, and when.
+    log_read: Option<(RunState, Instant)>,
+    /// Its first lines were asked for.
+    start_read: bool,
+    /// Whether it was ready when its metrics were read, and when.
+    facts_read: Option<(bool, Instant)>,
+    /// How many connections were ready when it was asked for its diagnosis, and when.
+    diagnosed: Option<(u32, Instant)>,
+    page: Option<Page>,
     /// That it is ready was said.
     announced: bool,
 }
@@ -101,7 +116,7 @@ impl Known {
     }
 
     fn is_sick(&self) -> bool {
-        matches!(self.verdict(), Verdict::Sick(_))
+        matches!(self.verdict(), Verdict::Sick(_) | Verdict::Unknown | Verdict::Stopped)
     }
 
     pub(super) fn is_sick_of(&self, cause: Cause) -> bool {
@@ -141,6 +156,7 @@ impl Known {
         }
         let age = found.started_at.parse::<Timestamp>().ok().map(|at| at.duration_until(Timestamp::now()));
         let age = age.and_then(|age| Duration::try_from(age).ok()).unwrap_or_default();
+        let is_same = self.container.as_ref() == Some(&found.id);
         let course = match self.course.take() {
             Some(mut course) => {
                 course.next_start(found, age, now);
@@ -148,7 +164,44 @@ impl Known {
             }
             None => Course::new(found, age, now),
         };
-        *self = Self { course: Some(course), container: Some(found.id.clone()), ..Self::default() };
+        let memory = if is_same { self.memory.next_start() } else { Memory::default() };
+        *self = Self { course: Some(course), container: Some(found.id.clone()), memory, ..Self::default() };
+    }
+
+    /// What the rules make of all that is known.
+    fn judge(&mut self, found: &Inspected, readiness: &Readiness, only_quic: bool, now: Instant) -> Verdict {
+        // A clock that was set must not make it look young or old.
+        let started_at = classify::seconds(&found.started_at).unwrap_or_default();
+        let age = self.course.as_ref().map(|course| course.age(now)).unwrap_or_default();
+        let page = course::page(found, readiness);
+        self.page = Some(page);
+        self.memory.classify(&Seen {
+            now: started_at + age.as_secs_f64(),
+            state: found.state,
+            exit_code: Some(found.exit_code),
+            out_of_memory: found.out_of_memory,
+            started_at,
+            page,
+            tries: self.tries,
+            log: &self.log,
+            only_quic,
+        })
+    }
+
+    /// Takes note of its log: its first lines, where they were asked for, and its last.
+    fn take_log(&mut self, first: &[String], last: &[String], token: Option<&Token>) {
+        let parse = |lines: &[String]| lines.iter().map(|line| Line::parse(line)).collect::<Vec<_>>();
+        let (first, mut lines) = (parse(first), parse(last));
+        let is_check = |line: &&Line| matches!(line.said, Said::Precheck { .. });
+        if !lines.iter().any(|line| is_check(&line)) {
+            // They are far up by now.
+            let checks = first.iter().chain(&self.log).filter(is_check).cloned().collect::<Vec<_>>();
+            lines.splice(..0, checks);
+        }
+        let used = lines.iter().rev().chain(first.iter().rev()).find_map(|line| line.protocol);
+        self.connector.protocol = used.or(self.connector.protocol);
+        self.log = lines;
+        self.last_words = last_words(last, token);
     }
 }
 
@@ -191,15 +244,19 @@ impl<H: Host> Supervisor<H> {
             None => Readiness::Silent,
         };
         self.known(slot).address.clone_from(&address);
+        if let Some(address) = address.filter(|_| readiness != Readiness::Silent) {
+            self.read_facts(slot, &address, &readiness).await;
+        }
         if let Readiness::Ready { connections, connector } = &readiness {
             let known = self.known(slot);
             (known.connections, known.connector.id) = (Some(*connections), connector.clone());
-            self.read_facts(slot, address.as_deref().unwrap_or_default()).await;
         } else {
             self.read_log(slot, found).await;
         }
+        let only_quic = self.config.only_quic();
         let known = self.known(slot);
-        let look = Look { container: found, readiness: &readiness, clue: known.clue };
+        let verdict = known.judge(found, &readiness, only_quic, Instant::now());
+        let look = Look { container: found, readiness: &readiness, verdict };
         if let Some(course) = &mut known.course {
             course.take(&look, Instant::now());
             if !course.answered {
@@ -208,31 +265,58 @@ impl<H: Host> Supervisor<H> {
         }
     }
 
-    async fn read_facts(&mut self, slot: Slot, address: &str) {
-        if self.known(slot).facts_read.is_some_and(|at| at.elapsed() < FACTS_EVERY) {
-            return;
+    /// Reads what its other pages say, no more often than is needed.
+    async fn read_facts(&mut self, slot: Slot, address: &str, readiness: &Readiness) {
+        let ready = match readiness {
+            Readiness::Ready { connections, .. } => Some(*connections),
+            Readiness::NotReady | Readiness::Silent => None,
+        };
+        let every = if ready.is_some() { FACTS_EVERY } else { LOG_EVERY };
+        let read = self.known(slot).facts_read;
+        // What is counted at the moment in which it becomes ready is what later failures are compared with.
+        if read.is_none_or(|(was_ready, at)| was_ready != ready.is_some() || at.elapsed() >= every) {
+            let facts = self.host.facts(address).await;
+            let known = self.known(slot);
+            known.facts_read = Some((ready.is_some(), Instant::now()));
+            known.tries = facts.as_ref().map(|facts| facts.tries);
+            if let Some(facts) = facts {
+                known.version = facts.version.or(known.version.take());
+                let connector = &mut known.connector;
+                connector.config_version = facts.config_version.or(connector.config_version);
+                connector.traffic = facts.traffic.unwrap_or(connector.traffic);
+            }
         }
-        let facts = self.host.facts(address).await;
-        let known = self.known(slot);
-        known.facts_read = Some(Instant::now());
-        known.version = facts.version.or(known.version.take());
-        let connector = &mut known.connector;
-        connector.config_version = facts.config_version.or(connector.config_version);
-        connector.protocol = facts.protocol.or(connector.protocol);
-        connector.traffic = facts.traffic.unwrap_or(connector.traffic);
+        let Some(connections) = ready else { return };
+        let is_due = self.known(slot).diagnosed.is_none_or(|(counted, at)| {
+            at.elapsed() >= DIAGNOSE_EVERY || counted != connections && at.elapsed() >= DIAGNOSE_AFTER
+        });
+        if is_due {
+            let protocol = self.host.protocol(address).await;
+            let known = self.known(slot);
+            known.diagnosed = Some((connections, Instant::now()));
+            known.connector.protocol = protocol.or(known.connector.protocol);
+        }
     }
 
     async fn read_log(&mut self, slot: Slot, found: &Inspected) {
-        if self.known(slot).log_read.is_some_and(|at| at.elapsed() < LOG_EVERY) {
+        // How it ended is said in the last moment.
+        let read = self.known(slot).log_read;
+        if read.is_some_and(|(state, at)| state == found.state && at.elapsed() < LOG_EVERY) {
             return;
         }
         let token = self.inputs.wanted.borrow().token.clone();
-        let lines = self.host.log_tail(&found.id, started(found), LAST_LINES).await.unwrap_or_default();
-        let only_quic = self.config.only_quic();
+        let last = self.host.log_tail(&found.id, started(found), LAST_LINES).await.unwrap_or_default();
+        let mut first = Vec::new();
+        if last.len() >= LAST_LINES && !self.known(slot).start_read {
+            first = self.host.log_start(&found.id, started(found), START_LINES).await.unwrap_or_default();
+            self.known(slot).start_read = !first.is_empty();
+        }
         let known = self.known(slot);
-        known.log_read = Some(Instant::now());
-        known.clue = course::clue(&lines, only_quic);
-        known.last_words = last_words(&lines, token.as_ref());
+        known.log_read = Some((found.state, Instant::now()));
+        known.take_log(&first, &last, token.as_ref());
+        if known.version.is_none() {
+            known.version = probe::version_in_log(&first).or_else(|| probe::version_in_log(&last));
+        }
     }
 
     /// How far the successor has come. Where the one before it serves nobody, nobody need wait for the edge.
@@ -300,6 +384,9 @@ impl<H: Host> Supervisor<H> {
     /// Gives the view to whoever listens. When its status began is kept here.
     pub(super) fn tell(&self, mut view: View) {
         self.view.send_if_modified(|known| {
+            // A master forgets the version that it knows when it is told none.
+            view.version =
+                view.version.take().or_else(|| known.version.clone()).or_else(|| self.config.image.version());
             let is_same = known.looked && known.status == view.status;
             view.since = if is_same { known.since } else { Some(Timestamp::now()) };
             let is_news = view.is_news(known);
@@ -310,8 +397,12 @@ impl<H: Host> Supervisor<H> {
 
     /// What is known of a container of ours, and says in the log what changed.
     async fn describe(&mut self, view: &mut View, slot: Slot, found: &Inspected) {
-        if self.known(slot).version.is_none() && self.known(slot).is_ready() {
-            self.known(slot).version = self.version_from_log(found).await;
+        if self.known(slot).version.is_none() && !self.known(slot).start_read {
+            let first = self.host.log_start(&found.id, started(found), START_LINES).await.unwrap_or_default();
+            let known = self.known(slot);
+            // It may not have said anything yet.
+            known.start_read = !first.is_empty();
+            known.version = probe::version_in_log(&first);
         }
         let by_agent = if self.restarts.done.0 == found.id { self.restarts.done.1 } else { 0 };
         let known = self.known(slot);
@@ -335,12 +426,28 @@ impl<H: Host> Supervisor<H> {
                 }
                 self.sick.ended();
             }
+            Verdict::Unknown => {
+                view.status = Status::Degraded;
+                view.connections = (known.page == Some(Page::NotReady)).then_some(0);
+                self.sick.failed(
+                    &"has no connection to Cloudflare, and why is not known yet",
+                    "cloudflared connects again by itself",
+                );
+            }
+            Verdict::Stopped => {
+                view.status = Status::Degraded;
+                view.connections = (known.page == Some(Page::NotReady)).then_some(0);
+                self.sick.failed(&"was told to end, by somebody else", "it is started again when it has ended");
+            }
             Verdict::Sick(cause) => {
                 view.status = cause.status();
                 view.reason = Some(cause.reason());
-                let is_without = matches!(cause, Cause::EdgeUnreachable | Cause::UdpBlocked | Cause::TokenRefused);
-                view.connections = is_without.then_some(0);
+                view.connections = (known.page == Some(Page::NotReady)).then_some(0);
                 let detail = match cause {
+                    Cause::EdgeUntrusted => match classify::detail(cause, &known.log) {
+                        Some(detail) => format!(": {detail}"),
+                        None => String::new(),
+                    },
                     Cause::CrashLoop => {
                         format!(": exit code {}, its last words: {}", found.exit_code, known.last_words)
                     }
@@ -357,14 +464,8 @@ impl<H: Host> Supervisor<H> {
         match known.verdict() {
             _ if known.is_unsettled(Instant::now()) => EAGER,
             Verdict::Ready => CALM,
-            Verdict::Starting | Verdict::Sick(_) => PATIENT,
+            Verdict::Starting | Verdict::Unknown | Verdict::Stopped | Verdict::Sick(_) => PATIENT,
         }
-    }
-
-    /// The version where the metrics page cannot be read: cloudflared writes it when it starts.
-    async fn version_from_log(&self, found: &Inspected) -> Option<String> {
-        let lines = self.host.log_start(&found.id, started(found), START_LINES).await.ok()?;
-        probe::version_in_log(&lines)
     }
 
     /// What the acknowledgement of a decommission can say by now.

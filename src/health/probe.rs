@@ -5,6 +5,7 @@ use std::time::Duration;
 use reqwest::{Client, StatusCode};
 use serde::Deserialize;
 
+use super::classify::Tries;
 use crate::channels::Traffic;
 use crate::docker::METRICS_PORT;
 use crate::http;
@@ -25,13 +26,13 @@ pub(crate) enum Readiness {
     Silent,
 }
 
-/// What its other pages say, as far as they could be read.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+/// What its page of metrics says.
+#[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Facts {
     pub(super) version: Option<String>,
     pub(super) config_version: Option<i64>,
-    pub(super) protocol: Option<&'static str>,
     pub(super) traffic: Option<Traffic>,
+    pub(super) tries: Tries,
 }
 
 /// A healthy cloudflared answers in a millisecond; this much means that it hangs or cannot be reached.
@@ -72,12 +73,15 @@ impl Probe {
         }
     }
 
-    /// What `/metrics` and `/diag/tunnel` of the container at this address say.
-    pub(super) async fn facts(&self, address: &str) -> Facts {
-        let (metrics, diag) = tokio::join!(self.read(address, "metrics"), self.read(address, "diag/tunnel"));
-        let mut facts = metrics.map(|page| facts_in_metrics(&String::from_utf8_lossy(&page))).unwrap_or_default();
-        facts.protocol = diag.and_then(|page| protocol_in_diag(&page));
-        facts
+    /// What `/metrics` of the container at this address says, where it answers.
+    pub(super) async fn facts(&self, address: &str) -> Option<Facts> {
+        let page = self.read(address, "metrics").await?;
+        Some(facts_in_metrics(&String::from_utf8_lossy(&page)))
+    }
+
+    /// The protocol of its connections, from `/diag/tunnel`. To be asked rarely: cloudflared logs two lines each time.
+    pub(super) async fn protocol(&self, address: &str) -> Option<&'static str> {
+        protocol_in_diag(&self.read(address, "diag/tunnel").await?)
     }
 
     async fn read(&self, address: &str, page: &str) -> Option<Vec<u8>> {
@@ -111,12 +115,18 @@ fn facts_in_metrics(page: &str) -> Facts {
     Facts {
         version: version_in_metrics(page),
         config_version: sum("cloudflared_orchestration_config_version").map(|version| version as i64),
-        protocol: None,
+        tries: Tries::of(page.lines().filter_map(series)),
         traffic: count("cloudflared_tunnel_total_requests").map(|requests| Traffic {
             requests,
             errors: count("cloudflared_tunnel_request_errors").unwrap_or_default(),
         }),
     }
+}
+
+/// `name{label="…"} 1.5e3`
+fn series(line: &str) -> Option<(&str, f64)> {
+    let (name, value) = line.rsplit_once(' ')?;
+    Some((name, value.parse().ok()?))
 }
 
 /// The protocol of the first connection: 1 is quic, and http2, which is 0, is left out (cloudflared 2025.9).
@@ -182,6 +192,16 @@ mod tests {
     }
 
     #[test]
+    fn the_metrics_page_tells_of_the_registrations() {
+        let page = "cloudflared_rpc_client_failures{handler=\"registration\",method=\"register_connection\"} 3\n\
+            cloudflared_rpc_client_failures{handler=\"registration\",method=\"unregister_connection\"} 9\n\
+            cloudflared_rpc_client_latency_secs_sum{handler=\"registration\",method=\"register_connection\"} 0.25\n\
+            cloudflared_tunnel_tunnel_register_success{rpcName=\"registerConnection\"} 4\n\
+            cloudflared_tunnel_ha_connections 4\n";
+        assert_eq!(facts_in_metrics(page).tries, Tries { failed: 3, registered: 4, seconds: 0.25 });
+    }
+
+    #[test]
     fn the_diagnosis_page_tells_the_protocol() {
         let page = |connections: &str| format!(r#"{{"tunnelID":"t","connections":[{connections}]}}"#);
         let protocol = |connections: &str| protocol_in_diag(page(connections).as_bytes());
@@ -226,18 +246,6 @@ mod tests {
             let _ = protocol_in_diag(&diag);
             for word in facts.version.iter().chain(&version_in_log(&lines)) {
                 prop_assert!((1..=64).contains(&word.len()) && word.is_ascii(), "{}", word);
-            }
-        }
-
-        #[test]
-        fn any_log_line_of_cloudflared_is_read(
-            lines in prop::collection::vec(prop_oneof![
-                text(),
-                "(Register tunnel error|lookup argotunnel.com|DialContext error|Unauthorized|INF Version ).{0,20}",
-            ], 0..8),
-        ) {
-            for only_quic in [false, true] {
-                let _ = crate::health::course::clue(&lines, only_quic);
             }
         }
     }

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use tokio::time::timeout;
 
+use super::classify::Tries;
 use super::double::{Behaviour, Double, Moment};
 use super::*;
 use crate::channels::Refusal;
@@ -112,8 +113,11 @@ fn never_ready(log: &[&'static str]) -> Behaviour {
     Behaviour { ready_after: None, log: log.to_vec(), ..Behaviour::default() }
 }
 
-const REFUSED: &str =
-    r#"2026-01-01T00:00:00Z ERR Register tunnel error from server side error="Unauthorized: Tunnel not found""#;
+/// Lines without a time: the double's clock is not the log's.
+const CONTROL: &str =
+    r#"ERR Serve tunnel error error="control stream encountered a failure while serving" connIndex=0"#;
+const FALLBACK: &str = "INF Switching to fallback protocol http2 connIndex=0";
+const REFUSED: &str = r#"ERR Register tunnel error from server side error="Unauthorized: Tunnel not found""#;
 
 #[tokio::test(start_paused = true)]
 async fn half_an_hour_without_the_edge_is_waited_out() {
@@ -240,17 +244,112 @@ async fn a_token_that_cloudflared_does_not_take_stops_the_connector_until_anothe
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_token_that_cloudflare_refuses_is_an_error_once_it_has_lasted() {
+async fn a_token_that_cloudflare_refuses_is_told_within_three_seconds_of_the_words() {
     let host = Double::default();
-    host.behave(&key('a'), never_ready(&[REFUSED]));
-    let began = Instant::now();
+    let refused = |log: &[&'static str]| {
+        let tries = Tries { failed: 5, registered: 0, seconds: 0.1 };
+        Behaviour { tries, ..never_ready(log) }
+    };
+    host.behave(&key('a'), refused(&[CONTROL]));
     let mut bench = Bench::start(&host, wants(&key('a')));
-    bench.until(Status::Error, Some("token_refused")).await;
-    assert!(began.elapsed() >= Duration::from_secs(10), "{:?}", began.elapsed());
+    bench.until(Status::Degraded, Some("registration_refused")).await;
+    // Under auto the words come with the fallback to HTTP/2.
+    for pause in 0..20 {
+        host.behave(&key('a'), refused(&[CONTROL]));
+        bench.until(Status::Degraded, Some("registration_refused")).await;
+        sleep(Duration::from_secs(40) + Duration::from_millis(100 * pause)).await;
+        host.behave(&key('a'), refused(&[CONTROL, FALLBACK, REFUSED]));
+        let words = Instant::now();
+        let view = bench.until(Status::Error, Some("token_refused")).await;
+        assert!(words.elapsed() <= Duration::from_secs(3), "{:?}", words.elapsed());
+        assert_eq!((view.connections, view.connector.protocol), (Some(0), Some("http2")));
+    }
     sleep(30 * MINUTE).await;
     assert_eq!(bench.calls(), ["create tunnel", "start tunnel"], "cloudflared itself keeps asking");
     host.behave(&key('a'), Behaviour::default());
     bench.until(Status::Running, None).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_connection_that_is_lost_without_a_word_is_told_without_a_cause_until_the_counters_tell() {
+    let mut bench = running().await;
+    let tries = Tries { failed: 0, registered: 4, seconds: 0.1 };
+    bench.host.behave(&key('a'), Behaviour { tries, ..Behaviour::default() });
+    sleep(MINUTE).await;
+    let lost = || Behaviour { tries, ..never_ready(&[CONTROL]) };
+    bench.host.behave(&key('a'), lost());
+    let view = bench.until(Status::Degraded, None).await;
+    assert_eq!(view.connections, Some(0));
+    sleep(10 * MINUTE).await;
+    assert_eq!(bench.view.borrow().reason, None, "nothing tells why");
+    bench.host.behave(&key('a'), Behaviour { tries: Tries { failed: 1, ..tries }, ..lost() });
+    let began = Instant::now();
+    bench.until(Status::Degraded, Some("registration_refused")).await;
+    assert!(began.elapsed() <= Duration::from_secs(5), "{:?}", began.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_next_agent_knows_at_once_what_has_been_wrong_for_hours() {
+    let host = Double::default();
+    let tries = Tries { failed: 200, registered: 0, seconds: 0.4 };
+    host.behave(&key('a'), Behaviour { tries, ..never_ready(&[CONTROL, CONTROL]) });
+    let mut bench = Bench::start(&host, wants(&key('a')));
+    bench.until(Status::Degraded, Some("registration_refused")).await;
+    sleep(120 * MINUTE).await;
+    bench.kill().await;
+    let began = Instant::now();
+    let mut bench = Bench::start(&host, wants(&key('a')));
+    bench.until(Status::Degraded, Some("registration_refused")).await;
+    assert!(began.elapsed() <= Duration::from_secs(3), "{:?}", began.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_a_refusal_ends_the_process_each_time_the_cause_is_the_same() {
+    let host = Double::default();
+    let failed = r#"ERR Failed to serve tunnel connection error="context canceled" connIndex=0"#;
+    let gave_up = r#"ERR Initiating shutdown error="context canceled""#;
+    host.behave(&key('a'), never_ready(&[failed, gave_up]));
+    let mut bench = Bench::start(&host, wants(&key('a')));
+    sleep(Duration::from_millis(1200)).await;
+    host.crash(MAIN, 1);
+    bench.until(Status::Degraded, Some("registration_refused")).await;
+    bench.view.mark_unchanged();
+    for _ in 0..10 {
+        host.behave(&key('a'), never_ready(&[]));
+        host.starts_again(MAIN);
+        sleep(Duration::from_secs(2)).await;
+        host.behave(&key('a'), never_ready(&[failed, gave_up]));
+        host.crash(MAIN, 1);
+        sleep(Duration::from_secs(20)).await;
+    }
+    let told = bench.view.has_changed().unwrap();
+    assert!(!told || bench.view.borrow().reason == Some("registration_refused"), "{:?}", bench.view.borrow());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_diagnosis_that_cloudflared_logs_is_asked_for_rarely() {
+    let mut bench = running().await;
+    sleep(60 * MINUTE).await;
+    let asked = bench.host.world().diagnoses;
+    assert!((2..=8).contains(&asked), "{asked} in an hour");
+    bench.host.behave(&key('a'), never_ready(&[REFUSED]));
+    bench.until(Status::Error, Some("token_refused")).await;
+    sleep(60 * MINUTE).await;
+    assert!(bench.host.world().diagnoses <= asked + 1, "nobody is connected");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_version_is_never_told_as_unknown_once_it_is_known() {
+    let host = Double::default();
+    host.behave(&key('a'), never_ready(&[REFUSED]));
+    let mut bench = Bench::start(&host, wants(&key('a')));
+    let view = bench.until(Status::Error, Some("token_refused")).await;
+    assert_eq!(view.version.as_deref(), Some("2025.9.0"), "its metrics answer while it is not ready");
+    bench.wanted.send_modify(|wanted| wanted.state = DesiredState::Stopped);
+    let view = bench.until(Status::Stopped, None).await;
+    assert_eq!(view.version.as_deref(), Some("2025.9.0"));
+    assert_eq!(view.fields(Default::default())["version"], "2025.9.0");
+    assert_eq!(View::default().fields(Default::default()).get("version"), None);
 }
 
 #[tokio::test(start_paused = true)]
