@@ -25,7 +25,7 @@ mod image;
 mod shown;
 mod socket_proxy;
 use check::{Check, health_page};
-pub(crate) use connector::connector_option;
+pub(crate) use connector::{MOST_PATIENCE, connector_option, patience};
 use environment::environment;
 pub use image::ImageRef;
 pub(crate) use shown::Settings;
@@ -98,6 +98,8 @@ pub struct TunnelConfig {
     pub on_exit: OnExit,
     /// Further variables of cloudflared, by the names that it knows them by.
     pub options: BTreeMap<&'static str, String>,
+    /// Whether the tunnel container knows this host as `host.docker.internal`.
+    pub host_gateway: bool,
     /// Whether the tunnel container is connected to networks of labelled containers that share none with it.
     pub auto_connect: bool,
 }
@@ -106,6 +108,11 @@ impl TunnelConfig {
     /// Name of the container that takes the tunnel container's place, while it does.
     pub fn successor_name(&self) -> String {
         format!("{}-next", self.container_name)
+    }
+
+    /// How long Docker waits for the tunnel container to end by itself: above cloudflared's drain.
+    pub fn patience(&self) -> Duration {
+        patience(&self.options)
     }
 
     /// Whether cloudflared may use nothing but QUIC.
@@ -178,6 +185,8 @@ struct Raw {
     cloudflared_edge_ip_version: Option<String>,
     cloudflared_post_quantum: Option<String>,
     cloudflared_loglevel: Option<String>,
+    cloudflared_grace_period: Option<String>,
+    cloudflared_host_gateway: Option<String>,
     report_interval_seconds: Option<String>,
     command_poll_interval_seconds: Option<String>,
     agent_display_name: Option<String>,
@@ -322,14 +331,21 @@ fn tunnel(check: &mut Check, raw: &mut Raw) -> Option<TunnelConfig> {
         &[("remove", OnExit::Remove), ("keep", OnExit::Keep)],
     );
     let auto_connect = check.yes_or_no("AUTO_CONNECT_NETWORKS", raw.auto_connect_networks.as_deref());
-    let options = check.connector_options(&[
-        ("CLOUDFLARED_PROTOCOL", raw.cloudflared_protocol.take()),
-        ("CLOUDFLARED_REGION", raw.cloudflared_region.take()),
-        ("CLOUDFLARED_EDGE_IP_VERSION", raw.cloudflared_edge_ip_version.take()),
-        ("CLOUDFLARED_POST_QUANTUM", raw.cloudflared_post_quantum.take()),
-        ("CLOUDFLARED_LOGLEVEL", raw.cloudflared_loglevel.take()),
-    ]);
-    Some(TunnelConfig { image: image?, network, container_name, on_exit, options, auto_connect })
+    let options = check.connector_options(
+        &[
+            ("CLOUDFLARED_PROTOCOL", raw.cloudflared_protocol.take()),
+            ("CLOUDFLARED_REGION", raw.cloudflared_region.take()),
+            ("CLOUDFLARED_EDGE_IP_VERSION", raw.cloudflared_edge_ip_version.take()),
+            ("CLOUDFLARED_POST_QUANTUM", raw.cloudflared_post_quantum.take()),
+            ("CLOUDFLARED_LOGLEVEL", raw.cloudflared_loglevel.take()),
+        ],
+        raw.cloudflared_grace_period.take(),
+    );
+    let host_gateway = match raw.cloudflared_host_gateway.as_deref() {
+        None => true,
+        given => check.yes_or_no("CLOUDFLARED_HOST_GATEWAY", given),
+    };
+    Some(TunnelConfig { image: image?, network, container_name, on_exit, options, host_gateway, auto_connect })
 }
 
 fn log(check: &mut Check, raw: &Raw) -> LogConfig {

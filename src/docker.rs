@@ -31,8 +31,10 @@ pub use error::DockerError;
 pub(crate) use error::OWN_REFUSAL;
 use error::*;
 pub(crate) use permissions::{Engine, Gate, OWN_PROXY, Registry, Surplus};
-pub(crate) use spec::{COMMAND, NAME_LABEL, OWNER_LABEL, REDEPLOY_LABEL, TUNNEL_LABEL, metrics_variable, owner_labels};
-pub use spec::{METRICS_PORT, SPEC_LABEL, STOP_GRACE_SECONDS, Spec};
+pub(crate) use spec::{
+    COMMAND, HOST_GATEWAY, NAME_LABEL, OWNER_LABEL, REDEPLOY_LABEL, TUNNEL_LABEL, metrics_variable, owner_labels,
+};
+pub use spec::{METRICS_PORT, SPEC_LABEL, Spec};
 pub(crate) use types::Placed;
 pub use types::{Action, Container, Endpoint, Event, Health, Inspected, LastCheck, RunState, Version};
 

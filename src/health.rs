@@ -75,6 +75,8 @@ pub(crate) struct Supervisor<H = Machine> {
     problem: Option<Problem>,
     /// Hash of the spec whose successor could not become ready because of its token: another token must come.
     given_up: Option<String>,
+    /// This Engine cannot give the container a name for its host.
+    no_host_gateway: bool,
     /// What Docker refused lately. Asked again for each replacement.
     refused: Refused,
     restarts: Restarts,
@@ -156,6 +158,7 @@ impl<H: Host> Supervisor<H> {
             not_before: None,
             problem: None,
             given_up: None,
+            no_host_gateway: false,
             refused: Refused::default(),
             restarts: Restarts { pauses: pauses(), not_before: None, done: (String::new(), 0) },
             strays: Strays::new(),
@@ -294,6 +297,7 @@ impl<H: Host> Supervisor<H> {
             network: self.config.network.clone(),
             token: wanted.token.clone()?,
             options: self.config.options.clone(),
+            host_gateway: self.config.host_gateway && !self.no_host_gateway,
             labels,
         })
     }

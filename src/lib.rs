@@ -255,8 +255,9 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
         let inputs = health::Inputs { wanted: wanted.clone(), ways: ways.clone(), wake };
         let supervisor = health::Supervisor::new(docker.clone(), made_of, own_name, inputs, view_tx, metrics.clone())
             .map_err(|error| refused(&error))?;
-        // A pull may stand still for 120 s, a stop take 95 s.
-        Task::spawn("tunnel", 150, supervisor.run(last.clone()))
+        // A pull may stand still for 120 s, a stop take a minute more than the drain.
+        let deadline = 150.max(config.tunnel.patience().as_secs() + 90);
+        Task::spawn("tunnel", deadline, supervisor.run(last.clone()))
     };
     let commands = {
         let disk = tunnels::OnDisk { store, state, tombstone };

@@ -157,14 +157,24 @@ impl Check {
     }
 
     pub(super) fn seconds(&mut self, name: &str, value: Option<String>, default: u64, least: u64) -> Duration {
-        const MOST: u64 = 3600;
+        self.seconds_up_to(name, value, default, least, 3600)
+    }
+
+    pub(super) fn seconds_up_to(
+        &mut self,
+        name: &str,
+        value: Option<String>,
+        default: u64,
+        least: u64,
+        most: u64,
+    ) -> Duration {
         let Some(value) = value else {
             return Duration::from_secs(default);
         };
         match value.parse() {
-            Ok(seconds) if (least..=MOST).contains(&seconds) => Duration::from_secs(seconds),
+            Ok(seconds) if (least..=most).contains(&seconds) => Duration::from_secs(seconds),
             _ => {
-                self.error(format!("{name}={value}: is not a whole number of seconds from {least} to {MOST}"));
+                self.error(format!("{name}={value}: is not a whole number of seconds from {least} to {most}"));
                 Duration::from_secs(default)
             }
         }

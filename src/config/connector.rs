@@ -2,6 +2,7 @@
 //! files. What each may be was read in cloudflared's documentation and source (2025.9).
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use super::check::Check;
 
@@ -25,16 +26,50 @@ const CHOICES: [Choice; 5] = [
     },
 ];
 
+/// How long cloudflared may go on with the requests that it has when it is stopped; what it takes by itself is left
+/// to it, so that nothing changes where nothing is set.
+const GRACE: &str = "TUNNEL_GRACE_PERIOD";
+const USUAL_GRACE: u64 = 30;
+/// cloudflared refuses to start with more.
+const MOST_GRACE: u64 = 180;
+/// From cloudflared's own end to Docker's patience with it: a shorter one kills it in the middle.
+const MORE_PATIENCE: u64 = 5;
+/// The longest that Docker is ever asked to wait for a tunnel container.
+pub(crate) const MOST_PATIENCE: u64 = MOST_GRACE + MORE_PATIENCE;
+
+/// How long Docker waits for a container with these options to end by itself.
+pub(crate) fn patience(options: &BTreeMap<&'static str, String>) -> Duration {
+    let seconds = options.get(GRACE).and_then(|text| grace_seconds(text));
+    Duration::from_secs(seconds.unwrap_or(USUAL_GRACE) + MORE_PATIENCE)
+}
+
+/// Whole seconds, as the agent writes them.
+fn grace_seconds(text: &str) -> Option<u64> {
+    let seconds = text.strip_suffix('s')?.parse().ok()?;
+    ((1..=MOST_GRACE).contains(&seconds) && format!("{seconds}s") == text).then_some(seconds)
+}
+
 /// The variable of cloudflared with this name, when it may be given to it with this value.
 pub(crate) fn connector_option(name: &str, value: &str) -> Option<&'static str> {
+    if name == GRACE {
+        return grace_seconds(value).map(|_| GRACE);
+    }
     let choice = CHOICES.iter().find(|choice| choice.theirs == name)?;
     choice.values.contains(&value).then_some(choice.theirs)
 }
 
 impl Check {
     /// cloudflared's variables for what is set of ours, any case; what is unset is left to cloudflared.
-    pub(super) fn connector_options(&mut self, given: &[(&str, Option<String>)]) -> BTreeMap<&'static str, String> {
+    pub(super) fn connector_options(
+        &mut self,
+        given: &[(&str, Option<String>)],
+        grace: Option<String>,
+    ) -> BTreeMap<&'static str, String> {
         let mut options = BTreeMap::new();
+        let grace = self.seconds_up_to("CLOUDFLARED_GRACE_PERIOD", grace, USUAL_GRACE, 1, MOST_GRACE).as_secs();
+        if grace != USUAL_GRACE {
+            options.insert(GRACE, format!("{grace}s"));
+        }
         for choice in &CHOICES {
             let value = given.iter().find(|(name, _)| *name == choice.ours).and_then(|(_, value)| value.as_deref());
             if value.is_some() {

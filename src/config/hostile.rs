@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::hostile::{SECRET, text};
 
-const NAMES: [&str; 27] = [
+const NAMES: [&str; 29] = [
     "DOCKFLARE_MASTER_URL",
     "DOCKFLARE_API_KEY",
     "DOCKFLARE_API_KEY_FILE",
@@ -23,6 +23,8 @@ const NAMES: [&str; 27] = [
     "CLOUDFLARED_EDGE_IP_VERSION",
     "CLOUDFLARED_POST_QUANTUM",
     "CLOUDFLARED_LOGLEVEL",
+    "CLOUDFLARED_GRACE_PERIOD",
+    "CLOUDFLARED_HOST_GATEWAY",
     "REPORT_INTERVAL_SECONDS",
     "COMMAND_POLL_INTERVAL_SECONDS",
     "AGENT_DISPLAY_NAME",

@@ -26,7 +26,7 @@ enum Kind {
 }
 
 /// All variables of the README's table, in its order.
-const SETTINGS: [(&str, Kind); 27] = {
+const SETTINGS: [(&str, Kind); 29] = {
     use Kind::{Address, Plain, Secret, SecretFile};
     [
         ("DOCKFLARE_MASTER_URL", Address(None)),
@@ -46,6 +46,8 @@ const SETTINGS: [(&str, Kind); 27] = {
         ("CLOUDFLARED_EDGE_IP_VERSION", Plain(None)),
         ("CLOUDFLARED_POST_QUANTUM", Plain(None)),
         ("CLOUDFLARED_LOGLEVEL", Plain(None)),
+        ("CLOUDFLARED_GRACE_PERIOD", Plain(Some("30"))),
+        ("CLOUDFLARED_HOST_GATEWAY", Plain(Some("true"))),
         ("REPORT_INTERVAL_SECONDS", Plain(Some("30"))),
         ("COMMAND_POLL_INTERVAL_SECONDS", Plain(Some("10"))),
         ("AGENT_DISPLAY_NAME", Plain(None)),

@@ -221,6 +221,11 @@ impl DockerError {
         Self::Failed { call: CREATE, message: "500 no space left on device".to_owned() }
     }
 
+    pub(crate) fn no_host_gateway() -> Self {
+        let message = "400 invalid IP address in add-host: \"host-gateway\"".to_owned();
+        Self::Failed { call: CREATE, message }
+    }
+
     pub(crate) fn taken() -> Self {
         Self::Conflict { call: CREATE, message: "the name is taken".to_owned() }
     }

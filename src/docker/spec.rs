@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use bollard::models;
 use ring::digest;
 
+use crate::config::patience;
 use crate::state::Token;
 
 /// Everything a tunnel container is made of. Two specs with the same [`Spec::hash`] make the same container.
@@ -18,9 +19,14 @@ pub struct Spec {
     pub token: Token,
     /// Further variables of cloudflared, by name.
     pub options: BTreeMap<&'static str, String>,
+    /// Whether it knows this host as `host.docker.internal`.
+    pub host_gateway: bool,
     /// Labels that say whose it is.
     pub labels: BTreeMap<String, String>,
 }
+
+/// The entry of the container's hosts by which it knows this host. The Engine fills in the address, from 20.10 on.
+pub(crate) const HOST_GATEWAY: &str = "host.docker.internal:host-gateway";
 
 /// Label whose value is the hash of the spec.
 pub const SPEC_LABEL: &str = "com.dockflare.agent.spec";
@@ -46,9 +52,6 @@ pub(crate) const COMMAND: [&str; 3] = ["tunnel", "--no-autoupdate", "run"];
 pub(crate) fn metrics_variable() -> String {
     format!("TUNNEL_METRICS=0.0.0.0:{METRICS_PORT}")
 }
-
-/// cloudflared's drain is 30 s unless told otherwise; a shorter time-out kills it in the middle.
-pub const STOP_GRACE_SECONDS: u16 = 35;
 
 /// Where cloudflared serves `/ready` and `/metrics`. Pinned, since left alone it moves when the port is taken.
 pub const METRICS_PORT: u16 = 20241;
@@ -92,7 +95,7 @@ impl Spec {
             cmd: words(&COMMAND),
             env: Some(env),
             labels: Some(self.labels.clone().into_iter().collect()),
-            stop_timeout: Some(STOP_GRACE_SECONDS.into()),
+            stop_timeout: i64::try_from(patience(&self.options).as_secs()).ok(),
             // Docker asks cloudflared itself, so nobody needs the right to execute anything in the container.
             healthcheck: Some(models::HealthConfig {
                 test: words(&[
@@ -120,6 +123,7 @@ impl Spec {
                     typ: Some("json-file".to_owned()),
                     config: Some([("max-size", "10m"), ("max-file", "3")].map(|(k, v)| (k.into(), v.into())).into()),
                 }),
+                extra_hosts: self.host_gateway.then(|| vec![HOST_GATEWAY.to_owned()]),
                 cap_drop: words(&["ALL"]),
                 security_opt: words(&["no-new-privileges:true"]),
                 readonly_rootfs: Some(true),
@@ -142,6 +146,7 @@ mod tests {
             network: "net".into(),
             token: Token::new("s3cret"),
             options: BTreeMap::from([("TUNNEL_REGION", "us".to_owned())]),
+            host_gateway: true,
             // Enough of them that an order left to chance would show.
             labels: ('a'..='p').map(|key| (key.to_string(), "1".to_owned())).collect(),
         }
@@ -152,10 +157,12 @@ mod tests {
         let base = spec().hash();
         assert_eq!(base, spec().hash());
         assert_eq!(base.len(), 64);
-        let changes: [fn(&mut Spec); 5] = [
+        let changes: [fn(&mut Spec); 7] = [
             |spec| spec.image.push('2'),
             |spec| spec.network.push('2'),
             |spec| spec.token = Token::new("other"),
+            |spec| spec.host_gateway = false,
+            |spec| drop(spec.options.insert("TUNNEL_GRACE_PERIOD", "90s".into())),
             |spec| drop(spec.options.insert("TUNNEL_LOGLEVEL", "debug".into())),
             |spec| drop(spec.labels.insert("z".into(), "3".into())),
         ];
@@ -190,5 +197,13 @@ mod tests {
             assert!(host.get(dangerous).is_none(), "{dangerous}");
         }
         assert_eq!(body["Labels"][SPEC_LABEL], spec().hash());
+        assert_eq!(
+            (&body["StopTimeout"], &host["ExtraHosts"]),
+            (&serde_json::json!(35), &serde_json::json!([HOST_GATEWAY]))
+        );
+        let mut other = Spec { host_gateway: false, ..spec() };
+        other.options.insert("TUNNEL_GRACE_PERIOD", "90s".into());
+        let body = other.body_for_tests();
+        assert_eq!((&body["StopTimeout"], body["HostConfig"].get("ExtraHosts")), (&serde_json::json!(95), None));
     }
 }

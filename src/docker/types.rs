@@ -188,6 +188,8 @@ pub struct Inspected {
     pub network_mode: String,
     /// The TCP ports that its image or whoever made it declares.
     pub ports: BTreeSet<u16>,
+    /// Whether it was made to know this host as `host.docker.internal`.
+    pub knows_host: bool,
 }
 
 /// A container's place on a network.
@@ -265,6 +267,7 @@ impl From<models::ContainerInspectResponse> for Inspected {
         let command: Vec<String> = config.entrypoint.into_iter().chain(config.cmd).flatten().collect();
         let env = config.env.unwrap_or_default();
         let health = state.health.unwrap_or_default();
+        let host = response.host_config.unwrap_or_default();
         Self {
             id: response.id.unwrap_or_default(),
             name: response.name.unwrap_or_default().trim_start_matches('/').to_owned(),
@@ -294,7 +297,8 @@ impl From<models::ContainerInspectResponse> for Inspected {
             env_names: env.iter().filter_map(|entry| Some(entry.split_once('=')?.0.to_owned())).collect(),
             labels: config.labels.unwrap_or_default(),
             networks: networks.into_iter().map(|(name, endpoint)| (name, Endpoint::from(endpoint))).collect(),
-            network_mode: response.host_config.and_then(|host| host.network_mode).unwrap_or_default(),
+            knows_host: host.extra_hosts.into_iter().flatten().any(|entry| entry.starts_with("host.docker.internal:")),
+            network_mode: host.network_mode.unwrap_or_default(),
             ports: config
                 .exposed_ports
                 .unwrap_or_default()

@@ -13,7 +13,7 @@ use super::plan::{self, Goal, Owner, Slot, Step};
 use super::problem::Problem;
 use super::{Refused, Supervisor};
 use crate::cause::Cause;
-use crate::docker::{DockerError, STOP_GRACE_SECONDS, Spec, owner_labels};
+use crate::docker::{DockerError, Spec, owner_labels};
 use crate::retry::Lasts;
 
 /// What a connector that hangs gets to end by itself: its own drain would be no use.
@@ -181,9 +181,10 @@ impl<H: Host> Supervisor<H> {
     /// Stops the container and waits for cloudflared's drain, which a shutdown must not cut short: a second signal
     /// would end it at once.
     pub(super) async fn drain(&self, id: &str) -> Result<(), DockerError> {
-        let grace = Duration::from_secs(STOP_GRACE_SECONDS.into());
+        let grace = self.config.patience();
         self.draining.send_replace(true);
-        let stopped = said_while_long("waiting for cloudflared to drain its requests", self.host.stop(id, grace)).await;
+        let stopped =
+            said_while_long("waiting for cloudflared to drain its requests", grace, self.host.stop(id, grace)).await;
         self.draining.send_replace(false);
         stopped
     }
@@ -216,6 +217,13 @@ impl<H: Host> Supervisor<H> {
             self.refused = Refused { hash, ..Refused::default() };
         }
         match step {
+            Step::Create(_) | Step::Start(_) if spec.host_gateway && is_about_the_host(error) => {
+                warn!(
+                    "Docker {error}; so the tunnel container does not know this host as host.docker.internal, which needs Engine 20.10 or newer; use the host's address in service labels, or set CLOUDFLARED_HOST_GATEWAY=false"
+                );
+                self.no_host_gateway = true;
+                true
+            }
             // Not what failed otherwise, as on a full disk: in place it would fail as well, with nothing left that runs.
             Step::Create(Slot::Next)
                 if matches!(error, DockerError::Forbidden { .. } | DockerError::Conflict { .. }) =>
@@ -309,13 +317,19 @@ impl<H: Host> Supervisor<H> {
     }
 }
 
+/// Whether the Engine says that it cannot fill in the host's address: up to 19.03 when the container is made, later
+/// ones, and those without a default bridge, when it is started.
+fn is_about_the_host(error: &DockerError) -> bool {
+    matches!(error, DockerError::Failed { message, .. } if message.contains("host-gateway") || message.contains("add-host"))
+}
+
 /// Waits for `work`, saying after two seconds what for.
-async fn said_while_long<T>(what: &str, work: impl Future<Output = T>) -> T {
+async fn said_while_long<T>(what: &str, at_most: Duration, work: impl Future<Output = T>) -> T {
     let mut work = std::pin::pin!(work);
     tokio::select! {
         done = &mut work => return done,
         () = sleep(Duration::from_secs(2)) => {}
     }
-    info!(at_most = %Lasts(Duration::from_secs(STOP_GRACE_SECONDS.into())), "{what}");
+    info!(at_most = %Lasts(at_most), "{what}");
     work.await
 }

@@ -83,6 +83,8 @@ pub(super) struct World {
     pub(super) dies_at: Option<(usize, Moment)>,
     /// How often a connector was asked for its diagnosis.
     pub(super) diagnoses: usize,
+    /// An Engine that does not know what `host-gateway` is.
+    pub(super) is_old: bool,
     made: u32,
 }
 
@@ -261,6 +263,9 @@ impl Host for Double {
         self.change(format!("create {name}"), |world| {
             if world.containers.contains_key(name) {
                 return Err(DockerError::taken());
+            }
+            if world.is_old && spec.host_gateway {
+                return Err(DockerError::no_host_gateway());
             }
             let mut seen = container(RunState::Created, Some(&spec.hash()));
             world.made += 1;

@@ -34,6 +34,7 @@ fn config() -> TunnelConfig {
         container_name: MAIN.to_owned(),
         on_exit: OnExit::Remove,
         options: [].into(),
+        host_gateway: true,
         auto_connect: true,
     }
 }
@@ -691,4 +692,22 @@ async fn another_agents_container_under_the_name_is_left_alone_and_told_of() {
     let mut third = Bench::start(&host, Wanted { owners: ids.to_vec(), ..wants(&key('a')) });
     third.until(Status::Running, None).await;
     assert_eq!(third.calls(), Vec::<String>::new());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_engine_that_has_no_name_for_its_host_gets_a_container_without_and_keeps_it() {
+    let host = Double::default();
+    host.world().is_old = true;
+    let mut bench = Bench::start(&host, wants(&key('a')));
+    bench.until(Status::Running, None).await;
+    assert_eq!(bench.calls(), ["create tunnel", "create tunnel", "start tunnel"]);
+    bench.kill().await;
+    // The next agent asks once more, beside the one that serves.
+    let mut bench = Bench::start(&host, wants(&key('a')));
+    bench.until(Status::Running, None).await;
+    sleep(10 * MINUTE).await;
+    assert_eq!((bench.calls(), host.world().gaps), (vec!["create tunnel-next".to_owned()], 0));
+    bench.order(&key('b'));
+    bench.until_served_with('b').await;
+    assert_eq!(host.world().gaps, 0);
 }

@@ -325,7 +325,7 @@ impl Scene<'_> {
 
     /// `host.docker.internal`, whoever's it is.
     fn through_the_host(&self, labelled: &Labelled<'_>) -> Way {
-        if self.desktop == Some(false) {
+        if self.desktop == Some(false) && !self.tunnel.knows_host {
             let problem = "host.docker.internal in its service is known on Docker Desktop only";
             return blocked(problem.to_owned(), self.by_the_host(labelled));
         }
@@ -336,7 +336,7 @@ impl Scene<'_> {
     fn by_the_host(&self, labelled: &Labelled<'_>) -> String {
         let gateway = self.tunnel.networks.get(self.network).map(|place| place.gateway.as_str()).unwrap_or_default();
         let host = match (self.desktop, gateway) {
-            (Some(true), _) => "host.docker.internal",
+            _ if self.desktop == Some(true) || self.tunnel.knows_host => "host.docker.internal",
             // As on an internal network.
             (_, "") => "<address of this host>",
             (_, gateway) => gateway,

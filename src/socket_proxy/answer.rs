@@ -21,7 +21,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::{Map, Value, json};
 
 use super::plan::Policy;
-use crate::docker::{Action, Container, Event, Health, Inspected, LastCheck, NAME_LABEL, RunState};
+use crate::docker::{Action, Container, Event, HOST_GATEWAY, Health, Inspected, LastCheck, NAME_LABEL, RunState};
 use crate::health::{Owner, Whose, is_own, owner};
 use crate::labels::{COMPOSE_SERVICE, is_enabled, may_leave, nearly};
 use crate::neighbours::{is_connector, named_host, services, tells_connector};
@@ -121,6 +121,7 @@ fn bare(seen: Inspected) -> Inspected {
         networks: BTreeMap::new(),
         network_mode: String::new(),
         ports: BTreeSet::new(),
+        knows_host: false,
         ..seen
     }
 }
@@ -159,7 +160,10 @@ pub(super) fn inspection(seen: &Inspected) -> Value {
             "Image": seen.image, "Cmd": command, "Env": env.collect::<Vec<_>>(), "Labels": seen.labels,
             "ExposedPorts": ports,
         },
-        "HostConfig": { "NetworkMode": seen.network_mode },
+        "HostConfig": {
+            "NetworkMode": seen.network_mode,
+            "ExtraHosts": if seen.knows_host { vec![HOST_GATEWAY] } else { vec![] },
+        },
         "NetworkSettings": { "Networks": networks },
     })
 }

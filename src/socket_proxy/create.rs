@@ -13,7 +13,7 @@ use serde::{Deserialize, Deserializer};
 use super::plan::Policy;
 use crate::config::connector_option;
 use crate::docker::{
-    COMMAND, NAME_LABEL, OWNER_LABEL, REDEPLOY_LABEL, SPEC_LABEL, Spec, TUNNEL_LABEL, metrics_variable,
+    COMMAND, HOST_GATEWAY, NAME_LABEL, OWNER_LABEL, REDEPLOY_LABEL, SPEC_LABEL, Spec, TUNNEL_LABEL, metrics_variable,
 };
 use crate::state::{AgentId, Token, TunnelId};
 
@@ -39,6 +39,8 @@ struct Container {
 #[serde(deny_unknown_fields, rename_all = "PascalCase")]
 struct HostConfig {
     network_mode: String,
+    #[serde(default)]
+    extra_hosts: Option<[String; 1]>,
     #[serde(default, rename = "RestartPolicy")]
     _restart_policy: Option<RestartPolicy>,
     #[serde(default, rename = "LogConfig")]
@@ -148,11 +150,15 @@ pub(super) fn container(policy: &Policy, body: &[u8]) -> Result<Spec, Rule> {
     if asked.host_config.network_mode != tunnel.network {
         return Err("create_network");
     }
+    if asked.host_config.extra_hosts.as_ref().is_some_and(|[host]| host != HOST_GATEWAY) {
+        return Err("create_hosts");
+    }
+    let host_gateway = asked.host_config.extra_hosts.is_some();
     let (token, options) = environment(&asked.env)?;
     let mut labels = asked.labels.0;
     let hash = labels.remove(SPEC_LABEL);
     check_labels(policy, &labels)?;
-    let spec = Spec { image: asked.image, network: tunnel.network.clone(), token, options, labels };
+    let spec = Spec { image: asked.image, network: tunnel.network.clone(), token, options, host_gateway, labels };
     // A container with another hash than its agent expects would be replaced again and again.
     if hash.is_none_or(|hash| hash != spec.hash()) {
         return Err("create_spec_label");

@@ -11,8 +11,8 @@ use serde::Deserialize;
 
 use super::create;
 use super::request::{Head, Method, Refusal};
-use crate::config::TunnelConfig;
-use crate::docker::{EVENT_ACTIONS, EVENT_TYPES, Inspected, NAME_LABEL, OWNER_LABEL, STOP_GRACE_SECONDS, Spec};
+use crate::config::{MOST_PATIENCE, TunnelConfig};
+use crate::docker::{EVENT_ACTIONS, EVENT_TYPES, Inspected, NAME_LABEL, OWNER_LABEL, Spec};
 use crate::labels::ENABLE_KEYS;
 
 /// What the agent may ask for.
@@ -385,5 +385,5 @@ fn number(text: &str, most: u64) -> Result<u64, Rule> {
 
 /// How long a container gets to end by itself: no longer than the agent ever waits.
 fn grace(text: &str) -> Result<u16, Rule> {
-    Ok(number(text, STOP_GRACE_SECONDS.into())? as u16)
+    Ok(number(text, MOST_PATIENCE)? as u16)
 }

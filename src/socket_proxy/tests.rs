@@ -40,6 +40,7 @@ pub(super) fn spec() -> Spec {
         network: tunnel.network,
         token: Token::new(token("t1")),
         options: BTreeMap::from([("TUNNEL_REGION", "us".to_owned())]),
+        host_gateway: true,
         labels,
     }
 }
@@ -386,7 +387,7 @@ proptest::proptest! {
             let (mut seen, mut allowed) = Default::default();
             fields(&planned.body_for_tests(), "", &mut seen);
             let mut most = spec();
-            most.options.extend(["TUNNEL_LOGLEVEL"].map(|name| (name, "info".to_owned())));
+            most.options.extend([("TUNNEL_LOGLEVEL", "info".to_owned()), ("TUNNEL_GRACE_PERIOD", "90s".to_owned())]);
             fields(&most.body_for_tests(), "", &mut allowed);
             proptest::prop_assert!(seen.is_subset(&allowed), "{seen:?}");
             proptest::prop_assert_eq!(&planned.image, &spec().image);

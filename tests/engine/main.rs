@@ -13,7 +13,9 @@ mod containers_scene;
 mod containers_status;
 mod daemon;
 mod decommission;
+mod drains;
 mod events;
+mod host_name;
 mod neighbours;
 mod newcomer;
 mod payloads;
@@ -38,6 +40,8 @@ fn main() -> std::process::ExitCode {
         daemon::cases(),
         events::cases(),
         decommission::cases(),
+        drains::cases(),
+        host_name::cases(),
         neighbours::cases(),
         newcomer::cases(),
         payloads::cases(),

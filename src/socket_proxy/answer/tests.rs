@@ -28,6 +28,7 @@ fn full(name: &str, image: &str, labels: &[(&str, &str)]) -> Inspected {
         labels: labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
         networks: BTreeMap::from([("net".to_owned(), place)]),
         network_mode: "net".into(),
+        knows_host: true,
         ports: BTreeSet::from([80]),
     }
 }

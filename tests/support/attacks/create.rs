@@ -96,7 +96,6 @@ pub(super) fn fields(attacks: &mut Attacks, target: &Target<'_>) {
         ("Tmpfs", json!({ "/x": "exec" })),
         ("PortBindings", json!({ "80/tcp": [{ "HostPort": "80" }] })),
         ("PublishAllPorts", json!(true)),
-        ("ExtraHosts", json!(["x:1.2.3.4"])),
         ("Dns", json!(["1.2.3.4"])),
         ("Links", json!(["x"])),
         ("GroupAdd", json!(["0"])),
@@ -200,6 +199,16 @@ pub(super) fn values(attacks: &mut Attacks, target: &Target<'_>) {
     with("/HostConfig/CapDrop", json!([]), "body_fields");
     with("/HostConfig/SecurityOpt", json!(["a", "b"]), "body_fields");
     with("/HostConfig/PidsLimit", json!("x"), "body_fields");
+    for hosts in [
+        json!(["evil:10.0.0.1"]),
+        json!(["host.docker.internal:10.0.0.1"]),
+        json!(["HOST.docker.internal:host-gateway"]),
+    ] {
+        with("/HostConfig/ExtraHosts", hosts, "create_hosts");
+    }
+    for hosts in [json!([]), json!("x"), json!(["host.docker.internal:host-gateway", "evil:10.0.0.1"])] {
+        with("/HostConfig/ExtraHosts", hosts, "body_fields");
+    }
     let env = target.body["Env"].as_array().cloned().unwrap_or_default();
     for (entry, rule) in [
         ("LD_PRELOAD=/x", "create_environment"),
@@ -212,6 +221,8 @@ pub(super) fn values(attacks: &mut Attacks, target: &Target<'_>) {
         ("TUNNEL_CRED_FILE=/x", "create_environment"),
         ("TUNNEL_REGION=eu", "create_environment"),
         ("TUNNEL_LOGLEVEL=trace", "create_environment"),
+        ("TUNNEL_GRACE_PERIOD=1h", "create_environment"),
+        ("TUNNEL_GRACE_PERIOD=181s", "create_environment"),
         ("tunnel_region=us", "create_environment"),
         ("TUNNEL_METRICS=0.0.0.0:80", "create_environment"),
         ("TUNNEL_METRICS", "create_environment"),
