@@ -115,7 +115,7 @@ async fn where_only_quic_is_allowed_and_udp_is_blocked_the_remedy_is_told() -> R
 
 async fn where_udp_is_blocked_it_falls_back_and_the_protocol_is_told() -> Result<()> {
     let stage = Stage::new(Protocol::V1).await?;
-    // What is composed of recordings takes 114 s.
+    // What is composed of recordings takes more than two minutes.
     let tunnel = Tunnel::new(&stage, "udp-blocked speed=50");
     let _agent = tunnel.agent_with_ready_tunnel(&stage).await?;
     let known = told(&stage, "running", None).await?;

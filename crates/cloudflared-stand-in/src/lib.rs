@@ -52,7 +52,7 @@
 //! | `unanswered` | flag | the same with no answer to a registration | any time |
 //! | `unreachable` | flag | the edge is away, nothing listens there | any time |
 //! | `swallowed` | flag | the edge is away, packets get no answer (http2: not noticed for 148 s) | any time |
-//! | `udp-blocked` | flag | over QUIC as `unreachable`; where no protocol was chosen http2 follows after 114 s | any time |
+//! | `udp-blocked` | flag | over QUIC as `unreachable`; where no protocol was chosen http2 follows after 135 s | any time |
 //! | `clock-wrong` | flag | the edge's certificate is not valid at this time | any time |
 //! | `no-dns`, `dns-silent` | flag | names are not resolved: the server says so, or nothing. Exit 1 after 20 s, or 60 s | at start |
 //! | `invalid-token` | flag | as a token that is none: exit 255 | at start |
@@ -102,7 +102,7 @@
 //! No edge but that double, no ingress, no DNS, no autoupdate, no JSON log, no other command of cloudflared. `t` in
 //! a token may be any text, where the original wants a UUID. An unknown `TUNNEL_LOGLEVEL` is an error. Composed from
 //! several recordings, since nobody recorded them as one: `udp-blocked` under `auto` (the tries of an edge that is
-//! away, the line and lines after a fallback; the 114 s were measured), an edge's error at a first start (a refusal
+//! away, the line and lines after a fallback; that it takes 114 to 164 s was measured), an edge's error at a first start (a refusal
 //! with other words), and a lasting fault beyond its recording (its last 40 s and more, again).
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::disallowed_macros, reason = "for development")]

@@ -1,6 +1,7 @@
 //! Plays the recordings: their lines, counters and readiness at their times, and asks at each recorded try what the
 //! words or the edge make of it. What they say decides which recording goes on.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use crate::cli::TunnelEnv;
 use crate::connector::{Connector, random_uuid};
 use crate::log::fill;
 use crate::metrics;
-use crate::recording::{Chosen, What};
+use crate::recording::{Chosen, Version, What};
 use crate::scene::{Dns, Scene, Stand};
 use crate::script::Behaviour;
 use crate::transport::Protocol;
@@ -26,8 +27,8 @@ const EDGES: [(&str, &str); 4] =
 const PACKETS: Duration = Duration::from_millis(200);
 /// Connections that are lost together are told one by one.
 const TOGETHER: Duration = Duration::from_millis(50);
-/// Under `auto` it gives up a QUIC that was never there after 114 to 164 s.
-const FALLBACK_AFTER: f64 = 114.0;
+/// Under `auto` it gives up a QUIC that was never there after 114 to 164 s, and in no recording within 130.
+const FALLBACK_AFTER: f64 = 135.0;
 
 /// The process's life.
 pub struct Player {
@@ -176,10 +177,21 @@ impl Player {
     async fn next(&mut self) -> Result<Option<i32>> {
         let behaviour = self.connector.behaviour();
         let next = self.scene.next;
-        if next == self.scene.end && !matches!(self.scene.recording.entries[next].what, What::Exit(_)) {
-            match self.scene.again {
-                Some(again) => self.go(Scene { next: again, ..self.scene.clone() }),
-                None => self.scene.next += 1,
+        if next == self.scene.end {
+            match (&self.scene.recording.entries[next].what, self.scene.again) {
+                (What::Exit(code), _) => return Ok(Some(*code)),
+                // It is tried here, and it lasts.
+                (What::Try(_), Some(again)) => {
+                    let verdict = self.ask().await;
+                    if !verdict.is_like(&self.scene.expects) {
+                        self.come_to(verdict)?;
+                        return Ok(None);
+                    }
+                    self.go(Scene { next: again + 1, ..self.scene.clone() });
+                    self.begin_dial(&verdict);
+                }
+                (_, Some(again)) => self.go(Scene { next: again, ..self.scene.clone() }),
+                (_, None) => self.scene.next += 1,
             }
             return Ok(None);
         }
@@ -339,7 +351,9 @@ impl Player {
     async fn attempt(&mut self) -> Result<()> {
         let mut verdict = self.ask().await;
         if self.falls_back(&verdict) {
-            let line = stand(&self.connector).line("02-refused-at-start", "Switching to fallback protocol")?;
+            // The versions' lines are the same, and not each was seen to fall back.
+            let like = Stand { version: Version::V2025_9, ..stand(&self.connector) };
+            let line = like.line("02-refused-at-start", "Switching to fallback protocol")?;
             if let What::Line(level, text) = line {
                 self.line(*level, text).await?;
             }
@@ -364,7 +378,10 @@ impl Player {
 
     /// Goes on where the recordings show what follows a try that came to this.
     fn come_to(&mut self, verdict: Verdict) -> Result<()> {
-        let scene = stand(&self.connector).after_try(&verdict)?;
+        let scene = match (&verdict, self.scene.back()) {
+            (Verdict::Registered, Some(back)) => back,
+            _ => stand(&self.connector).after_try(&verdict)?,
+        };
         self.keep_words(&verdict);
         self.dialing = None;
         self.go(scene);
@@ -516,10 +533,11 @@ impl Player {
         self.connector.show(|shown| shown.connections.clear());
         if !served.is_empty() {
             self.uplinks.unregister(behaviour.drain);
-            let close = |player: &Self, index: usize| {
+            // The last lines of these connections, in the order that was recorded.
+            let close = |player: &Self, closed: &BTreeSet<usize>| {
                 for entry in &entries[closing..last] {
                     if let What::Line(level, text) = &entry.what
-                        && index_of(text) == Some(index)
+                        && index_of(text).is_some_and(|index| closed.contains(&index))
                     {
                         player.say(*level, text);
                     }
@@ -532,13 +550,11 @@ impl Player {
                 if self.uplinks.is_empty() {
                     // Connections to nobody: the edge closes them.
                     sleep(linger).await;
-                    for index in &served {
-                        close(&self, *index);
-                    }
+                    close(&self, &served);
                 }
                 for _ in 0..self.uplinks.len() {
                     let (index, _) = self.uplinks.ended().await;
-                    close(&self, index);
+                    close(&self, &BTreeSet::from([index]));
                 }
             };
             tokio::select! {

@@ -21,6 +21,17 @@ pub struct Scene {
     pub again: Option<usize>,
 }
 
+impl Scene {
+    /// After the try that worked, where the same recording has one.
+    #[must_use]
+    pub fn back(&self) -> Option<Self> {
+        let back = self.recording.mark("back")?;
+        let registered = |what: &What| matches!(what, What::Line(_, text) if text.starts_with("Registered tunnel"));
+        self.recording.find(back, registered)?;
+        Some(cut(self.recording, self.recording.after_try(back), &Verdict::Registered))
+    }
+}
+
 /// What the choice depends on.
 #[derive(Debug, Clone, Copy)]
 pub struct Stand {
@@ -166,12 +177,16 @@ fn whole(recording: &'static Recording, expects: Verdict) -> Scene {
     Scene { recording, next: 0, end: recording.entries.len() - 1, expects, again: None }
 }
 
-/// The recording from there on, up to where what was recorded changed.
+/// The recording from there on. What lasts is asked for again at the first try after what was recorded changed: until
+/// then nobody noticed.
 fn cut(recording: &'static Recording, next: usize, verdict: &Verdict) -> Scene {
-    let is_back = |what: &What| matches!(what, What::Mark(mark) if mark == "back");
-    let end = recording.find(next, is_back).unwrap_or(recording.entries.len() - 1);
-    let again = if *verdict == Verdict::Registered { None } else { again(recording, end) };
-    Scene { recording, next, end, expects: verdict.clone(), again }
+    let last = recording.entries.len() - 1;
+    let changed = recording.find(next, |what| matches!(what, What::Mark(mark) if mark == "back"));
+    if *verdict == Verdict::Registered {
+        return Scene { recording, next, end: last, expects: verdict.clone(), again: None };
+    }
+    let end = changed.and_then(|back| recording.find(back, |what| matches!(what, What::Try(_)))).unwrap_or(last);
+    Scene { recording, next, end, expects: verdict.clone(), again: again(recording, end) }
 }
 
 /// The last try that leaves 40 s to play, for what lasts: by then the pauses have grown to their full length.

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use testkit::{AgentProcess, token, wait_until};
 use tokio::task::JoinSet;
 
+mod contract;
 mod edge;
 mod environment;
 mod outside;
