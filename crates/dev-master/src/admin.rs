@@ -1,4 +1,4 @@
-//! The operator's routes: those a real master has, under `/api/v2/agents`, and the double's own, under
+//! The operator's routes: those a real master has, under `/api/v2/agents` and `/api/v2/overview`, and the double's own, under
 //! `/_dev`. All want the master key, except the page.
 
 use hyper::{Method, StatusCode};
@@ -25,6 +25,7 @@ pub(crate) fn handle(shared: &Shared, call: &Call, segments: &[String]) -> Reply
     let answered = shared.change(|state| match segments.as_slice() {
         ["_dev", rest @ ..] => development(state, call, rest),
         ["api", "v2", "agents"] => Ok(list(state)),
+        ["api", "v2", "overview"] => Ok(overview(state)),
         ["api", "v2", "agents", "generate-key"] => generate_key(state, call),
         ["api", "v2", "agents", "revoke-key"] => revoke_key(state, call),
         ["api", "v2", "agents", agent, act] => on_agent(state, call, agent, act),
@@ -45,6 +46,24 @@ fn list(state: &State) -> Reply {
     });
     let keys: Vec<Value> = keys.collect();
     Reply::json(StatusCode::OK, &json!({ "agents": state.snapshot().agents, "agent_keys": keys }))
+}
+
+/// `GET /api/v2/overview`: what the Agents page reads. Of a tunnel status it has the status, the name and the version,
+/// and Cloudflare's status in the place of the agent's once that is known.
+fn overview(state: &State) -> Reply {
+    let agents = state.snapshot().agents.into_iter().map(|(id, agent)| {
+        let own = agent.tunnel_status.as_ref();
+        let status = json!({
+            "status": agent.page_state(),
+            "name": own.and_then(|own| own.name.as_deref()),
+            "version": own.and_then(|own| own.version.as_deref()),
+        });
+        let (name, tunnel, online) = (&agent.display_name, &agent.tunnel, agent.online);
+        let shown = json!({ "display_name": name, "status": agent.status, "online": online, "tunnel": tunnel,
+            "tunnel_status": if agent.page_state().is_some() { status } else { Value::Null } });
+        (id, shown)
+    });
+    Reply::json(StatusCode::OK, &json!({ "agents": agents.collect::<serde_json::Map<_, _>>() }))
 }
 
 /// `POST /api/v2/agents/generate-key {"owner"}`.
@@ -130,6 +149,12 @@ fn development(state: &mut State, call: &Call, rest: &[&str]) -> Result<Reply, R
         highest_version: Option<u8>,
     }
     #[derive(Deserialize)]
+    struct Listed {
+        tunnel: String,
+        /// None: it is not in the list.
+        status: Option<String>,
+    }
+    #[derive(Deserialize)]
     struct Accounts {
         account: Option<String>,
     }
@@ -152,6 +177,10 @@ fn development(state: &mut State, call: &Call, rest: &[&str]) -> Result<Reply, R
             state.rules.protocol = protocol.unwrap_or(state.rules.protocol);
             state.rules.at_most = highest_version.unwrap_or(state.rules.at_most).clamp(1, 2);
             tracing::info!("the master speaks {} now", state.rules.protocol);
+        }
+        (&Method::POST, ["cloudflare"]) => {
+            let Listed { tunnel, status } = body(call)?;
+            operate::list(state, &tunnel, status.as_deref());
         }
         (&Method::POST, ["accounts"]) => state.rules.account = body::<Accounts>(call)?.account,
         (&Method::POST, ["agents", agent, "commands"]) => {

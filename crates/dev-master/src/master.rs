@@ -107,6 +107,12 @@ impl DevMaster {
         Ok(self.shared.change(|state| operate::revoke_key(state, key))?)
     }
 
+    /// Says what Cloudflare reports of a tunnel (`healthy`, `degraded`, `down`, `inactive`): masters of version 1 show
+    /// that over the agent's own status. None takes it out of the master's list.
+    pub fn cloudflare_says(&self, tunnel: &str, status: Option<&str>) {
+        self.shared.change(|state| operate::list(state, tunnel, status));
+    }
+
     /// Names the agent; its own name no longer counts.
     pub fn rename(&self, agent: &str, name: &str) -> anyhow::Result<()> {
         Ok(self.shared.change(|state| operate::rename(state, agent, name))?)

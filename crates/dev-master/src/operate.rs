@@ -81,6 +81,14 @@ pub(crate) fn add_key(state: &mut State, key: &str, owner: &str) {
     state.keys.insert(key.to_owned(), fresh);
 }
 
+/// Notes what Cloudflare says of a tunnel (`healthy`, `degraded`, `down`, `inactive`), or that it is not in the list.
+pub(crate) fn list(state: &mut State, tunnel: &str, status: Option<&str>) {
+    match status {
+        Some(status) => drop(state.listed.insert(tunnel.to_owned(), status.to_owned())),
+        None => drop(state.listed.remove(tunnel)),
+    }
+}
+
 /// Assigns the tunnel of this name, made up on first use, and queues the command to start it.
 pub(crate) fn enroll(state: &mut State, agent: &str, name: &str) -> Result<Command, Refusal> {
     let tunnel = state.tunnels.entry(name.to_owned()).or_insert_with(|| {

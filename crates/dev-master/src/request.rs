@@ -90,7 +90,7 @@ impl Target {
             }
             [""] if get => operator(),
             ["_dev", ..] => operator(),
-            ["api", "v2", "agents"] if get => operator(),
+            ["api", "v2", "agents" | "overview"] if get => operator(),
             ["api", "v2", "agents", "generate-key" | "revoke-key"] if post => operator(),
             ["api", "v2", "agents", _, "enroll" | "redeploy-tunnel" | "roll-key" | "rename" | "remove"] if post => {
                 operator()

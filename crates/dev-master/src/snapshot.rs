@@ -56,6 +56,8 @@ pub struct Agent {
     pub containers: BTreeMap<String, Container>,
     /// The last tunnel status, as a master reads it.
     pub tunnel_status: Option<TunnelStatus>,
+    /// What Cloudflare says of its tunnel, where the master shows that instead (version 1).
+    pub cloudflare_status: Option<String>,
     /// Commands waiting to be fetched.
     pub queued: usize,
     /// How many registrations succeeded.
@@ -154,6 +156,11 @@ impl Agent {
     pub fn tunnel_state(&self) -> Option<&str> {
         self.tunnel_status.as_ref().map(|seen| seen.status.as_str())
     }
+
+    /// What the Agents page shows of its tunnel.
+    pub fn page_state(&self) -> Option<&str> {
+        self.cloudflare_status.as_deref().or_else(|| self.tunnel_state())
+    }
 }
 
 impl Snapshot {
@@ -187,7 +194,7 @@ impl fmt::Display for Snapshot {
                 agent.display_name,
                 agent.protocol,
                 if agent.online { "online" } else { "offline" },
-                agent.tunnel_state().unwrap_or("-"),
+                agent.page_state().unwrap_or("-"),
                 agent.containers.len(),
             )?;
         }
@@ -198,6 +205,12 @@ impl fmt::Display for Snapshot {
                 ", {} complete and {} incomplete report(s), removals {:?}, starts {:?}, stops {:?}",
                 agent.complete_reports, agent.incomplete_reports, agent.removals, agent.starts, agent.stops
             )?;
+            if let (Some(cloudflare), Some(own)) = (&agent.cloudflare_status, agent.tunnel_state()) {
+                writeln!(
+                    f,
+                    "  tunnel: {cloudflare} is Cloudflare's word; the agent's is {own}, in /api/v2/agents alone"
+                )?;
+            }
             for (id, container) in &agent.containers {
                 writeln!(f, "  {} ({id}) {} {:?}", container.name, container.status, container.labels)?;
             }

@@ -161,6 +161,8 @@ pub(crate) struct State {
     pub(crate) operations: Vec<Operation>,
     /// Tunnels by name.
     pub(crate) tunnels: BTreeMap<String, KnownTunnel>,
+    /// The list that the master has of the account's tunnels, by id: what Cloudflare itself says of each.
+    pub(crate) listed: BTreeMap<String, String>,
     pub(crate) pushed: Vec<PushedConfig>,
     pub(crate) registrations: u64,
     pub(crate) faults: Faults,
@@ -177,6 +179,7 @@ impl State {
             records: BTreeMap::new(),
             operations: Vec::new(),
             tunnels: BTreeMap::new(),
+            listed: BTreeMap::new(),
             pushed: Vec::new(),
             registrations: 0,
             faults: Faults::default(),
@@ -246,13 +249,22 @@ impl State {
         let now = Instant::now();
         Snapshot {
             protocol: self.rules.protocol,
-            agents: self.records.iter().map(|(id, record)| (id.clone(), record.view(now))).collect(),
+            agents: self.records.iter().map(|(id, record)| (id.clone(), self.view(record, now))).collect(),
             decommissions: self.operations.iter().map(|operation| operation.shown.clone()).collect(),
             pushed: self.pushed.clone(),
             registrations: self.registrations,
             faults: self.faults.len(),
             violations: self.journal.violations(),
         }
+    }
+
+    /// The agent as it is shown. Masters of version 1 put Cloudflare's status of its tunnel over the agent's own on
+    /// their page, once they have it; what a version 2 master does is not known, and here it does not.
+    fn view(&self, record: &Record, now: Instant) -> Agent {
+        let mut shown = record.view(now);
+        let listed = shown.tunnel.as_ref().and_then(|tunnel| self.listed.get(&tunnel.id));
+        shown.cloudflare_status = listed.filter(|_| self.rules.protocol == Protocol::V1).cloned();
+        shown
     }
 
     /// When the next agent will go offline by itself.

@@ -274,7 +274,7 @@ async fn beside(version: &str, protocol: &str, done: &Done, speed: f64) -> Resul
     let until = real.samples.last().map_or(0.0, |(at, ..)| *at).max(4.0);
     // Another configuration came then.
     let until = if done.capture.starts_with("01-") { 14.0 } else { until };
-    let until = if real.exit.is_some() { 10.0 * until + 100.0 } else { until };
+    let until = if real.exit.is_some() { real.lines.last().map_or(0.0, |(at, _)| *at) + 60.0 } else { until };
     // It may begin late.
     let ours = played(version, protocol, done, until + 20.0, speed).await?;
     compare(&real, &ours, done, until)
@@ -307,9 +307,15 @@ async fn what_is_done_to_it_looks_as_it_did_in_the_real_program() -> Result<()> 
     assert!(all.len() > 80, "only {} recordings", all.len());
     let count = all.len();
     let mut failed = Vec::new();
-    for (version, protocol, done, _) in all.into_iter().filter(|(.., result)| result.is_err()) {
+    for (version, protocol, done, first) in all {
+        let Err(first) = first else { continue };
+        testkit::note("tried again alone", &format!("{version}/{protocol}/{}: {first:#}", done.capture));
         if let Err(error) = beside(version, protocol, done, SPEEDS[1]).await {
             failed.push(format!("{version}/{protocol}/{}: {error:#}", done.capture));
+        }
+        // One difference is enough, and each takes its time.
+        if failed.len() > 2 {
+            break;
         }
     }
     assert!(failed.is_empty(), "{} of {count}: {}", failed.len(), failed.join("\n\n"));

@@ -1,6 +1,6 @@
 //! The operator's routes, those of a real master and the double's own.
 
-use dockflare_dev_master::DevMaster;
+use dockflare_dev_master::{DevMaster, Protocol};
 use reqwest::Method;
 use serde_json::{Value, json};
 
@@ -12,6 +12,7 @@ async fn all_but_the_page_want_the_master_key() {
     let nobody = Caller::fresh(&master);
     for (method, path) in [
         (Method::GET, "/api/v2/agents"),
+        (Method::GET, "/api/v2/overview"),
         (Method::POST, "/api/v2/agents/generate-key"),
         (Method::POST, "/api/v2/agents/a/enroll"),
         (Method::GET, "/_dev/requests"),
@@ -128,6 +129,33 @@ async fn configurations_are_kept_when_the_routes_are_there() {
     violated(&master, "the last rule does not match everything");
     let pushed = master.snapshot().pushed;
     assert_eq!((pushed.len(), &pushed[0].config["ingress"]), (1, &rules));
+}
+
+#[tokio::test]
+async fn version_1_shows_cloudflares_status_over_the_agents_once_it_has_it() {
+    let master = v1().await;
+    let caller = Caller::fresh(&master);
+    let id = caller.joined().await;
+    let tunnel = master.enroll(&id, "edge").unwrap().tunnel_id;
+    let own = json!({ "status": "degraded", "name": "edge", "version": "2025.9.0", "reason": "edge_unreachable" });
+    caller.events(&id, &merged(&event("tunnel_status"), &own)).await;
+    let operator = Caller::operator(&master);
+    let page = async || operator.get("/api/v2/overview").await.body["agents"][&id]["tunnel_status"].clone();
+    assert_eq!(page().await, json!({ "status": "degraded", "name": "edge", "version": "2025.9.0" }));
+
+    operator.post("/_dev/cloudflare", &json!({ "tunnel": tunnel, "status": "down" })).await;
+    assert_eq!(page().await["status"], "down");
+    let kept = operator.get("/api/v2/agents").await.body["agents"][&id]["tunnel_status"]["status"].clone();
+    assert_eq!(kept, "degraded");
+    let text = operator.get("/").await.body;
+    let line = text.as_str().unwrap().lines().find(|line| line.starts_with(&id)).unwrap();
+    assert!(line.contains(" down ") && text.as_str().unwrap().contains("the agent's is degraded"), "{text}");
+
+    master.set_protocol(Protocol::V2);
+    assert_eq!(page().await["status"], "degraded");
+    master.set_protocol(Protocol::V1);
+    master.cloudflare_says(&tunnel, None);
+    assert_eq!(page().await["status"], "degraded");
 }
 
 #[tokio::test]
