@@ -21,12 +21,14 @@ use tokio::time::timeout;
 use crate::config::{DockerHost, ImageRef};
 use crate::retry::Backoff;
 
+mod dialect;
 mod error;
 #[cfg(test)]
 mod hostile;
 mod permissions;
 mod spec;
 mod types;
+pub(crate) use dialect::EVENT_ACTIONS;
 pub use error::DockerError;
 pub(crate) use error::OWN_REFUSAL;
 use error::*;
@@ -56,9 +58,6 @@ const CHANGE_LIMIT: Duration = Duration::from_secs(60);
 const PULL_SILENCE: Duration = Duration::from_secs(120);
 /// The kinds of things whose events are asked for.
 pub(crate) const EVENT_TYPES: [&str; 2] = ["container", "network"];
-/// The events that are asked for. Not `exec_*`, which the container's own health check would send all day.
-pub(crate) const EVENT_ACTIONS: [&str; 10] =
-    ["start", "die", "stop", "destroy", "rename", "pause", "unpause", "health_status", "connect", "disconnect"];
 /// Longer than any limit above, so that ours is the one that counts: theirs covers the headers only.
 const CLIENT_TIMEOUT_SECONDS: u64 = 3600;
 

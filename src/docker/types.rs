@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use bollard::models;
 
+use super::dialect;
 use crate::state::{Token, TunnelId};
 
 /// A running container from a listing.
@@ -138,10 +139,7 @@ impl From<models::EventMessage> for Event {
         let name = attributes.remove("name").unwrap_or_default();
         let action = match (message.typ, message.action.as_deref().unwrap_or_default()) {
             (Some(models::EventMessageTypeEnum::NETWORK), _) => Action::Network,
-            (_, "start") => Action::Start,
-            (_, "die" | "stop" | "destroy") => Action::End,
-            (_, "rename") => Action::Rename,
-            _ => Action::Container,
+            (_, name) => dialect::action(name),
         };
         let at = message.time_nano.or(message.time.map(|seconds| seconds.saturating_mul(1_000_000_000)));
         let name = name.trim_start_matches('/').to_owned();

@@ -19,6 +19,7 @@ mod host_name;
 mod neighbours;
 mod newcomer;
 mod payloads;
+mod podman;
 mod proxy;
 mod pull;
 mod replacement;
@@ -45,6 +46,7 @@ fn main() -> std::process::ExitCode {
         neighbours::cases(),
         newcomer::cases(),
         payloads::cases(),
+        podman::cases(),
         proxy::cases(),
         pull::cases(),
         replacement::cases(),

@@ -192,17 +192,29 @@ impl Images {
     /// When the engine refuses.
     pub async fn image_from(&self, prefix: &str, files: &Files, changes: &[String]) -> Result<String> {
         let image = self.name(prefix);
-        let (repository, tag) = image.rsplit_once(':').context("an image name has a tag")?;
         let labels = self.labels().into_iter().map(|(key, value)| format!("LABEL {key}={value:?}"));
         let options = CreateImageOptions {
             from_src: Some("-".into()),
-            repo: Some(repository.to_owned()),
-            tag: Some(tag.to_owned()),
+            // With the tag in it: Podman does not read the one beside it.
+            repo: Some(image.clone()),
             changes: changes.iter().cloned().chain(labels).collect(),
             ..CreateImageOptions::default()
         };
-        let docker = docker()?;
+        let (docker, changes) = (docker()?, options.changes.join("\n"));
         finish(docker.create_image(Some(options), Some(body_full(files.tar()?.into())), None)).await?;
+        let made = docker.inspect_image(&image).await?.config.and_then(|config| config.labels).unwrap_or_default();
+        if self.labels().keys().any(|label| !made.contains_key(label)) {
+            // Podman reads the first of several instructions.
+            let text = format!("FROM {image}\n{changes}\n");
+            let context = Files::new().bytes("Dockerfile", text, 0o644, ROOT);
+            let options = BuildImageOptions {
+                dockerfile: "Dockerfile".into(),
+                t: Some(image.clone()),
+                rm: true,
+                ..BuildImageOptions::default()
+            };
+            finish(docker.build_image(options, None, Some(body_full(context.tar()?.into())))).await?;
+        }
         Ok(image)
     }
 

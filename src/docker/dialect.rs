@@ -1,0 +1,52 @@
+//! How Podman's API differs from Docker's, where the agent would notice. Everything else of it was tried and is the
+//! same to the agent (Podman 4.3.1).
+//!
+//! | | Docker | Podman |
+//! |---|---|---|
+//! | the end of a container, as a filter | `die`, `destroy` | `died` and `remove`; before 4.4 `die` matches nothing |
+//! | the same, as it is told | `die`, `destroy` | `die` or `died`, `remove` |
+//! | an event of a network | has the network's id and name | has the container's |
+//! | a health check | run by the daemon | run by systemd; without it there is never a verdict |
+//! | an image's name | as it was asked for | with its registry before it |
+
+use super::Action;
+
+/// The events that are asked for, by all their names. Not `exec_*`, which the container's own health check would send
+/// all day.
+pub(crate) const EVENT_ACTIONS: [&str; 12] = [
+    "start",
+    "die",
+    "died",
+    "stop",
+    "destroy",
+    "remove",
+    "rename",
+    "pause",
+    "unpause",
+    "health_status",
+    "connect",
+    "disconnect",
+];
+
+/// What an event of a container says.
+pub(super) fn action(name: &str) -> Action {
+    match name {
+        "start" => Action::Start,
+        "die" | "died" | "stop" | "destroy" | "remove" => Action::End,
+        "rename" => Action::Rename,
+        _ => Action::Container,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_container_is_asked_for_and_understood_by_both_names() {
+        for name in ["die", "died", "stop", "destroy", "remove"] {
+            assert!(EVENT_ACTIONS.contains(&name) && action(name) == Action::End, "{name}");
+        }
+        assert_eq!(action("cleanup"), Action::Container);
+    }
+}
