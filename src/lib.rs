@@ -75,6 +75,7 @@ mod labels;
 pub mod master;
 pub mod metrics;
 pub mod neighbours;
+mod orphan;
 pub mod page;
 pub mod registration;
 pub mod reports;
@@ -104,15 +105,22 @@ pub enum RunError {
         "the task {0} ended, which it must not: this is a mistake in the agent, please report it with the lines above"
     )]
     Task(&'static str),
+    /// Docker's socket was made anew, and the one that is mounted here is dead.
+    #[error(
+        "nobody listens any more on the Docker socket that is mounted here as {0}, since Docker has made a new one: ending, so that the restart policy mounts that; mount the socket's folder instead where that is possible"
+    )]
+    Orphaned(String),
 }
 
 impl RunError {
-    /// The exit code for it: 64 bad configuration, 73 data folder not usable or taken, 70 a task ended.
+    /// The exit code for it: 64 bad configuration, 73 data folder not usable or taken, 70 a task ended, 75 the mounted
+    /// Docker socket is dead.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Config(_) => 64,
             Self::DataFolder(_) => 73,
             Self::Task(_) => 70,
+            Self::Orphaned(_) => 75,
         }
     }
 }
@@ -282,6 +290,7 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
         ended = &mut tunnel => return Err(broken("tunnel", ended)),
         ended = &mut events => return Err(broken("events", ended)),
         ended = &mut neighbours => return Err(broken("neighbours", ended)),
+        path = orphan::orphaned(docker.host().clone()) => return Err(RunError::Orphaned(path)),
         ended = async { match &mut page { Some(page) => page.await, None => std::future::pending().await } } => {
             return Err(broken("page", ended));
         }

@@ -14,7 +14,7 @@ use tracing::{error, warn};
 /// Makes a Docker host reachable through Cloudflare Tunnel. Configured by environment variables, see env-example.
 ///
 /// Exit codes: 0 stopped as asked, 64 bad configuration, 70 a task ended that must not, 73 data folder not usable
-/// or taken by another agent.
+/// or taken by another agent, 75 the mounted Docker socket is dead since Docker has made a new one.
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {

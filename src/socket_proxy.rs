@@ -25,6 +25,7 @@
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::Path;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -38,6 +39,7 @@ use tracing::{error, info, warn};
 use crate::RunError;
 use crate::config::{DockerHost, Listen, SocketProxyConfig};
 use crate::docker::Docker;
+use crate::orphan::orphaned;
 
 mod answer;
 mod create;
@@ -61,7 +63,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Serves until `shutdown`.
 ///
 /// # Errors
-/// When it cannot listen.
+/// When it cannot listen, and when Docker's socket is dead for ever.
 pub async fn run(config: SocketProxyConfig, shutdown: CancellationToken) -> Result<(), RunError> {
     let listener = Listener::bind(&config.listen).await.map_err(RunError::Config)?;
     let tunnel = &config.tunnel;
@@ -80,15 +82,17 @@ pub async fn run(config: SocketProxyConfig, shutdown: CancellationToken) -> Resu
     {
         error!("the Docker socket {path} cannot be opened: {problem}");
     }
+    let mut orphaned = pin!(orphaned(config.docker_host.clone()));
     let service = Arc::new(Service {
         docker: Arc::new(Docker::new(config.docker_host)),
         policy: Policy { tunnel: config.tunnel },
         refusals: Refusals::new(),
     });
     let mut connections = JoinSet::new();
-    loop {
+    let ended = loop {
         tokio::select! {
-            () = shutdown.cancelled() => break,
+            () = shutdown.cancelled() => break Ok(()),
+            path = &mut orphaned => break Err(RunError::Orphaned(path)),
             () = sleep_until(service.refusals.next_turn()) => service.refusals.turn(),
             Some(_) = connections.join_next() => {}
             accepted = listener.accept(), if connections.len() < MOST_CONNECTIONS => match accepted {
@@ -100,12 +104,12 @@ pub async fn run(config: SocketProxyConfig, shutdown: CancellationToken) -> Resu
                 }
             }
         }
-    }
+    };
     if let Listen::Unix(path) = &config.listen {
         leave(path);
     }
     info!("dockflare-agent socket-proxy stopped");
-    Ok(())
+    ended
 }
 
 /// The next one would replace the socket; without it a client is told at once that nobody is there.

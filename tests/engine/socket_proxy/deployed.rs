@@ -14,6 +14,7 @@ pub(super) fn cases() -> Vec<Case> {
     let mut cases = testkit::cases![
         a_socket_that_cannot_be_opened_is_said_with_the_remedy,
         the_stricter_variant_of_the_documentation_reaches_docker,
+        a_mounted_socket_that_docker_made_anew_ends_the_proxy_and_its_restart_policy_mounts_the_new_one,
     ];
     for protocol in [Protocol::V1, Protocol::V2] {
         let name =
@@ -218,4 +219,72 @@ async fn the_stricter_variant_of_the_documentation_reaches_docker() -> Result<()
         (scope.health(&proxy).await.ok()? == "healthy").then_some(())
     })
     .await
+}
+
+/// Docker's socket as a daemon makes it, which leads to the real one.
+struct Socket {
+    path: std::path::PathBuf,
+    relay: tokio::task::JoinHandle<()>,
+}
+
+impl Socket {
+    /// Makes it, in the place of one that was there.
+    fn make(path: &std::path::Path) -> Result<Self> {
+        use std::os::unix::fs::PermissionsExt;
+        use tokio::net::{UnixListener, UnixStream};
+        if path.exists() {
+            std::fs::remove_file(path)?;
+        }
+        let listener = UnixListener::bind(path)?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o666))?;
+        let relay = tokio::spawn(async move {
+            while let Ok((mut client, _)) = listener.accept().await {
+                tokio::spawn(async move {
+                    let mut engine = UnixStream::connect(testkit::socket_path()).await?;
+                    tokio::io::copy_bidirectional(&mut client, &mut engine).await
+                });
+            }
+        });
+        Ok(Self { path: path.to_owned(), relay })
+    }
+
+    /// The daemon ends: nobody listens, and the file stays until the next one.
+    async fn end(self) -> std::path::PathBuf {
+        self.relay.abort();
+        drop(self.relay.await);
+        self.path
+    }
+}
+
+async fn a_mounted_socket_that_docker_made_anew_ends_the_proxy_and_its_restart_policy_mounts_the_new_one() -> Result<()>
+{
+    let scope = Scope::new(testkit::docker()?);
+    let folder = tempfile::tempdir()?;
+    let socket = Socket::make(&folder.path().join("docker.sock"))?;
+    let host = HostConfig {
+        network_mode: Some("none".to_owned()),
+        tmpfs: Some([("/run/dockflare".to_owned(), "mode=0777".to_owned())].into()),
+        restart_policy: Some(RestartPolicy {
+            name: Some(RestartPolicyNameEnum::UNLESS_STOPPED),
+            maximum_retry_count: None,
+        }),
+        ..confined(vec![format!("{}:/var/run/docker.sock:ro", socket.path.display())])
+    };
+    let proxy = run_as(&scope, "0:0", &["socket-proxy"], &[], host).await?;
+    let healthy = async |what: &str| {
+        wait_until(what, 2 * SOON, async || (scope.health(&proxy).await.ok()? == "healthy").then_some(())).await
+    };
+    healthy("Docker to call the socket proxy healthy").await?;
+    let restarts = async || scope.inspect(&proxy).await.ok()?.restart_count;
+
+    // The daemon is away for a while, and comes back with a socket of its own.
+    let path = socket.end().await;
+    let _new = Socket::make(&path)?;
+    wait_until("the socket proxy to be started again", 3 * SOON, async || (restarts().await? == 1).then_some(()))
+        .await?;
+    healthy("the socket proxy to reach Docker by the new socket").await?;
+    let log = scope.logs(&proxy).await?;
+    ensure!(log.contains("nobody listens any more on the Docker socket that is mounted here"), "{log}");
+    ensure!(restarts().await == Some(1), "once is enough");
+    Ok(())
 }
