@@ -9,6 +9,7 @@ use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
+use dockflare_host::aside::Aside;
 use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -25,9 +26,9 @@ const LIMIT: Duration = Duration::from_secs(5);
 /// anything but a socket. Cancel-safe.
 pub(crate) async fn orphaned(host: DockerHost) -> String {
     let DockerHost::Unix(path) = host else { return std::future::pending().await };
-    let mut since = None;
+    let (looks, mut since) = (Aside::default(), None);
     loop {
-        since = if is_orphan(&path).await && is_dead(&path).await {
+        since = if is_orphan(&looks, &path).await && is_dead(&path).await {
             Some(since.unwrap_or_else(Instant::now))
         } else {
             None
@@ -40,10 +41,10 @@ pub(crate) async fn orphaned(host: DockerHost) -> String {
 }
 
 /// Whether what is there has no name any more anywhere. A file that is found by its name has one, unless it is a mount.
-async fn is_orphan(path: &str) -> bool {
+#[expect(clippy::disallowed_methods, reason = "on a thread of its own")]
+async fn is_orphan(looks: &Aside<bool>, path: &str) -> bool {
     let path = path.to_owned();
-    let found = tokio::task::spawn_blocking(move || std::fs::metadata(path)).await;
-    found.is_ok_and(|found| found.is_ok_and(|found| found.nlink() == 0))
+    looks.or_earlier(LIMIT, move || std::fs::metadata(path).is_ok_and(|found| found.nlink() == 0)).await == Some(true)
 }
 
 async fn is_dead(path: &str) -> bool {
