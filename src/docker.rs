@@ -4,7 +4,8 @@
 //! failure is sorted into what a caller does about it ([`DockerError`]); a refusal names the socket proxy's
 //! variable that would allow the call. No connection is kept for a second call, so that one that a proxy closed
 //! in the meantime is never used for a call that must not be made twice. A container is looked for by its name and
-//! acted upon by the id that was seen: somebody else's may have taken the name in between.
+//! acted upon by the id that was seen: somebody else's may have taken the name in between. What people can write into
+//! without end, as labels, is read into little memory (`sieve`).
 
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
@@ -26,6 +27,8 @@ mod error;
 #[cfg(test)]
 mod hostile;
 mod permissions;
+mod read;
+mod sieve;
 mod spec;
 mod types;
 pub(crate) use dialect::EVENT_ACTIONS;
@@ -77,13 +80,10 @@ impl Docker {
     /// # Errors
     /// An answer that is not whole is an error, never a short list.
     pub async fn list_with_label_keys(&self, keys: &[&str]) -> Result<Vec<Container>> {
-        let docker = self.client(LIST)?;
         let mut found = BTreeMap::new();
         // Filters of one kind must all hold, so each key is a listing of its own.
         for key in keys {
-            let filters = HashMap::from([("label".to_owned(), vec![(*key).to_owned()])]);
-            let options = query::ListContainersOptions { filters: Some(filters), ..Default::default() };
-            for container in limited(LIST, READ_LIMIT, docker.list_containers(Some(options))).await? {
+            for container in self.listed(false, Some(key)).await? {
                 let container = Container::from(container);
                 found.insert(container.id.clone(), container);
             }
@@ -96,11 +96,7 @@ impl Docker {
     /// # Errors
     /// As all calls.
     pub(crate) async fn list_made(&self) -> Result<Vec<Container>> {
-        let docker = self.client(LIST)?;
-        let filters = HashMap::from([("label".to_owned(), vec![OWNER_LABEL.0.to_owned()])]);
-        let options = query::ListContainersOptions { all: true, filters: Some(filters), ..Default::default() };
-        let listed = limited(LIST, READ_LIMIT, docker.list_containers(Some(options))).await?;
-        Ok(listed.into_iter().map(Container::from).collect())
+        Ok(self.listed(true, Some(OWNER_LABEL.0)).await?.into_iter().map(Container::from).collect())
     }
 
     /// All running containers, whosever they are.
@@ -108,10 +104,7 @@ impl Docker {
     /// # Errors
     /// An answer that is not whole is an error, never a short list.
     pub async fn list_running(&self) -> Result<Vec<Container>> {
-        let docker = self.client(LIST)?;
-        let options = query::ListContainersOptions::default();
-        let listed = limited(LIST, READ_LIMIT, docker.list_containers(Some(options))).await?;
-        Ok(listed.into_iter().map(Container::from).collect())
+        Ok(self.listed(false, None).await?.into_iter().map(Container::from).collect())
     }
 
     /// Where the running containers are that carry one of the two keys.
@@ -119,13 +112,9 @@ impl Docker {
     /// # Errors
     /// As all calls.
     pub(crate) async fn placed_with_label_keys(&self, keys: &[&str]) -> Result<Vec<Placed>> {
-        let docker = self.client(LIST)?;
         let mut found = Vec::new();
         for key in keys {
-            let filters = HashMap::from([("label".to_owned(), vec![(*key).to_owned()])]);
-            let options = query::ListContainersOptions { filters: Some(filters), ..Default::default() };
-            let listed = limited(LIST, READ_LIMIT, docker.list_containers(Some(options))).await?;
-            found.extend(listed.into_iter().map(Placed::from));
+            found.extend(self.listed(false, Some(key)).await?.into_iter().map(Placed::from));
         }
         Ok(found)
     }
@@ -154,14 +143,7 @@ impl Docker {
     /// # Errors
     /// When Docker cannot be called at all; what happens to the stream comes out of the stream.
     pub fn events(&self, since: Option<String>) -> Result<impl Stream<Item = Result<Event>> + use<>> {
-        let docker = self.client(EVENTS)?.clone();
-        let filters = [("type", &EVENT_TYPES[..]), ("event", &EVENT_ACTIONS)];
-        let filters = filters
-            .into_iter()
-            .map(|(kind, values)| (kind.to_owned(), values.iter().map(|value| (*value).to_owned()).collect()))
-            .collect();
-        let options = query::EventsOptions { since, until: None, filters: Some(filters) };
-        Ok(docker.events(Some(options)).map_ok(Event::from).map_err(|error| sort(EVENTS, error)))
+        self.told(since.as_deref(), &EVENT_TYPES, &EVENT_ACTIONS)
     }
 
     /// A container by name or id; `None` when there is none.
@@ -169,9 +151,7 @@ impl Docker {
     /// # Errors
     /// As all calls.
     pub async fn inspect(&self, name: &str) -> Result<Option<Inspected>> {
-        let docker = self.client(INSPECT)?;
-        let found = limited(INSPECT, READ_LIMIT, docker.inspect_container(name, None)).await;
-        Ok(absent_is_none(found)?.map(Inspected::from))
+        Ok(absent_is_none(self.inspected(name).await)?.map(Inspected::from))
     }
 
     /// The first lines that a container wrote from this second of 1970 on, both streams, at most `lines`.

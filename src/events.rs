@@ -24,11 +24,12 @@ use futures_util::StreamExt;
 use jiff::Timestamp;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use crate::channels::{Change, Inventory};
+use crate::concerns::Concerns;
 use crate::docker::{self, Action, Container, Docker, DockerError, Event};
-use crate::labels::{ENABLE_KEYS, is_enabled, may_leave};
+use crate::labels::{self, ENABLE_KEYS, Excess, REPORT_BYTES, is_enabled, may_leave};
 use crate::metrics::Metrics;
 use crate::retry::Trouble;
 
@@ -49,6 +50,9 @@ const EVENTS_WIN: Duration = Duration::from_secs(2);
 /// Events remembered to recognise a replay; a replay repeats those of one instant.
 const REMEMBERED: usize = 256;
 
+mod flaps;
+use flaps::{Flaps, Said};
+
 /// The event task.
 #[derive(Debug)]
 pub struct EventStream {
@@ -67,6 +71,11 @@ pub struct EventStream {
     look_every: Duration,
     trouble: Trouble,
     metrics: Metrics,
+    concerns: Concerns,
+    /// Containers that start and end again and again.
+    flaps: Flaps,
+    /// Containers of which labels are left out, by id, and what was said of it.
+    excess: BTreeMap<String, Excess>,
 }
 
 impl EventStream {
@@ -81,6 +90,7 @@ impl EventStream {
         watched: [String; 3],
         report_interval: Duration,
         metrics: Metrics,
+        concerns: Concerns,
     ) -> Self {
         let trouble = Trouble::new("Docker");
         let [wake_supervisor, wake_neighbours] = wakes;
@@ -97,6 +107,9 @@ impl EventStream {
             look_every: report_interval.min(LONGEST_UNSEEN),
             trouble,
             metrics,
+            concerns,
+            flaps: Flaps::default(),
+            excess: BTreeMap::new(),
         }
     }
 
@@ -204,6 +217,7 @@ impl EventStream {
                     }
                     next_look = Instant::now() + if found.agreed { self.look_every } else { EVENTS_WIN };
                 }
+                () = until(self.flaps.due()) => self.tell_due().await,
                 () = until(deaf_at) => return Ended::Deaf,
                 () = sleep_until(heard + IDLE_LIMIT) => return Ended::Idle,
             }
@@ -219,8 +233,15 @@ impl EventStream {
         self.fresh.retain(|_, at| asked - *at < EVENTS_WIN);
         // Between two runs a container is listed as well; its next start is an event.
         let running = listed.into_iter().filter(|container| container.status != "restarting");
-        let mut after: BTreeMap<_, _> =
-            running.filter_map(counted).map(|container| (container.id.clone(), container)).collect();
+        let counted: BTreeMap<_, _> =
+            running.filter_map(counted_with).map(|(one, excess)| (one.id.clone(), (one, excess))).collect();
+        let (mut room, mut after) = (REPORT_BYTES, BTreeMap::new());
+        for (id, (mut container, excess)) in counted {
+            let beyond = labels::bound(&mut container.labels, room);
+            room = room.saturating_sub(container.labels.iter().map(|(key, value)| key.len() + value.len()).sum());
+            self.say_excess(&container, excess.or(beyond));
+            after.insert(id, container);
+        }
         let (fresh, mut agreed, mut changes) = (&self.fresh, true, Vec::new());
         self.inventory.send_if_modified(|inventory| {
             for id in fresh.keys() {
@@ -247,8 +268,9 @@ impl EventStream {
         });
         let news = !changes.is_empty();
         for change in changes {
-            self.tell(change).await;
+            self.tell(change, None).await;
         }
+        self.forget_excess();
         Found { agreed, news }
     }
 
@@ -271,6 +293,7 @@ impl EventStream {
             self.fresh.retain(|_, at| judged_at - *at < EVENTS_WIN);
             self.fresh.insert(event.id.clone(), now);
         }
+        let exit_code = exit_code(&event);
         let at = Timestamp::from_nanosecond(event.at.into()).unwrap_or_else(|_| Timestamp::now());
         let change = match event.action {
             Action::Start => {
@@ -282,7 +305,8 @@ impl EventStream {
                     status: "running".to_owned(),
                     image,
                 };
-                let Some(container) = counted(container) else { return };
+                let Some((container, excess)) = counted_with(container) else { return };
+                self.say_excess(&container, excess);
                 let mut is_new = false;
                 self.inventory.send_if_modified(|inventory| {
                     is_new = inventory.containers.insert(container.id.clone(), container.clone()).is_none();
@@ -312,15 +336,70 @@ impl EventStream {
             Action::Container | Action::Network => None,
         };
         if let Some(change) = change {
-            self.tell(change).await;
+            self.tell(change, exit_code).await;
         }
     }
 
-    async fn tell(&self, change: Change) {
-        let sentence = if change.running { "container started" } else { "container stopped" };
-        info!(name = change.container.name, "{sentence}");
+    /// Tells a change, or keeps it for a moment where there are too many of its container.
+    async fn tell(&mut self, change: Change, exit_code: Option<i64>) {
+        let (name, running) = (change.container.name.clone(), change.running);
+        let (said, change) = self.flaps.changed(change, exit_code, Instant::now());
+        match said {
+            Said::Usual if running => info!(name, "container started"),
+            Said::Usual => info!(name, "container stopped"),
+            Said::Flaps { ends, exit_code } => {
+                let code = exit_code.map_or_else(|| "unknown".to_owned(), |code| code.to_string());
+                let remedy =
+                    format!("see docker logs {name}; the master is told its last state, at most every five seconds");
+                warn!(name, exit_code = code, ends, "the container ends again and again; {remedy}");
+                let problem = format!("the container {name} ends again and again, last with exit code {code}");
+                self.concerns.raise("flapping", &name, problem, remedy);
+            }
+            Said::Nothing => {}
+        }
+        if let Some(change) = change {
+            self.send(change).await;
+        }
+    }
+
+    /// Tells what was kept, and which containers have come to rest.
+    async fn tell_due(&mut self) {
+        let (changes, rested) = self.flaps.take_due(Instant::now());
+        for rest in rested {
+            let sentence = if rest.running { "the container runs again" } else { "the container has stopped for good" };
+            info!(name = rest.name, ends = rest.ends, "{sentence}");
+            self.concerns.clear("flapping", &rest.name);
+        }
+        for change in changes {
+            self.send(change).await;
+        }
+    }
+
+    async fn send(&self, change: Change) {
         // The reporter outlives this task but for the moments of a shutdown, in which nobody listens any more.
         let _ = self.changes.send(change).await;
+    }
+
+    /// Says once of a container that labels of it are left out.
+    fn say_excess(&mut self, container: &Container, excess: Option<Excess>) {
+        let Some(excess) = excess else { return };
+        let (name, sentence) = (&container.name, excess.sentence());
+        if self.excess.get(&container.id) != Some(&excess) && self.excess.len() < MOST_EXCESS {
+            warn!(name, "{sentence}; {}", Excess::REMEDY);
+            self.concerns.raise("labels", name, format!("{name}: {sentence}"), Excess::REMEDY);
+            self.excess.insert(container.id.clone(), excess);
+        }
+    }
+
+    /// Forgets what was said of containers that are no more.
+    fn forget_excess(&mut self) {
+        if !self.excess.is_empty() {
+            let inventory = self.inventory.borrow();
+            self.excess.retain(|id, _| inventory.containers.contains_key(id));
+            let of = |id| inventory.containers.get(id).map(|container| container.name.as_str());
+            let names: Vec<_> = self.excess.keys().filter_map(of).collect();
+            self.concerns.retain("labels", |about| names.contains(&about));
+        }
     }
 
     fn wake(&self) {
@@ -384,14 +463,25 @@ fn concerns_neighbours(event: &Event) -> bool {
     }
 }
 
-/// The container with only the labels that may leave the host, when it counts at all.
-pub(crate) fn counted(mut container: Container) -> Option<Container> {
+/// The container with only the labels that may leave the host, when it counts at all, and which of them are left out
+/// since there are too many or too much in them.
+pub(crate) fn counted_with(mut container: Container) -> Option<(Container, Option<Excess>)> {
     if !is_enabled(&container.labels) {
         return None;
     }
     container.labels.retain(|key, _| may_leave(key));
-    Some(container)
+    let excess = labels::bound(&mut container.labels, usize::MAX);
+    Some((container, excess))
 }
+
+/// How a container ended, in the words of Docker and of Podman.
+fn exit_code(event: &Event) -> Option<i64> {
+    let code = ["exitCode", "containerExitCode"].iter().find_map(|key| event.attributes.get(*key))?;
+    code.parse().ok()
+}
+
+/// Of so many containers is remembered that labels of them are left out.
+const MOST_EXCESS: usize = 1000;
 
 /// Recognises events that were already taken: `since` repeats those of its own instant.
 #[derive(Debug, Default)]

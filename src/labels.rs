@@ -62,6 +62,74 @@ fn plain(text: &str) -> String {
     text.trim_matches(|c: char| c.is_whitespace() || c == '"' || c == '\'').to_ascii_lowercase()
 }
 
+/// Bytes of a label's key, and of its value: what masters are known to take.
+pub(crate) const KEY_BYTES: usize = 256;
+pub(crate) const VALUE_BYTES: usize = 4096;
+/// Of one container: how many of its labels are looked at, and their bytes.
+pub(crate) const LABELS: usize = 256;
+pub(crate) const CONTAINER_BYTES: usize = 64 << 10;
+/// Of all containers together.
+pub(crate) const REPORT_BYTES: usize = 2 << 20;
+
+/// Labels that are beyond a bound and left out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Excess {
+    /// The first of them.
+    pub(crate) label: String,
+    /// Which bound it is beyond.
+    pub(crate) bound: String,
+    /// How many there are, as far as they were read.
+    pub(crate) left_out: usize,
+}
+
+impl Excess {
+    pub(crate) const REMEDY: &'static str = "use fewer or shorter dockflare.* labels";
+
+    /// One sentence about the container.
+    pub(crate) fn sentence(&self) -> String {
+        let more = match self.left_out {
+            0 | 1 => String::new(),
+            count => format!(", and at least {} more", count - 1),
+        };
+        format!("its label {} is left out{more}: {}", self.label, self.bound)
+    }
+}
+
+/// Leaves out of a container's labels what is beyond the bounds; `room` is how many bytes all containers together may
+/// still have. What enables a container is never left out.
+pub(crate) fn bound(labels: &mut BTreeMap<String, String>, room: usize) -> Option<Excess> {
+    let is_enable = |key: &str| ENABLE_KEYS.contains(&key);
+    let (mut count, mut bytes) = (labels.keys().filter(|key| is_enable(key)).count(), 0);
+    let mut excess: Option<Excess> = None;
+    labels.retain(|key, value| {
+        let size = key.len() + value.len();
+        let beyond = if key.len() > KEY_BYTES {
+            Some(format!("its key is longer than {KEY_BYTES} bytes"))
+        } else if value.len() > VALUE_BYTES {
+            Some(format!("its value is longer than {VALUE_BYTES} bytes"))
+        } else if is_enable(key) {
+            None
+        } else if count >= LABELS {
+            Some(format!("the container has more than {LABELS} such labels"))
+        } else if bytes + size > CONTAINER_BYTES {
+            Some(format!("the container's labels have more than {} KiB together", CONTAINER_BYTES >> 10))
+        } else if bytes + size > room {
+            Some(format!("the labels of all containers have more than {} MiB together", REPORT_BYTES >> 20))
+        } else {
+            None
+        };
+        let Some(bound) = beyond else {
+            count += usize::from(!is_enable(key));
+            bytes += size;
+            return true;
+        };
+        let label = || key.chars().take(KEY_BYTES).filter(|c| !c.is_control()).collect();
+        excess.get_or_insert_with(|| Excess { label: label(), bound, left_out: 0 }).left_out += 1;
+        false
+    });
+    excess
+}
+
 /// Whether a label with this key may leave the host.
 pub(crate) fn may_leave(key: &str) -> bool {
     PREFIXES.iter().any(|prefix| key.starts_with(prefix))
@@ -70,6 +138,39 @@ pub(crate) fn may_leave(key: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_beyond_a_bound_is_left_out_and_named_and_what_enables_stays() {
+        let enabled = || BTreeMap::from([("dockflare.enable".to_owned(), "true".to_owned())]);
+        let with = |more: &mut dyn Iterator<Item = (String, String)>| {
+            let mut labels = enabled();
+            labels.extend(more);
+            labels
+        };
+        let one = |key: &str, length: usize| with(&mut [(key.to_owned(), "x".repeat(length))].into_iter());
+        let many = |count: usize, length: usize| {
+            with(&mut (0..count).map(|n| (format!("dockflare.{n}.service"), "x".repeat(length))))
+        };
+        for (mut labels, room, left, words) in [
+            (one("dockflare.service", VALUE_BYTES), REPORT_BYTES, 2, None),
+            (one("dockflare.service", VALUE_BYTES + 1), REPORT_BYTES, 1, Some("longer than 4096 bytes")),
+            (one(&format!("dockflare.{}", "k".repeat(KEY_BYTES)), 1), REPORT_BYTES, 1, Some("key is longer than 256")),
+            (many(LABELS - 1, 1), REPORT_BYTES, LABELS, None),
+            (many(20_000, 1), REPORT_BYTES, LABELS, Some("more than 256 such labels")),
+            (many(100, 2000), REPORT_BYTES, 33, Some("64 KiB together")),
+            (many(100, 100), 1000, 9, Some("2 MiB together")),
+            (many(100, 100), 0, 1, Some("2 MiB together")),
+        ] {
+            let excess = bound(&mut labels, room);
+            assert_eq!(labels.len(), left, "{words:?}");
+            assert!(labels.contains_key("dockflare.enable"));
+            let sentence = excess.map(|excess| excess.sentence()).unwrap_or_default();
+            assert!(
+                sentence.contains(words.unwrap_or_default()) && sentence.is_empty() == words.is_none(),
+                "{sentence}"
+            );
+        }
+    }
 
     #[test]
     fn labels_that_nearly_enable_are_known_with_the_right_form_and_a_no_is_a_no() {

@@ -228,6 +228,7 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
             watched,
             config.report_interval,
             metrics.clone(),
+            concerns.clone(),
         );
         // A listing may take 20 s.
         Task::spawn("events", 60, async move { match stream.run().await {} })

@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use super::{CONTAINERS, Section, TUNNEL};
 use crate::config::Config;
 use crate::docker::{Container, Docker, DockerError, Health, RunState};
-use crate::events::counted;
+use crate::events::counted_with;
 use crate::health::{self, Glance, Readiness, Whose};
-use crate::labels::ENABLE_KEYS;
+use crate::labels::{ENABLE_KEYS, Excess};
 use crate::neighbours::{self, Verdict};
 use crate::state::{AgentId, DesiredState, Folder, TunnelId, TunnelState};
 
@@ -166,11 +166,15 @@ async fn ways(
 ) {
     let looked = async {
         let listed = docker.list_with_label_keys(&ENABLE_KEYS).await?;
-        let labelled: BTreeMap<_, _> = listed.into_iter().filter_map(counted).map(|c| (c.id.clone(), c)).collect();
+        let (mut labelled, mut excess) = (BTreeMap::new(), Vec::new());
+        for (container, beyond) in listed.into_iter().filter_map(counted_with) {
+            excess.extend(beyond.map(|beyond| (container.name.clone(), beyond.sentence())));
+            labelled.insert(container.id.clone(), container);
+        }
         let seen = neighbours::glance(docker, &config.tunnel, &labelled, tunnel).await?;
-        Ok::<_, DockerError>((labelled, seen))
+        Ok::<_, DockerError>((labelled, excess, seen))
     };
-    let (labelled, seen) = match looked.await {
+    let (labelled, excess, seen) = match looked.await {
         Ok(looked) => looked,
         Err(error) => {
             to.begin(CONTAINERS);
@@ -187,6 +191,9 @@ async fn ways(
     to.begin(CONTAINERS);
     for (name, problem, remedy) in &seen.nearly {
         to.warn("container.labels", name, format!("is not enabled, and seems to be meant to: {problem}"), remedy);
+    }
+    for (name, sentence) in excess {
+        to.warn("container.left_out", &name, sentence, Excess::REMEDY);
     }
     if labelled.is_empty() {
         return to.skip("containers", "labelled containers", "none that runs has dockflare.enable=true");

@@ -15,6 +15,7 @@ mod folder;
 mod hang;
 mod key;
 mod kills;
+mod labels;
 mod monitoring;
 mod oddities;
 mod outages;

@@ -423,6 +423,9 @@ impl Engine {
         let mut attributes = container.labels.clone();
         attributes.insert("name".to_owned(), container.now.name.clone());
         attributes.insert("image".to_owned(), "web:1".to_owned());
+        if action == "die" {
+            attributes.insert("exitCode".to_owned(), "137".to_owned());
+        }
         if self.is_mute {
             return;
         }
