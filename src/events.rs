@@ -89,8 +89,7 @@ impl EventStream {
         wakes: [mpsc::Sender<()>; 2],
         watched: [String; 3],
         report_interval: Duration,
-        metrics: Metrics,
-        concerns: Concerns,
+        (metrics, concerns): (Metrics, Concerns),
     ) -> Self {
         let trouble = Trouble::new("Docker");
         let [wake_supervisor, wake_neighbours] = wakes;

@@ -227,8 +227,7 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
             wakes,
             watched,
             config.report_interval,
-            metrics.clone(),
-            concerns.clone(),
+            (metrics.clone(), concerns.clone()),
         );
         // A listing may take 20 s.
         Task::spawn("events", 60, async move { match stream.run().await {} })

@@ -2,7 +2,7 @@
 //! whole answer in memory, however large. A connection each, and the answer through a [`Sieve`].
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::io;
 use std::time::Duration;
 
 use bollard::errors::Error as EngineError;
@@ -127,11 +127,13 @@ impl Answer {
     async fn begin(host: &DockerHost, call: Call, url: Url) -> Result<Self> {
         let unreachable = |error: &dyn std::error::Error| DockerError::Unreachable { call, problem: last_cause(error) };
         match host {
-            DockerHost::Unix(path) if !Path::new(path).exists() => {
-                Err(DockerError::Unreachable { call, problem: format!("there is no socket at {path}") })
-            }
             DockerHost::Unix(path) => {
-                let stream = UnixStream::connect(path).await.map_err(|error| unreachable(&error))?;
+                let stream = UnixStream::connect(path).await.map_err(|error| match error.kind() {
+                    io::ErrorKind::NotFound => {
+                        DockerError::Unreachable { call, problem: format!("there is no socket at {path}") }
+                    }
+                    _ => unreachable(&error),
+                })?;
                 Self::ask(stream, "docker", call, url).await
             }
             DockerHost::Http(address) => {
