@@ -185,8 +185,7 @@ fn state(word: &str) -> Option<RunState> {
 impl Connector {
     /// One for each second, from 0 to the end.
     fn verdicts(&self) -> Vec<Verdict> {
-        let only_quic = |(_, line): &(f64, Line)| line.said == Said::Options { only_quic: true };
-        let only_quic = self.log.iter().any(only_quic);
+        let only_quic = self.only_quic();
         let mut memory = Memory::default();
         let mut samples = self.samples.iter().peekable();
         let mut last: Option<&Sample> = None;
@@ -207,6 +206,11 @@ impl Connector {
             });
         }
         verdicts
+    }
+
+    /// Whether it was set up to use nothing else, which it logs when it starts.
+    fn only_quic(&self) -> bool {
+        self.log.iter().any(|(_, line)| line.said == Said::Options { only_quic: true })
     }
 
     /// Nothing is known of how a start ended that was over between two samples, but what was logged.

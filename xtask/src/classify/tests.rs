@@ -150,6 +150,42 @@ fn no_second_of_any_recording_names_a_wrong_cause_and_each_cause_is_named_in_tim
     assert!(count >= 240, "{count} recordings: where are the others?");
 }
 
+/// It has seen nothing of what was before, and reads no more than the last lines.
+#[test]
+fn an_agent_that_begins_at_any_second_names_no_wrong_cause() {
+    let mut problems = Vec::new();
+    let (mut looks, mut open) = (0, 0);
+    for dir in recordings() {
+        let path = dir.display().to_string();
+        let protocol = dir.parent().and_then(|dir| dir.file_name()).unwrap().to_str().unwrap().to_owned();
+        let periods: Vec<Period> = serde_json::from_slice(&fs::read(dir.join("truth.json")).unwrap()).unwrap();
+        for mut connector in read(&dir).unwrap() {
+            let only_quic = connector.only_quic();
+            let all = std::mem::take(&mut connector.log);
+            for period in periods.iter().filter(|period| period.connector.as_deref() == connector.name) {
+                let mut second = (period.from + GRACE).ceil();
+                while second < period.to.unwrap_or(connector.length).min(connector.length) {
+                    let now = connector.began + second;
+                    let end = all.partition_point(|(at, _)| *at <= now);
+                    connector.log = all[end.saturating_sub(100)..end].to_vec();
+                    let sample = connector.samples.iter().rfind(|sample| sample.at <= second).unwrap();
+                    let verdict = connector.classify(sample, second, only_quic, &mut Memory::default());
+                    looks += 1;
+                    let is_open = matches!(verdict, Verdict::Starting | Verdict::Unknown);
+                    open += usize::from(is_open);
+                    let is_right = is_open || is_right(period.truth, verdict, &protocol);
+                    if !is_right && !(known(&path, period.truth).is_some() && verdict == Verdict::Ready) {
+                        problems.push(format!("{path} at {second}: {verdict:?} is said of {:?}", period.truth));
+                    }
+                    second += 1.0;
+                }
+            }
+        }
+    }
+    println!("{looks} first looks, {open} of them without a verdict");
+    assert!(problems.is_empty(), "{} of {looks}:\n{}", problems.len(), problems.join("\n"));
+}
+
 #[test]
 fn a_refused_token_is_named_within_a_second_of_the_words() {
     let mut seen = 0;
