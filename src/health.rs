@@ -1,11 +1,12 @@
 //! The tunnel supervisor: one connector, kept as it is wanted, and what is known of it.
 //!
-//! Each pass looks at the tunnel's container and at its successor, where there is one (`look`), makes a verdict of
-//! all looks so far (`course`), compares with what is wanted (`plan`), acts (`act`), and publishes a [`View`]. What
-//! is wrong has one name each, [`Cause`], and is answered by what helps against it: mostly by waiting, by a restart
-//! only where it hangs. Nothing is remembered that the next pass could not find out again, so the agent may be
-//! killed between any two steps: whatever it left is one of the states the plan starts from. A pass is woken by the
-//! desired state, by Docker's events, or by a timer; after a failed attempt further ones wait for a back-off.
+//! Each pass looks at the tunnel's container and at its successor, where there is one (`look`), tells what that means
+//! ([`classify`]) and what all looks so far mean (`course`), compares with what is wanted (`plan`), acts (`act`), and
+//! publishes a [`View`]. What is wrong has one name each, [`Cause`], and is answered by what helps against it: mostly
+//! by waiting, by a restart only where it hangs. Nothing is remembered that the next pass could not find out again, so
+//! the agent may be killed between any two steps: whatever it left is one of the states the plan starts from. A pass is
+//! woken by the desired state, by Docker's events, or by a timer; after a failed attempt further ones wait for a
+//! back-off.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
