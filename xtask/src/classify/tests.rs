@@ -173,8 +173,8 @@ fn an_agent_that_begins_at_any_second_names_no_wrong_cause() {
                     looks += 1;
                     let is_open = matches!(verdict, Verdict::Starting | Verdict::Unknown);
                     open += usize::from(is_open);
-                    let is_right = is_open || is_right(period.truth, verdict, &protocol);
-                    if !is_right && !(known(&path, period.truth).is_some() && verdict == Verdict::Ready) {
+                    let is_known = known(&path, period.truth).is_some() && verdict == Verdict::Ready;
+                    if !(is_open || is_known || is_right(period.truth, verdict, &protocol)) {
                         problems.push(format!("{path} at {second}: {verdict:?} is said of {:?}", period.truth));
                     }
                     second += 1.0;
