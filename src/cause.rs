@@ -277,7 +277,7 @@ impl Cause {
                 Starting,
                 MakeAnew,
                 "has lost its network",
-                "it is made anew on the network of that name",
+                "it is connected to it again, or made anew on the network of that name",
             ),
             Self::NetworkAmbiguous => (
                 "network_ambiguous",

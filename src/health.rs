@@ -208,6 +208,17 @@ impl<H: Host> Supervisor<H> {
         self.leave().await;
     }
 
+    /// Removes what a crash has left of a tunnel that is no more. Tried until Docker answers.
+    pub(crate) async fn clear(mut self, stop: CancellationToken) {
+        while let Err(error) = self.clear_once().await {
+            self.attempts.failed(&format_args!("cannot be removed, since Docker {error}"), "trying again");
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = sleep(self.backoff.next(None).max(EAGER)) => {}
+            }
+        }
+    }
+
     /// Looks, acts where needed, and publishes. Returns how long nothing needs to be looked at.
     async fn pass(&mut self, stop: &CancellationToken) -> Duration {
         let wanted = self.inputs.wanted.borrow_and_update().clone();
@@ -228,6 +239,16 @@ impl<H: Host> Supervisor<H> {
                 Ok(sight) => sight,
                 Err(error) => return self.docker_is_silent(&wanted, &error).await,
             };
+        }
+        if let Some(lost) = self.lost_network(&sight, &goal).filter(|_| self.problem.is_none() && sight.next.is_none())
+        {
+            self.publish(&wanted, &sight, Some(&lost), false).await;
+            if self.reconnect(&sight, &goal).await {
+                sight = match self.look().await {
+                    Ok(sight) => sight,
+                    Err(error) => return self.docker_is_silent(&wanted, &error).await,
+                };
+            }
         }
         let mut pause = CALM;
         let scene = self.scene(&sight, &goal);
@@ -324,6 +345,7 @@ impl<H: Host> Supervisor<H> {
             progress,
             main_ready: self.main.serves(now) || self.main.is_surely_ready() && !self.next.is_ready(),
             restart: self.main.needs_restart(now) && self.restarts.not_before.is_none_or(|at| now >= at),
+            draining: self.main.left_draining,
             bad_token: self.main.is_sick_of(Cause::TokenMalformed),
             given_up: self.given_up.as_deref() == Some(hash),
             no_second: is_known && self.refused.second,

@@ -205,6 +205,10 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
     if let Some(stone) = tombstone.as_ref().filter(|stone| stone.phase == Phase::Finalized && stone.acknowledged) {
         warn!("{}", tunnels::epitaph(stone, store.dir()));
         let _page = listener.map(|listener| tokio::spawn(page::serve(listener, sources)));
+        // The agent may have been killed between the last acknowledgement and the removal.
+        let inputs = health::Inputs { wanted, ways, wake };
+        let tunnel = health::Supervisor::new(docker, config.tunnel, config.hostname, inputs, view_tx, metrics);
+        tunnel.map_err(|error| refused(&error))?.clear(shutdown.clone()).await;
         shutdown.cancelled().await;
         return Ok(());
     }

@@ -5,19 +5,24 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::host::Host;
-use super::look::Sight;
+use super::log::{Line, Said};
+use super::look::{Sight, started};
 use super::plan::{self, Goal, Owner, Slot, Step};
 use super::problem::Problem;
 use super::{Refused, Supervisor};
 use crate::cause::Cause;
-use crate::docker::{DockerError, Spec, owner_labels};
+use crate::docker::{DockerError, RunState, Spec, owner_labels};
 use crate::retry::Lasts;
 
 /// What a connector that hangs gets to end by itself: its own drain would be no use.
 const HANG_GRACE: Duration = Duration::from_secs(10);
+
+/// Lines among which is that a drain has begun, and how often it is looked whether it is over.
+const DRAIN_LINES: usize = 200;
+const DRAIN_LOOK: Duration = Duration::from_millis(500);
 
 /// Between the removal of one container and the renaming of another on its network. Without it Engine 20.10 miscounts
 /// the containers on that network in one of a hundred cases, and then nobody can remove it until dockerd restarts.
@@ -155,6 +160,27 @@ impl<H: Host> Supervisor<H> {
         Ok(id)
     }
 
+    /// Connects the tunnel's container again that has lost its network, as `docker network disconnect` takes it away.
+    /// Returns whether it did; where the network is gone, or this is refused, it is made anew.
+    pub(super) async fn reconnect(&self, sight: &Sight, goal: &Goal) -> bool {
+        let Some(main) =
+            sight.main.as_ref().filter(|_| sight.next.is_none() && self.lost_network(sight, goal).is_some())
+        else {
+            return false;
+        };
+        let (container, network) = (&main.name, &self.config.network);
+        match self.host.connect(network, &main.id).await {
+            Ok(()) => {
+                info!(container, network, "the tunnel container had lost its network and is connected to it again");
+                true
+            }
+            Err(error) => {
+                debug!(container, network, "cannot connect the tunnel container again: Docker {error}");
+                false
+            }
+        }
+    }
+
     /// Connects a container to the networks of workloads that it is not on yet. What fails is tried again later.
     pub(super) async fn join_networks<'a>(&mut self, slot: Slot, id: &str, on: impl Iterator<Item = &'a str>) {
         let mut missing = self.inputs.ways.borrow().networks.clone();
@@ -183,10 +209,38 @@ impl<H: Host> Supervisor<H> {
     pub(super) async fn drain(&self, id: &str) -> Result<(), DockerError> {
         let grace = self.config.patience();
         self.draining.send_replace(true);
-        let stopped =
-            said_while_long("waiting for cloudflared to drain its requests", grace, self.host.stop(id, grace)).await;
+        let work = async {
+            self.let_drain(id, grace).await;
+            // No signal to one that has ended by now.
+            self.host.stop(id, grace).await
+        };
+        let stopped = said_while_long("waiting for cloudflared to drain its requests", grace, work).await;
         self.draining.send_replace(false);
         stopped
+    }
+
+    /// Waits for a drain that was begun before: by an agent that was killed in the middle of it, or by hand. That it was
+    /// is said in cloudflared's log, unless it tells only of errors there.
+    async fn let_drain(&self, id: &str, most: Duration) {
+        let Ok(Some(seen)) = self.host.inspect(id).await else { return };
+        if seen.state != RunState::Running {
+            return;
+        }
+        let lines = self.host.log_tail(id, started(&seen), DRAIN_LINES).await.unwrap_or_default();
+        if !lines.iter().any(|line| Line::parse(line).said == Said::ShuttingDown) {
+            return;
+        }
+        debug!(container = seen.name, "cloudflared drains already, so it is sent no second signal");
+        let until = Instant::now() + most;
+        while Instant::now() < until {
+            sleep(DRAIN_LOOK).await;
+            match self.host.inspect(id).await {
+                Ok(Some(now)) if now.state == RunState::Running && now.started_at == seen.started_at => {}
+                Ok(_) => return,
+                // It goes on draining while Docker is away.
+                Err(_) => {}
+            }
+        }
     }
 
     /// Drains, and looks again, since that may take half a minute: false when it runs all the same, as when somebody

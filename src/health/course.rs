@@ -155,6 +155,8 @@ impl Course {
         let is_new = !self.was_ready && self.age(now) < START_LIMIT;
         match (look.readiness, container.health, container.last_check) {
             _ if container.state != RunState::Running || look.verdict == Verdict::Stopped => look.verdict,
+            // Nobody can ask it, and why is seen.
+            _ if look.verdict == Verdict::Sick(Cause::NetworkReplaced) => look.verdict,
             (Readiness::Ready { .. } | Readiness::NotReady, ..) => look.verdict,
             // The way from here is cut, not cloudflared: Docker asks it from within and gets an answer.
             (Readiness::Silent, Some(Health::Healthy), Some(LastCheck::Ready))
@@ -234,8 +236,8 @@ impl Course {
 /// How long the looks must agree.
 fn lasts(verdict: Verdict) -> Duration {
     match verdict {
-        // cloudflared has said so itself.
-        Verdict::Sick(Cause::TokenMalformed | Cause::TokenRefused) => Duration::ZERO,
+        // cloudflared has said so itself, or Docker.
+        Verdict::Sick(Cause::TokenMalformed | Cause::TokenRefused | Cause::NetworkReplaced) => Duration::ZERO,
         _ => LASTS,
     }
 }

@@ -27,6 +27,7 @@ pub(super) fn container(state: RunState, hash: Option<&str>) -> Inspected {
         env_names: vec!["TUNNEL_TOKEN".into()],
         labels: hash.map(|hash| HashMap::from([(SPEC_LABEL.into(), hash.into())])).unwrap_or_default(),
         networks: BTreeMap::from([("net".into(), Endpoint::default())]),
+        network_mode: "net".into(),
         ..Inspected::blank()
     }
 }
@@ -248,7 +249,8 @@ impl Host for Double {
         let name = self.world().name_of(id);
         self.change(format!("connect {name} {network}"), |world| {
             let fake = world.containers.get_mut(&name).ok_or_else(absent)?;
-            fake.seen.networks.insert(network.to_owned(), Endpoint::default());
+            let address = if fake.seen.state == RunState::Running { fake.seen.id.clone() } else { String::new() };
+            fake.seen.networks.insert(network.to_owned(), Endpoint { address, ..Endpoint::default() });
             Ok(())
         })
         .await

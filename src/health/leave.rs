@@ -16,15 +16,33 @@ impl<H: Host> Supervisor<H> {
         let wanted = self.inputs.wanted.borrow().clone();
         // The master wants to find the stopped container between the two phases.
         let prepared = wanted.decommission == Some(Phase::Prepared);
+        // After the second one the tunnel is no more, whatever becomes of it otherwise.
+        let keep = prepared || self.config.on_exit == OnExit::Keep && wanted.decommission.is_none();
         // Side by side: each may drain for half a minute.
         let whose = Whose::Of(&wanted.owners);
-        tokio::join!(self.leave_one(Slot::Main, whose, prepared), self.leave_one(Slot::Next, whose, prepared));
-        if self.config.on_exit == OnExit::Remove && !prepared {
+        tokio::join!(self.leave_one(Slot::Main, whose, keep), self.leave_one(Slot::Next, whose, keep));
+        if !keep {
             self.leave_strays(whose).await;
         }
     }
 
-    async fn leave_one(&self, slot: Slot, whose: Whose<'_>, prepared: bool) {
+    /// Ends all containers of this agent.
+    pub(super) async fn clear_once(&self) -> Result<(), DockerError> {
+        let ids = self.inputs.wanted.borrow().owners.clone();
+        let whose = Whose::Of(&ids);
+        let mut left = self.strays(whose).await?;
+        for slot in [Slot::Main, Slot::Next] {
+            let found = self.host.inspect(&self.name(slot)).await?;
+            left.extend(found.filter(|found| plan::owner(found, whose) == Owner::Agent));
+        }
+        for container in left {
+            self.end(&container).await?;
+            info!(container = container.name, "removed the container of the tunnel that is no more");
+        }
+        Ok(())
+    }
+
+    async fn leave_one(&self, slot: Slot, whose: Whose<'_>, keep: bool) {
         let name = self.name(slot);
         let looked = timeout(LAST_STEP_LIMIT, self.host.inspect(&name)).await;
         let found = match looked.unwrap_or_else(|_| Err(DockerError::silent())) {
@@ -37,7 +55,7 @@ impl<H: Host> Supervisor<H> {
                 return;
             }
         };
-        if self.config.on_exit == OnExit::Keep || prepared {
+        if keep {
             info!(container = name, "leaving the tunnel container as it is");
             return;
         }

@@ -96,6 +96,8 @@ pub(super) struct Known {
     page: Option<Page>,
     /// That it is ready was said.
     announced: bool,
+    /// It was draining when this agent first saw it: an agent before this one had stopped it.
+    pub(super) left_draining: bool,
 }
 
 impl Known {
@@ -254,8 +256,14 @@ impl<H: Host> Supervisor<H> {
             self.read_log(slot, found).await;
         }
         let only_quic = self.config.only_quic();
+        let is_first = !self.view.borrow().looked;
+        let has_lost_network = runs && readiness == Readiness::Silent && self.has_lost_network(found);
         let known = self.known(slot);
-        let verdict = known.judge(found, &readiness, only_quic, Instant::now());
+        let verdict = match known.judge(found, &readiness, only_quic, Instant::now()) {
+            _ if has_lost_network => Verdict::Sick(Cause::NetworkReplaced),
+            verdict => verdict,
+        };
+        known.left_draining |= is_first && runs && verdict == Verdict::Stopped;
         let look = Look { container: found, readiness: &readiness, verdict };
         if let Some(course) = &mut known.course {
             course.take(&look, Instant::now());
@@ -263,6 +271,12 @@ impl<H: Host> Supervisor<H> {
                 known.connections = None;
             }
         }
+    }
+
+    /// Whether it began on the tunnel's network and is not on it any more: it was taken from it, or that was removed.
+    fn has_lost_network(&self, found: &Inspected) -> bool {
+        let network = &self.config.network;
+        found.network_mode == *network && !found.networks.contains_key(network)
     }
 
     /// Reads what its other pages say, no more often than is needed.

@@ -120,6 +120,8 @@ pub(super) struct Scene<'a> {
     pub(super) main_ready: bool,
     /// It is to be restarted now.
     pub(super) restart: bool,
+    /// It is draining, by the order of an agent that is gone, and will end.
+    pub(super) draining: bool,
     /// cloudflared does not take its token: it must not be started again.
     pub(super) bad_token: bool,
     /// A successor from this very spec could not become ready because of its token.
@@ -181,6 +183,7 @@ fn run(scene: &Scene<'_>, hash: &str, network: &str) -> Vec<Step> {
     use Slot::{Main, Next};
     use Step::{Create, Prepare, Remove, Rename, Restart, Start, Stop};
     let right = |container: &Inspected| is_right(container, hash, network);
+    let main_is_right = |main: &Inspected| right(main) && !scene.draining;
     let made = [Prepare, Create(Main), Start(Main)];
     match (scene.main, scene.next) {
         (None, None) => made.into(),
@@ -189,7 +192,7 @@ fn run(scene: &Scene<'_>, hash: &str, network: &str) -> Vec<Step> {
         // It cannot have the name, so another one is made under it, which takes over in the same way.
         (None, Some(_)) => made.into(),
         (Some(main), _) if scene.bad_token && has_hash(main, hash) => stop(main, Main),
-        (Some(main), None) if right(main) => {
+        (Some(main), None) if main_is_right(main) => {
             if scene.restart {
                 vec![Restart]
             } else {
@@ -197,7 +200,7 @@ fn run(scene: &Scene<'_>, hash: &str, network: &str) -> Vec<Step> {
             }
         }
         // Left over, or the other way round: it goes when the one with the name can do without it.
-        (Some(main), Some(next)) if right(main) => {
+        (Some(main), Some(next)) if main_is_right(main) => {
             let main_serves = main.state == RunState::Running && scene.main_ready;
             if next.state == RunState::Running && !main_serves { vec![] } else { away(next) }
         }
@@ -300,6 +303,21 @@ mod tests {
         }
         let looping = container(RunState::Restarting, Some("wrong"));
         assert_eq!(alone(&goal(), &looping), [Prepare, Stop(Main), Remove(Main), Create(Main), Start(Main)]);
+    }
+
+    #[test]
+    fn one_that_an_agent_before_has_left_draining_has_a_successor_before_it_ends() {
+        let main = container(RunState::Running, Some("right"));
+        let scene = Scene { main: Some(&main), draining: true, ..Scene::default() };
+        assert_eq!(plan(&goal(), &scene), [Prepare, Create(Next), Start(Next)]);
+        let next = container(RunState::Running, Some("right"));
+        let scene = Scene { next: Some(&next), ..scene };
+        assert_eq!(plan(&goal(), &scene), []);
+        let serves = Scene { progress: Progress::Serves, ..scene };
+        assert_eq!(plan(&goal(), &serves), [Stop(Main), Remove(Main), Rename], "which waits for the drain");
+        let ended = container(RunState::Exited, Some("right"));
+        let scene = Scene { main: Some(&ended), ..scene };
+        assert_eq!(plan(&goal(), &scene), [Remove(Main), Rename]);
     }
 
     #[test]

@@ -102,7 +102,7 @@ impl<H: Host> Supervisor<H> {
         Ok(done)
     }
 
-    async fn end(&self, stray: &Inspected) -> Result<(), DockerError> {
+    pub(super) async fn end(&self, stray: &Inspected) -> Result<(), DockerError> {
         if plan::is_alive(stray) {
             self.drain(&stray.id).await?;
         }
@@ -124,7 +124,7 @@ impl<H: Host> Supervisor<H> {
     }
 
     /// Of a container without an agent's id, as earlier versions made them, nobody can tell whose it is.
-    async fn strays(&self, whose: Whose<'_>) -> Result<Vec<Inspected>, DockerError> {
+    pub(super) async fn strays(&self, whose: Whose<'_>) -> Result<Vec<Inspected>, DockerError> {
         let names = [self.name(Slot::Main), self.name(Slot::Next)];
         let is_stray = |name: &String, label: Option<&String>| {
             !names.contains(name) && label.is_some_and(|label| label != OWNER_LABEL.1)

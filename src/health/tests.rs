@@ -711,3 +711,31 @@ async fn an_engine_that_has_no_name_for_its_host_gets_a_container_without_and_ke
     bench.until_served_with('b').await;
     assert_eq!(host.world().gaps, 0);
 }
+
+#[tokio::test(start_paused = true)]
+async fn one_that_was_disconnected_from_its_network_is_connected_again_and_never_called_hung() {
+    for refused in [vec![], vec!["connect"]] {
+        let mut bench = running().await;
+        sleep(MINUTE).await;
+        bench.host.world().refused = refused.clone();
+        bench.host.world().containers.get_mut(MAIN).unwrap().seen.networks.clear();
+        let told = bench.until(Status::Starting, Some("network_replaced")).await;
+        assert!(!told.serves);
+        let began = Instant::now();
+        let told = timeout(
+            MINUTE,
+            bench.view.wait_for(|view| {
+                assert_ne!(view.reason, Some("hung"));
+                view.serves
+            }),
+        );
+        told.await.unwrap().unwrap();
+        assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+        sleep(2 * MINUTE).await;
+        if refused.is_empty() {
+            assert_eq!(bench.calls(), ["connect tunnel net"], "it is the same one");
+        } else {
+            assert_eq!(bench.calls()[..2], ["create tunnel-next", "start tunnel-next"], "it is made anew");
+        }
+    }
+}

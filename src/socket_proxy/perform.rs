@@ -121,7 +121,7 @@ pub(super) async fn perform(docker: &Arc<Docker>, policy: &Policy, call: Call) -
         Call::NewNetwork => new_network(docker, policy).await?,
         Call::Connect { network, id } => {
             let seen = own_container(docker, policy, &id, &[Owner::Agent]).await?;
-            if !networks_of_labelled(docker).await?.contains(&network) {
+            if network != policy.tunnel.network && !networks_of_labelled(docker).await?.contains(&network) {
                 return Err(Failure::Refused("network_not_of_labelled"));
             }
             docker.connect(&network, &seen.id).await?;

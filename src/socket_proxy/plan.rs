@@ -248,7 +248,8 @@ fn call(policy: &Policy, route: Route<'_>, head: &Head, body: &[u8]) -> Result<C
             Call::NewNetwork
         }
         Route::Connect(network) => {
-            if !policy.tunnel.auto_connect {
+            // To its own it is connected again when somebody has taken it away.
+            if !policy.tunnel.auto_connect && network != policy.tunnel.network {
                 return Err("connect_not_asked_for");
             }
             Call::Connect { network: network_name(network)?, id: full_id(&create::connect(body)?)? }

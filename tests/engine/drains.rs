@@ -16,6 +16,9 @@ pub(crate) fn cases() -> Vec<Case> {
     testkit::cases![
         a_download_that_is_longer_than_dockers_usual_patience_survives_a_redeploy,
         a_download_that_is_longer_than_the_drain_does_not,
+        a_drain_that_an_agent_was_killed_in_is_not_cut_by_the_next_one_while_its_successor_serves,
+        a_drain_that_an_agent_was_killed_in_is_not_cut_by_the_end_of_the_next_one,
+        a_decommission_that_was_killed_after_its_last_acknowledgement_is_finished_by_the_next_start,
     ]
 }
 
@@ -64,5 +67,87 @@ async fn a_download_that_is_longer_than_the_drain_does_not() -> Result<()> {
     ensure!(agent.wait_exit(SOON).await?.code() == Some(0));
     wait_until("the end of the container", SOON, async || (story.count("destroy") == 1).then_some(())).await?;
     assert_eq!(story.exit_codes(), ["0"], "and nobody killed it");
+    Ok(())
+}
+
+/// An agent that was killed while it waited for a drain, and what a visitor still waits for. How long the drain is
+/// says the stand-in's own word.
+async fn killed_in_a_drain() -> Result<(Stage, Arc<Edge>, Tunnel, JoinHandle<Result<String>>, Story, String)> {
+    let stage = Stage::with_image(Protocol::V2, testkit::images().stand_in().await?).await?;
+    let edge = visitors::edge(&stage).await?;
+    let tunnel = Tunnel::new(&stage, &format!("edge={} drain=14000", edge.address()));
+    let mut agent = tunnel.agent_with_ready_tunnel(&stage).await?;
+    let before = tunnel.container(&stage).await?.id;
+    let asked = download(&edge, &tunnel, Duration::from_secs(12)).await?;
+    let story = Story::follow(&stage);
+    agent.sigterm()?;
+    story.until("kill").await?;
+    agent.sigkill()?;
+    agent.wait_exit(SOON).await?;
+    ensure!(stage.scope.status(&before).await? == "running", "it drains");
+    Ok((stage, edge, tunnel, asked, story, before))
+}
+
+async fn a_drain_that_an_agent_was_killed_in_is_not_cut_by_the_next_one_while_its_successor_serves() -> Result<()> {
+    let (stage, edge, tunnel, asked, story, before) = killed_in_a_drain().await?;
+    let agent = tunnel.agent(&stage)?;
+    // A connector for visitors, while the one before it still drains.
+    wait_until("a connector", SOON, async || (!edge.connectors(&tunnel.id).is_empty()).then_some(())).await?;
+    ensure!(stage.scope.status(&before).await? == "running", "it still drains");
+    ensure!(edge.ask(&tunnel.id, "/").await.is_ok(), "and the other one serves");
+    let answer = tokio::time::timeout(SOON, asked).await.context("no answer")??;
+    ensure!(answer.is_ok(), "{answer:?}\n{}", agent.log());
+    wait_until("the end of the first one", SOON, async || {
+        let now = stage.scope.find(&stage.tunnel).await.ok()??.id?;
+        (now != before && stage.scope.status(&before).await.ok()? == "gone").then_some(())
+    })
+    .await?;
+    assert_eq!((story.count("kill"), story.exit_codes()), (1, vec!["0".to_owned()]), "one signal and no more");
+    tunnel.container(&stage).await?;
+    Ok(())
+}
+
+async fn a_drain_that_an_agent_was_killed_in_is_not_cut_by_the_end_of_the_next_one() -> Result<()> {
+    let (stage, _edge, tunnel, asked, story, before) = killed_in_a_drain().await?;
+    let mut agent = tunnel.agent(&stage)?;
+    agent.wait_for_log("registered at the master", SOON).await?;
+    agent.sigterm()?;
+    let answer = tokio::time::timeout(SOON, asked).await.context("no answer")??;
+    ensure!(answer.is_ok(), "{answer:?}\n{}", agent.log());
+    assert_eq!(agent.wait_exit(SOON).await?.code(), Some(0));
+    assert_eq!(stage.scope.status(&before).await?, "gone");
+    let codes = story.exit_codes();
+    ensure!(codes.first().is_some_and(|code| code == "0"), "{codes:?}");
+    Ok(())
+}
+
+async fn a_decommission_that_was_killed_after_its_last_acknowledgement_is_finished_by_the_next_start() -> Result<()> {
+    let stage = Stage::new(Protocol::V2).await?;
+    let tunnel = Tunnel::new(&stage, "");
+    let mut agent = tunnel.agent(&stage)?;
+    let known = tunnel.enrol(&stage, &agent).await?;
+    agent.sigkill()?;
+    agent.wait_exit(SOON).await?;
+    // What is on disk, and on the Engine, when the master has taken the last acknowledgement.
+    stage.scope.stop(&stage.tunnel, 10).await?;
+    let state: serde_json::Value = serde_json::from_str(&stage.file("tunnel_state.json")?)?;
+    let forgotten = serde_json::json!({
+        "token": null, "id": null, "name": null, "desired_state": "stopped", "redeploys": 0, "owners": state["owners"],
+    });
+    std::fs::write(stage.data.path().join("tunnel_state.json"), forgotten.to_string())?;
+    let tombstone = serde_json::json!({
+        "schema_version": 1, "operation_id": "o1", "agent_id": known.id, "phase": "finalized",
+        "requested_self_action": "stop", "prepared_at": "2026-01-31T10:00:00Z",
+        "finalized_at": "2026-01-31T10:00:01Z", "acknowledged": true,
+    });
+    std::fs::write(stage.data.path().join("decommission.json"), tombstone.to_string())?;
+    let mut agent = tunnel.agent(&stage)?;
+    agent.wait_for_log("was decommissioned", SOON).await?;
+    wait_until("the end of the container", SOON, async || {
+        (stage.scope.status(&stage.tunnel).await.ok()? == "gone").then_some(())
+    })
+    .await?;
+    agent.sigterm()?;
+    assert_eq!(agent.wait_exit(SOON).await?.code(), Some(0));
     Ok(())
 }

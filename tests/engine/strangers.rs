@@ -31,6 +31,9 @@ pub(crate) fn cases() -> Vec<Case> {
             name("one_that_was_renamed_while_another_took_its_name_goes_when_that_one_is_gone"),
             move || renamed_and_replaced(between),
         ));
+        cases.push(case(name("a_tunnel_that_was_taken_from_its_network_is_connected_again_at_once"), move || {
+            disconnected(between)
+        }));
         cases.push(case(name("two_agents_with_one_container_name_do_not_take_it_from_each_other"), move || {
             two_agents(between)
         }));
@@ -276,4 +279,30 @@ async fn an_agent_that_is_given_another_id_goes_on_with_its_container() -> Resul
     second.wait_for_log_after(mark, "tunnel ready", SOON).await?;
     assert_ne!(tunnel.container(&stage).await?, before, "its own is replaced, and no name is taken");
     Ok(())
+}
+
+/// `docker network disconnect` of the tunnel container.
+async fn disconnected(between: Between) -> Result<()> {
+    let mut stage = Stage::new(Protocol::V2).await?;
+    let way = Way::set(&mut stage, between).await?;
+    let edge = visitors::edge(&stage).await?;
+    let tunnel = visitors::tunnel(&stage, &edge, "");
+    let agent = tunnel.agent_with_ready_tunnel(&stage).await?;
+    let visitors = Visitors::come(&edge, &tunnel).await?;
+    stage.tunnel_is("running").await?;
+    let before = tunnel.container(&stage).await?;
+    let request = testkit::models::NetworkDisconnectRequest { container: before.id.clone(), force: Some(true) };
+    let began = std::time::Instant::now();
+    stage.scope.docker().disconnect_network(&stage.network, request).await?;
+    agent.wait_for_log("had lost its network and is connected to it again", SOON).await?;
+    eprintln!("connected again after {:.1?}", began.elapsed());
+    assert_eq!(tunnel.container(&stage).await?.id, before.id);
+    // Where its connections did not survive, what follows is an outage of the edge like any other.
+    visitors.until_connectors(1).await?;
+    stage.tunnel_is("running").await?;
+    eprintln!("visitors are served after {:.1?}", began.elapsed());
+    let requests = stage.master.requests();
+    let reasons: Vec<_> = requests.iter().filter_map(|request| request.body["reason"].as_str()).collect();
+    ensure!(reasons.contains(&"network_replaced") && !reasons.contains(&"hung"), "{reasons:?}");
+    way.refused_nothing()
 }
