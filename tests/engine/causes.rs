@@ -5,11 +5,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use dockflare_dev_master::{Agent, Protocol};
 use serde_json::{Value, json};
-use testkit::{Case, case, models, wait_until};
+use testkit::{AgentProcess, Case, Whose, case, models, wait_until};
 
 use crate::containers_scene::{Life, Story, Tunnel, on_both, registered, reported, told, two_more_polls};
 use crate::shutdown_container::Contained;
-use crate::support::{SOON, Stage};
+use crate::support::{SOON, Stage, complaints};
 use crate::visitors::{self, Visitors};
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -27,6 +27,15 @@ pub(crate) fn cases() -> Vec<Case> {
     ];
     let by_docker = "an_agent_that_cannot_ask_cloudflared_goes_by_dockers_check_and_restarts_what_hangs";
     cases.push(case(by_docker, by_dockers_check).limit(Duration::from_secs(900)));
+    for way in &WAYS {
+        let name = format!("{}_is_told_as_{}_and_never_as_anything_else", way.what, way.reason);
+        cases.push(case(name, move || told_apart(way)));
+    }
+    for (protocol, reason) in [("quic", "registration_refused"), ("http2", "token_refused")] {
+        let name =
+            format!("an_edge_that_refuses_what_was_connected_over_{protocol}_is_told_as_{reason}_until_it_takes_it");
+        cases.push(case(name, move || refused_later(protocol, reason)));
+    }
     cases.extend(on_both("a_host_that_was_removed_does_not_linger", removed_host));
     cases
 }
@@ -43,6 +52,150 @@ async fn told_late(stage: &Stage, status: &str, reason: Option<&str>) -> Result<
     };
     let what = format!("the tunnel to be reported as {status} because of {reason:?}");
     stage.master.wait_for(&what, PATIENCE, |known| known.only_agent().filter(is_it).cloned()).await
+}
+
+/// A way to be down from the first start on, at the pace at which the real cloudflared was recorded.
+struct Way {
+    what: &'static str,
+    words: &'static str,
+    protocol: &'static str,
+    status: &'static str,
+    reason: &'static str,
+    /// What the log says of it, and what to do.
+    log: [&'static str; 2],
+}
+
+const WAYS: [Way; 6] = [
+    Way {
+        what: "a_refusal_over_quic",
+        words: "unauthorized",
+        protocol: "quic",
+        status: "degraded",
+        reason: "registration_refused",
+        log: ["refuses its registration without a reason", "redeploy or enrol"],
+    },
+    Way {
+        what: "an_error_of_the_edge",
+        words: "edge-error",
+        protocol: "http2",
+        status: "degraded",
+        reason: "edge_error",
+        log: ["which cannot register it", "cloudflarestatus"],
+    },
+    Way {
+        what: "an_edge_that_never_answers_a_registration",
+        words: "unanswered",
+        protocol: "quic",
+        status: "degraded",
+        reason: "edge_error",
+        log: ["which cannot register it", "cloudflarestatus"],
+    },
+    Way {
+        what: "a_certificate_that_is_not_valid",
+        words: "clock-wrong",
+        protocol: "auto",
+        status: "error",
+        reason: "edge_untrusted",
+        log: ["does not trust the certificate", "clock of the host"],
+    },
+    Way {
+        what: "a_token_file_that_is_not_there",
+        words: "token-file-missing",
+        protocol: "auto",
+        status: "restarting",
+        reason: "token_file",
+        log: ["cannot read its token file", "docker logs"],
+    },
+    Way {
+        what: "a_port_that_is_taken",
+        words: "metrics-port-taken",
+        protocol: "auto",
+        status: "restarting",
+        reason: "metrics_port_taken",
+        log: ["port of its metrics is taken", "what else listens"],
+    },
+];
+
+/// The health page of an agent that shows one, on a port of its own.
+fn with_page(stage: &mut Stage) -> Result<String> {
+    let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+    stage.set("HEALTH_CHECK_PORT", port.to_string());
+    stage.set("HEALTH_CHECK_BIND", "127.0.0.1");
+    Ok(format!("127.0.0.1:{port}"))
+}
+
+/// Waits until the page gives this as the reason.
+async fn shown(address: &str, reason: &str) -> Result<()> {
+    let mut last = Value::Null;
+    let shown = wait_until("the page", SOON, async || {
+        last = serde_json::from_str(&testkit::http::get(address, "/health").await.ok()?.body).ok()?;
+        (last["tunnel"]["reason"] == reason).then_some(())
+    });
+    let shown = shown.await;
+    shown.with_context(|| format!("the page says {last:#}"))
+}
+
+/// Each reason that the master was told, once, in order; and no reason where none was given.
+fn reasons(stage: &Stage) -> Vec<Option<String>> {
+    let requests = stage.master.requests();
+    let statuses = requests.iter().filter(|request| request.event() == Some("tunnel_status"));
+    let mut reasons: Vec<_> = statuses.map(|status| status.body["reason"].as_str().map(str::to_owned)).collect();
+    reasons.dedup();
+    reasons
+}
+
+/// Nothing but that reason was told, and nothing else was warned of.
+fn nothing_else(stage: &Stage, agent: &AgentProcess, reason: &str, sentence: &str) -> Result<()> {
+    let told = reasons(stage);
+    ensure!(told.iter().flatten().all(|told| told == reason), "the master was told {told:?}\n{}", agent.log());
+    let warned = complaints(agent);
+    let of_tunnel = |line: &&String| line.contains("the tunnel ");
+    let other: Vec<_> = warned.iter().filter(of_tunnel).filter(|line| !line.contains(sentence)).collect();
+    ensure!(other.is_empty(), "{other:#?}");
+    Ok(())
+}
+
+async fn told_apart(way: &Way) -> Result<()> {
+    let mut stage = Stage::new(Protocol::V2).await?;
+    stage.set("CLOUDFLARED_PROTOCOL", way.protocol);
+    let address = with_page(&mut stage)?;
+    let tunnel = Tunnel::new(&stage, way.words);
+    tunnel.store(&stage)?;
+    let agent = tunnel.agent(&stage)?;
+    told_late(&stage, way.status, Some(way.reason)).await?;
+    shown(&address, way.reason).await?;
+    let [sentence, remedy] = way.log;
+    let line = agent.wait_for_log(sentence, SOON).await?;
+    ensure!(line.contains("WARN") && line.contains(remedy), "{line}");
+    two_more_polls(&stage).await?;
+    nothing_else(&stage, &agent, way.reason, sentence)?;
+    stage.assert_no_violations();
+    Ok(())
+}
+
+async fn refused_later(protocol: &str, reason: &str) -> Result<()> {
+    let mut stage = Stage::new(Protocol::V2).await?;
+    stage.set("CLOUDFLARED_PROTOCOL", protocol);
+    let address = with_page(&mut stage)?;
+    let edge = visitors::edge(&stage).await?;
+    let tunnel = visitors::tunnel(&stage, &edge, "");
+    let agent = tunnel.agent_with_ready_tunnel(&stage).await?;
+    let mut visitors = Visitors::come(&edge, &tunnel).await?;
+    visitors.all_were_served().await?;
+    drop(visitors);
+    edge.refuse(Whose::Tunnel(tunnel.id.clone()));
+    let status = if reason == "token_refused" { "error" } else { "degraded" };
+    told_late(&stage, status, Some(reason)).await?;
+    shown(&address, reason).await?;
+    let told = reasons(&stage);
+    ensure!(told.iter().flatten().all(|told| told == reason), "{told:?}\n{}", agent.log());
+    // The edge takes it after all; cloudflared finds out at its next try.
+    edge.accept(Whose::Tunnel(tunnel.id.clone()));
+    stage.scope.tell_stand_in(&stage.tunnel, &json!({ "speed": 10 })).await?;
+    told_late(&stage, "running", None).await?;
+    Visitors::come(&edge, &tunnel).await?.all_were_served().await?;
+    stage.assert_no_violations();
+    Ok(())
 }
 
 async fn a_token_that_cloudflare_refuses_is_an_error_and_its_connector_is_not_restarted() -> Result<()> {

@@ -56,6 +56,8 @@
 //! | `clock-wrong` | flag | the edge's certificate is not valid at this time | any time |
 //! | `no-dns`, `dns-silent` | flag | names are not resolved: the server says so, or nothing. Exit 1 after 20 s, or 60 s | at start |
 //! | `invalid-token` | flag | as a token that is none: exit 255 | at start |
+//! | `token-file-missing` | flag | as where the token's file is not there: exit 255 | at start |
+//! | `metrics-port-taken` | flag | as where the metrics server's port is taken: exit 1 | at start |
 //! | `origin-refuses` | flag | each request of an edge is answered 502, and said | any time |
 //! | `edge` | `host:port`, default none | the connections are real ones to an [`edge::Edge`]: see below | when connecting |
 //! | `connections` | default 4 | how many are registered | when connecting |

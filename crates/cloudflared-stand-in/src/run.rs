@@ -47,11 +47,19 @@ pub async fn run(env: TunnelEnv, script: Script) -> Result<i32> {
         Ok(script) => script,
         Err(error) => return Ok(fail(log, &format!("stand-in: the token's words: {error}"), 64)),
     };
+    if script.behaviour().token_file_missing {
+        return fails(nobody(script), "20c-token-file-missing").await;
+    }
     let (grace, transport) = match (env.grace_period(), env.transport()) {
         (Ok(grace), Ok(transport)) => (grace, transport),
         (Err(error), _) | (_, Err(error)) => return Ok(fail(log, &format!("{error:#}"), 1)),
     };
-    let connector = Arc::new(Connector::new(log, token.tunnel(), &text, transport, script));
+    let port_is_taken = script.behaviour().metrics_port_taken;
+    let connector = Connector::new(log, token.tunnel(), &text, transport, script);
+    if port_is_taken {
+        return fails(connector, "15-metrics-port-taken").await;
+    }
+    let connector = Arc::new(connector);
     serve(Player::new(connector.clone(), env)?, &connector, signals, grace).await
 }
 

@@ -57,6 +57,10 @@ pub struct Behaviour {
     #[serde(deserialize_with = "flag")]
     pub invalid_token: bool,
     #[serde(deserialize_with = "flag")]
+    pub token_file_missing: bool,
+    #[serde(deserialize_with = "flag")]
+    pub metrics_port_taken: bool,
+    #[serde(deserialize_with = "flag")]
     pub no_dns: bool,
     #[serde(deserialize_with = "flag")]
     pub dns_silent: bool,
@@ -92,6 +96,8 @@ impl Default for Behaviour {
             exit: None,
             exit_after: 0,
             invalid_token: false,
+            token_file_missing: false,
+            metrics_port_taken: false,
             no_dns: false,
             dns_silent: false,
             origin_refuses: false,

@@ -68,7 +68,7 @@ pub use agent::AgentProcess;
 pub use binaries::{binary, cargo, cargo_build, release_binary, workspace_root};
 pub use bollard::{self, Docker, models};
 pub use cleanup::{clean_up, remove_labelled, sweep};
-pub use cloudflared_stand_in::edge::Edge;
+pub use cloudflared_stand_in::edge::{Edge, Whose};
 pub use cloudflared_stand_in::http;
 pub use containers::{Spec, logs};
 pub use engine::{docker, engine, in_ci, socket_path, wait_until};
