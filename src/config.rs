@@ -96,6 +96,8 @@ pub struct TunnelConfig {
     pub container_name: String,
     /// What becomes of the container when the agent stops.
     pub on_exit: OnExit,
+    /// How long the agent's own socket proxy holds it for an agent that comes back; 0 to 1 h, 0 for not at all.
+    pub lease: Duration,
     /// Further variables of cloudflared, by the names that it knows them by.
     pub options: BTreeMap<&'static str, String>,
     /// Whether the tunnel container knows this host as `host.docker.internal`.
@@ -107,7 +109,7 @@ pub struct TunnelConfig {
 impl TunnelConfig {
     /// Name of the container that takes the tunnel container's place, while it does.
     pub fn successor_name(&self) -> String {
-        format!("{}-next", self.container_name)
+        successor_of(&self.container_name)
     }
 
     /// How long Docker waits for the tunnel container to end by itself: above cloudflared's drain.
@@ -122,10 +124,15 @@ impl TunnelConfig {
     }
 }
 
+/// Name of the container that takes the place of the one with this name, while it does.
+pub(crate) fn successor_of(container_name: &str) -> String {
+    format!("{container_name}-next")
+}
+
 /// What becomes of the tunnel container when the agent stops.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnExit {
-    /// Drained, stopped and removed.
+    /// Drained, stopped and removed: behind the agent's own socket proxy after the lease, otherwise at once.
     Remove,
     /// Left as it is.
     Keep,
@@ -179,6 +186,7 @@ struct Raw {
     cloudflared_network_name: Option<String>,
     tunnel_container_name: Option<String>,
     tunnel_on_exit: Option<String>,
+    tunnel_lease_seconds: Option<String>,
     auto_connect_networks: Option<String>,
     cloudflared_protocol: Option<String>,
     cloudflared_region: Option<String>,
@@ -330,6 +338,7 @@ fn tunnel(check: &mut Check, raw: &mut Raw) -> Option<TunnelConfig> {
         raw.tunnel_on_exit.as_deref(),
         &[("remove", OnExit::Remove), ("keep", OnExit::Keep)],
     );
+    let lease = check.seconds("TUNNEL_LEASE_SECONDS", raw.tunnel_lease_seconds.take(), 60, 0);
     let auto_connect = check.yes_or_no("AUTO_CONNECT_NETWORKS", raw.auto_connect_networks.as_deref());
     let options = check.connector_options(
         &[
@@ -345,7 +354,7 @@ fn tunnel(check: &mut Check, raw: &mut Raw) -> Option<TunnelConfig> {
         None => true,
         given => check.yes_or_no("CLOUDFLARED_HOST_GATEWAY", given),
     };
-    Some(TunnelConfig { image: image?, network, container_name, on_exit, options, host_gateway, auto_connect })
+    Some(TunnelConfig { image: image?, network, container_name, on_exit, lease, options, host_gateway, auto_connect })
 }
 
 fn log(check: &mut Check, raw: &Raw) -> LogConfig {

@@ -10,7 +10,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
 use bollard::errors::Error as EngineError;
@@ -19,11 +19,12 @@ use bollard::query_parameters as query;
 use futures_util::{Stream, StreamExt, TryStreamExt};
 use tokio::time::timeout;
 
-use crate::config::{DockerHost, ImageRef};
+use crate::config::{DockerHost, ImageRef, MOST_PATIENCE};
 use crate::retry::Backoff;
 
 mod dialect;
 mod error;
+mod goodbye;
 #[cfg(test)]
 mod hostile;
 mod permissions;
@@ -35,6 +36,7 @@ pub(crate) use dialect::EVENT_ACTIONS;
 pub use error::DockerError;
 pub(crate) use error::OWN_REFUSAL;
 use error::*;
+pub(crate) use goodbye::Parting;
 pub(crate) use permissions::{Engine, Gate, OWN_PROXY, Registry, Surplus};
 pub(crate) use spec::{
     COMMAND, HOST_GATEWAY, NAME_LABEL, OWNER_LABEL, REDEPLOY_LABEL, TUNNEL_LABEL, metrics_variable, owner_labels,
@@ -49,6 +51,8 @@ pub struct Docker {
     host: DockerHost,
     /// Made at the first use, since the client library refuses a socket that is not there yet.
     client: OnceLock<bollard::Docker>,
+    /// Whether this project's own socket proxy answered last, where that was seen. No await happens under it.
+    own_proxy: Mutex<Option<bool>>,
 }
 
 type Result<T> = std::result::Result<T, DockerError>;
@@ -67,7 +71,7 @@ const CLIENT_TIMEOUT_SECONDS: u64 = 3600;
 impl Docker {
     /// Nothing is asked of Docker yet.
     pub fn new(host: DockerHost) -> Self {
-        Self { host, client: OnceLock::new() }
+        Self { host, client: OnceLock::new(), own_proxy: Mutex::new(None) }
     }
 
     /// The address, for the log.
@@ -286,6 +290,16 @@ impl Docker {
         let options = query::StopContainerOptions { t: seconds, ..Default::default() };
         let limit = CHANGE_LIMIT + grace.unwrap_or_default();
         absent_is_none(limited(call, limit, docker.stop_container(id, Some(options))).await).map(drop)
+    }
+
+    /// Stops a container as it was made to be stopped: with SIGKILL after its own time-out.
+    ///
+    /// # Errors
+    /// As all calls.
+    pub(crate) async fn stop_as_made(&self, id: &str) -> Result<()> {
+        let docker = self.client(STOP)?;
+        let stopped = docker.stop_container(id, Some(query::StopContainerOptions::default()));
+        absent_is_none(limited(STOP, CHANGE_LIMIT + Duration::from_secs(MOST_PATIENCE), stopped).await).map(drop)
     }
 
     /// Restarts a container, with SIGKILL after `grace`.

@@ -85,7 +85,7 @@ pub mod tunnels;
 
 use channels::{Inventory, View, Wanted, Ways};
 use concerns::Concerns;
-use config::{Config, OnExit};
+use config::{Config, OnExit, TunnelConfig};
 use logging::Ring;
 use metrics::Metrics;
 use pulse::Pulse;
@@ -244,7 +244,7 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
         Task::spawn("neighbours", 60, async move { match neighbours.run().await {} })
     };
     let reports = {
-        let announces_stop = config.tunnel.on_exit == OnExit::Remove;
+        let announces_stop = stops_with_agent(&docker, &config.tunnel);
         let inputs = reports::Inputs {
             inventory: inventory.clone(),
             changes,
@@ -306,8 +306,10 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
     if ended == tunnels::Ended::Shutdown && !reports.is_finished() {
         joined("reports", reports.await)?;
     }
+    // By its end the socket proxy sees that this agent does not come back after its goodbye.
     events.abort();
     neighbours.abort();
+    let _ = (events.await, neighbours.await);
     last.cancel();
     joined("tunnel", tunnel.await)?;
     if ended == tunnels::Ended::Decommissioned {
@@ -315,6 +317,18 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
     }
     info!("dockflare-agent stopped");
     Ok(())
+}
+
+/// Whether the tunnel goes down with the agent, as far as that is known: its own socket proxy may hold it.
+fn stops_with_agent(docker: &Arc<docker::Docker>, tunnel: &TunnelConfig) -> watch::Receiver<bool> {
+    let (stops, seen) = watch::channel(tunnel.on_exit == OnExit::Remove);
+    let (docker, may_be_held) = (docker.clone(), !tunnel.lease.is_zero());
+    tokio::spawn(async move {
+        if docker.recognise().await && may_be_held {
+            stops.send_replace(false);
+        }
+    });
+    seen
 }
 
 /// The end of a decommission: Docker stops the agent, so that its restart policy leaves it down.

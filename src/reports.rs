@@ -79,7 +79,7 @@ pub struct Reporter {
     inputs: Inputs,
     interval: Duration,
     /// Whether the tunnel goes down with the agent, which the last message then says.
-    announces_stop: bool,
+    announces_stop: watch::Receiver<bool>,
     outbox: Outbox,
     session: Option<Arc<Session>>,
     streams: Streams,
@@ -167,7 +167,7 @@ impl Reporter {
         registrar: Arc<Registrar>,
         inputs: Inputs,
         interval: Duration,
-        announces_stop: bool,
+        announces_stop: watch::Receiver<bool>,
     ) -> Self {
         let document = inputs.reported.clone();
         let ledger = Ledger::new(document.clone().map(|reported| reported.containers));
@@ -501,7 +501,7 @@ impl Reporter {
             self.answered(&payload);
             self.taken(message);
         }
-        if self.announces_stop {
+        if *self.announces_stop.borrow() {
             let view = self.inputs.tunnel.borrow().stopped_with_agent();
             let payload = self.envelope("tunnel_status", view.fields(Traffic::default()), None, &session);
             // There is nothing left to do about a failure: the master shows the agent as offline in a minute.

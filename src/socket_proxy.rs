@@ -19,12 +19,14 @@
 //!   checked values, under no version of the API but Docker's own. Before it changes a container it looks whose it is.
 //! - `answer` makes the answer from what the agent's own types hold of Docker's, and of that what it may see.
 //!
-//! Nothing is on disk and nothing is remembered: it may be killed at any time. Its socket is then in the way of the
+//! - `lease` holds the tunnel when the agent has said goodbye, until one comes back, and removes it otherwise.
+//!
+//! Nothing but that lease is on disk or remembered: it may be killed at any time. Its socket is then in the way of the
 //! next one, which replaces it; the agent makes a connection for each call and finds that.
 
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -45,12 +47,14 @@ mod answer;
 mod create;
 #[cfg(feature = "fuzzing")]
 pub(crate) mod fuzz;
+mod lease;
 mod perform;
 mod plan;
 mod refusals;
 mod request;
 mod server;
 
+use lease::Leases;
 use plan::Policy;
 use refusals::Refusals;
 use server::Service;
@@ -82,34 +86,74 @@ pub async fn run(config: SocketProxyConfig, shutdown: CancellationToken) -> Resu
     {
         error!("the Docker socket {path} cannot be opened: {problem}");
     }
-    let mut orphaned = pin!(orphaned(config.docker_host.clone()));
+    let orphaned = orphaned(config.docker_host.clone());
+    let docker = Arc::new(Docker::new(config.docker_host));
+    let leases = Leases::open(&config.tunnel.container_name, lease_file(&config.listen));
     let service = Arc::new(Service {
-        docker: Arc::new(Docker::new(config.docker_host)),
+        docker: docker.clone(),
         policy: Policy { tunnel: config.tunnel },
         refusals: Refusals::new(),
+        leases: leases.clone(),
     });
-    let mut connections = JoinSet::new();
-    let ended = loop {
+    let given_up = CancellationToken::new();
+    // The connections live for as long as the lease is kept: that they are open says that an agent is there.
+    let serve = async {
+        let (connections, ended) = accept_all(&listener, &service, orphaned, &shutdown).await;
+        if let Listen::Unix(path) = &config.listen {
+            leave(path);
+        }
+        drop(listener);
+        if ended.is_err() {
+            given_up.cancel();
+        }
+        (connections, ended)
+    };
+    // Without Docker nothing can be removed: the next one goes on with the lease.
+    let keep = async {
         tokio::select! {
-            () = shutdown.cancelled() => break Ok(()),
-            path = &mut orphaned => break Err(RunError::Orphaned(path)),
+            () = leases.keep(&*docker, &shutdown) => {}
+            () = given_up.cancelled() => {}
+        }
+    };
+    let ((connections, ended), ()) = tokio::join!(serve, keep);
+    drop(connections);
+    info!("dockflare-agent socket-proxy stopped");
+    ended
+}
+
+/// Where the lease is kept: beside the socket, in the folder that is the proxy's own.
+fn lease_file(listen: &Listen) -> Option<PathBuf> {
+    match listen {
+        Listen::Unix(path) => Some(PathBuf::from(format!("{path}.lease"))),
+        Listen::Tcp(_) => None,
+    }
+}
+
+/// Serves until `shutdown`, or until Docker's socket is dead for ever; gives the connections that are open then.
+async fn accept_all(
+    listener: &Listener,
+    service: &Arc<Service>,
+    orphaned: impl Future<Output = String>,
+    shutdown: &CancellationToken,
+) -> (JoinSet<()>, Result<(), RunError>) {
+    let mut orphaned = pin!(orphaned);
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return (connections, Ok(())),
+            path = &mut orphaned => return (connections, Err(RunError::Orphaned(path))),
             () = sleep_until(service.refusals.next_turn()) => service.refusals.turn(),
             Some(_) = connections.join_next() => {}
             accepted = listener.accept(), if connections.len() < MOST_CONNECTIONS => match accepted {
-                Ok(Connection::Unix(stream)) => serve(&mut connections, &service, stream),
-                Ok(Connection::Tcp(stream)) => serve(&mut connections, &service, stream),
+                Ok(Connection::Unix(stream)) => serve(&mut connections, service, stream),
+                Ok(Connection::Tcp(stream)) => serve(&mut connections, service, stream),
                 Err(error) => {
                     warn!("cannot accept a connection: {error}; trying again");
                     sleep(ACCEPT_PAUSE).await;
                 }
             }
         }
-    };
-    if let Listen::Unix(path) = &config.listen {
-        leave(path);
     }
-    info!("dockflare-agent socket-proxy stopped");
-    ended
 }
 
 /// The next one would replace the socket; without it a client is told at once that nobody is there.

@@ -26,7 +26,7 @@ enum Kind {
 }
 
 /// All variables of the README's table, in its order.
-const SETTINGS: [(&str, Kind); 29] = {
+const SETTINGS: [(&str, Kind); 30] = {
     use Kind::{Address, Plain, Secret, SecretFile};
     [
         ("DOCKFLARE_MASTER_URL", Address(None)),
@@ -40,6 +40,7 @@ const SETTINGS: [(&str, Kind); 29] = {
         ("CLOUDFLARED_NETWORK_NAME", Plain(Some("cloudflare-net"))),
         ("TUNNEL_CONTAINER_NAME", Plain(Some("dockflare-agent-tunnel"))),
         ("TUNNEL_ON_EXIT", Plain(Some("remove"))),
+        ("TUNNEL_LEASE_SECONDS", Plain(Some("60"))),
         ("AUTO_CONNECT_NETWORKS", Plain(Some("false"))),
         ("CLOUDFLARED_PROTOCOL", Plain(None)),
         ("CLOUDFLARED_REGION", Plain(None)),

@@ -261,7 +261,9 @@ impl Docker {
             }
             .map_err(|problem| DockerError::Unreachable { call, problem })
         });
-        answered.await.unwrap_or(Err(DockerError::TimedOut { call, limit }))
+        let answer = answered.await.unwrap_or(Err(DockerError::TimedOut { call, limit }))?;
+        self.seen_behind(answer.own_proxy);
+        Ok(answer)
     }
 }
 

@@ -14,7 +14,10 @@ use super::host::Host;
 use super::probe::{Facts, Readiness};
 use crate::channels::{OwnContainer, Traffic};
 use crate::config::ImageRef;
-use crate::docker::{Container, DockerError, Endpoint, Health, Inspected, LastCheck, RunState, SPEC_LABEL, Spec};
+use crate::docker::{
+    Container, DockerError, Endpoint, Health, Inspected, LastCheck, Parting, RunState, SPEC_LABEL, Spec,
+};
+use crate::state::AgentId;
 
 /// A connector's container as an inspection shows it.
 pub(super) fn container(state: RunState, hash: Option<&str>) -> Inspected {
@@ -86,7 +89,17 @@ pub(super) struct World {
     pub(super) diagnoses: usize,
     /// An Engine that does not know what `host-gateway` is.
     pub(super) is_old: bool,
+    /// What stands before Docker.
+    pub(super) behind: Behind,
     made: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Behind {
+    OwnProxy,
+    Nobody,
+    #[default]
+    Another,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -350,6 +363,18 @@ impl Host for Double {
     async fn protocol(&self, _: &str) -> Option<&'static str> {
         self.world().diagnoses += 1;
         Some("quic")
+    }
+    async fn goodbye(&self, lease: Duration, _: &[AgentId]) -> Parting {
+        let mut world = self.world();
+        // Another one is known as such, and not asked.
+        if world.behind != Behind::Another {
+            world.calls.push(format!("goodbye {}", lease.as_secs()));
+        }
+        match world.behind {
+            Behind::OwnProxy => Parting::Held(Box::pin(pending())),
+            Behind::Nobody => Parting::Silent("nobody there".to_owned()),
+            Behind::Another => Parting::Unknown,
+        }
     }
     async fn own_container(&self, _: Option<&str>) -> Option<OwnContainer> {
         None

@@ -10,7 +10,8 @@ use std::collections::BTreeMap;
 use super::probe::{Facts, Probe, Readiness};
 use crate::channels::OwnContainer;
 use crate::config::ImageRef;
-use crate::docker::{Container, Docker, DockerError, Inspected, Spec};
+use crate::docker::{Container, Docker, DockerError, Inspected, Parting, Spec};
+use crate::state::AgentId;
 
 type Answer<T> = Result<T, DockerError>;
 
@@ -38,6 +39,8 @@ pub(crate) trait Host: Send + Sync + 'static {
     fn facts(&self, address: &str) -> impl Future<Output = Option<Facts>> + Send;
     /// Over which protocol the cloudflared at this address is connected; it logs that it was asked.
     fn protocol(&self, address: &str) -> impl Future<Output = Option<&'static str>> + Send;
+    /// Says goodbye to the agent's own socket proxy, which is to hold for so long what an agent with one of these ids made.
+    fn goodbye(&self, lease: Duration, agents: &[AgentId]) -> impl Future<Output = Parting> + Send;
     /// The container in which the agent itself runs.
     fn own_container(&self, hostname: Option<&str>) -> impl Future<Output = Option<OwnContainer>> + Send;
 }
@@ -109,6 +112,9 @@ impl Host for Machine {
     }
     async fn protocol(&self, address: &str) -> Option<&'static str> {
         self.probe.protocol(address).await
+    }
+    async fn goodbye(&self, lease: Duration, agents: &[AgentId]) -> Parting {
+        self.docker.goodbye(lease, agents).await
     }
     async fn own_container(&self, hostname: Option<&str>) -> Option<OwnContainer> {
         super::own_container(&self.docker, hostname).await

@@ -1,4 +1,9 @@
 //! The end of the agent: what becomes of the containers.
+//!
+//! Behind its own socket proxy the agent says goodbye and leaves them to it: the proxy outlives an upgrade, and knows
+//! better than the agent whether this is one (`socket_proxy/lease.rs`). Otherwise they go or stay at once.
+
+use std::time::Duration;
 
 use tokio::time::timeout;
 use tracing::{info, warn};
@@ -7,8 +12,13 @@ use super::host::Host;
 use super::plan::{self, Owner, Slot, Whose};
 use super::{LAST_STEP_LIMIT, Supervisor};
 use crate::config::OnExit;
-use crate::docker::{DockerError, RunState};
-use crate::state::Phase;
+use crate::docker::{DockerError, Parting, RunState};
+use crate::retry::Lasts;
+use crate::state::{AgentId, Phase};
+
+/// How long the agent stays connected to the socket proxy after its goodbye. `docker compose restart` and `up` ask both
+/// to stop within 20 ms of each other; only on `down` is the agent gone before the proxy is asked.
+const STAYS: Duration = Duration::from_secs(1);
 
 impl<H: Host> Supervisor<H> {
     /// The containers go or stay as configured.
@@ -18,11 +28,40 @@ impl<H: Host> Supervisor<H> {
         let prepared = wanted.decommission == Some(Phase::Prepared);
         // After the second one the tunnel is no more, whatever becomes of it otherwise.
         let keep = prepared || self.config.on_exit == OnExit::Keep && wanted.decommission.is_none();
+        // A decommission ends everything, whoever may come back.
+        let is_held = self.config.on_exit == OnExit::Remove && wanted.decommission.is_none();
+        if is_held && !self.config.lease.is_zero() && self.say_goodbye(&wanted.owners).await {
+            return;
+        }
         // Side by side: each may drain for half a minute.
         let whose = Whose::Of(&wanted.owners);
         tokio::join!(self.leave_one(Slot::Main, whose, keep), self.leave_one(Slot::Next, whose, keep));
         if !keep {
             self.leave_strays(whose).await;
+        }
+    }
+
+    /// Whether the containers are left to the agent's own socket proxy.
+    async fn say_goodbye(&self, agents: &[AgentId]) -> bool {
+        let lease = self.config.lease;
+        match self.host.goodbye(lease, agents).await {
+            Parting::Held(gone) => {
+                info!(
+                    lease = %Lasts(lease),
+                    "leaving the tunnel to the socket proxy, which removes it unless an agent comes back in time"
+                );
+                // Ended sooner, this would look as if the agent had been stopped first, and the proxy after it.
+                let _ = timeout(STAYS, gone).await;
+                true
+            }
+            Parting::Silent(problem) => {
+                warn!(
+                    "the tunnel is left as it is, since nothing answers where Docker is reached ({problem}); the next start takes it over, or remove it with docker rm -f {}",
+                    self.config.container_name
+                );
+                true
+            }
+            Parting::Unknown => false,
         }
     }
 

@@ -5,13 +5,13 @@ use std::collections::BTreeSet;
 use tokio::time::timeout;
 
 use super::classify::Tries;
-use super::double::{Behaviour, Double, Moment};
+use super::double::{Behaviour, Behind, Double, Moment};
 use super::*;
 use crate::channels::Refusal;
 use crate::config::OnExit;
 use crate::docker::{Health, LastCheck};
 use crate::state::testing::token;
-use crate::state::{AgentId, Token, TunnelId};
+use crate::state::{AgentId, Phase, Token, TunnelId};
 
 const MAIN: &str = "tunnel";
 const MINUTE: Duration = Duration::from_secs(60);
@@ -33,6 +33,7 @@ fn config() -> TunnelConfig {
         network: "net".to_owned(),
         container_name: MAIN.to_owned(),
         on_exit: OnExit::Remove,
+        lease: Duration::from_secs(60),
         options: [].into(),
         host_gateway: true,
         auto_connect: true,
@@ -51,13 +52,17 @@ fn wants(token: &str) -> Wanted {
 
 impl Bench {
     fn start(host: &Double, wanted: Wanted) -> Self {
+        Self::start_with(host, config(), wanted)
+    }
+
+    fn start_with(host: &Double, config: TunnelConfig, wanted: Wanted) -> Self {
         let (wanted, wanted_rx) = watch::channel(wanted);
         let (ways, ways_rx) = watch::channel(Ways::default());
         let (view_tx, view) = watch::channel(View::default());
         // Nobody wakes it: it must find out by itself.
         let inputs = Inputs { wanted: wanted_rx, ways: ways_rx, wake: mpsc::channel(1).1 };
         let (stop, metrics) = (CancellationToken::new(), Metrics::default());
-        let supervisor = Supervisor::on(host.clone(), config(), None, inputs, view_tx, metrics.clone());
+        let supervisor = Supervisor::on(host.clone(), config, None, inputs, view_tx, metrics.clone());
         let work = tokio::spawn(supervisor.run(stop.clone()));
         Self { host: host.clone(), wanted, ways, view, stop, work, metrics }
     }
@@ -576,6 +581,55 @@ async fn a_successor_is_on_all_networks_before_the_one_before_it_goes() {
     bench.until(Status::Running, None).await;
     let expected = ["create tunnel-next", "connect tunnel-next shop", "start tunnel-next", "stop tunnel"];
     assert_eq!(bench.calls()[..4], expected);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_becomes_of_the_tunnel_at_the_end_depends_on_what_stands_before_docker() {
+    use Behind::{Another, Nobody, OwnProxy};
+    const GOODBYE: &str = "goodbye 60";
+    const AT_ONCE: [&str; 2] = ["stop tunnel", "remove tunnel"];
+    let nothing: &[&str] = &[];
+    let finalized = Some(Phase::Finalized);
+    type Row<'a> = (Behind, OnExit, u64, Option<Phase>, &'a [&'a str]);
+    let rows: [Row<'_>; 11] = [
+        // The proxy holds it, or was stopped at the same moment.
+        (OwnProxy, OnExit::Remove, 60, None, &[GOODBYE]),
+        (Nobody, OnExit::Remove, 60, None, &[GOODBYE]),
+        // Nobody could bring it to an end later.
+        (Another, OnExit::Remove, 60, None, &AT_ONCE),
+        (OwnProxy, OnExit::Remove, 0, None, &AT_ONCE),
+        (Another, OnExit::Remove, 0, None, &AT_ONCE),
+        // Never.
+        (OwnProxy, OnExit::Keep, 60, None, nothing),
+        (Another, OnExit::Keep, 60, None, nothing),
+        // A decommission is no upgrade; between its phases the master wants to find the stopped container.
+        (OwnProxy, OnExit::Remove, 60, finalized, &AT_ONCE[1..]),
+        (Another, OnExit::Remove, 60, finalized, &AT_ONCE[1..]),
+        (OwnProxy, OnExit::Remove, 60, Some(Phase::Prepared), nothing),
+        (OwnProxy, OnExit::Keep, 60, finalized, &AT_ONCE[1..]),
+    ];
+    for (behind, on_exit, lease, decommission, expected) in rows {
+        let config = TunnelConfig { on_exit, lease: Duration::from_secs(lease), ..config() };
+        let host = Double::default();
+        host.world().behind = behind;
+        let mut bench = Bench::start_with(&host, config, wants(&key('a')));
+        bench.until(Status::Running, None).await;
+        if decommission.is_some() {
+            bench.wanted.send_replace(Wanted { decommission, ..wants(&key('a')) });
+            bench.until(Status::Stopped, None).await;
+        }
+        bench.calls();
+        let asked = Instant::now();
+        bench.stop.cancel();
+        bench.work.await.unwrap();
+        let told = format!("{behind:?} {on_exit:?} {lease} {decommission:?}");
+        let calls = std::mem::take(&mut host.world().calls);
+        assert_eq!(calls, expected, "{told}");
+        let stays = Duration::from_secs(u64::from(behind == OwnProxy && expected == [GOODBYE]));
+        let is_drained = expected.contains(&AT_ONCE[0]);
+        assert!(asked.elapsed() >= stays, "{told}: it stays connected for a moment");
+        assert!(is_drained || asked.elapsed() < Duration::from_secs(2), "{told}: {:?}", asked.elapsed());
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -173,6 +173,11 @@ pub(super) async fn perform(docker: &Arc<Docker>, policy: &Policy, call: Call) -
             docker.remove(&seen.id).await?;
             Answer::Done
         }
+        // It ends when the agent goes, by which that is known.
+        Call::Goodbye { seconds, .. } => {
+            let held = stream::iter([Ok(json!({ "seconds": seconds }))]);
+            Answer::Stream(Box::pin(held.chain(stream::pending())))
+        }
     })
 }
 

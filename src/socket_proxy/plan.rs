@@ -10,10 +10,12 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 
 use super::create;
+use super::lease::{LONGEST, MOST_AGENTS};
 use super::request::{Head, Method, Refusal};
 use crate::config::{MOST_PATIENCE, TunnelConfig};
 use crate::docker::{EVENT_ACTIONS, EVENT_TYPES, Inspected, NAME_LABEL, OWNER_LABEL, Spec};
 use crate::labels::ENABLE_KEYS;
+use crate::state::AgentId;
 
 /// What the agent may ask for.
 #[derive(Debug, Clone)]
@@ -94,6 +96,12 @@ pub(super) enum Call {
     /// The container with this id gets the tunnel's name.
     Rename(String),
     Remove(String),
+    /// No call of Docker: the agent says that it stops, and for how many seconds the tunnel is to be held.
+    Goodbye {
+        seconds: u64,
+        /// The ids by which its containers are known.
+        agents: Vec<AgentId>,
+    },
 }
 
 /// A call and the template of the route that it came by, for the log.
@@ -123,6 +131,7 @@ pub(super) enum Route<'a> {
     Restart(&'a str),
     Rename(&'a str),
     Remove(&'a str),
+    Goodbye,
 }
 
 /// Most lines of a log that are given at once.
@@ -149,6 +158,7 @@ impl<'a> Route<'a> {
             (Method::Post, ["containers", name, "restart"]) => Self::Restart(name),
             (Method::Post, ["containers", name, "rename"]) => Self::Rename(name),
             (Method::Delete, ["containers", name]) => Self::Remove(name),
+            (Method::Post, ["dockflare", "goodbye"]) => Self::Goodbye,
             _ => return None,
         })
     }
@@ -173,6 +183,7 @@ impl<'a> Route<'a> {
             Self::Restart(_) => "POST /containers/{name}/restart",
             Self::Rename(_) => "POST /containers/{name}/rename",
             Self::Remove(_) => "DELETE /containers/{name}",
+            Self::Goodbye => "POST /dockflare/goodbye",
         }
     }
 
@@ -296,6 +307,17 @@ fn call(policy: &Policy, route: Route<'_>, head: &Head, body: &[u8]) -> Result<C
             query.is("link", "false")?;
             Call::Remove(full_id(id)?)
         }
+        Route::Goodbye => {
+            let seconds = number(&query.take("lease").ok_or("query_value")?, LONGEST)?;
+            // Who wants nothing held removes it before.
+            if seconds == 0 {
+                return Err("query_value");
+            }
+            Call::Goodbye {
+                seconds,
+                agents: query.take("agents").map(|ids| agents(&ids)).transpose()?.unwrap_or_default(),
+            }
+        }
     };
     query.is_done()?;
     Ok(call)
@@ -377,6 +399,11 @@ fn moment(text: String) -> Result<String, Rule> {
         (1..=most).contains(&digits.len()) && digits.bytes().all(|byte| byte.is_ascii_digit())
     };
     if fits(seconds, 11) && fits(nanos, 9) { Ok(text) } else { Err("query_value") }
+}
+
+fn agents(ids: &str) -> Result<Vec<AgentId>, Rule> {
+    let ids: Result<Vec<_>, _> = ids.split(',').map(|id| AgentId::try_from(id.to_owned())).collect();
+    ids.ok().filter(|ids| ids.len() <= MOST_AGENTS).ok_or("query_value")
 }
 
 fn number(text: &str, most: u64) -> Result<u64, Rule> {

@@ -12,8 +12,9 @@ use serde_json::json;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf, split};
 use tokio::time::timeout;
 
+use super::lease::Leases;
 use super::perform::{Answer, Failure, perform};
-use super::plan::{Planned, Policy, admits, plan};
+use super::plan::{Call, Planned, Policy, admits, plan};
 use super::refusals::Refusals;
 use super::request::{Head, MOST_HEAD, Method, Refusal};
 use crate::docker::{Docker, OWN_PROXY, OWN_REFUSAL};
@@ -24,6 +25,7 @@ pub(super) struct Service {
     pub(super) docker: Arc<Docker>,
     pub(super) policy: Policy,
     pub(super) refusals: Refusals,
+    pub(super) leases: Arc<Leases>,
 }
 
 /// The head, and then the body, must have come within this time.
@@ -61,6 +63,12 @@ impl Service {
             Err(refusal) => return self.refuse(&mut from, &mut to, refusal).await,
         };
         drop(body);
+        // Until this connection ends.
+        let _presence = match &call {
+            Call::Events(_) => Some(self.leases.agent().await),
+            Call::Goodbye { seconds, agents } => Some(self.leases.goodbye(*seconds, agents.clone()).await),
+            _ => None,
+        };
         let answer = tokio::select! {
             answer = perform(&self.docker, &self.policy, call) => answer,
             () = gone(&mut from) => return Ok(()),

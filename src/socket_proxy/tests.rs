@@ -17,8 +17,12 @@ use super::*;
 use crate::config::SocketProxyConfig;
 use crate::docker::{REDEPLOY_LABEL, Spec, TUNNEL_LABEL, owner_labels};
 use crate::labels::ENABLE_KEYS;
-use crate::state::Token;
 use crate::state::testing::token;
+use crate::state::{AgentId, Token};
+
+fn agent(id: &str) -> AgentId {
+    AgentId::try_from(id.to_owned()).unwrap()
+}
 
 /// Full id of a container.
 pub(super) const ID: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
@@ -106,6 +110,7 @@ async fn each_call_that_the_agent_makes_is_planned_as_what_it_is() {
     let _ = docker.restart(ID, grace).await;
     let _ = docker.rename(ID, name).await;
     let _ = docker.remove(ID).await;
+    let _ = docker.goodbye(Duration::from_secs(60), &[agent("a1"), agent("a.2")]).await;
     let owned = str::to_owned;
     let expected = [
         Call::Ping,
@@ -132,6 +137,7 @@ async fn each_call_that_the_agent_makes_is_planned_as_what_it_is() {
         Call::Restart { id: owned(ID), seconds: 35 },
         Call::Rename(owned(ID)),
         Call::Remove(owned(ID)),
+        Call::Goodbye { seconds: 60, agents: vec![agent("a1"), agent("a.2")] },
     ];
     let requests = requests.lock().unwrap();
     assert_eq!(requests.len(), expected.len());
@@ -180,7 +186,12 @@ async fn answer_to(service: &Service, bytes: &[u8]) -> String {
 }
 
 fn service(docker: crate::docker::Docker) -> Service {
-    Service { docker: Arc::new(docker), policy: policy(), refusals: Refusals::new() }
+    Service {
+        docker: Arc::new(docker),
+        policy: policy(),
+        refusals: Refusals::new(),
+        leases: Leases::open("dockflare-agent-tunnel", None),
+    }
 }
 
 #[tokio::test]
@@ -278,6 +289,36 @@ async fn engine(answer: String, stays_open: bool) -> (crate::docker::Docker, tok
         }
     });
     (docker, ends)
+}
+
+#[tokio::test]
+async fn a_goodbye_is_answered_when_it_is_on_disk_lasts_until_the_agent_goes_and_asks_nothing_of_docker() {
+    let (docker, requests) = recorder().await;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("docker.sock.lease");
+    let service = Service { leases: Leases::open("dockflare-agent-tunnel", Some(path.clone())), ..service(docker) };
+    let (mut client, server) = duplex(1 << 16);
+    client.write_all(b"POST /dockflare/goodbye?lease=60 HTTP/1.1\r\nHost: d\r\n\r\n").await.unwrap();
+    let talk = async {
+        let mut answer = Vec::new();
+        while !String::from_utf8_lossy(&answer).contains("{\"seconds\":60}") {
+            assert!(client.read_buf(&mut answer).await.unwrap() > 0);
+        }
+        let answer = String::from_utf8(answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200 ") && answer.contains(crate::docker::OWN_PROXY), "{answer}");
+        let lease = std::fs::read_to_string(&path).unwrap();
+        assert!(lease.contains("dockflare-agent-tunnel"), "{lease}");
+        // Docker's own check of the proxy does not end it; a running agent does.
+        answer_to(&service, b"GET /_ping HTTP/1.1\r\nHost: d\r\n\r\n").await;
+        assert!(path.exists());
+        drop(client);
+    };
+    let (served, ()) = tokio::join!(service.serve(server), talk);
+    let _ = served;
+    assert!(path.exists());
+    assert_eq!(requests.lock().unwrap().len(), 1, "the ping");
+    answer_to(&service, EVENTS.as_bytes()).await;
+    assert!(!path.exists(), "an agent listens, whatever Docker answers it");
 }
 
 const EVENTS: &str = "GET /events?filters=%7B%22type%22%3A%5B%22container%22%5D%2C%22event%22%3A%5B%22start%22%5D%7D HTTP/1.1\r\nHost: d\r\n\r\n";

@@ -264,7 +264,8 @@ async fn tunnel_containers(stage: &Stage, tunnel: &Tunnel) -> Result<usize> {
 }
 
 async fn a_shutdown_in_the_middle_of_a_replacement_leaves_no_container() -> Result<()> {
-    let stage = Stage::new(Protocol::V2).await?;
+    let mut stage = Stage::new(Protocol::V2).await?;
+    stage.set("TUNNEL_LEASE_SECONDS", "0");
     let (mut agent, tunnel, visitors) = visited(&stage).await?;
     let known = registered(&stage).await?;
     stage.master.push_commands(&known.id, vec![tunnel.restart()])?;

@@ -36,6 +36,13 @@ pub(crate) fn cases() -> Vec<Case> {
     ]
 }
 
+/// A stage whose agents take the tunnel with them: it is not left to their socket proxy.
+async fn at_once(protocol: Protocol) -> Result<Stage> {
+    let mut stage = Stage::new(protocol).await?;
+    stage.set("TUNNEL_LEASE_SECONDS", "0");
+    Ok(stage)
+}
+
 /// Sends the signal and waits for the end, which must come before Docker would kill and with code 0.
 async fn end(agent: &mut AgentProcess, signal: Signal) -> Result<()> {
     agent.signal(signal)?;
@@ -44,7 +51,7 @@ async fn end(agent: &mut AgentProcess, signal: Signal) -> Result<()> {
 }
 
 async fn ends_and_takes_the_tunnel(protocol: Protocol, signal: Signal) -> Result<()> {
-    let stage = Stage::new(protocol).await?;
+    let stage = at_once(protocol).await?;
     let tunnel = Tunnel::new(&stage, "");
     let mut agent = tunnel.agent_with_ready_tunnel(&stage).await?;
     stage.tunnel_is("running").await?;
@@ -66,7 +73,7 @@ async fn sigint_ends_the_agent_with_0_and_takes_the_tunnel_with_it() -> Result<(
 }
 
 async fn sigterm_leaves_the_tunnel_where_it_shall_be_kept() -> Result<()> {
-    let mut stage = Stage::new(Protocol::V2).await?;
+    let mut stage = at_once(Protocol::V2).await?;
     stage.set("TUNNEL_ON_EXIT", "keep");
     let tunnel = Tunnel::new(&stage, "");
     let mut agent = tunnel.agent_with_ready_tunnel(&stage).await?;
@@ -79,7 +86,7 @@ async fn sigterm_leaves_the_tunnel_where_it_shall_be_kept() -> Result<()> {
 }
 
 async fn sigterm_waits_for_the_drain_and_says_so() -> Result<()> {
-    let stage = Stage::new(Protocol::V2).await?;
+    let stage = at_once(Protocol::V2).await?;
     let tunnel = Tunnel::new(&stage, "drain=3500");
     let mut agent = tunnel.agent_with_ready_tunnel(&stage).await?;
     let story = Story::follow(&stage);
@@ -92,7 +99,7 @@ async fn sigterm_waits_for_the_drain_and_says_so() -> Result<()> {
 }
 
 async fn a_second_signal_ends_the_agent_at_once_while_cloudflared_drains() -> Result<()> {
-    let stage = Stage::new(Protocol::V2).await?;
+    let stage = at_once(Protocol::V2).await?;
     let tunnel = Tunnel::new(&stage, "drain=20000");
     let mut first = tunnel.agent_with_ready_tunnel(&stage).await?;
     first.sigterm()?;
@@ -113,7 +120,7 @@ async fn a_second_signal_ends_the_agent_at_once_while_cloudflared_drains() -> Re
 }
 
 async fn sigterm_while_the_tunnel_is_being_made_leaves_no_container() -> Result<()> {
-    let stage = Stage::new(Protocol::V2).await?;
+    let stage = at_once(Protocol::V2).await?;
     stage.scope.create_network(&stage.network).await?;
     let tunnel = Tunnel::new(&stage, "");
     tunnel.store(&stage)?;
@@ -135,7 +142,7 @@ async fn sigterm_while_the_tunnel_is_being_made_leaves_no_container() -> Result<
 }
 
 async fn sigterm_while_the_tunnel_is_being_replaced_does_not_cut_the_drain_short() -> Result<()> {
-    let stage = Stage::new(Protocol::V1).await?;
+    let stage = at_once(Protocol::V1).await?;
     let tunnel = Tunnel::new(&stage, "drain=3000");
     let mut agent = tunnel.agent_with_ready_tunnel(&stage).await?;
     let known = registered(&stage).await?;
@@ -154,7 +161,7 @@ async fn sigterm_while_the_tunnel_is_being_replaced_does_not_cut_the_drain_short
 }
 
 async fn sigterm_does_not_wait_for_a_master_that_is_away() -> Result<()> {
-    let stage = Stage::new(Protocol::V2).await?;
+    let stage = at_once(Protocol::V2).await?;
     let tunnel = Tunnel::new(&stage, "");
     let mut agent = tunnel.agent_with_ready_tunnel(&stage).await?;
     stage.tunnel_is("running").await?;
@@ -171,7 +178,7 @@ async fn sigterm_does_not_wait_for_a_master_that_is_away() -> Result<()> {
 }
 
 async fn sigterm_does_not_wait_for_a_master_that_never_answers() -> Result<()> {
-    let stage = Stage::new(Protocol::V1).await?;
+    let stage = at_once(Protocol::V1).await?;
     let tunnel = Tunnel::new(&stage, "");
     let mut agent = tunnel.agent_with_ready_tunnel(&stage).await?;
     stage.tunnel_is("running").await?;
@@ -188,7 +195,7 @@ async fn sigterm_does_not_wait_for_a_master_that_never_answers() -> Result<()> {
 }
 
 async fn sigterm_does_not_wait_for_a_docker_that_is_away() -> Result<()> {
-    let mut stage = Stage::new(Protocol::V2).await?;
+    let mut stage = at_once(Protocol::V2).await?;
     stage.set("DOCKER_HOST", "tcp://127.0.0.1:1");
     let tunnel = Tunnel::new(&stage, "");
     tunnel.store(&stage)?;
@@ -200,7 +207,7 @@ async fn sigterm_does_not_wait_for_a_docker_that_is_away() -> Result<()> {
 }
 
 async fn sigterm_does_not_wait_for_a_pull_that_hangs() -> Result<()> {
-    let mut stage = Stage::new(Protocol::V2).await?;
+    let mut stage = at_once(Protocol::V2).await?;
     // A registry that takes the connection and says nothing.
     let registry = TcpListener::bind("127.0.0.1:0").await?;
     stage.set("CLOUDFLARED_IMAGE", format!("{}/cloudflared:1", registry.local_addr()?));
@@ -216,7 +223,7 @@ async fn sigterm_does_not_wait_for_a_pull_that_hangs() -> Result<()> {
 }
 
 async fn sigterm_does_not_wait_for_an_image_that_cannot_be_had() -> Result<()> {
-    let mut stage = Stage::new(Protocol::V1).await?;
+    let mut stage = at_once(Protocol::V1).await?;
     stage.set("CLOUDFLARED_IMAGE", "127.0.0.1:1/cloudflared:1");
     let tunnel = Tunnel::new(&stage, "");
     tunnel.store(&stage)?;
@@ -226,7 +233,7 @@ async fn sigterm_does_not_wait_for_an_image_that_cannot_be_had() -> Result<()> {
 }
 
 async fn sigterm_after_a_stop_by_command_finds_nothing_to_remove() -> Result<()> {
-    let stage = Stage::new(Protocol::V2).await?;
+    let stage = at_once(Protocol::V2).await?;
     let tunnel = Tunnel::new(&stage, "");
     let mut agent = tunnel.agent_with_ready_tunnel(&stage).await?;
     let known = registered(&stage).await?;
@@ -274,7 +281,7 @@ async fn an_invalid_configuration_is_exit_64_with_all_errors_and_no_secret() -> 
 }
 
 async fn a_data_folder_that_cannot_be_one_is_exit_73() -> Result<()> {
-    let mut stage = Stage::new(Protocol::V2).await?;
+    let mut stage = at_once(Protocol::V2).await?;
     let file = stage.data.path().join("file");
     std::fs::write(&file, "")?;
     stage.set("DOCKFLARE_DATA_DIR", file.join("data").display().to_string());
@@ -286,8 +293,8 @@ async fn a_data_folder_that_cannot_be_one_is_exit_73() -> Result<()> {
 }
 
 async fn two_agents_with_containers_of_their_own_do_not_disturb_each_other() -> Result<()> {
-    let one = Stage::new(Protocol::V1).await?;
-    let mut other = Stage::new(Protocol::V2).await?;
+    let one = at_once(Protocol::V1).await?;
+    let mut other = at_once(Protocol::V2).await?;
     let (tunnel, other_tunnel) = (Tunnel::new(&one, ""), Tunnel::new(&other, ""));
     let agent = tunnel.agent_with_ready_tunnel(&one).await?;
     let before = tunnel.container(&one).await?;

@@ -16,6 +16,8 @@ use crate::support::{SOON, Stage, agent_binary};
 #[path = "../support/attacks.rs"]
 mod attacks;
 mod deployed;
+mod lease;
+mod upgrades;
 
 pub(crate) fn cases() -> Vec<Case> {
     let mut cases = testkit::cases![
@@ -31,6 +33,8 @@ pub(crate) fn cases() -> Vec<Case> {
         a_check_finds_a_docker_that_is_away_behind_the_own_proxy,
     ];
     cases.extend(deployed::cases());
+    cases.extend(lease::cases());
+    cases.extend(upgrades::cases());
     cases
 }
 

@@ -19,7 +19,9 @@ async fn v2_master_from_enrolment_to_sigterm() -> Result<()> {
 }
 
 async fn from_enrolment_to_sigterm(protocol: Protocol) -> Result<()> {
-    let stage = Stage::new(protocol).await?;
+    let mut stage = Stage::new(protocol).await?;
+    // With the agent, not a while after it.
+    stage.set("TUNNEL_LEASE_SECONDS", "0");
     let mut agent = stage.agent()?;
     stage.enrolled_agent("edge").await?;
     agent.wait_for_log("tunnel ready", SOON).await?;

@@ -36,6 +36,11 @@ struct Seen {
 /// Makes the stage's network and an edge that is reached from it.
 pub(crate) async fn edge(stage: &Stage) -> Result<Arc<Edge>> {
     stage.scope.create_network(&stage.network).await?;
+    edge_on(stage).await
+}
+
+/// An edge that is reached from the stage's network, which is there.
+pub(crate) async fn edge_on(stage: &Stage) -> Result<Arc<Edge>> {
     let network = stage.scope.docker().inspect_network(&stage.network, None).await?;
     let config = network.ipam.and_then(|ipam| ipam.config).and_then(|config| config.into_iter().next());
     let gateway: IpAddr = config.and_then(|config| config.gateway).context("no gateway")?.parse()?;
@@ -81,6 +86,11 @@ impl Visitors {
     pub(crate) async fn until_connectors(&self, count: usize) -> Result<()> {
         let what = format!("{count} connector(s) at the edge");
         wait_until(&what, SOON, async || (self.edge.connectors(&self.tunnel).len() == count).then_some(())).await
+    }
+
+    /// How many were served so far.
+    pub(crate) fn served(&self) -> usize {
+        self.seen.borrow().served
     }
 
     /// Waits for a hundred more, and sees that each one so far was served.

@@ -51,6 +51,7 @@
 mod agent;
 mod binaries;
 mod cleanup;
+mod compose;
 mod containers;
 mod dockerfile;
 mod engine;
@@ -70,6 +71,7 @@ pub use bollard::{self, Docker, models};
 pub use cleanup::{clean_up, remove_labelled, sweep};
 pub use cloudflared_stand_in::edge::{Edge, Whose};
 pub use cloudflared_stand_in::http;
+pub use compose::Compose;
 pub use containers::{Spec, logs};
 pub use engine::{docker, engine, in_ci, socket_path, wait_until};
 pub use fake_docker::{FakeDocker, Listing};

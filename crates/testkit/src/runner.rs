@@ -33,6 +33,8 @@ pub struct Case {
     name: String,
     limit: Duration,
     missing: Option<String>,
+    /// Whether it is a failure with `CI=true` when something is missing.
+    required: bool,
     body: Body,
 }
 
@@ -42,7 +44,13 @@ where
     F: FnOnce() -> Fut + Send + 'static,
     Fut: Future<Output = Result<()>> + 'static,
 {
-    Case { name: name.into(), limit: TIME_LIMIT, missing: None, body: Box::new(move || Box::pin(body())) }
+    Case {
+        name: name.into(),
+        limit: TIME_LIMIT,
+        missing: None,
+        required: true,
+        body: Box::new(move || Box::pin(body())),
+    }
 }
 
 impl Case {
@@ -57,6 +65,13 @@ impl Case {
     #[must_use]
     pub fn without(mut self, missing: Option<String>) -> Self {
         self.missing = missing;
+        self
+    }
+
+    /// As [`Case::without`], and no failure with `CI=true` either: what is missing cannot be had everywhere.
+    #[must_use]
+    pub fn where_there_is(mut self, missing: Option<String>) -> Self {
+        (self.missing, self.required) = (missing, false);
         self
     }
 }
@@ -111,9 +126,13 @@ async fn prepare() -> Result<()> {
 
 fn trial(case: Case, no_engine: Option<&anyhow::Error>) -> Trial {
     let no_engine = no_engine.map(|error| format!("no Docker Engine: {error:#}"));
+    let required = no_engine.is_some() || case.required;
     match no_engine.or_else(|| case.missing.clone()) {
         None => Trial::test(case.name.clone(), move || run(case)),
-        Some(problem) => Trial::test(case.name, move || Err(Failed::from(problem))).with_ignored_flag(!in_ci()),
+        Some(problem) => {
+            let is_skipped = !in_ci() || !required;
+            Trial::test(case.name, move || Err(Failed::from(problem))).with_ignored_flag(is_skipped)
+        }
     }
 }
 

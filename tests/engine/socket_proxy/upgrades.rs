@@ -1,0 +1,273 @@
+//! Upgrades and the end, as people do them: the repository's compose file, the two generations of Docker Compose, and
+//! visitors all along.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use dockflare_dev_master::{DevMaster, Protocol};
+use testkit::bollard::query_parameters::{ListContainersOptions, TagImageOptions};
+use testkit::models::NetworkCreateRequest;
+use testkit::{Case, Compose, Edge, case, images, wait_until, workspace_root};
+use tokio::time::Instant;
+
+use crate::containers_scene::{Life, Tunnel, registered, told};
+use crate::support::{SOON, Stage, agent_binary};
+use crate::visitors::{self, Visitors};
+
+pub(super) fn cases() -> Vec<Case> {
+    let generations = [("1.29", Compose::V1), ("2.26", Compose::V2)];
+    let cases = generations.into_iter().flat_map(|(version, compose)| {
+        let program = compose.program();
+        let missing = program.as_ref().err().map(|error| format!("{error:#}"));
+        // The first generation is a package of Debian 12 only; the second is fetched.
+        let here = move |case: Case| match compose {
+            Compose::V1 => case.where_there_is(missing.clone()),
+            Compose::V2 => case.without(missing.clone()),
+        };
+        let program = program.unwrap_or_default();
+        let (upgrades, end) = (program.clone(), program);
+        [
+            case(format!("no_upgrade_with_compose_{version}_loses_a_request"), move || no_upgrade_loses_a(upgrades)),
+            case(format!("what_compose_{version}_takes_down_is_down_and_what_is_killed_is_not"), move || down(end)),
+        ]
+        .map(here)
+    });
+    cases.map(|case| case.limit(Duration::from_secs(400))).collect()
+}
+
+/// What one command of Compose may take.
+const COMMAND_LIMIT: Duration = Duration::from_secs(120);
+/// What the stand-in's drain, and Compose itself, take on `down`; the lease is longer.
+const DOWN_LIMIT: Duration = Duration::from_secs(40);
+const LEASE: &str = "90";
+
+/// The compose file, deployed under names of its own.
+struct Deployment {
+    stage: Stage,
+    program: PathBuf,
+    folder: tempfile::TempDir,
+    image: String,
+    settings: HashMap<&'static str, String>,
+    proxy_settings: HashMap<&'static str, String>,
+    /// By now.
+    registrations: u64,
+}
+
+impl Deployment {
+    async fn new(program: PathBuf) -> Result<(Self, Arc<Edge>)> {
+        let mut stage = Stage::new(Protocol::V2).await?;
+        // As Compose would make it, but there before the master, which listens on it.
+        let mut labels = stage.scope.labels();
+        labels.insert("com.docker.compose.network".to_owned(), "tunnel".to_owned());
+        labels.insert("com.docker.compose.project".to_owned(), project(&stage));
+        let request = NetworkCreateRequest {
+            name: stage.network.clone(),
+            labels: Some(labels),
+            ..NetworkCreateRequest::default()
+        };
+        stage.scope.docker().create_network(request).await?;
+        let edge = visitors::edge_on(&stage).await?;
+        let listen = SocketAddr::new(edge.address().ip(), 0);
+        stage.master = DevMaster::builder().protocol(Protocol::V2).listen(listen).start().await?;
+        stage.key = stage.master.generate_key("deployed");
+        let setting = |name: &str| crate::containers_scene::setting(&stage, name);
+        let settings = HashMap::from([
+            ("DOCKFLARE_MASTER_URL", stage.master.url()),
+            ("DOCKFLARE_API_KEY", stage.key.clone()),
+            ("CLOUDFLARED_IMAGE", setting("CLOUDFLARED_IMAGE")),
+            ("CLOUDFLARED_NETWORK_NAME", stage.network.clone()),
+            ("TUNNEL_CONTAINER_NAME", stage.tunnel.clone()),
+            ("TUNNEL_LEASE_SECONDS", LEASE.to_owned()),
+            ("COMMAND_POLL_INTERVAL_SECONDS", "1".to_owned()),
+            ("REPORT_INTERVAL_SECONDS", "5".to_owned()),
+        ]);
+        let image = images().agent(&agent_binary()).await?;
+        let (folder, proxy_settings) = (tempfile::tempdir()?, HashMap::new());
+        Ok((Self { stage, program, folder, image, settings, proxy_settings, registrations: 0 }, edge))
+    }
+
+    fn agent(&self) -> String {
+        self.stage.scope.name("agent")
+    }
+
+    /// Writes the settings, and what differs from the repository's compose file: names, labels, and an image that is
+    /// there in place of a build.
+    fn write(&self) -> Result<()> {
+        let mut env = String::new();
+        for (name, value) in &self.settings {
+            writeln!(env, "{name}={value}")?;
+        }
+        std::fs::write(self.folder.path().join(".env"), env)?;
+        let labels = self.stage.scope.labels();
+        let (scope, image) = (&self.stage.scope, &self.image);
+        let file = serde_json::json!({
+            "services": {
+                "socket-proxy": {
+                    "image": image, "container_name": scope.name("proxy"), "labels": labels,
+                    "environment": self.proxy_settings,
+                },
+                "dockflare-agent": { "image": image, "container_name": self.agent(), "labels": labels },
+            },
+            "volumes": {
+                "data": { "name": scope.name("data"), "labels": labels },
+                "docker-api": { "name": scope.name("docker-api"), "labels": labels },
+            },
+        });
+        std::fs::write(self.folder.path().join("override.yml"), file.to_string()).map_err(Into::into)
+    }
+
+    async fn compose(&self, args: &[&str]) -> Result<()> {
+        self.write()?;
+        let mut command = Command::new(&self.program);
+        command.arg("-p").arg(project(&self.stage)).arg("--project-directory").arg(self.folder.path());
+        command.arg("-f").arg(workspace_root().join("docker-compose.yml"));
+        command.arg("-f").arg(self.folder.path().join("override.yml")).args(args);
+        // The settings are those of the file, whatever is set here.
+        command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
+        command.env("HOME", self.folder.path()).env("DOCKER_HOST", format!("unix://{}", testkit::socket_path()));
+        command.current_dir(self.folder.path()).stdin(Stdio::null());
+        let work = tokio::task::spawn_blocking(move || command.output());
+        let done = tokio::time::timeout(COMMAND_LIMIT, work).await.context("it takes too long")???;
+        let said = String::from_utf8_lossy(&done.stderr);
+        ensure!(done.status.success(), "{args:?}: {said}");
+        Ok(())
+    }
+
+    /// Waits until an agent that was started since the last time has the tunnel, and its master knows that.
+    async fn is_back(&mut self) -> Result<()> {
+        let before = self.registrations;
+        let what = "the agent to be back with its tunnel";
+        let known = self.stage.master.wait_for(what, 2 * SOON, |known| {
+            let agent = known.only_agent().filter(|agent| agent.registrations > before)?;
+            (agent.tunnel_state() == Some("running")).then_some(agent.registrations)
+        });
+        self.registrations = known.await?;
+        Ok(())
+    }
+
+    /// The first `up`, with a tunnel that visitors come through.
+    async fn up(&mut self, edge: &Arc<Edge>, tunnel: &Tunnel) -> Result<Visitors> {
+        self.compose(&["up", "-d", "--no-build"]).await?;
+        let known = registered(&self.stage).await?;
+        self.stage.master.enroll_with(&known.id, "edge", &tunnel.id, &tunnel.token)?;
+        told(&self.stage, "running", None).await?;
+        self.registrations = registered(&self.stage).await?.registrations;
+        Visitors::come(edge, tunnel).await
+    }
+
+    /// What there is of the deployment and of its tunnel.
+    async fn left(&self) -> Result<Vec<String>> {
+        let mut left = Vec::new();
+        for name in [self.stage.tunnel.clone(), format!("{}-next", self.stage.tunnel)] {
+            if self.stage.scope.status(&name).await? != "gone" {
+                left.push(name);
+            }
+        }
+        let label = format!("com.docker.compose.project={}", project(&self.stage));
+        let filters = HashMap::from([("label".to_owned(), vec![label])]);
+        let options = ListContainersOptions { all: true, filters: Some(filters), ..Default::default() };
+        let listed = self.stage.scope.docker().list_containers(Some(options)).await?;
+        left.extend(listed.into_iter().flat_map(|container| container.names.unwrap_or_default()));
+        if self.stage.scope.docker().inspect_network(&self.stage.network, None).await.is_ok() {
+            left.push(self.stage.network.clone());
+        }
+        Ok(left)
+    }
+}
+
+fn project(stage: &Stage) -> String {
+    stage.scope.name("dockflare").to_lowercase()
+}
+
+async fn no_upgrade_loses_a(program: PathBuf) -> Result<()> {
+    let (mut deployed, edge) = Deployment::new(program).await?;
+    let tunnel = visitors::tunnel(&deployed.stage, &edge, "");
+    let mut visitors = deployed.up(&edge, &tunnel).await?;
+    let before = Life::now(&deployed.stage).await?;
+    let mut seen = Vec::new();
+    for step in ["restart", "setting", "image", "proxy alone", "agent alone", "both"] {
+        let began = Instant::now();
+        match step {
+            "restart" => deployed.compose(&["restart"]).await?,
+            "setting" => {
+                deployed.settings.insert("AGENT_DISPLAY_NAME", "another".to_owned());
+                deployed.compose(&["up", "-d", "--no-build"]).await?;
+            }
+            "image" => {
+                let (repository, tag) = deployed.image.rsplit_once(':').context("a tag")?;
+                let options = TagImageOptions { repo: Some(repository.to_owned()), tag: Some(format!("{tag}-new")) };
+                deployed.stage.scope.docker().tag_image(&deployed.image, Some(options)).await?;
+                deployed.image = format!("{repository}:{tag}-new");
+                deployed.compose(&["up", "-d", "--no-build"]).await?;
+            }
+            "proxy alone" => {
+                deployed.proxy_settings.insert("LOG_LEVEL", "DEBUG".to_owned());
+                deployed.compose(&["up", "-d", "--no-build", "--no-deps", "socket-proxy"]).await?;
+            }
+            "agent alone" => {
+                deployed
+                    .compose(&["up", "-d", "--no-build", "--no-deps", "--force-recreate", "dockflare-agent"])
+                    .await?;
+            }
+            _ => deployed.compose(&["up", "-d", "--no-build", "--force-recreate"]).await?,
+        }
+        if step != "proxy alone" {
+            deployed.is_back().await.with_context(|| step.to_owned())?;
+        }
+        visitors.all_were_served().await.with_context(|| step.to_owned())?;
+        let now = Life::now(&deployed.stage).await?;
+        ensure!(now == before, "{step}: it is the same start of the same container");
+        seen.push(format!("{step} {:.1} s", began.elapsed().as_secs_f64()));
+    }
+    println!("{}: no failed request of {}", seen.join(", "), visitors.served());
+    deployed.stage.assert_no_violations();
+    Ok(())
+}
+
+async fn down(program: PathBuf) -> Result<()> {
+    let (mut deployed, edge) = Deployment::new(program).await?;
+    let tunnel = visitors::tunnel(&deployed.stage, &edge, "");
+    let mut visitors = deployed.up(&edge, &tunnel).await?;
+    // Shorter than the lease from now on, and an upgrade itself.
+    deployed.settings.insert("TUNNEL_LEASE_SECONDS", "2".to_owned());
+    deployed.compose(&["up", "-d", "--no-build"]).await?;
+    deployed.is_back().await?;
+    // `docker rm -f` of the agent, which says nothing.
+    let before = Life::now(&deployed.stage).await?;
+    deployed.stage.scope.rm(&deployed.agent()).await?;
+    let gone = Instant::now();
+    while gone.elapsed() < Duration::from_secs(5) {
+        visitors.all_were_served().await?;
+    }
+    ensure!(Life::now(&deployed.stage).await? == before);
+    deployed.compose(&["up", "-d", "--no-build"]).await?;
+    deployed.is_back().await?;
+    visitors.all_were_served().await?;
+    drop(visitors);
+
+    // And of one that had said goodbye.
+    deployed.stage.scope.stop(&deployed.agent(), 10).await?;
+    deployed.stage.scope.rm(&deployed.agent()).await?;
+    wait_until("the tunnel to be gone", SOON, async || {
+        (deployed.stage.scope.status(&deployed.stage.tunnel).await.ok()? == "gone").then_some(())
+    })
+    .await?;
+
+    deployed.settings.insert("TUNNEL_LEASE_SECONDS", LEASE.to_owned());
+    deployed.compose(&["up", "-d", "--no-build"]).await?;
+    deployed.is_back().await?;
+    let _visitors = Visitors::come(&edge, &tunnel).await?;
+    let asked = Instant::now();
+    deployed.compose(&["down"]).await?;
+    let took = asked.elapsed();
+    ensure!(deployed.left().await?.is_empty(), "left: {:?}", deployed.left().await?);
+    ensure!(took < DOWN_LIMIT, "took {took:?}");
+    println!("down after {:.1} s, nothing left", took.as_secs_f64());
+    Ok(())
+}
