@@ -316,12 +316,12 @@ async fn by_dockers_check() -> Result<()> {
     assert_eq!((status.version.as_deref(), &status.event["ready_connections"]), (Some("2025.9.0"), &Value::Null));
     let (before, story) = (tunnel.container(stage).await?, Story::follow(stage));
 
-    stage.scope.tell_stand_in(&stage.tunnel, &json!({ "unready": true })).await?;
+    stage.scope.tell_stand_in(&stage.tunnel, &json!({ "unreachable": true })).await?;
     if let Err(error) = told_late(stage, "degraded", Some("edge_unreachable")).await {
         let health = stage.scope.inspect(&stage.tunnel).await?.state.and_then(|state| state.health);
         bail!("{error:#}\nDocker's own check: {health:#?}\n{}", stage.scope.logs(&contained.id).await?);
     }
-    stage.scope.tell_stand_in(&stage.tunnel, &json!({ "unready": null })).await?;
+    stage.scope.tell_stand_in(&stage.tunnel, &json!({ "unreachable": null })).await?;
     told_late(stage, "running", None).await?;
     assert_eq!(tunnel.container(stage).await?, before);
 
