@@ -65,10 +65,18 @@ struct Way {
     log: [&'static str; 2],
 }
 
-const WAYS: [Way; 6] = [
+const WAYS: [Way; 7] = [
     Way {
         what: "a_refusal_over_quic",
         words: "unauthorized",
+        protocol: "quic",
+        status: "degraded",
+        reason: "registration_refused",
+        log: ["refuses its registration without a reason", "redeploy or enrol"],
+    },
+    Way {
+        what: "a_refusal_over_quic_at_which_an_old_cloudflared_ends_in_a_loop",
+        words: "unauthorized version=2025.4.0",
         protocol: "quic",
         status: "degraded",
         reason: "registration_refused",
