@@ -11,6 +11,7 @@ use serde_json::json;
 use crate::certificates::{Front, Good, NOW};
 use crate::desk::{BOTH, Desk, stop};
 use crate::program::free_port;
+use crate::support::SOON;
 use crate::support::checked::{Checked, run};
 
 impl Desk {
@@ -42,6 +43,8 @@ async fn a_check_takes_no_command_registers_nobody_and_changes_nothing() {
 
         let mut agent = desk.agent().unwrap();
         let known = desk.registered(1).await.unwrap();
+        // The master knows it a moment before the agent has read the answer and stored its id.
+        agent.wait_for_log("registered at the master", SOON).await.unwrap();
         stop(&mut agent).await.unwrap();
         desk.master.enroll(&known.id, "edge").unwrap();
         let before = (json!(desk.master.snapshot()), content(desk.data.path()));
