@@ -146,6 +146,9 @@ pub struct Ways {
     /// User-defined networks that the tunnel container should be on besides its own. Empty unless
     /// `AUTO_CONNECT_NETWORKS` is set.
     pub networks: BTreeSet<String>,
+    /// Whether all labelled containers have been looked at since the start, so that a network that is not among these
+    /// is needed by none.
+    pub all_known: bool,
     /// Names of containers that run a connector of the same tunnel.
     pub rivals: Vec<String>,
 }

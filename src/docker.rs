@@ -42,8 +42,8 @@ pub(crate) use spec::{
     COMMAND, HOST_GATEWAY, NAME_LABEL, OWNER_LABEL, REDEPLOY_LABEL, TUNNEL_LABEL, metrics_variable, owner_labels,
 };
 pub use spec::{METRICS_PORT, SPEC_LABEL, Spec};
-pub(crate) use types::Placed;
 pub use types::{Action, Container, Endpoint, Event, Health, Inspected, LastCheck, RunState, Version};
+pub(crate) use types::{JOINED, Placed};
 
 /// A Docker Engine, or the part of it that a socket proxy lets through.
 #[derive(Debug)]
@@ -322,17 +322,33 @@ impl Docker {
         limited(RENAME, CHANGE_LIMIT, docker.rename_container(id, options)).await
     }
 
-    /// Connects a container to one more network; its being there already is a success.
+    /// Connects a container to one more network, so that it can be told that it was the agent who did
+    /// ([`Endpoint::is_joined`]); its being there already is a success, and stays whose it is.
     ///
     /// # Errors
     /// [`DockerError::NotFound`] when one of the two is gone.
     pub async fn connect(&self, network: &str, id: &str) -> Result<()> {
         let docker = self.client(CONNECT)?;
-        let request = models::NetworkConnectRequest { container: id.to_owned(), ..Default::default() };
+        let endpoint = models::EndpointSettings { aliases: Some(vec![JOINED.to_owned()]), ..Default::default() };
+        let request = models::NetworkConnectRequest { container: id.to_owned(), endpoint_config: Some(endpoint) };
         match limited(CONNECT, CHANGE_LIMIT, docker.connect_network(network, request)).await {
             // Docker itself says 403 as well: "endpoint with name … already exists in network …".
             Err(DockerError::Forbidden { .. }) if self.is_on(id, network).await => Ok(()),
             connected => connected,
+        }
+    }
+
+    /// Disconnects a container from a network; its not being there, or the network's, is a success.
+    ///
+    /// # Errors
+    /// As all calls.
+    pub async fn disconnect(&self, network: &str, id: &str) -> Result<()> {
+        let docker = self.client(DISCONNECT)?;
+        let request = models::NetworkDisconnectRequest { container: id.to_owned(), ..Default::default() };
+        match limited(DISCONNECT, CHANGE_LIMIT, docker.disconnect_network(network, request)).await {
+            Ok(()) | Err(DockerError::NotFound { .. }) => Ok(()),
+            Err(error) if error.is_away() || self.is_on(id, network).await => Err(error),
+            Err(_) => Ok(()),
         }
     }
 

@@ -89,6 +89,9 @@ pub(crate) struct Supervisor<H = Machine> {
     attempts: Trouble,
     sick: Trouble,
     connecting: Trouble,
+    leaving: Trouble,
+    /// Networks that the agent has connected the container to and nobody needs any more, since when.
+    needless: BTreeMap<String, Instant>,
     metrics: Metrics,
 }
 
@@ -168,6 +171,8 @@ impl<H: Host> Supervisor<H> {
             attempts: Trouble::new("the tunnel"),
             sick: Trouble::new("the tunnel"),
             connecting: Trouble::new("connecting the tunnel to a container's network:"),
+            leaving: Trouble::new("disconnecting the tunnel from a network that nobody needs:"),
+            needless: BTreeMap::new(),
             metrics,
         }
     }
@@ -380,6 +385,7 @@ impl<H: Host> Supervisor<H> {
                 }
                 if main.state == RunState::Running {
                     self.join_networks(Slot::Main, &main.id, main.networks.keys().map(String::as_str)).await;
+                    self.leave_networks(main).await;
                 }
             }
             None => self.settle(),

@@ -225,6 +225,9 @@ impl Neighbours {
                 tell(&judged.name, news);
             }
         }
+        if matches!(looked, Ok(Some(_))) && !self.turn.goes_on() && failures.first.is_none() {
+            self.memory.know_all();
+        }
         looked.map(drop)
     }
 

@@ -25,6 +25,8 @@ pub(super) const RESTART: Call = Call { doing: "restart the tunnel container", g
 pub(super) const RENAME: Call = Call { doing: "rename the tunnel container", grant: "CONTAINERS=1 and POST=1" };
 pub(super) const CONNECT: Call =
     Call { doing: "connect the tunnel container to a network", grant: "NETWORKS=1 and POST=1" };
+pub(super) const DISCONNECT: Call =
+    Call { doing: "disconnect the tunnel container from a network", grant: "NETWORKS=1 and POST=1" };
 pub(super) const VERSION: Call = Call { doing: "tell its version", grant: "VERSION=1" };
 pub(super) const PING: Call = Call { doing: "say that it is there", grant: "PING=1" };
 pub(super) const SELF_STOP: Call = Call { doing: "stop the agent's own container", grant: "CONTAINERS=1 and POST=1" };

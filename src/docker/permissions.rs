@@ -94,7 +94,7 @@ const fn probe(id: &'static str, call: Call, method: Method, path: &'static str,
 /// No object: Docker refuses it before it knows what is asked for.
 const NOTHING: &str = "[]";
 
-static NEEDED: [Probe; 15] = [
+static NEEDED: [Probe; 16] = [
     probe("list", LIST, Method::GET, "/containers/json?limit=1", ""),
     probe("inspect", INSPECT, Method::GET, "/containers/{}/json", ""),
     probe("logs", LOGS, Method::GET, "/containers/{}/logs?stdout=true&tail=1", ""),
@@ -109,6 +109,7 @@ static NEEDED: [Probe; 15] = [
     probe("network", NETWORK, Method::GET, "/networks/{}", ""),
     probe("new_network", NEW_NETWORK, Method::POST, "/networks/create", NOTHING),
     probe("connect", CONNECT, Method::POST, "/networks/{}/connect", r#"{"Container":"{}"}"#),
+    probe("disconnect", DISCONNECT, Method::POST, "/networks/{}/disconnect", r#"{"Container":"{}"}"#),
     probe("image", IMAGE, Method::GET, "/images/{}/json", ""),
     // Capitals are in no image's name.
     probe("pull", PULL, Method::POST, "/images/create?fromImage=NOTHING&tag=none", ""),

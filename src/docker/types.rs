@@ -201,6 +201,17 @@ pub struct Endpoint {
     pub aliases: Vec<String>,
 }
 
+/// The name that the tunnel container has on a network which the agent connected it to. Docker keeps it with the
+/// connection, so that it is noted in the same instant as that is made, and one that was made by hand never has it.
+pub(crate) const JOINED: &str = "dockflare-agent-joined";
+
+impl Endpoint {
+    /// Whether it was the agent who connected the container.
+    pub(crate) fn is_joined(&self) -> bool {
+        self.aliases.iter().any(|alias| alias == JOINED)
+    }
+}
+
 /// How a try of the health check ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LastCheck {

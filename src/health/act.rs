@@ -1,5 +1,6 @@
 //! Carrying out a plan: the steps themselves, what each needs before it, and what is done where Docker refuses one.
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::time::Duration;
 
@@ -14,7 +15,7 @@ use super::plan::{self, Goal, Owner, Slot, Step};
 use super::problem::Problem;
 use super::{Refused, Supervisor};
 use crate::cause::Cause;
-use crate::docker::{DockerError, RunState, Spec, owner_labels};
+use crate::docker::{DockerError, Inspected, RunState, Spec, owner_labels};
 use crate::retry::Lasts;
 
 /// What a connector that hangs gets to end by itself: its own drain would be no use.
@@ -27,6 +28,9 @@ const DRAIN_LOOK: Duration = Duration::from_millis(500);
 /// Between the removal of one container and the renaming of another on its network. Without it Engine 20.10 miscounts
 /// the containers on that network in one of a hundred cases, and then nobody can remove it until dockerd restarts.
 const RELEASE_TIME: Duration = Duration::from_secs(1);
+
+/// A network that nobody has needed for this long is left.
+const LEAVE_AFTER: Duration = Duration::from_secs(10);
 
 /// How far a plan was carried out without a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -201,6 +205,44 @@ impl<H: Host> Supervisor<H> {
         }
         if !failed {
             self.connecting.ended();
+        }
+    }
+
+    /// Disconnects the container from networks that the agent has connected it to and no labelled container needs any
+    /// more. What was connected by hand stays, and all of it while not each container has been looked at.
+    pub(super) async fn leave_networks(&mut self, main: &Inspected) {
+        let own = &self.config.network;
+        let needless: BTreeSet<String> = {
+            let ways = self.inputs.ways.borrow();
+            let is_needless = |network: &str| network != own && !ways.networks.contains(network);
+            let joined = main.networks.iter().filter(|(_, place)| place.is_joined()).map(|(network, _)| network);
+            let knows = ways.all_known && self.config.auto_connect;
+            joined.filter(|network| knows && is_needless(network)).cloned().collect()
+        };
+        self.needless.retain(|network, _| needless.contains(network));
+        let mut failed = false;
+        for network in needless {
+            // A container that is started again, or made anew, is about to need it.
+            if self.needless.entry(network.clone()).or_insert_with(Instant::now).elapsed() < LEAVE_AFTER {
+                continue;
+            }
+            match self.host.disconnect(&network, &main.id).await {
+                Ok(()) => {
+                    self.needless.remove(&network);
+                    info!(
+                        container = main.name,
+                        network, "disconnected the tunnel from a network that no labelled container needs"
+                    );
+                }
+                Err(error) => {
+                    failed = true;
+                    let problem = format!("{network}: Docker {error}");
+                    self.leaving.failed(&problem, "trying again, the tunnel itself is not affected");
+                }
+            }
+        }
+        if !failed {
+            self.leaving.ended();
         }
     }
 

@@ -15,7 +15,7 @@ use super::probe::{Facts, Readiness};
 use crate::channels::{OwnContainer, Traffic};
 use crate::config::ImageRef;
 use crate::docker::{
-    Container, DockerError, Endpoint, Health, Inspected, LastCheck, Parting, RunState, SPEC_LABEL, Spec,
+    Container, DockerError, Endpoint, Health, Inspected, JOINED, LastCheck, Parting, RunState, SPEC_LABEL, Spec,
 };
 use crate::state::AgentId;
 
@@ -263,7 +263,16 @@ impl Host for Double {
         self.change(format!("connect {name} {network}"), |world| {
             let fake = world.containers.get_mut(&name).ok_or_else(absent)?;
             let address = if fake.seen.state == RunState::Running { fake.seen.id.clone() } else { String::new() };
-            fake.seen.networks.insert(network.to_owned(), Endpoint { address, ..Endpoint::default() });
+            let place = Endpoint { address, aliases: vec![JOINED.to_owned()], ..Endpoint::default() };
+            fake.seen.networks.insert(network.to_owned(), place);
+            Ok(())
+        })
+        .await
+    }
+    async fn disconnect(&self, network: &str, id: &str) -> Result<(), DockerError> {
+        let name = self.world().name_of(id);
+        self.change(format!("disconnect {name} {network}"), |world| {
+            drop(world.containers.get_mut(&name).ok_or_else(absent)?.seen.networks.remove(network));
             Ok(())
         })
         .await

@@ -25,6 +25,7 @@ pub(crate) trait Host: Send + Sync + 'static {
     fn has_network(&self, name: &str) -> impl Future<Output = Answer<bool>> + Send;
     fn create_network(&self, name: &str, labels: &BTreeMap<String, String>) -> impl Future<Output = Answer<()>> + Send;
     fn connect(&self, network: &str, id: &str) -> impl Future<Output = Answer<()>> + Send;
+    fn disconnect(&self, network: &str, id: &str) -> impl Future<Output = Answer<()>> + Send;
     fn has_image(&self, image: &ImageRef) -> impl Future<Output = Answer<bool>> + Send;
     fn pull(&self, image: &ImageRef, progress: impl FnMut(u64, u64) + Send) -> impl Future<Output = Answer<()>> + Send;
     fn create(&self, name: &str, spec: &Spec) -> impl Future<Output = Answer<String>> + Send;
@@ -79,6 +80,9 @@ impl Host for Machine {
     }
     async fn connect(&self, network: &str, id: &str) -> Answer<()> {
         self.docker.connect(network, id).await
+    }
+    async fn disconnect(&self, network: &str, id: &str) -> Answer<()> {
+        self.docker.disconnect(network, id).await
     }
     async fn has_image(&self, image: &ImageRef) -> Answer<bool> {
         self.docker.has_image(image).await

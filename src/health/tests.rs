@@ -793,3 +793,32 @@ async fn one_that_was_disconnected_from_its_network_is_connected_again_and_never
         }
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_network_that_it_joined_is_left_when_nobody_needs_it_and_one_connected_by_hand_stays() {
+    let mut bench = running().await;
+    let needs = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>();
+    bench.ways.send_modify(|ways| ways.networks = needs(&["app", "shop"]));
+    sleep(MINUTE).await;
+    bench.host.world().containers.get_mut(MAIN).unwrap().seen.networks.insert("by-hand".to_owned(), Default::default());
+    assert_eq!(bench.calls(), ["connect tunnel app", "connect tunnel shop"]);
+
+    // A container that comes back soon is waited for.
+    bench.ways.send_modify(|ways| (ways.networks, ways.all_known) = (needs(&["shop"]), true));
+    sleep(Duration::from_secs(5)).await;
+    bench.ways.send_modify(|ways| ways.networks = needs(&["app", "shop"]));
+    sleep(5 * MINUTE).await;
+    assert_eq!(bench.calls(), Vec::<String>::new());
+
+    // Nor is anything left by an agent that has just begun and knows nobody yet.
+    let (host, wanted) = (bench.host.clone(), bench.wanted.borrow().clone());
+    bench.kill().await;
+    bench = Bench::start(&host, wanted);
+    sleep(5 * MINUTE).await;
+    assert_eq!(bench.calls(), Vec::<String>::new());
+    bench.ways.send_modify(|ways| (ways.networks, ways.all_known) = (needs(&["shop"]), true));
+    sleep(MINUTE).await;
+    assert_eq!(bench.calls(), ["disconnect tunnel app"]);
+    let left = bench.host.world().containers[MAIN].seen.networks.keys().cloned().collect::<Vec<_>>();
+    assert_eq!(left, ["by-hand", "net", "shop"]);
+}

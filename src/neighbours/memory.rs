@@ -19,6 +19,8 @@ const PATIENCE: u32 = 2;
 #[derive(Debug, Default)]
 pub(super) struct Memory {
     containers: BTreeMap<String, Entry>,
+    /// Whether each was looked at.
+    all_known: bool,
     /// Names of rivals by container id.
     rivals: BTreeMap<String, String>,
 }
@@ -124,6 +126,11 @@ impl Memory {
         self.rivals.get(id)
     }
 
+    /// Each labelled container has been looked at.
+    pub(super) fn know_all(&mut self) {
+        self.all_known = true;
+    }
+
     /// All that others may read.
     pub(super) fn ways(&self) -> Ways {
         let unreachable = self.containers.iter().filter_map(|(id, entry)| {
@@ -134,6 +141,7 @@ impl Memory {
         Ways {
             unreachable: unreachable.collect(),
             networks: self.containers.values().flat_map(|entry| entry.networks.iter().cloned()).collect(),
+            all_known: self.all_known,
             rivals: self.rivals.values().cloned().collect(),
         }
     }

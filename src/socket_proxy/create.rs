@@ -13,7 +13,8 @@ use serde::{Deserialize, Deserializer};
 use super::plan::Policy;
 use crate::config::connector_option;
 use crate::docker::{
-    COMMAND, HOST_GATEWAY, NAME_LABEL, OWNER_LABEL, REDEPLOY_LABEL, SPEC_LABEL, Spec, TUNNEL_LABEL, metrics_variable,
+    COMMAND, HOST_GATEWAY, JOINED, NAME_LABEL, OWNER_LABEL, REDEPLOY_LABEL, SPEC_LABEL, Spec, TUNNEL_LABEL,
+    metrics_variable,
 };
 use crate::state::{AgentId, Token, TunnelId};
 
@@ -99,6 +100,19 @@ struct Network {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "PascalCase")]
 struct Connect {
+    container: String,
+    endpoint_config: Option<Joined>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "PascalCase")]
+struct Joined {
+    aliases: [String; 1],
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "PascalCase")]
+struct Disconnect {
     container: String,
 }
 
@@ -219,5 +233,14 @@ pub(super) fn network(policy: &Policy, body: &[u8]) -> Result<(), Rule> {
 
 /// The container that is to be connected.
 pub(super) fn connect(body: &[u8]) -> Result<String, Rule> {
-    read(body).map(|Connect { container }| container)
+    let Connect { container, endpoint_config } = read(body)?;
+    match endpoint_config {
+        Some(Joined { aliases: [alias] }) if alias != JOINED => Err("endpoint_aliases"),
+        _ => Ok(container),
+    }
+}
+
+/// The container that is to be disconnected.
+pub(super) fn disconnect(body: &[u8]) -> Result<String, Rule> {
+    read(body).map(|Disconnect { container }| container)
 }

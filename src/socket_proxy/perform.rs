@@ -13,7 +13,7 @@ use tokio::time::timeout;
 
 use super::answer;
 use super::plan::{Call, MOST_LINES, Policy, Subject};
-use crate::docker::{Docker, DockerError, Inspected, owner_labels};
+use crate::docker::{Docker, DockerError, Endpoint, Inspected, owner_labels};
 use crate::health::{Owner, Whose, is_own, owner};
 use crate::labels::{ENABLE_KEYS, is_enabled};
 
@@ -125,6 +125,15 @@ pub(super) async fn perform(docker: &Arc<Docker>, policy: &Policy, call: Call) -
                 return Err(Failure::Refused("network_not_of_labelled"));
             }
             docker.connect(&network, &seen.id).await?;
+            Answer::Json(200, json!({}))
+        }
+        Call::Disconnect { network, id } => {
+            let seen = own_container(docker, policy, &id, &[Owner::Agent]).await?;
+            // What was connected by hand is not the agent's to take away.
+            if !seen.networks.get(&network).is_some_and(Endpoint::is_joined) {
+                return Err(Failure::Refused("network_not_joined"));
+            }
+            docker.disconnect(&network, &seen.id).await?;
             Answer::Json(200, json!({}))
         }
         Call::Image => {

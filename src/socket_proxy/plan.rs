@@ -76,6 +76,10 @@ pub(super) enum Call {
         network: String,
         id: String,
     },
+    Disconnect {
+        network: String,
+        id: String,
+    },
     Image,
     Pull,
     Create {
@@ -123,6 +127,7 @@ pub(super) enum Route<'a> {
     Network(&'a str),
     NewNetwork,
     Connect(&'a str),
+    Disconnect(&'a str),
     Image,
     Pull,
     Create,
@@ -151,6 +156,7 @@ impl<'a> Route<'a> {
             (Method::Get, ["images", _, .., "json"]) => Self::Image,
             (Method::Post, ["networks", "create"]) => Self::NewNetwork,
             (Method::Post, ["networks", name, "connect"]) => Self::Connect(name),
+            (Method::Post, ["networks", name, "disconnect"]) => Self::Disconnect(name),
             (Method::Post, ["images", "create"]) => Self::Pull,
             (Method::Post, ["containers", "create"]) => Self::Create,
             (Method::Post, ["containers", name, "start"]) => Self::Start(name),
@@ -175,6 +181,7 @@ impl<'a> Route<'a> {
             Self::Network(_) => "GET /networks/{name}",
             Self::NewNetwork => "POST /networks/create",
             Self::Connect(_) => "POST /networks/{name}/connect",
+            Self::Disconnect(_) => "POST /networks/{name}/disconnect",
             Self::Image => "GET /images/{name}/json",
             Self::Pull => "POST /images/create",
             Self::Create => "POST /containers/create",
@@ -188,7 +195,7 @@ impl<'a> Route<'a> {
     }
 
     fn takes_body(self) -> bool {
-        matches!(self, Self::Create | Self::NewNetwork | Self::Connect(_))
+        matches!(self, Self::Create | Self::NewNetwork | Self::Connect(_) | Self::Disconnect(_))
     }
 }
 
@@ -264,6 +271,15 @@ fn call(policy: &Policy, route: Route<'_>, head: &Head, body: &[u8]) -> Result<C
                 return Err("connect_not_asked_for");
             }
             Call::Connect { network: network_name(network)?, id: full_id(&create::connect(body)?)? }
+        }
+        Route::Disconnect(network) => {
+            if !policy.tunnel.auto_connect {
+                return Err("connect_not_asked_for");
+            }
+            if network == policy.tunnel.network {
+                return Err("network_name");
+            }
+            Call::Disconnect { network: network_name(network)?, id: full_id(&create::disconnect(body)?)? }
         }
         Route::Image => {
             let name = head.path[1..head.path.len() - 1].join("/");

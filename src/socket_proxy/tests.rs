@@ -101,6 +101,7 @@ async fn each_call_that_the_agent_makes_is_planned_as_what_it_is() {
     let _ = docker.has_network(&tunnel.network).await;
     let _ = docker.create_network(&tunnel.network, &owner_labels()).await;
     let _ = docker.connect("app_default", ID).await;
+    let _ = docker.disconnect("app_default", ID).await;
     let _ = docker.has_image(&tunnel.image).await;
     let _ = docker.pull(&tunnel.image, |_, _| {}).await;
     let _ = docker.create(&next, &spec()).await;
@@ -128,6 +129,9 @@ async fn each_call_that_the_agent_makes_is_planned_as_what_it_is() {
         Call::Network,
         Call::NewNetwork,
         Call::Connect { network: owned("app_default"), id: owned(ID) },
+        Call::Disconnect { network: owned("app_default"), id: owned(ID) },
+        // Whether it is there after all.
+        Call::Inspect(Subject::Id(owned(ID))),
         Call::Image,
         Call::Pull,
         Call::Create { name: next.clone(), spec: Box::new(spec()) },

@@ -42,9 +42,9 @@ async fn each_variable_that_the_socket_proxy_lacks_is_named_at_each_call_that_ne
     let table: [(&str, Vec<&str>); 6] = [
         ("CONTAINERS", [&reads[..], &changes].concat()),
         ("EVENTS", vec!["events"]),
-        ("NETWORKS", vec!["network", "new_network", "connect"]),
+        ("NETWORKS", vec!["network", "new_network", "connect", "disconnect"]),
         ("IMAGES", vec!["image", "pull"]),
-        ("POST", [&changes[..], &["new_network", "connect", "pull"]].concat()),
+        ("POST", [&changes[..], &["new_network", "connect", "disconnect", "pull"]].concat()),
         ("VERSION", vec![]),
     ];
     for (variable, expected) in table {

@@ -386,5 +386,20 @@ async fn with_auto_connect_the_tunnel_joins_a_workloads_network_and_does_so_agai
     })
     .await?;
     ensure!(networks(&scene.stage).await? == expected, "before it took over");
-    scene.unreachable(0).await.map(drop)
+    scene.unreachable(0).await?;
+
+    // It leaves when the last container that needs it is gone, also an agent that was not there when it was joined;
+    // what was connected by hand stays.
+    let by_hand = scene.stage.scope.name("hand");
+    scene.stage.scope.create_network(&by_hand).await?;
+    scene.stage.scope.connect(&by_hand, &scene.stage.tunnel).await?;
+    agent.sigkill()?;
+    let agent = tunnel.agent(&scene.stage)?;
+    agent.wait_for_log(&format!("the tunnel can reach the container name={apart}"), SOON).await?;
+    scene.stage.scope.rm(&apart).await?;
+    agent.wait_for_log("disconnected the tunnel from a network that no labelled container needs", 2 * SOON).await?;
+    let mut expected = [by_hand, scene.stage.network.clone()];
+    expected.sort();
+    ensure!(networks(&scene.stage).await? == expected, "{:?}", networks(&scene.stage).await?);
+    scene.stage.scope.remove_network(&app).await
 }

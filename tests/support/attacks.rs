@@ -156,7 +156,7 @@ fn routes(attacks: &mut Attacks, target: &Target<'_>) {
     attacks.line("GET /exec/0123/json", "route");
     for (line, rule) in [
         ("DELETE /networks/NET", "route"),
-        ("POST /networks/NET/disconnect", "route"),
+        ("POST /networks/NET/disconnect", "body_missing"),
         ("DELETE /images/IMAGE", "route"),
         ("GET /images/IMAGE/history", "route"),
         ("POST /images/IMAGE/push", "route"),
@@ -207,12 +207,28 @@ fn names(attacks: &mut Attacks, target: &Target<'_>) {
     attacks.post("create without a name", "/containers/create", target.body.to_string(), "container_name");
     for network in ["bridge", "host", "none", "a:b", "a@b"] {
         let body = json!({ "Container": id }).to_string();
-        attacks.post(format!("connect {network}"), &format!("/networks/{network}/connect"), body, "network_name");
+        attacks.post(
+            format!("connect {network}"),
+            &format!("/networks/{network}/connect"),
+            body.clone(),
+            "network_name",
+        );
+        attacks.post(format!("disconnect {network}"), &format!("/networks/{network}/disconnect"), body, "network_name");
     }
     for name in [*victim, *tunnel, prefix, ""] {
         let body = json!({ "Container": name }).to_string();
-        attacks.post(format!("connect {name:?} to a network"), "/networks/app/connect", body, "container_id");
+        attacks.post(format!("connect {name:?} to a network"), "/networks/app/connect", body.clone(), "container_id");
+        attacks.post(format!("disconnect {name:?}"), "/networks/app/disconnect", body, "container_id");
     }
+    let own = format!("/networks/{}/disconnect", target.network);
+    attacks.post(
+        "disconnect from the tunnel's own".to_owned(),
+        &own,
+        json!({ "Container": id }).to_string(),
+        "network_name",
+    );
+    let forced = json!({ "Container": id, "Force": true }).to_string();
+    attacks.post("disconnect by force".to_owned(), "/networks/app/disconnect", forced, "body_fields");
     attacks.line("GET /networks/bridge", "network_name");
     attacks.line(&format!("GET /networks/{}x", target.network), "network_name");
     attacks.line("GET /images/alpine/json", "image");
