@@ -22,6 +22,8 @@ mod check;
 mod connector;
 mod environment;
 mod image;
+mod names;
+mod tls;
 mod shown;
 mod socket_proxy;
 use check::{Check, health_page};
@@ -30,6 +32,7 @@ use environment::environment;
 pub use image::ImageRef;
 pub(crate) use shown::Settings;
 pub use socket_proxy::{Listen, SocketProxyConfig};
+pub use tls::DockerTls;
 
 /// The agent's whole configuration, valid by construction.
 #[derive(Debug, Clone)]
@@ -145,6 +148,8 @@ pub enum DockerHost {
     Unix(String),
     /// `host:port` for plain HTTP.
     Http(String),
+    /// TLS with a certificate on both sides.
+    Tls(DockerTls),
 }
 
 impl fmt::Display for DockerHost {
@@ -152,6 +157,7 @@ impl fmt::Display for DockerHost {
         match self {
             Self::Unix(path) => write!(f, "unix://{path}"),
             Self::Http(address) => write!(f, "tcp://{address}"),
+            Self::Tls(tls) => write!(f, "tcp://{} (TLS)", tls.address),
         }
     }
 }
@@ -180,6 +186,8 @@ struct Raw {
     cf_access_client_secret: Option<String>,
     cf_access_client_secret_file: Option<String>,
     docker_host: Option<String>,
+    docker_tls_verify: Option<String>,
+    docker_cert_path: Option<String>,
     socket_proxy_listen: Option<String>,
     socket_proxy_docker_host: Option<String>,
     cloudflared_image: Option<String>,
@@ -228,8 +236,8 @@ impl Config {
 
     /// Checks a list of variables. An empty value counts as unset.
     pub fn from_vars(vars: impl IntoIterator<Item = (String, String)>) -> Result<Loaded, ConfigErrors> {
-        let mut raw = Raw::read(vars)?;
         let mut check = Check::default();
+        let mut raw = Raw::read(vars, &mut check)?;
 
         let url = check.required(
             "DOCKFLARE_MASTER_URL",
@@ -264,8 +272,8 @@ impl Config {
                 None
             }
         };
-        let docker_host =
-            check.docker_host("DOCKER_HOST", raw.docker_host.as_deref().unwrap_or("unix:///var/run/docker.sock"));
+        let docker = raw.docker_host.as_deref().unwrap_or("unix:///var/run/docker.sock");
+        let docker_host = check.docker_host("DOCKER_HOST", docker, &raw);
         let tunnel = tunnel(&mut check, &mut raw);
         let report_interval = check.seconds("REPORT_INTERVAL_SECONDS", raw.report_interval_seconds.take(), 30, 5);
         let poll_interval =
@@ -314,12 +322,22 @@ fn from_environment<T>(
 }
 
 impl Raw {
-    /// An empty value counts as unset.
-    fn read(vars: impl IntoIterator<Item = (String, String)>) -> Result<Self, ConfigErrors> {
-        let set = vars
-            .into_iter()
-            .map(|(name, value)| (name, value.trim().to_owned()))
-            .filter(|(_, value)| !value.is_empty());
+    /// An empty value counts as unset. What nobody reads, and what is odd about a value, is noted.
+    fn read(vars: impl IntoIterator<Item = (String, String)>, check: &mut Check) -> Result<Self, ConfigErrors> {
+        let known = names::of::<Self>();
+        let mut set = Vec::new();
+        for (name, value) in vars {
+            let value = value.trim();
+            if value.is_empty() {
+                continue;
+            }
+            if known.iter().any(|known| known.eq_ignore_ascii_case(&name)) {
+                let value = check.unquoted(&name, value);
+                set.push((name, value));
+            } else {
+                check.unknown(&name, &known);
+            }
+        }
         envy::from_iter(set).map_err(|error| ConfigErrors(vec![error.to_string()]))
     }
 }
@@ -400,6 +418,11 @@ fn read_secret_file(
     })?;
     let text = text_of(bytes)?;
     let text = text.trim();
+    let text = ['"', '\'']
+        .into_iter()
+        .find_map(|quote| text.strip_prefix(quote)?.strip_suffix(quote))
+        .unwrap_or(text)
+        .trim();
     if text.is_empty() {
         return Err("is empty; put the secret into it, alone on one line".to_owned());
     }

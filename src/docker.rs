@@ -31,6 +31,7 @@ mod permissions;
 mod read;
 mod sieve;
 mod spec;
+mod transport;
 mod types;
 pub(crate) use dialect::EVENT_ACTIONS;
 pub use error::DockerError;
@@ -381,6 +382,12 @@ impl Docker {
             }
             DockerHost::Unix(path) => bollard::Docker::connect_with_unix(path, CLIENT_TIMEOUT_SECONDS, version),
             DockerHost::Http(address) => bollard::Docker::connect_with_http(address, CLIENT_TIMEOUT_SECONDS, version),
+            DockerHost::Tls(tls) => bollard::Docker::connect_with_custom_transport(
+                transport::custom(tls.clone()),
+                Some(format!("http://{}", tls.address)),
+                CLIENT_TIMEOUT_SECONDS,
+                version,
+            ),
         };
         let made = made.map_err(|error| sort(call, error))?;
         Ok(self.client.get_or_init(|| made))

@@ -49,7 +49,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use dockflare_host::{error_chain, logging, pulse, signals};
-use dockflare_host::{http, retry};
+use dockflare_host::{container, http, retry};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
@@ -141,6 +141,9 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
         () = asked_for(shutdown.clone(), OPEN_LIMIT_AT_STOP) => return Ok(()),
     };
     let store = opened.store;
+    if container::dies_with_container(store.dir()) {
+        warn!(folder = %store.dir().display(), "{NO_VOLUME}");
+    }
     let agent_id = taken(opened.agent_id);
     let tombstone = taken(opened.tombstone);
     let mut state: TunnelState = taken(opened.tunnel).unwrap_or_default();
@@ -358,6 +361,9 @@ async fn asked_for(shutdown: CancellationToken, grace: Duration) {
     shutdown.cancelled().await;
     tokio::time::sleep(grace).await;
 }
+
+/// What is said of a data folder that is part of the container.
+pub(crate) const NO_VOLUME: &str = "the data folder is on no volume: who this agent is, and its tunnel, are lost when the container is made anew; mount a volume there, as with -v dockflare-agent-data:/app/data";
 
 /// A task and whether it is at work.
 struct Task<T> {

@@ -6,11 +6,12 @@
 //! as new.
 
 use std::future::Future;
+use std::net::IpAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use dockflare_host::aside::Aside;
-use dockflare_host::disk;
+use dockflare_host::{container, disk};
 use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, DATE, HeaderMap, HeaderValue};
 use reqwest::{Client, Method, Response, StatusCode, Url};
 use secrecy::{ExposeSecret, SecretString};
@@ -31,7 +32,7 @@ pub(crate) mod wire;
 pub(crate) use certificate::shown as certificate_shown;
 pub use error::MasterError;
 pub(crate) use error::printable;
-use error::{away, chain, sort};
+use error::{NOT_LOCALHOST, away, chain, sort};
 
 /// A reply larger than this is refused while it is read: no honest one comes near.
 const MAX_REPLY_BYTES: usize = 4 << 20;
@@ -54,6 +55,8 @@ pub struct Master {
     base: Url,
     key: Mutex<Secret>,
     key_file: Aside<Result<Option<SecretString>, String>>,
+    /// The address is that of the container itself, where there is no master.
+    is_own_container: bool,
     access: HeaderMap,
     link: Mutex<Link>,
     metrics: Metrics,
@@ -111,11 +114,13 @@ impl Master {
             }
         }
         let link = Link { trouble: Trouble::new("the master"), last_contact: None, last_report: None, failures: 0 };
+        let is_own_container = is_loopback(&config.url) && container::has_own_network();
         Ok(Self {
             client,
             base: config.url,
             key: Mutex::new(config.key),
             key_file: Aside::default(),
+            is_own_container,
             access,
             link: Mutex::new(link),
             metrics,
@@ -193,7 +198,7 @@ impl Master {
         let date = headers.get(DATE).and_then(|date| httpdate::parse_http_date(date.to_str().ok()?).ok());
         let answer = match wire::protocol_of_refusal(&text) {
             Some(protocol) if status == StatusCode::BAD_REQUEST => Ok(protocol),
-            _ => Err(sort(status, &headers, &text)),
+            _ => Err(sort(&self.base, status, &headers, &text)),
         };
         Probed { answer, clocks: date.map(|date| (date, SystemTime::now())) }
     }
@@ -285,7 +290,7 @@ impl Master {
         let result = self.unless_overtaken(self.exchange(method, url, body, &mut answered)).await;
         self.metrics.request(name, answered.map(|status| status.as_u16()), began.elapsed());
         let (status, headers, text) = result?;
-        if status.is_success() { Ok((status, text)) } else { Err(sort(status, &headers, &text)) }
+        if status.is_success() { Ok((status, text)) } else { Err(sort(&self.base, status, &headers, &text)) }
     }
 
     /// Waits for an answer for as long as it may still come. A master may take half a minute for one; but a request
@@ -378,13 +383,21 @@ impl Master {
         }
     }
 
+    /// What an operator can do about a master that is away.
+    fn remedy(&self, error: &MasterError) -> &'static str {
+        match error {
+            MasterError::Away { .. } if self.is_own_container => NOT_LOCALHOST,
+            other => other.remedy(),
+        }
+    }
+
     /// Keeps what callers share: whether the master can be reached.
     fn note(&self, error: Option<&MasterError>) {
         let mut link = self.link();
         match error {
             Some(error) if error.is_away() => {
                 link.failures += 1;
-                link.trouble.failed(error, error.remedy());
+                link.trouble.failed(error, self.remedy(error));
             }
             _ => {
                 link.last_contact = Some(Instant::now());
@@ -396,6 +409,12 @@ impl Master {
     fn link(&self) -> MutexGuard<'_, Link> {
         lock(&self.link)
     }
+}
+
+/// Whether an address leads to where it is asked from.
+pub(crate) fn is_loopback(url: &Url) -> bool {
+    let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
+    host == "localhost" || host.ends_with(".localhost") || host.parse().is_ok_and(|ip: IpAddr| ip.is_loopback())
 }
 
 /// The address of a route: the base's own path, with or without a slash at its end, stays before it.
@@ -437,9 +456,10 @@ async fn read_bounded(mut response: Response) -> Result<Vec<u8>, MasterError> {
 pub(crate) fn fuzz(body: &[u8]) {
     drop(read::<wire::Registered>(body).map(|reply| reply.agent.and_then(wire::AgentRecord::assignment)));
     drop(read::<wire::Accounts>(body));
+    let Ok(base) = Url::parse("https://master") else { return };
     for status in [302, 400, 401, 403, 404, 409, 429, 503] {
         if let Ok(status) = StatusCode::from_u16(status) {
-            let text = sort(status, &HeaderMap::new(), body).to_string();
+            let text = sort(&base, status, &HeaderMap::new(), body).to_string();
             assert!(!text.contains(char::is_control), "more than a line");
         }
     }

@@ -80,11 +80,35 @@ fn own_uid() -> u32 {
 
 /// What an operator can do about a folder that cannot be written.
 fn remedy(problem: &io::Error, uid: u32, dir: &Path) -> String {
+    use nix::libc;
+    let owner = fs::metadata(dir).ok().map(|folder| folder.uid());
     let dir = dir.display();
-    match problem.kind() {
-        io::ErrorKind::ReadOnlyFilesystem => format!("mount a volume or a folder that can be written at {dir}"),
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "make room on its disk".to_owned(),
-        _ => format!("run: chown -R {uid} {dir} (on the host, on the folder or volume mounted there)"),
+    match (problem.kind(), problem.raw_os_error()) {
+        (io::ErrorKind::ReadOnlyFilesystem, _) => format!("mount a volume or a folder that can be written at {dir}"),
+        (io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded, _) => "make room on its disk".to_owned(),
+        (io::ErrorKind::TimedOut, _) => "see to the disk or the network file system".to_owned(),
+        (io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists, _) => {
+            "a file is in the way: set DOCKFLARE_DATA_DIR to a folder".to_owned()
+        }
+        (io::ErrorKind::NotFound, _) => {
+            "nothing can be made there: set DOCKFLARE_DATA_DIR to a folder on a volume".to_owned()
+        }
+        (io::ErrorKind::PermissionDenied, _) if owner == Some(uid) => format!(
+            "the folder belongs to this user already: run chmod 700 {dir}, and with SELinux mount it with :z or :Z"
+        ),
+        (io::ErrorKind::PermissionDenied, _) => {
+            format!("run: chown -R {uid} {dir} (on the host, on the folder or volume mounted there)")
+        }
+        (_, Some(libc::EMFILE | libc::ENFILE)) => {
+            "too many files are open: raise the limit of this container (--ulimit nofile) or of the host".to_owned()
+        }
+        (_, Some(libc::EIO)) => {
+            "the disk reports errors: see dmesg on the host, and have a copy of the folder before it is gone".to_owned()
+        }
+        (_, Some(libc::ESTALE | libc::ENOTCONN | libc::ENODEV)) => {
+            "the file system behind it is gone: mount it again, then start the agent anew".to_owned()
+        }
+        _ => "see what the system says, and the host's dmesg".to_owned(),
     }
 }
 

@@ -15,6 +15,9 @@ pub(super) fn look(config: &Config, folder: &Folder, to: &mut Section) {
         Ok(()) => to.pass("folder.writable", title, format!("{dir} is made at the first start")),
         Err(unusable) => to.fail("folder.writable", title, &unusable.problem, &unusable.remedy),
     }
+    if folder.is_lost {
+        to.warn("folder.volume", "volume", crate::NO_VOLUME, "mount a volume or a folder of the host there");
+    }
     if !folder.answers {
         for (id, title) in [("folder.room", "room"), ("folder.documents", "documents"), ("folder.holder", "held by")] {
             to.skip(id, title, "the folder does not answer");

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::time::{Duration, SystemTime};
 
+use dockflare_host::container;
 use jiff::Timestamp;
 use reqwest::Url;
 use tokio::net::{TcpStream, lookup_host};
@@ -11,7 +12,7 @@ use tokio::time::timeout;
 use super::{MASTER, Section};
 use crate::config::Config;
 use crate::http;
-use crate::master::{Master, MasterError, Probed, certificate_shown};
+use crate::master::{Master, MasterError, Probed, certificate_shown, is_loopback};
 use crate::metrics::Metrics;
 use crate::state::{AgentId, Folder};
 
@@ -99,7 +100,11 @@ async fn way(url: &Url, host: &str, port: u16, proxied: bool, to: &mut Section) 
     let stream = match connect(&addresses).await {
         Ok(stream) => stream,
         Err(problem) => {
-            let remedy = format!("let the agent out to {host}:{port}, and see that something listens there");
+            let remedy = if is_loopback(url) && container::has_own_network() {
+                "localhost is the agent's own container: name the master's container on a shared network, or the host (host.docker.internal with extra_hosts host.docker.internal:host-gateway)".to_owned()
+            } else {
+                format!("let the agent out to {host}:{port}, and see that something listens there")
+            };
             to.fail("master.tcp", "TCP", format!("{host}:{port} cannot be connected to: {problem}"), remedy);
             to.skip("master.tls", "TLS", "there is no connection");
             return Err("there is no connection");

@@ -5,24 +5,74 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use dockflare_host::disk;
+use dockflare_host::{disk, words};
 use reqwest::Url;
 use reqwest::header::HeaderValue;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::filter::Targets;
 
-use super::{DEFAULT_IMAGE, DockerHost, ImageRef, PageAddress, Secret, read_secret_file, shown_file};
+use super::tls::Certificates;
+use super::{DEFAULT_IMAGE, DockerHost, DockerTls, ImageRef, PageAddress, Raw, Secret, read_secret_file, shown_file};
 
 /// Collects what is wrong or odd while the variables are read.
 #[derive(Default)]
 pub(super) struct Check {
     pub(super) errors: Vec<String>,
     pub(super) warnings: Vec<String>,
+    /// Variables that nobody reads.
+    unknown: usize,
 }
 
 impl Check {
     pub(super) fn error(&mut self, sentence: impl Into<String>) {
         self.errors.push(sentence.into());
+    }
+
+    /// A value without the quotes around it, which are part of it where nothing reads them: in `docker run -e`, in an
+    /// `--env-file`, in a list of a compose file.
+    pub(super) fn unquoted(&mut self, name: &str, value: &str) -> String {
+        const PAIRS: [(char, char); 4] = [('"', '"'), ('\'', '\''), ('“', '”'), ('‘', '’')];
+        let mut bare = value;
+        for (opens, closes) in PAIRS {
+            match (value.strip_prefix(opens), value.strip_suffix(closes)) {
+                (Some(rest), _) if rest.ends_with(closes) => {
+                    bare = rest.strip_suffix(closes).unwrap_or(rest).trim();
+                    self.warnings.push(format!(
+                        "{name} has quotes around its value, which were dropped: remove them, docker run and lists in a compose file take them as part of the value"
+                    ));
+                    break;
+                }
+                (Some(_), _) | (_, Some(_)) if name != "AGENT_DISPLAY_NAME" => {
+                    self.error(format!("{name} has a quote at one end of its value: remove it"));
+                    break;
+                }
+                _ => {}
+            }
+        }
+        bare.to_owned()
+    }
+
+    /// Notes a variable that nobody reads, where it may have been meant for us. What other programs read is no
+    /// business of ours.
+    pub(super) fn unknown(&mut self, name: &str, known: &[String]) {
+        const OURS: [&str; 4] = ["DOCKFLARE_", "CF_ACCESS_", "CLOUDFLARED_", "SOCKET_PROXY_"];
+        /// What Docker's links and Kubernetes set for a container or service of such a name.
+        const SERVICES: [&str; 5] = ["_PORT", "_SERVICE_", "_ENV_", "_TCP", "_NAME"];
+        const MOST: usize = 10;
+        // These are so short or so common that much is near them.
+        let meant = known.iter().filter(|known| !["HOSTNAME", "TZ"].contains(&known.as_str()));
+        let near = words::nearest(name, meant.map(String::as_str)).map(|near| (near, words::distance(name, near)));
+        let is_ours = OURS.iter().any(|prefix| name.starts_with(prefix)) && !SERVICES.iter().any(|mark| name.contains(mark));
+        let hint = match near {
+            Some((near, distance)) if distance <= 2 || (is_ours && distance <= 4) => format!(": do you mean {near}?"),
+            _ if is_ours => String::new(),
+            _ => return,
+        };
+        self.unknown += 1;
+        if self.unknown <= MOST {
+            let name: String = name.chars().filter(|c| !c.is_control()).take(100).collect();
+            self.warnings.push(format!("nothing reads the variable {name}{hint}; remove it, or see the README's table of settings for its name"));
+        }
     }
 
     pub(super) fn required<'a>(&mut self, name: &str, value: &'a Option<String>, remedy: &str) -> Option<&'a str> {
@@ -94,18 +144,42 @@ impl Check {
         Some(Secret { value: value.into(), file })
     }
 
-    pub(super) fn docker_host(&mut self, name: &str, value: &str) -> Option<DockerHost> {
+    pub(super) fn docker_host(&mut self, name: &str, value: &str, raw: &Raw) -> Option<DockerHost> {
+        let errors = self.errors.len();
+        let certificates = self.docker_certificates(raw);
         let problem = match value.split_once("://") {
-            Some(("unix", path)) if path.starts_with('/') => return Some(DockerHost::Unix(path.to_owned())),
+            Some(("unix", path)) if path.starts_with('/') && certificates.is_none() => {
+                return (self.errors.len() == errors).then(|| DockerHost::Unix(path.to_owned()));
+            }
+            Some(("unix", path)) if path.starts_with('/') => {
+                "is a socket, on which there is no TLS: remove DOCKER_TLS_VERIFY and DOCKER_CERT_PATH, or set an address".to_owned()
+            }
             Some(("unix", _)) => "needs an absolute path".to_owned(),
-            Some(("tcp" | "http", address)) => match Url::parse(&format!("http://{address}")) {
+            Some(("https", _)) if certificates.is_none() => {
+                "asks for TLS, for which DOCKER_TLS_VERIFY=1 and DOCKER_CERT_PATH must be set as well".to_owned()
+            }
+            Some(("http", _)) if certificates.is_some() => "asks for plain HTTP, but DOCKER_TLS_VERIFY is set".to_owned(),
+            Some(("tcp" | "http" | "https", address)) => match Url::parse(&format!("http://{address}")) {
                 Ok(url) if url.path() == "/" && url.username().is_empty() && url.query().is_none() => {
-                    // Docker's port for plain HTTP is 2375, where a web address would mean 80.
+                    // Docker's ports are 2375 for plain HTTP and 2376 for TLS, where a web address would mean 80.
                     let host = url.host_str().unwrap_or_default();
                     let explicit =
                         address.trim_end_matches('/').rsplit_once(':').and_then(|(_, port)| port.parse().ok());
-                    let port: u16 = url.port().or(explicit).unwrap_or(2375);
-                    return Some(DockerHost::Http(format!("{host}:{port}")));
+                    let usual = if certificates.is_some() { 2376 } else { 2375 };
+                    let port: u16 = url.port().or(explicit).unwrap_or(usual);
+                    let Some(certificates) = certificates else {
+                        if port == 2376 {
+                            self.warnings.push(format!("{name}={value}: 2376 is Docker's port for TLS, and DOCKER_TLS_VERIFY and DOCKER_CERT_PATH are not set"));
+                        }
+                        return (self.errors.len() == errors).then(|| DockerHost::Http(format!("{host}:{port}")));
+                    };
+                    return match DockerTls::new(host, port, certificates?) {
+                        Ok(tls) => Some(DockerHost::Tls(tls)),
+                        Err(problem) => {
+                            self.error(format!("DOCKER_CERT_PATH: {problem}"));
+                            None
+                        }
+                    };
                 }
                 _ => "must be a host and a port, nothing behind them".to_owned(),
             },
@@ -117,6 +191,36 @@ impl Check {
             without_secrets(value)
         ));
         None
+    }
+
+    /// The certificates for TLS with Docker, when that is asked for; `Some(None)` where they cannot be used, which has
+    /// been said.
+    fn docker_certificates(&mut self, raw: &Raw) -> Option<Option<Certificates>> {
+        match (raw.docker_tls_verify.as_deref(), raw.docker_cert_path.as_deref()) {
+            (None, None) => None,
+            (Some(_), None) => {
+                self.error("DOCKER_TLS_VERIFY is set without DOCKER_CERT_PATH: set both or neither; DOCKER_CERT_PATH is the folder with ca.pem, cert.pem and key.pem");
+                Some(None)
+            }
+            (None, Some(_)) => {
+                self.error("DOCKER_CERT_PATH is set without DOCKER_TLS_VERIFY: set both or neither; DOCKER_TLS_VERIFY is 1");
+                Some(None)
+            }
+            (Some(verify), Some(folder)) => {
+                if !["1", "true", "yes"].iter().any(|word| word.eq_ignore_ascii_case(verify)) {
+                    self.error(format!("DOCKER_TLS_VERIFY={verify}: must be 1; TLS with a Docker whose certificate is not looked at is not supported"));
+                }
+                match Certificates::read(Path::new(folder)) {
+                    Ok(certificates) => Some(Some(certificates)),
+                    Err(problems) => {
+                        for problem in problems {
+                            self.error(format!("DOCKER_CERT_PATH={folder}: {problem}"));
+                        }
+                        Some(None)
+                    }
+                }
+            }
+        }
     }
 
     pub(super) fn image(&mut self, value: &str) -> Option<ImageRef> {
@@ -200,25 +304,24 @@ impl Check {
         self.one_of(name, value, &words)
     }
 
-    /// Python's level names, for people who come from the Python agent, or `tracing` directives.
+    /// Python's level names and numbers, for people who come from the Python agent, or `tracing` directives.
     pub(super) fn log_filter(&mut self, value: &str) -> Targets {
-        let level = match value.to_ascii_uppercase().as_str() {
-            "NOTSET" => Some(LevelFilter::TRACE),
-            "DEBUG" => Some(LevelFilter::DEBUG),
-            "INFO" => Some(LevelFilter::INFO),
-            "WARNING" | "WARN" => Some(LevelFilter::WARN),
-            "ERROR" | "CRITICAL" | "FATAL" => Some(LevelFilter::ERROR),
-            _ => None,
-        };
-        let asked = match level {
-            Some(level) => Targets::new().with_default(level),
-            None => Targets::from_str(value).unwrap_or_else(|_| {
-                self.error(format!("LOG_LEVEL={value}: is neither a level (DEBUG, INFO, WARNING, ERROR, CRITICAL) nor a list of directives like info,dockflare_agent::events=debug"));
-                Targets::new()
-            }),
-        };
-        // Below `info` these print addresses, headers and bodies, the tunnel token among them.
-        const LOUD: [&str; 6] = ["bollard", "h2", "hyper", "hyper_util", "reqwest", "rustls"];
+        let mut asked = Targets::new().with_default(LevelFilter::INFO);
+        for part in value.split(',').map(str::trim).filter(|part| !part.is_empty()) {
+            let (target, level) = match part.split_once('=') {
+                Some((target, level)) => (Some(target.trim()), level.trim()),
+                None if is_target(part) => (Some(part), "TRACE"),
+                None => (None, part),
+            };
+            match (target, level_of(level)) {
+                (None, Some(level)) => asked = asked.with_default(level),
+                (Some(target), Some(level)) if !target.is_empty() => asked = asked.with_target(target, level),
+                _ => self.error(format!(
+                    "LOG_LEVEL={value}: {level} is no level{}; use DEBUG, INFO, WARNING, ERROR or CRITICAL, or a list of directives like info,dockflare_agent::events=debug",
+                    meant(level).map(|level| format!(", do you mean {level}?")).unwrap_or_default()
+                )),
+            }
+        }
         let is_loud =
             |target: &str| LOUD.iter().any(|loud| target == *loud || target.starts_with(&format!("{loud}::")));
         let mut filter = Targets::new();
@@ -280,4 +383,54 @@ fn is_private(url: &Url) -> bool {
                     .any(|zone| host.ends_with(&format!(".{zone}")))
         }
     }
+}
+
+/// A part of a list without a level names what logs: a module of ours, or a library.
+fn is_target(part: &str) -> bool {
+    part.contains("::") || part.starts_with("dockflare_") || LOUD.contains(&part)
+}
+
+/// Below `info` these print addresses, headers and bodies, the tunnel token among them.
+const LOUD: [&str; 6] = ["bollard", "h2", "hyper", "hyper_util", "reqwest", "rustls"];
+
+/// Names of both worlds. Python shows what is at or above a number, and its levels have those of 10, 20 and so on.
+const LEVELS: [(&str, LevelFilter); 11] = [
+    ("DEBUG", LevelFilter::DEBUG),
+    ("INFO", LevelFilter::INFO),
+    ("WARNING", LevelFilter::WARN),
+    ("ERROR", LevelFilter::ERROR),
+    ("CRITICAL", LevelFilter::ERROR),
+    ("WARN", LevelFilter::WARN),
+    ("FATAL", LevelFilter::ERROR),
+    ("TRACE", LevelFilter::TRACE),
+    ("NOTSET", LevelFilter::TRACE),
+    ("ALL", LevelFilter::TRACE),
+    ("OFF", LevelFilter::OFF),
+];
+
+fn level_of(word: &str) -> Option<LevelFilter> {
+    if let Ok(number) = word.parse::<u8>() {
+        return match number {
+            0..10 => Some(LevelFilter::TRACE),
+            10 => Some(LevelFilter::DEBUG),
+            11..=20 => Some(LevelFilter::INFO),
+            21..=30 => Some(LevelFilter::WARN),
+            31..=50 => Some(LevelFilter::ERROR),
+            _ => None,
+        };
+    }
+    LEVELS.iter().find(|(name, _)| name.eq_ignore_ascii_case(word)).map(|(_, level)| *level)
+}
+
+/// The level that a word is nearest to, in letters or in what other programs mean by it.
+fn meant(word: &str) -> Option<&'static str> {
+    const OTHERS: [(&str, &[&str]); 4] = [
+        ("DEBUG", &["VERBOSE", "V", "VV", "FINE", "SILLY"]),
+        ("INFO", &["NOTICE", "NORMAL", "DEFAULT", "INFORMATION", "INFORMATIONAL"]),
+        ("ERROR", &["QUIET", "ERR", "SEVERE", "MINIMAL", "SILENT", "NONE"]),
+        ("CRITICAL", &["PANIC", "ALERT", "EMERGENCY"]),
+    ];
+    let upper = word.to_ascii_uppercase();
+    let other = OTHERS.into_iter().find(|(_, words)| words.contains(&upper.as_str())).map(|(level, _)| level);
+    other.or_else(|| words::nearest(word, LEVELS.map(|(name, _)| name)))
 }

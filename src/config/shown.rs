@@ -36,6 +36,8 @@ const SETTINGS: [(&str, Kind); 30] = {
         ("CF_ACCESS_CLIENT_SECRET", Secret),
         ("CF_ACCESS_CLIENT_SECRET_FILE", SecretFile),
         ("DOCKER_HOST", Address(Some("unix:///var/run/docker.sock"))),
+        ("DOCKER_TLS_VERIFY", Plain(None)),
+        ("DOCKER_CERT_PATH", Plain(None)),
         ("CLOUDFLARED_IMAGE", Plain(Some(DEFAULT_IMAGE))),
         ("CLOUDFLARED_NETWORK_NAME", Plain(Some("cloudflare-net"))),
         ("TUNNEL_CONTAINER_NAME", Plain(Some("dockflare-agent-tunnel"))),

@@ -56,11 +56,11 @@ impl SocketProxyConfig {
     /// # Errors
     /// All that is wrong, at once.
     pub fn from_vars(vars: impl IntoIterator<Item = (String, String)>) -> Result<(Self, Vec<String>), ConfigErrors> {
-        let mut raw = Raw::read(vars)?;
         let mut check = Check::default();
+        let mut raw = Raw::read(vars, &mut check)?;
         let listen = check.listen(raw.socket_proxy_listen.as_deref().unwrap_or(DEFAULT_LISTEN));
         let docker = raw.socket_proxy_docker_host.as_deref().unwrap_or("unix:///var/run/docker.sock");
-        let docker_host = check.docker_host("SOCKET_PROXY_DOCKER_HOST", docker);
+        let docker_host = check.docker_host("SOCKET_PROXY_DOCKER_HOST", docker, &raw);
         let tunnel = tunnel(&mut check, &mut raw);
         let log = log(&mut check, &raw);
         if let (Some(Listen::Unix(own)), Some(DockerHost::Unix(docker))) = (&listen, &docker_host)

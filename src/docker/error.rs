@@ -86,6 +86,13 @@ pub enum DockerError {
     },
 }
 
+/// What a swarm says of a network that only its services may use, with a status that else is a proxy's refusal.
+const NOT_ATTACHABLE: &str = "not manually attachable";
+const SWARM_NETWORK: &str = "the network is one of a swarm, for its services only: make it with docker network create -d overlay --attachable, or set CLOUDFLARED_NETWORK_NAME to another; trying again";
+
+/// What Docker says to plain HTTP at its port for TLS.
+const TO_TLS_PORT: &str = "HTTP request to an HTTPS server";
+
 /// How a refusal of the agent's own socket proxy begins.
 pub(crate) const OWN_REFUSAL: &str = "dockflare-agent socket-proxy refuses this";
 /// What allows a call there.
@@ -119,6 +126,11 @@ impl DockerError {
         matches!(self, Self::Unreachable { .. } | Self::TimedOut { .. })
     }
 
+    /// Whether a network of a swarm takes no single containers. In the words of its manager, believed, not tried.
+    fn is_of_swarm(&self) -> bool {
+        matches!(self, Self::Failed { message, .. } if message.contains(NOT_ATTACHABLE))
+    }
+
     /// Whether it is a refusal by this project's own socket proxy, which lets through all that the agent needs.
     pub(crate) fn is_of_own_proxy(&self) -> bool {
         matches!(self, Self::Forbidden { call } if call.grant == OWN_GRANT)
@@ -141,6 +153,7 @@ impl DockerError {
                 "several networks have this name, remove all but one: docker network ls, docker network rm with the id"
                     .to_owned()
             }
+            _ if self.is_of_swarm() => SWARM_NETWORK.trim_end_matches("; trying again").to_owned(),
             Self::NotFound { .. } | Self::Conflict { .. } | Self::Failed { .. } => {
                 "see what Docker says, and the log of the Docker daemon".to_owned()
             }
@@ -154,6 +167,7 @@ impl DockerError {
                 "trying again, a running tunnel is not affected; check DOCKER_HOST, the socket's permissions and the socket proxy"
             }
             Self::Forbidden { .. } => "trying again; set what it needs on the socket proxy and recreate it",
+            _ if self.is_of_swarm() => SWARM_NETWORK,
             // Up to Engine 24 two who create a network at the same moment get one each.
             Self::Failed { message, .. } if message.contains("ambiguous") => {
                 "trying again; several networks have this name, remove all but one: docker network ls, docker network rm with the id"
@@ -172,6 +186,7 @@ pub(super) fn sort(call: Call, error: EngineError) -> DockerError {
                 403 if message.starts_with(OWN_REFUSAL) => {
                     DockerError::Forbidden { call: Call { grant: OWN_GRANT, ..call } }
                 }
+                403 if message.contains(NOT_ATTACHABLE) => DockerError::Failed { call, message },
                 403 => DockerError::Forbidden { call },
                 404 => DockerError::NotFound { call, message },
                 409 => DockerError::Conflict { call, message },
@@ -180,6 +195,10 @@ pub(super) fn sort(call: Call, error: EngineError) -> DockerError {
                 }
                 // Its own words, where it has some, name the cause.
                 502..=504 => DockerError::Unreachable { call, problem: message },
+                400 if message.contains(TO_TLS_PORT) => {
+                    let problem = "it wants TLS at this port: set DOCKER_TLS_VERIFY=1 and DOCKER_CERT_PATH".to_owned();
+                    DockerError::Unreachable { call, problem }
+                }
                 _ => DockerError::Failed { call, message: format!("{status_code} {message}") },
             }
         }
@@ -187,7 +206,10 @@ pub(super) fn sort(call: Call, error: EngineError) -> DockerError {
         EngineError::JsonDataError { .. } | EngineError::JsonSerdeError { .. } => {
             DockerError::Unreachable { call, problem: "the answer was not whole or not JSON".to_owned() }
         }
-        other => DockerError::Unreachable { call, problem: last_cause(&other) },
+        other => {
+            let problem = super::transport::tls_words(&other).unwrap_or_else(|| last_cause(&other));
+            DockerError::Unreachable { call, problem }
+        }
     }
 }
 
@@ -240,6 +262,15 @@ impl DockerError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_network_of_a_swarm_is_named_and_not_taken_for_a_proxy() {
+        let message = "Could not attach to network web: rpc error: code = PermissionDenied desc = network web not manually attachable";
+        let refused = EngineError::DockerResponseServerError { status_code: 403, message: message.to_owned() };
+        let error = sort(START, refused);
+        assert!(error.advice().contains("--attachable") && error.remedy().contains("--attachable"), "{error}");
+        assert!(!error.to_string().contains("proxy") && error.to_string().contains("network web"), "{error}");
+    }
 
     #[test]
     fn what_to_do_names_the_variable_or_the_socket_and_promises_no_further_try() {

@@ -12,16 +12,13 @@ use bollard::models;
 use futures_util::{StreamExt, stream};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
-use hyper::header::{CONTENT_TYPE, HOST, SERVER};
-use hyper::{Method, Request, client};
-use hyper_util::rt::TokioIo;
+use hyper::header::{CONTENT_TYPE, SERVER};
+use hyper::{Method, Request};
 use serde::Deserialize;
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
 use super::error::*;
-use super::{Docker, DockerError, Result, Version};
+use super::{Docker, DockerError, Result, Version, transport};
 use crate::config::{DockerHost, ImageRef};
 
 /// For one of these requests: Docker refuses most of them without looking anything up.
@@ -248,19 +245,8 @@ impl Docker {
     /// One request on a connection of its own.
     async fn ask(&self, call: Call, limit: Duration, method: Method, path: &str, body: &str) -> Result<Answer> {
         let answered = timeout(limit, async {
-            let unreachable =
-                |error: &dyn std::error::Error| DockerError::Unreachable { call, problem: last_cause(error) };
-            match &self.host {
-                DockerHost::Unix(socket) => {
-                    let stream = UnixStream::connect(socket).await.map_err(|error| unreachable(&error))?;
-                    exchange(stream, "docker", method, path, body).await
-                }
-                DockerHost::Http(address) => {
-                    let stream = TcpStream::connect(address.as_str()).await.map_err(|error| unreachable(&error))?;
-                    exchange(stream, address, method, path, body).await
-                }
-            }
-            .map_err(|problem| DockerError::Unreachable { call, problem })
+            let asked = exchange(&self.host, method, path, body).await;
+            asked.map_err(|problem| DockerError::Unreachable { call, problem })
         });
         let answer = answered.await.unwrap_or(Err(DockerError::TimedOut { call, limit }))?;
         self.seen_behind(answer.own_proxy);
@@ -278,26 +264,20 @@ pub(crate) enum Surplus {
 }
 
 async fn exchange(
-    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
-    host: &str,
+    host: &DockerHost,
     method: Method,
     path: &str,
     body: &str,
 ) -> std::result::Result<Answer, String> {
-    let problem = |error: hyper::Error| last_cause(&error);
-    let (mut sender, connection) = client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(problem)?;
-    // It ends with the answer; what goes wrong with it is told by the answer that does not come.
-    let connection = tokio::spawn(connection);
-    let mut request = Request::builder().method(method).uri(path).header(HOST, host);
+    let mut request = Request::builder().method(method).uri(path);
     if !body.is_empty() {
         request = request.header(CONTENT_TYPE, "application/json");
     }
     let request = request.body(Full::new(Bytes::from(body.to_owned()))).map_err(|error| error.to_string())?;
-    let response = sender.send_request(request).await.map_err(problem)?;
+    let response = transport::send(host, request).await.map_err(|failed| failed.words())?;
     let status = response.status().as_u16();
     let own_proxy = response.headers().get(SERVER).is_some_and(|server| server == OWN_PROXY);
     let body = Limited::new(response.into_body(), MAX_ANSWER_BYTES).collect().await;
-    connection.abort();
     let body = body.map_err(|error| format!("its answer could not be read to the end: {error}"))?;
     Ok(Answer { status, own_proxy, body: body.to_bytes() })
 }

@@ -51,7 +51,12 @@ pub(crate) async fn shown(stream: TcpStream, host: &str) -> Result<Shown, String
             let (issuer, not_after) = read(&certificate);
             Ok(Shown { issuer, not_after, distrust: verdict.err().map(distrust) })
         }
-        (None, Err(error)) => Err(printable(&error.to_string())),
+        (None, Err(error)) => Err(match error.get_ref().and_then(|inner| inner.downcast_ref()) {
+            Some(Error::InvalidMessage(rustls::InvalidMessage::InvalidContentType)) => {
+                "there is no TLS at this port; use an address with http://, or a port for https".to_owned()
+            }
+            _ => printable(&error.to_string()),
+        }),
         (None, Ok(_)) => Err("no certificate was shown".to_owned()),
     }
 }

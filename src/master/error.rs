@@ -5,8 +5,8 @@ use std::io;
 use std::time::{Duration, SystemTime};
 
 use jiff::Timestamp;
-use reqwest::StatusCode;
-use reqwest::header::{HeaderMap, LOCATION, RETRY_AFTER};
+use reqwest::header::{HeaderMap, LOCATION, RETRY_AFTER, SET_COOKIE};
+use reqwest::{StatusCode, Url};
 use rustls::CertificateError;
 use rustls::pki_types::UnixTime;
 
@@ -64,6 +64,15 @@ pub enum MasterError {
         /// What it answered.
         status: StatusCode,
     },
+    /// Something that is no master answered, on the way to it or at a wrong address. Try again with back-off.
+    Elsewhere {
+        /// What it answered.
+        status: StatusCode,
+        /// What is the matter.
+        problem: String,
+        /// What an operator can do about it.
+        remedy: &'static str,
+    },
     /// Another status that is not success.
     Status {
         /// The status.
@@ -84,9 +93,10 @@ impl fmt::Display for MasterError {
             if code.is_empty() && message.is_empty() { Ok(()) } else { write!(f, " ({code}{separator}{message})") }
         };
         match self {
-            Self::Away { problem, .. } | Self::Certificate { problem, .. } | Self::Unusable { problem } => {
-                f.write_str(problem)
-            }
+            Self::Away { problem, .. }
+            | Self::Certificate { problem, .. }
+            | Self::Elsewhere { problem, .. }
+            | Self::Unusable { problem } => f.write_str(problem),
             Self::Unavailable { status, code, .. } => {
                 let separator = if code.is_empty() { "" } else { ", " };
                 write!(f, "answered {status}{separator}{code}")
@@ -124,6 +134,7 @@ impl MasterError {
             Self::Refused { status, .. }
             | Self::Status { status, .. }
             | Self::Unavailable { status, .. }
+            | Self::Elsewhere { status, .. }
             | Self::Access { status } => Some(status.as_u16()),
             Self::Away { .. } | Self::Certificate { .. } | Self::Unusable { .. } | Self::Client(_) => None,
         }
@@ -132,7 +143,14 @@ impl MasterError {
     /// Whether the request did not come to a master at all, or not to one that could answer it: it may be repeated
     /// as it was, after a wait. The door to the master has said so.
     pub fn is_away(&self) -> bool {
-        matches!(self, Self::Away { .. } | Self::Unavailable { .. } | Self::Certificate { .. } | Self::Access { .. })
+        matches!(
+            self,
+            Self::Away { .. }
+                | Self::Unavailable { .. }
+                | Self::Certificate { .. }
+                | Self::Elsewhere { .. }
+                | Self::Access { .. }
+        )
     }
 
     /// Whether a master says so itself: it gives a code or a message, and what stands between gives a page.
@@ -158,7 +176,9 @@ impl MasterError {
         match self {
             Self::Away { .. } | Self::Unavailable { .. } => "see to the master, and to the way to it",
             Self::Refused { .. } => "set DOCKFLARE_API_KEY to a key from the master's Agents page",
-            Self::Certificate { remedy, .. } => remedy.strip_suffix(GOES_ON).unwrap_or(remedy),
+            Self::Certificate { remedy, .. } | Self::Elsewhere { remedy, .. } => {
+                remedy.strip_suffix(GOES_ON).unwrap_or(remedy)
+            }
             Self::Unusable { .. } => "update the older of agent and master",
             Self::Access { .. } | Self::Status { .. } | Self::Client(_) => self.remedy(),
         }
@@ -173,7 +193,7 @@ impl MasterError {
             Self::Away { .. } | Self::Unavailable { .. } => {
                 "trying again, the tunnel is not touched; if this lasts, check that the master runs and that DOCKFLARE_MASTER_URL leads to it"
             }
-            Self::Certificate { remedy, .. } => remedy,
+            Self::Certificate { remedy, .. } | Self::Elsewhere { remedy, .. } => remedy,
             Self::Refused { .. } => {
                 "the tunnel is not touched; set DOCKFLARE_API_KEY to a key from the master's Agents page (a key file is read again by itself)"
             }
@@ -190,8 +210,13 @@ impl MasterError {
 
 /// Sorts what the HTTP client says.
 pub(super) fn away(error: &reqwest::Error) -> MasterError {
-    if let Some(certificate) = refused_certificate(error) {
-        return distrusted(certificate);
+    match refused_by_tls(error) {
+        Some(rustls::Error::InvalidCertificate(certificate)) => return distrusted(certificate),
+        Some(rustls::Error::InvalidMessage(rustls::InvalidMessage::InvalidContentType)) => {
+            let problem = "does not speak TLS at this port, as https:// asks it to".to_owned();
+            return MasterError::Certificate { problem, remedy: USE_HTTP };
+        }
+        _ => {}
     }
     let kind = if error.is_timeout() {
         "does not answer"
@@ -203,12 +228,12 @@ pub(super) fn away(error: &reqwest::Error) -> MasterError {
     MasterError::Away { problem: format!("{kind}: {}", chain(error)), retry_after: None }
 }
 
-/// What the TLS library has against the other side's certificate, if that is the matter.
-fn refused_certificate<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a CertificateError> {
+/// What the TLS library has against the other side, if that is the matter.
+fn refused_by_tls<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a rustls::Error> {
     let mut next = Some(error);
     while let Some(cause) = next {
-        if let Some(rustls::Error::InvalidCertificate(certificate)) = cause.downcast_ref() {
-            return Some(certificate);
+        if let Some(refused) = cause.downcast_ref() {
+            return Some(refused);
         }
         // An I/O error does not count what it was made of among its causes, and may be made of another one.
         next = match cause.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
@@ -249,8 +274,73 @@ pub(super) fn distrusted(certificate: &CertificateError) -> MasterError {
     MasterError::Certificate { problem, remedy }
 }
 
+/// Sorts an answer that no master gives: of Cloudflare Access, of a proxy or a firewall, of a port for something else.
+fn elsewhere(base: &Url, status: StatusCode, headers: &HeaderMap, text: &[u8]) -> Option<MasterError> {
+    let location = headers.get(LOCATION).and_then(|to| base.join(to.to_str().ok()?).ok());
+    let elsewhere = |problem, remedy| Some(MasterError::Elsewhere { status, problem, remedy });
+    match status.as_u16() {
+        300..=399 | 403 if is_access(location.as_ref(), headers) => Some(MasterError::Access { status }),
+        300..=399 => {
+            let to = location?;
+            match moved(base, &to) {
+                Some(moved) => elsewhere(format!("answers {} and redirects to {moved}", status.as_u16()), USE_ADDRESS),
+                None => {
+                    let at = to.host_str().unwrap_or("another page");
+                    elsewhere(format!("answers {} and redirects to a page of {}", status.as_u16(), printable(at)), LET_THROUGH)
+                }
+            }
+        }
+        403 if headers.get("cf-mitigated").is_some_and(|what| what == "challenge") => {
+            elsewhere("is behind Cloudflare, which wants a browser to solve a challenge (403)".to_owned(), NO_CHALLENGE)
+        }
+        403 => elsewhere("is behind something that refuses the request with a page of its own (403)".to_owned(), LET_THROUGH),
+        400 if is_tls_port(text) => {
+            elsewhere("expects https there and was asked in plain http (400)".to_owned(), USE_HTTPS)
+        }
+        _ => None,
+    }
+}
+
+/// Whether it is Cloudflare Access: by the host of its login page, by its headers or its cookies.
+fn is_access(location: Option<&Url>, headers: &HeaderMap) -> bool {
+    let host = location.and_then(Url::host_str).unwrap_or_default();
+    host == "cloudflareaccess.com"
+        || host.ends_with(".cloudflareaccess.com")
+        || location.is_some_and(|to| to.path().starts_with("/cdn-cgi/access/"))
+        || headers.keys().any(|name| name.as_str().starts_with("cf-access-"))
+        || headers.get_all(SET_COOKIE).iter().any(|cookie| {
+            let name = cookie.as_bytes().split(|byte| *byte == b'=').next().unwrap_or_default();
+            [&b"CF_Authorization"[..], b"CF_AppSession", b"CF_Binding"].contains(&name)
+        })
+}
+
+/// The address that would need no redirect, where only what comes before the agent's own path differs.
+fn moved(base: &Url, to: &Url) -> Option<Url> {
+    let at = to.path().find("/api/v2/agents").or_else(|| to.path().find("/accounts"))?;
+    let mut moved = to.clone();
+    moved.set_path(&to.path()[..at]);
+    moved.set_query(None);
+    moved.set_fragment(None);
+    let _ = moved.set_username("");
+    let _ = moved.set_password(None);
+    (moved.as_str().trim_end_matches('/') != base.as_str().trim_end_matches('/')).then_some(moved)
+}
+
+/// The words of nginx, Apache, HAProxy and Go for plain HTTP at a port for TLS.
+fn is_tls_port(text: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(&text[..text.len().min(4096)]).to_lowercase();
+    ["to https port", "to an https server", "speaking plain http to an ssl", "was sent to https"].iter().any(|words| text.contains(words))
+}
+
 /// How the remedies for certificates end in the log.
 const GOES_ON: &str = "; trying again, the tunnel is not touched";
+const USE_ADDRESS: &str = "set DOCKFLARE_MASTER_URL to that; trying again, the tunnel is not touched";
+const USE_HTTPS: &str =
+    "set DOCKFLARE_MASTER_URL to an address with https://; trying again, the tunnel is not touched";
+const USE_HTTP: &str = "set DOCKFLARE_MASTER_URL to an address with http://, or to a port for https; trying again, the tunnel is not touched";
+const LET_THROUGH: &str = "let the agent's requests, /api/v2/agents and /accounts, through what stands before the master; trying again, the tunnel is not touched";
+const NO_CHALLENGE: &str = "make a rule at Cloudflare that skips challenges for /api/v2/agents and /accounts of the master's name; trying again, the tunnel is not touched";
+pub(super) const NOT_LOCALHOST: &str = "localhost is the agent's own container: set DOCKFLARE_MASTER_URL to the name of the master's container on a shared network, or to the host (http://host.docker.internal with extra_hosts host.docker.internal:host-gateway); trying again, the tunnel is not touched";
 const RENEW: &str = "renew the certificate at the master or the proxy before it, or set this host's clock; trying again, the tunnel is not touched";
 const REPLACE: &str =
     "replace the certificate at the master or the proxy before it; trying again, the tunnel is not touched";
@@ -273,18 +363,19 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
 }
 
 /// Sorts an answer that is not a success.
-pub(super) fn sort(status: StatusCode, headers: &HeaderMap, text: &[u8]) -> MasterError {
+pub(super) fn sort(base: &Url, status: StatusCode, headers: &HeaderMap, text: &[u8]) -> MasterError {
     let refusal = serde_json::from_slice::<wire::Refusal>(text).ok();
-    let is_json = refusal.is_some();
+    if (refusal.is_none() || status.is_redirection())
+        && let Some(elsewhere) = elsewhere(base, status, headers, text)
+    {
+        return elsewhere;
+    }
     let refusal = refusal.unwrap_or_default();
     let code = printable(&refusal.code.unwrap_or_default());
     let message = refusal.message.or_else(|| refusal.error.as_ref()?.as_str().map(str::to_owned));
     let message = printable(&message.unwrap_or_default());
     match status.as_u16() {
         429 | 500..=599 => MasterError::Unavailable { status, code, retry_after: retry_after(headers) },
-        // Access sends people to a login page and machines a page of HTML.
-        300..=399 if headers.contains_key(LOCATION) => MasterError::Access { status },
-        403 if !is_json => MasterError::Access { status },
         401 | 403 => MasterError::Refused { status, code, message },
         _ => MasterError::Status { status, code, message },
     }

@@ -62,7 +62,7 @@ proptest! {
                 headers.insert("retry-after", value.clone());
                 headers.insert("location", value);
             }
-            let error = sort(StatusCode::from_u16(status).unwrap(), &headers, &body);
+            let error = sort(&Url::parse("https://m/x").unwrap(), StatusCode::from_u16(status).unwrap(), &headers, &body);
             prop_assert!(is_one_line(&error.to_string()), "{}", error);
             let _ = (error.remedy(), error.code(), error.status());
             // As callers wait for it.

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use dockflare_host::aside::Aside;
+use dockflare_host::container::dies_with_container;
 use nix::sys::statvfs::statvfs;
 use nix::unistd::{AccessFlags, access};
 
@@ -21,6 +22,8 @@ use super::{parse_id, parse_json, parse_tombstone};
 pub(crate) struct Folder {
     /// Whether anything could be seen of it: its disk, or a network file system, may hang.
     pub(crate) answers: bool,
+    /// Whether it is part of the container, and lost with it.
+    pub(crate) is_lost: bool,
     /// Whether it is there; a missing one is made at the start of an agent.
     pub(crate) exists: bool,
     /// Whether an agent that runs as this user could write there.
@@ -73,6 +76,7 @@ impl Folder {
         let remedy = "see to its disk or network file system: an agent that runs goes on without it and stores nothing";
         Self {
             answers: false,
+            is_lost: false,
             exists: true,
             writable: Err(Unusable { problem: problem.clone(), remedy: remedy.to_owned() }),
             free: None,
@@ -113,6 +117,7 @@ pub(crate) fn peek(dir: &Path) -> Folder {
     });
     Folder {
         answers: true,
+        is_lost: dies_with_container(dir),
         exists,
         writable: writable(place, dir),
         free,

@@ -43,7 +43,7 @@ impl Reply {
     /// The redirection of Cloudflare Access to its login page.
     pub(crate) fn login() -> Self {
         let mut reply = Self::html(StatusCode::FOUND);
-        let login = "https://team.cloudflareaccess.example/cdn-cgi/access/login";
+        let login = "https://team.cloudflareaccess.com/cdn-cgi/access/login";
         reply.headers.push(("location", login.to_owned()));
         reply
     }

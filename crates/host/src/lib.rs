@@ -9,6 +9,7 @@
 use std::error::Error;
 
 pub mod aside;
+pub mod container;
 pub mod disk;
 pub mod http;
 pub mod logging;
@@ -18,6 +19,7 @@ pub mod pulse;
 pub mod redact;
 pub mod retry;
 pub mod signals;
+pub mod words;
 
 /// An error with its causes, in one line.
 pub fn error_chain(error: &dyn Error) -> String {

@@ -1,0 +1,88 @@
+//! TLS with Docker, as Docker's own client has it: `DOCKER_CERT_PATH` is a folder with `ca.pem`, the authority that
+//! has signed Docker's certificate, and with `cert.pem` and `key.pem`, by which Docker knows us. Only that authority
+//! counts: not those of the system.
+
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+
+use dockflare_host::disk;
+use rustls::crypto::ring;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::{ClientConfig, RootCertStore};
+
+/// A chain of certificates has some kilobytes.
+const MOST_BYTES: u64 = 1 << 20;
+
+/// Where Docker is, and how the two know each other.
+#[derive(Clone)]
+pub struct DockerTls {
+    /// `host:port`.
+    pub address: String,
+    pub(crate) name: ServerName<'static>,
+    pub(crate) config: Arc<ClientConfig>,
+}
+
+/// What the folder holds.
+pub(super) struct Certificates {
+    roots: RootCertStore,
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+}
+
+impl Certificates {
+    /// Reads the three files; all that is wrong with them at once.
+    pub(super) fn read(folder: &Path) -> Result<Self, Vec<String>> {
+        let read = |name: &str| {
+            let read = disk::read_at_start(&folder.join(name), MOST_BYTES);
+            read.map_err(|unread| format!("{name} {unread}"))
+        };
+        let certificates = |name: &str| {
+            let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&read(name)?).collect();
+            found.ok().filter(|found| !found.is_empty()).ok_or_else(|| format!("{name} holds no certificate in PEM"))
+        };
+        let roots = certificates("ca.pem").and_then(|found| {
+            let mut roots = RootCertStore::empty();
+            let (taken, _) = roots.add_parsable_certificates(found);
+            if taken > 0 { Ok(roots) } else { Err("ca.pem holds no certificate that can be used".to_owned()) }
+        });
+        let chain = certificates("cert.pem");
+        let key = read("key.pem").and_then(|bytes| {
+            PrivateKeyDer::from_pem_slice(&bytes).map_err(|_| "key.pem holds no private key in PEM".to_owned())
+        });
+        match (roots, chain, key) {
+            (Ok(roots), Ok(chain), Ok(key)) => Ok(Self { roots, chain, key }),
+            (roots, chain, key) => Err([roots.err(), chain.err(), key.err()].into_iter().flatten().collect()),
+        }
+    }
+}
+
+impl DockerTls {
+    pub(super) fn new(host: &str, port: u16, certificates: Certificates) -> Result<Self, String> {
+        let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned())
+            .map_err(|_| format!("{host} is no name that a certificate could be for"))?;
+        let Certificates { roots, chain, key } = certificates;
+        let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .map_err(|error| error.to_string())?
+            .with_root_certificates(roots)
+            .with_client_auth_cert(chain, key)
+            .map_err(|error| format!("cert.pem and key.pem cannot be used together: {error}"))?;
+        Ok(Self { address: format!("{host}:{port}"), name, config: Arc::new(config) })
+    }
+}
+
+impl fmt::Debug for DockerTls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DockerTls").field("address", &self.address).finish_non_exhaustive()
+    }
+}
+
+impl PartialEq for DockerTls {
+    fn eq(&self, other: &Self) -> bool {
+        self.address == other.address && Arc::ptr_eq(&self.config, &other.config)
+    }
+}
+
+impl Eq for DockerTls {}
