@@ -23,9 +23,9 @@ mod connector;
 mod environment;
 mod image;
 mod names;
-mod tls;
 mod shown;
 mod socket_proxy;
+mod tls;
 use check::{Check, health_page};
 pub(crate) use connector::{MOST_PATIENCE, connector_option, patience};
 use environment::environment;
@@ -418,11 +418,8 @@ fn read_secret_file(
     })?;
     let text = text_of(bytes)?;
     let text = text.trim();
-    let text = ['"', '\'']
-        .into_iter()
-        .find_map(|quote| text.strip_prefix(quote)?.strip_suffix(quote))
-        .unwrap_or(text)
-        .trim();
+    let text =
+        ['"', '\''].into_iter().find_map(|quote| text.strip_prefix(quote)?.strip_suffix(quote)).unwrap_or(text).trim();
     if text.is_empty() {
         return Err("is empty; put the secret into it, alone on one line".to_owned());
     }

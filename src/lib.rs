@@ -48,8 +48,8 @@ use std::error::Error;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-pub use dockflare_host::{error_chain, logging, pulse, signals};
 use dockflare_host::{container, http, retry};
+pub use dockflare_host::{error_chain, logging, pulse, signals};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;

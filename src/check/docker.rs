@@ -81,6 +81,7 @@ async fn surplus(docker: &Docker, to: &mut Section) {
                 DockerHost::Http(_) => {
                     "none, or one that lets through everything: whoever reaches it has the whole host"
                 }
+                DockerHost::Tls(_) => "none: whoever takes over the agent, or its certificate, has the whole host",
             };
             return to.warn("docker.proxy", "socket proxy", detail, "put one between, as docker-compose.yml does");
         }

@@ -62,7 +62,8 @@ impl Check {
         // These are so short or so common that much is near them.
         let meant = known.iter().filter(|known| !["HOSTNAME", "TZ"].contains(&known.as_str()));
         let near = words::nearest(name, meant.map(String::as_str)).map(|near| (near, words::distance(name, near)));
-        let is_ours = OURS.iter().any(|prefix| name.starts_with(prefix)) && !SERVICES.iter().any(|mark| name.contains(mark));
+        let is_ours =
+            OURS.iter().any(|prefix| name.starts_with(prefix)) && !SERVICES.iter().any(|mark| name.contains(mark));
         let hint = match near {
             Some((near, distance)) if distance <= 2 || (is_ours && distance <= 4) => format!(": do you mean {near}?"),
             _ if is_ours => String::new(),
@@ -71,7 +72,9 @@ impl Check {
         self.unknown += 1;
         if self.unknown <= MOST {
             let name: String = name.chars().filter(|c| !c.is_control()).take(100).collect();
-            self.warnings.push(format!("nothing reads the variable {name}{hint}; remove it, or see the README's table of settings for its name"));
+            self.warnings.push(format!(
+                "nothing reads the variable {name}{hint}; remove it, or see the README's table of settings for its name"
+            ));
         }
     }
 
@@ -203,7 +206,9 @@ impl Check {
                 Some(None)
             }
             (None, Some(_)) => {
-                self.error("DOCKER_CERT_PATH is set without DOCKER_TLS_VERIFY: set both or neither; DOCKER_TLS_VERIFY is 1");
+                self.error(
+                    "DOCKER_CERT_PATH is set without DOCKER_TLS_VERIFY: set both or neither; DOCKER_TLS_VERIFY is 1",
+                );
                 Some(None)
             }
             (Some(verify), Some(folder)) => {

@@ -206,6 +206,11 @@ pub(super) fn sort(call: Call, error: EngineError) -> DockerError {
         EngineError::JsonDataError { .. } | EngineError::JsonSerdeError { .. } => {
             DockerError::Unreachable { call, problem: "the answer was not whole or not JSON".to_owned() }
         }
+        // It does not count the error that it was made of among its causes.
+        EngineError::IOError { err } => {
+            let problem = super::transport::tls_words(&err).unwrap_or_else(|| last_cause(&err));
+            DockerError::Unreachable { call, problem }
+        }
         other => {
             let problem = super::transport::tls_words(&other).unwrap_or_else(|| last_cause(&other));
             DockerError::Unreachable { call, problem }

@@ -263,12 +263,7 @@ pub(crate) enum Surplus {
     Some(Vec<&'static str>),
 }
 
-async fn exchange(
-    host: &DockerHost,
-    method: Method,
-    path: &str,
-    body: &str,
-) -> std::result::Result<Answer, String> {
+async fn exchange(host: &DockerHost, method: Method, path: &str, body: &str) -> std::result::Result<Answer, String> {
     let mut request = Request::builder().method(method).uri(path);
     if !body.is_empty() {
         request = request.header(CONTENT_TYPE, "application/json");

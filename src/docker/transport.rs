@@ -2,6 +2,7 @@
 //! carries one request, for the client library as for the few requests that are made without it.
 
 use std::io;
+use std::pin::Pin;
 
 use bollard::BollardRequest;
 use hyper::body::{Body, Incoming};
@@ -33,8 +34,11 @@ impl Failed {
     }
 }
 
+/// An answer on its way.
+type Answering = Pin<Box<dyn Future<Output = Result<Response<Incoming>, bollard::errors::Error>> + Send>>;
+
 /// What the client library makes its requests by, where it has no way of its own.
-pub(super) fn custom(tls: DockerTls) -> impl bollard::CustomTransport {
+pub(super) fn custom(tls: DockerTls) -> impl Fn(BollardRequest) -> Answering + Send + Sync {
     let host = DockerHost::Tls(tls);
     move |request: BollardRequest| {
         let host = host.clone();

@@ -286,14 +286,20 @@ fn elsewhere(base: &Url, status: StatusCode, headers: &HeaderMap, text: &[u8]) -
                 Some(moved) => elsewhere(format!("answers {} and redirects to {moved}", status.as_u16()), USE_ADDRESS),
                 None => {
                     let at = to.host_str().unwrap_or("another page");
-                    elsewhere(format!("answers {} and redirects to a page of {}", status.as_u16(), printable(at)), LET_THROUGH)
+                    elsewhere(
+                        format!("answers {} and redirects to a page of {}", status.as_u16(), printable(at)),
+                        LET_THROUGH,
+                    )
                 }
             }
         }
         403 if headers.get("cf-mitigated").is_some_and(|what| what == "challenge") => {
             elsewhere("is behind Cloudflare, which wants a browser to solve a challenge (403)".to_owned(), NO_CHALLENGE)
         }
-        403 => elsewhere("is behind something that refuses the request with a page of its own (403)".to_owned(), LET_THROUGH),
+        403 => elsewhere(
+            "is behind something that refuses the request with a page of its own (403)".to_owned(),
+            LET_THROUGH,
+        ),
         400 if is_tls_port(text) => {
             elsewhere("expects https there and was asked in plain http (400)".to_owned(), USE_HTTPS)
         }
@@ -329,14 +335,15 @@ fn moved(base: &Url, to: &Url) -> Option<Url> {
 /// The words of nginx, Apache, HAProxy and Go for plain HTTP at a port for TLS.
 fn is_tls_port(text: &[u8]) -> bool {
     let text = String::from_utf8_lossy(&text[..text.len().min(4096)]).to_lowercase();
-    ["to https port", "to an https server", "speaking plain http to an ssl", "was sent to https"].iter().any(|words| text.contains(words))
+    ["to https port", "to an https server", "speaking plain http to an ssl", "was sent to https"]
+        .iter()
+        .any(|words| text.contains(words))
 }
 
 /// How the remedies for certificates end in the log.
 const GOES_ON: &str = "; trying again, the tunnel is not touched";
 const USE_ADDRESS: &str = "set DOCKFLARE_MASTER_URL to that; trying again, the tunnel is not touched";
-const USE_HTTPS: &str =
-    "set DOCKFLARE_MASTER_URL to an address with https://; trying again, the tunnel is not touched";
+const USE_HTTPS: &str = "set DOCKFLARE_MASTER_URL to an address with https://; trying again, the tunnel is not touched";
 const USE_HTTP: &str = "set DOCKFLARE_MASTER_URL to an address with http://, or to a port for https; trying again, the tunnel is not touched";
 const LET_THROUGH: &str = "let the agent's requests, /api/v2/agents and /accounts, through what stands before the master; trying again, the tunnel is not touched";
 const NO_CHALLENGE: &str = "make a rule at Cloudflare that skips challenges for /api/v2/agents and /accounts of the master's name; trying again, the tunnel is not touched";

@@ -201,13 +201,16 @@ fn a_second_store_on_one_folder_is_refused_and_told_by_whom() {
 }
 
 #[test]
-fn an_unusable_folder_names_the_owner_and_the_command() {
+fn an_unusable_folder_names_the_owner_and_what_helps() {
     // A file stands where the folder should be: refused for every user, root included.
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("data");
     fs::write(&path, "").unwrap();
     let error = Store::open(&path).unwrap_err().to_string();
-    assert!(error.contains("chown -R") && error.contains("belongs to uid"), "{error}");
+    assert!(
+        error.contains("a file is in the way") && error.contains("belongs to uid") && !error.contains("chown"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -216,4 +219,18 @@ fn the_remedy_fits_what_is_wrong_with_the_folder() {
     assert!(said(io::ErrorKind::PermissionDenied).contains("chown -R 65532 /app/data"));
     assert!(said(io::ErrorKind::ReadOnlyFilesystem).contains("mount"));
     assert!(said(io::ErrorKind::StorageFull).contains("make room"));
+    for (errno, words) in [
+        (5, "the disk reports errors"),
+        (23, "--ulimit nofile"),
+        (24, "--ulimit nofile"),
+        (107, "mount it again"),
+        (116, "mount it again"),
+        (40, "what the system says"),
+    ] {
+        let said = remedy(&io::Error::from_raw_os_error(errno), 65532, Path::new("/app/data"));
+        assert!(said.contains(words) && !said.contains("chown"), "{errno}: {said}");
+    }
+    let own = tempfile::tempdir().unwrap();
+    let said = remedy(&io::ErrorKind::PermissionDenied.into(), own_uid(), own.path());
+    assert!(said.contains("chmod 700") && said.contains("SELinux") && !said.contains("chown"), "{said}");
 }

@@ -28,6 +28,7 @@ mod shutdown_container;
 mod socket_proxy;
 mod story;
 mod strangers;
+mod tls;
 mod visitors;
 
 fn main() -> std::process::ExitCode {
@@ -54,6 +55,7 @@ fn main() -> std::process::ExitCode {
         shutdown_container::cases(),
         socket_proxy::cases(),
         strangers::cases(),
+        tls::cases(),
     ];
     testkit::main(files.into_iter().flatten().collect())
 }

@@ -69,7 +69,10 @@ async fn a_data_folder_that_cannot_be_made_ends_with_73() {
         ("DOCKFLARE_DATA_DIR", "/proc/nowhere"),
     ];
     let (code, text) = run(&[], &env).await;
-    assert!(code == Some(73) && text.contains("/proc/nowhere") && text.contains("set DOCKFLARE_DATA_DIR"), "{code:?} {text}");
+    assert!(
+        code == Some(73) && text.contains("/proc/nowhere") && text.contains("set DOCKFLARE_DATA_DIR"),
+        "{code:?} {text}"
+    );
 }
 
 #[tokio::test]

@@ -8,8 +8,11 @@ pub fn has_own_network() -> bool {
 }
 
 /// Whether what is written under this path is lost with the container: it is on none of its mounts, or in memory.
+/// Of a folder for temporary files nobody expects anything else.
 pub fn dies_with_container(path: &Path) -> bool {
-    is_container(Path::new("/")) && mounts().is_some_and(|mounts| is_lost(&mounts, path))
+    !path.starts_with(std::env::temp_dir())
+        && is_container(Path::new("/"))
+        && mounts().is_some_and(|mounts| is_lost(&mounts, path))
 }
 
 #[expect(clippy::disallowed_methods, reason = "the kernel itself answers")]
@@ -20,7 +23,10 @@ fn mounts() -> Option<String> {
 /// Docker and Podman leave a mark.
 #[expect(clippy::disallowed_methods, reason = "in the container's own root")]
 fn is_container(root: &Path) -> bool {
-    ["", "run"].into_iter().zip([".dockerenv", ".containerenv"]).any(|(folder, mark)| root.join(folder).join(mark).exists())
+    ["", "run"]
+        .into_iter()
+        .zip([".dockerenv", ".containerenv"])
+        .any(|(folder, mark)| root.join(folder).join(mark).exists())
 }
 
 /// The host's network has at least one interface that is not the end of a pair whose other end is elsewhere.
@@ -28,9 +34,8 @@ fn is_container(root: &Path) -> bool {
 fn own_network(root: &Path) -> bool {
     let Ok(interfaces) = std::fs::read_dir(root.join("sys/class/net")) else { return false };
     let number = |interface: &Path, file: &str| std::fs::read_to_string(interface.join(file)).ok();
-    let is_end_of_pair = |interface: &Path| {
-        interface.ends_with("lo") || number(interface, "ifindex") != number(interface, "iflink")
-    };
+    let is_end_of_pair =
+        |interface: &Path| interface.ends_with("lo") || number(interface, "ifindex") != number(interface, "iflink");
     is_container(root) && interfaces.flatten().all(|interface| is_end_of_pair(&interface.path()))
 }
 

@@ -14,9 +14,8 @@ pub fn distance(one: &str, other: &str) -> usize {
     if one.len().max(other.len()) > LONGEST {
         return usize::MAX;
     }
-    let letters = |word: &str| -> Vec<char> {
-        word.chars().filter(|c| *c != '_').flat_map(char::to_uppercase).collect()
-    };
+    let letters =
+        |word: &str| -> Vec<char> { word.chars().filter(|c| *c != '_').flat_map(char::to_uppercase).collect() };
     let (one, other) = (letters(one), letters(other));
     let (mut before, mut last) = (Vec::new(), (0..=other.len()).collect::<Vec<_>>());
     for (i, a) in one.iter().enumerate() {
