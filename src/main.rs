@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use dockflare_agent::config::{Config, ConfigErrors, Loaded, LogConfig, SocketProxyConfig};
@@ -44,6 +45,9 @@ enum Command {
     },
 }
 
+/// A write that is under way when the program ends has this long.
+const LAST_WRITE_LIMIT: Duration = Duration::from_secs(1);
+
 #[expect(clippy::disallowed_methods, reason = "this is main")]
 fn main() -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
@@ -56,8 +60,8 @@ fn main() -> ExitCode {
             Err(error) => Ok(not_understood(&error).await),
         }
     });
-    // A thread that waits for a disk that hangs is not waited for.
-    runtime.shutdown_background();
+    // What is being written is still written; a disk that hangs is not waited for.
+    runtime.shutdown_timeout(LAST_WRITE_LIMIT);
     logging::flush();
     code.unwrap_or_else(|error| not_started(&error))
 }

@@ -26,7 +26,7 @@ enum Kind {
 }
 
 /// All variables of the README's table, in its order.
-const SETTINGS: [(&str, Kind); 30] = {
+const SETTINGS: [(&str, Kind); 32] = {
     use Kind::{Address, Plain, Secret, SecretFile};
     [
         ("DOCKFLARE_MASTER_URL", Address(None)),

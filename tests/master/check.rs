@@ -99,7 +99,7 @@ async fn a_key_that_is_not_accepted_is_told_from_a_master_that_is_none() {
         desk.set("DOCKFLARE_API_KEY", good);
         for (fault, outcomes, words) in [
             (Fault::LoginRedirect, ["skip", "fail", "skip"], "CF_ACCESS_CLIENT_ID"),
-            (Fault::status(403), ["skip", "fail", "skip"], "CF_ACCESS_CLIENT_ID"),
+            (Fault::status(403), ["fail", "skip", "skip"], "/api/v2/agents"),
             (Fault::NotJson, ["fail", "skip", "skip"], "DOCKFLARE_MASTER_URL"),
             (Fault::status(404), ["fail", "skip", "skip"], "DOCKFLARE_MASTER_URL"),
             (Fault::status(401), ["fail", "skip", "skip"], "/api/v2/agents"),
