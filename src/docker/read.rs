@@ -23,7 +23,7 @@ use tokio::time::timeout;
 
 use super::error::*;
 use super::sieve::Sieve;
-use super::{Docker, DockerError, Event, READ_LIMIT, Result};
+use super::{Docker, DockerError, Event, READ_LIMIT, Result, transport};
 use crate::config::DockerHost;
 
 /// What Docker says of a call that it does not carry out.
@@ -140,6 +140,13 @@ impl Answer {
                 let stream = TcpStream::connect(address.as_str()).await.map_err(|error| unreachable(&error))?;
                 Self::ask(stream, address, call, url).await
             }
+            DockerHost::Tls(tls) => {
+                let stream = transport::shaken(tls).await.map_err(|error| DockerError::Unreachable {
+                    call,
+                    problem: transport::tls_words(&error).unwrap_or_else(|| last_cause(&error)),
+                })?;
+                Self::ask(stream, &tls.address, call, url).await
+            }
         }
     }
 
@@ -149,7 +156,10 @@ impl Answer {
         call: Call,
         url: Url,
     ) -> Result<Self> {
-        let unreachable = |error: hyper::Error| DockerError::Unreachable { call, problem: last_cause(&error) };
+        let unreachable = |error: hyper::Error| DockerError::Unreachable {
+            call,
+            problem: transport::tls_words(&error).unwrap_or_else(|| last_cause(&error)),
+        };
         let (mut sender, connection) =
             client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(unreachable)?;
         // It ends with the answer; what goes wrong with it is told by the answer that does not come.

@@ -12,6 +12,7 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 
 use super::error::last_cause;
 use crate::config::{DockerHost, DockerTls};
@@ -72,12 +73,14 @@ where
         DockerHost::Http(address) => {
             exchange(TcpStream::connect(address.as_str()).await.map_err(Failed::Io)?, request).await
         }
-        DockerHost::Tls(tls) => {
-            let stream = TcpStream::connect(tls.address.as_str()).await.map_err(Failed::Io)?;
-            let shaken = TlsConnector::from(tls.config.clone()).connect(tls.name.clone(), stream).await;
-            exchange(shaken.map_err(Failed::Io)?, request).await
-        }
+        DockerHost::Tls(tls) => exchange(shaken(tls).await.map_err(Failed::Io)?, request).await,
     }
+}
+
+/// A connection on which the two have shown their certificates.
+pub(super) async fn shaken(tls: &DockerTls) -> io::Result<TlsStream<TcpStream>> {
+    let stream = TcpStream::connect(tls.address.as_str()).await?;
+    TlsConnector::from(tls.config.clone()).connect(tls.name.clone(), stream).await
 }
 
 async fn exchange<B>(
