@@ -80,6 +80,10 @@ impl Docker {
                     let stream = TcpStream::connect(address.as_str()).await.map_err(|error| last_cause(&error))?;
                     say(stream, address, &path).await
                 }
+                DockerHost::Tls(tls) => {
+                    let stream = super::transport::shaken(tls).await.map_err(|error| last_cause(&error))?;
+                    say(stream, &tls.address, &path).await
+                }
             }
         };
         let answer = match timeout(GOODBYE_LIMIT, said).await {
