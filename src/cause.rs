@@ -193,14 +193,14 @@ impl Cause {
                 Degraded,
                 Wait,
                 "reaches Cloudflare, which cannot register it",
-                "cloudflared keeps trying and is not restarted; the fault is at Cloudflare: see www.cloudflarestatus.com",
+                "fresh connectors are tried beside it until one is connected; the fault is at Cloudflare: see www.cloudflarestatus.com",
             ),
             Self::EdgeUntrusted => (
                 "edge_untrusted",
                 Error,
                 Wait,
                 "does not trust the certificate that answers in Cloudflare's place",
-                "cloudflared keeps trying and is not restarted; set the clock of the host, or let port 7844 pass without TLS inspection",
+                "fresh connectors are tried beside it until one is connected; set the clock of the host, or let port 7844 pass without TLS inspection",
             ),
             Self::NoDns => (
                 "no_dns",
@@ -214,14 +214,14 @@ impl Cause {
                 Degraded,
                 Wait,
                 "has no connection to Cloudflare",
-                "cloudflared keeps trying and is not restarted; port 7844 must be open outwards, TCP and UDP",
+                "fresh connectors are tried beside it until one is connected; port 7844 must be open outwards, TCP and UDP",
             ),
             Self::UdpBlocked => (
                 "udp_blocked",
                 Degraded,
                 Wait,
                 "has no connection to Cloudflare over QUIC, and may use nothing else",
-                "cloudflared keeps trying and is not restarted; open UDP port 7844 outwards, or set CLOUDFLARED_PROTOCOL=auto",
+                "fresh connectors are tried beside it until one is connected; open UDP port 7844 outwards, or set CLOUDFLARED_PROTOCOL=auto",
             ),
             Self::MetricsPortTaken => (
                 "metrics_port_taken",

@@ -118,10 +118,12 @@ pub struct View {
     pub since: Option<Timestamp>,
     /// Why, short and stable: one of [`Cause`], `no_tunnel_assigned` or `agent_stopped`; absent while all is well.
     pub reason: Option<&'static str>,
-    /// The tunnel's name, for people.
+    /// Name, for people, of the tunnel whose connector is there, or else of the one that is wanted.
     pub name: Option<String>,
-    /// The tunnel's id.
+    /// The same tunnel's id.
     pub tunnel_id: Option<TunnelId>,
+    /// The tunnel that is wanted, while the connector is another one's.
+    pub wanted: Option<WantedTunnel>,
     /// cloudflared's version, once it is known.
     pub version: Option<String>,
     /// Connections to the edge that are ready; `None` where that cannot be read.
@@ -136,6 +138,15 @@ pub struct View {
     pub container_running: bool,
     /// Set while the agent is being decommissioned, once it is known what became of the container.
     pub departure: Option<Departure>,
+}
+
+/// A tunnel that is wanted and whose connector does not run yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WantedTunnel {
+    /// Its id.
+    pub id: TunnelId,
+    /// Its name, for people.
+    pub name: Option<String>,
 }
 
 /// What is known of the ways from the tunnel container to the labelled containers.
@@ -227,6 +238,8 @@ impl View {
             // None would overwrite the one that the master knows.
             ("version", self.version.clone().map(Value::from)),
             ("reason", self.reason.map(Value::from)),
+            ("wanted_tunnel_id", self.wanted.as_ref().map(|wanted| wanted.id.to_string().into())),
+            ("wanted_name", self.wanted.as_ref().and_then(|wanted| wanted.name.clone()).map(Value::from)),
             ("ready_connections", self.connections.map(Value::from)),
             ("connector_id", connector.id.clone().map(Value::from)),
             ("config_version", connector.config_version.map(Value::from)),

@@ -40,7 +40,8 @@ use error::*;
 pub(crate) use goodbye::Parting;
 pub(crate) use permissions::{Engine, Gate, OWN_PROXY, Registry, Surplus};
 pub(crate) use spec::{
-    COMMAND, HOST_GATEWAY, NAME_LABEL, OWNER_LABEL, REDEPLOY_LABEL, TUNNEL_LABEL, metrics_variable, owner_labels,
+    COMMAND, HOST_GATEWAY, NAME_LABEL, OWNER_LABEL, REDEPLOY_LABEL, TUNNEL_LABEL, TUNNEL_NAME_LABEL, label_text,
+    metrics_variable, owner_labels,
 };
 pub use spec::{METRICS_PORT, SPEC_LABEL, Spec};
 pub use types::{Action, Container, Endpoint, Event, Health, Inspected, LastCheck, RunState, Version};

@@ -8,7 +8,6 @@
 //! woken by the desired state, by Docker's events, or by a timer; after a failed attempt further ones wait for a
 //! back-off.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,12 +18,9 @@ use tokio_util::sync::CancellationToken;
 use crate::cause::{Cause, Status};
 use crate::channels::{View, Wanted, Ways};
 use crate::config::TunnelConfig;
-use crate::docker::{
-    Docker, DockerError, Inspected, NAME_LABEL, OWNER_LABEL, REDEPLOY_LABEL, RunState, SPEC_LABEL, Spec, TUNNEL_LABEL,
-};
+use crate::docker::{Docker, DockerError, RunState};
 use crate::metrics::Metrics;
 use crate::retry::{Backoff, Trouble};
-use crate::state::{AgentId, DesiredState};
 
 mod act;
 pub mod classify;
@@ -34,17 +30,20 @@ mod host;
 mod leave;
 pub mod log;
 mod look;
+mod outage;
 mod own;
 mod plan;
 mod probe;
 mod problem;
+mod scene;
 mod stray;
 use act::Came;
 pub(crate) use glance::{Glance, glance};
 use host::{Host, Machine};
 use look::{EAGER, Known, Sight};
+use outage::Outage;
 pub(crate) use own::{is_own, own_container};
-use plan::{Goal, Progress, Scene, Slot, Step};
+use plan::{Goal, Progress, Slot, Step};
 pub(crate) use plan::{Owner, Whose, another_agent, owner};
 pub(crate) use probe::Readiness;
 use problem::Problem;
@@ -59,6 +58,8 @@ const FIRST_PAUSE: Duration = Duration::from_secs(60);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1800);
 /// A connector that was ready for this long without a break is well: the next hang is a new one.
 const WELL_AFTER: Duration = Duration::from_secs(600);
+/// A container that ended gets this long to come back: `docker restart` by hand ends it and starts it again.
+const COMES_BACK: Duration = Duration::from_secs(2);
 
 /// The supervisor task.
 #[derive(Debug)]
@@ -70,6 +71,8 @@ pub(crate) struct Supervisor<H = Machine> {
     view: watch::Sender<View>,
     main: Known,
     next: Known,
+    /// Id of the container under the tunnel's name.
+    main_id: Option<String>,
     /// Waits after a step that failed, and the end of the present one.
     backoff: Backoff,
     not_before: Option<Instant>,
@@ -82,11 +85,19 @@ pub(crate) struct Supervisor<H = Machine> {
     refused: Refused,
     restarts: Restarts,
     strays: Strays,
-    /// Waits after a successor that did not become ready.
+    /// Waits after a successor that did not become ready beside one that serves, and the end of the present one.
     replacing: Backoff,
+    rests_until: Option<Instant>,
+    /// While the connector serves nobody.
+    outage: Option<Outage>,
+    /// The start of the connector that ended, and when that was seen.
+    ended: Option<(String, Instant)>,
+    /// Docker did not answer at the last look.
+    was_silent: bool,
     /// Whether cloudflared is draining, which takes as long as it takes.
     draining: watch::Sender<bool>,
     attempts: Trouble,
+    replacements: Trouble,
     sick: Trouble,
     connecting: Trouble,
     leaving: Trouble,
@@ -158,6 +169,7 @@ impl<H: Host> Supervisor<H> {
             view,
             main: Known::default(),
             next: Known::default(),
+            main_id: None,
             backoff: Backoff::new(Duration::from_secs(1), Duration::from_secs(60)),
             not_before: None,
             problem: None,
@@ -167,8 +179,13 @@ impl<H: Host> Supervisor<H> {
             restarts: Restarts { pauses: pauses(), not_before: None, done: (String::new(), 0) },
             strays: Strays::new(),
             replacing: pauses(),
+            rests_until: None,
+            outage: None,
+            ended: None,
+            was_silent: false,
             draining: watch::channel(false).0,
             attempts: Trouble::new("the tunnel"),
+            replacements: Trouble::new("the tunnel"),
             sick: Trouble::new("the tunnel"),
             connecting: Trouble::new("connecting the tunnel to a container's network:"),
             leaving: Trouble::new("disconnecting the tunnel from a network that nobody needs:"),
@@ -200,10 +217,7 @@ impl<H: Host> Supervisor<H> {
                 biased;
                 () = stop.cancelled() => break,
                 Ok(()) = wanted.changed() => {
-                    // New orders are not to wait for the failures of old ones.
-                    (self.problem, self.not_before) = (None, None);
-                    self.backoff.reset();
-                    self.replacing.reset();
+                    self.begin_anew();
                 }
                 Ok(()) = ways.changed() => {}
                 Some(()) = wake.recv() => {}
@@ -256,22 +270,31 @@ impl<H: Host> Supervisor<H> {
             }
         }
         let mut pause = CALM;
+        self.take_note(&sight, &goal);
         let scene = self.scene(&sight, &goal);
         let steps = plan::plan(&goal, &scene);
+        let is_round = scene.fresh.is_some_and(|make| steps.contains(&Step::Create(Slot::Next, make)));
         if steps.is_empty() {
-            let is_replacing = scene.next.is_some() || scene.given_up;
+            let is_replacing = scene.next.is_some() || scene.given_up || scene.resting;
             self.settled(&sight, &goal, is_replacing).await;
         } else if self.not_before.is_none_or(|at| Instant::now() >= at) {
             // A further attempt after a failed one is no news: the status stays what it is until it succeeds.
-            if self.problem.is_none() {
+            if is_round {
+                self.announce_fresh();
+            } else if self.problem.is_none() {
                 let lost = self.lost_network(&sight, &goal);
                 self.publish(&wanted, &sight, lost.as_ref(), matches!(goal, Goal::Run { .. })).await;
                 self.announce(&goal, &sight, &steps);
             }
-            let failed = scene.progress == Progress::Failed && steps.contains(&Step::Remove(Slot::Next));
+            // Beside one that is made as it should be, a fresh one that is thrown away has failed nobody.
+            let is_other =
+                sight.main.as_ref().is_some_and(|main| goal.order().is_none_or(|order| order.made(main).is_none()));
+            let is_removed = steps.last() == Some(&Step::Remove(Slot::Next));
+            let failed = is_other && is_removed && scene.progress == Progress::Failed;
             let failure = self.next.failure().filter(|_| failed);
             let spec = self.spec(&wanted);
             match self.act(&steps, &sight, spec.as_ref(), stop).await {
+                _ if is_round => self.round_made(),
                 Ok(Came::ToTheEnd) => match failure {
                     Some(cause) => self.successor_failed(cause, &goal),
                     None if is_takeover(&goal, &steps) => {
@@ -279,7 +302,8 @@ impl<H: Host> Supervisor<H> {
                         self.settle();
                     }
                     // Whether it becomes ready is still to be seen.
-                    None if steps.contains(&Step::Create(Slot::Next)) => {}
+                    None if steps.last() == Some(&Step::Start(Slot::Next)) => {}
+                    None if steps.last() == Some(&Step::Remove(Slot::Next)) => {}
                     None => self.settle(),
                 },
                 Ok(Came::Interrupted) => {}
@@ -295,72 +319,14 @@ impl<H: Host> Supervisor<H> {
         self.publish(&wanted, &sight, problem.as_ref(), false).await.min(pause)
     }
 
-    /// What the container should be. A token that cloudflared would not take is a problem, not a goal.
-    fn goal(&self, wanted: &Wanted) -> Result<Goal, Problem> {
-        if wanted.decommission.is_some() {
-            return Ok(Goal::Stop);
-        }
-        match (wanted.state, &wanted.token) {
-            (DesiredState::Unknown, _) => Ok(Goal::Leave),
-            (DesiredState::Stopped, _) => Ok(Goal::Remove),
-            (DesiredState::Running, None) => Err(Problem::new(Cause::TokenMissing, "")),
-            (DesiredState::Running, Some(token)) => match (token.claims(), self.spec(wanted)) {
-                (Ok(_), Some(spec)) => Ok(Goal::Run { hash: spec.hash(), network: self.config.network.clone() }),
-                (problem, _) => Err(Problem::new(Cause::TokenMalformed, problem.err().unwrap_or_default())),
-            },
-        }
-    }
-
-    fn spec(&self, wanted: &Wanted) -> Option<Spec> {
-        let id = wanted.owners.last().map_or(OWNER_LABEL.1, AgentId::as_str);
-        let mut labels = BTreeMap::from([
-            (OWNER_LABEL.0.to_owned(), id.to_owned()),
-            (NAME_LABEL.to_owned(), self.config.container_name.clone()),
-        ]);
-        labels.insert(REDEPLOY_LABEL.to_owned(), wanted.redeploys.to_string());
-        labels.extend(wanted.id.as_ref().map(|id| (TUNNEL_LABEL.to_owned(), id.to_string())));
-        Some(Spec {
-            image: self.config.image.to_string(),
-            network: self.config.network.clone(),
-            token: wanted.token.clone()?,
-            options: self.config.options.clone(),
-            host_gateway: self.config.host_gateway && !self.no_host_gateway,
-            labels,
-        })
-    }
-
-    /// What the plan must know of what was seen.
-    fn scene<'a>(&self, sight: &'a Sight, goal: &Goal) -> Scene<'a> {
-        let now = Instant::now();
-        let hash = match goal {
-            Goal::Run { hash, .. } => hash.as_str(),
-            Goal::Leave | Goal::Stop | Goal::Remove => "",
-        };
-        let is_known = self.refused.hash == hash;
-        // How far one of older orders has come means nothing.
-        let is_wanted = |next: &Inspected| next.labels.get(SPEC_LABEL).is_some_and(|label| label == hash);
-        let progress = match &sight.next {
-            Some(next) if is_wanted(next) => self.progress(now),
-            _ => Progress::Waiting,
-        };
-        Scene {
-            whose: sight.whose(),
-            main: sight.main.as_ref(),
-            next: sight.next.as_ref(),
-            progress,
-            main_ready: self.main.serves(now) || self.main.is_surely_ready() && !self.next.is_ready(),
-            restart: self.main.needs_restart(now) && self.restarts.not_before.is_none_or(|at| now >= at),
-            draining: self.main.left_draining,
-            bad_token: self.main.is_sick_of(Cause::TokenMalformed),
-            given_up: self.given_up.as_deref() == Some(hash),
-            no_second: is_known && self.refused.second,
-            no_rename: is_known && self.refused.rename,
-        }
-    }
-
     /// Nothing to do: all is well, it takes time, or the container is not ours.
     async fn settled(&mut self, sight: &Sight, goal: &Goal, is_replacing: bool) {
-        let Goal::Run { .. } = goal else { return self.settle() };
+        let Goal::Run { .. } = goal else {
+            // Nothing works again where nothing is to run.
+            self.attempts.dropped();
+            self.sick.dropped();
+            return self.settle();
+        };
         match &sight.main {
             Some(main) if plan::owner(main, sight.whose()) == Owner::Foreign => {
                 let name = &self.config.container_name;
@@ -394,14 +360,16 @@ impl<H: Host> Supervisor<H> {
 
     /// A container that runs and is not on its network, which was removed, or from which it was taken.
     fn lost_network(&self, sight: &Sight, goal: &Goal) -> Option<Problem> {
-        let (Some(main), Goal::Run { hash, network }) = (&sight.main, goal) else { return None };
-        let was_on_it = main.labels.get(SPEC_LABEL) == Some(hash);
-        let lost = was_on_it && main.state == RunState::Running && !main.networks.contains_key(network);
-        lost.then(|| Problem::new(Cause::NetworkReplaced, network))
+        let (Some(main), Some(order)) = (&sight.main, goal.order()) else { return None };
+        let is_made = main.state == RunState::Running && order.made(main).is_some();
+        let lost = is_made && !main.networks.contains_key(order.network);
+        lost.then(|| Problem::new(Cause::NetworkReplaced, order.network))
     }
 
     fn settle(&mut self) {
         self.attempts.ended();
+        // That it is replaced was said.
+        self.replacements.dropped();
         self.problem = None;
         self.given_up = None;
         self.not_before = None;
@@ -414,6 +382,14 @@ impl<H: Host> Supervisor<H> {
         self.problem = Some(problem);
     }
 
+    /// A fresh connector was made beside one that serves nobody, or could not be: the next one comes in its time.
+    fn round_made(&mut self) {
+        if let Some(outage) = &mut self.outage {
+            outage.made(Instant::now());
+            self.metrics.fresh_connector();
+        }
+    }
+
     /// A successor was taken back: the one before it stays.
     fn successor_failed(&mut self, cause: Cause, goal: &Goal) {
         self.metrics.replacement(false);
@@ -423,11 +399,11 @@ impl<H: Host> Supervisor<H> {
                 "it waits for another token; redeploy or enrol the agent on the master's Agents page"
             }
             _ => {
-                self.not_before = Some(Instant::now() + self.replacing.next_whole());
+                self.rests_until = Some(Instant::now() + self.replacing.next_whole());
                 "trying again, with growing pauses"
             }
         };
-        self.attempts.failed(
+        self.replacements.failed(
             &format_args!(
                 "is not replaced: the new connector {}; it was removed and the one before it stays",
                 cause.what()
@@ -439,6 +415,7 @@ impl<H: Host> Supervisor<H> {
 
     /// Docker does not answer. The tunnel may run all the same, which cloudflared itself can tell.
     async fn docker_is_silent(&mut self, wanted: &Wanted, error: &DockerError) -> Duration {
+        self.was_silent = true;
         let mut view = self.view.borrow().clone();
         let readiness = match self.main.ask_at() {
             Some(address) => self.host.readiness(address).await,

@@ -29,6 +29,7 @@ pub struct Metrics {
     last_command: Gauge,
     restarts: Counter,
     replacements: Family<Replacement, Counter>,
+    fresh_connectors: Counter,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -77,6 +78,7 @@ impl Default for Metrics {
             last_command: Gauge::default(),
             restarts: Counter::default(),
             replacements: Family::default(),
+            fresh_connectors: Counter::default(),
         };
         // A count that appears only with its first event cannot be alerted on: its rise from nothing is none.
         for outcome in [CARRIED_OUT, REFUSED, IGNORED, NOT_UNDERSTOOD] {
@@ -174,6 +176,11 @@ impl Metrics {
         self.replacements.get_or_create_owned(&Replacement { outcome }).inc();
     }
 
+    /// During an outage a fresh connector was tried beside the one that is down.
+    pub(crate) fn fresh_connector(&self) {
+        self.fresh_connectors.inc();
+    }
+
     /// Puts all of it into a registry, under the names of [the documentation](../docs/monitoring.md).
     pub(crate) fn register(&self, registry: &mut Registry) {
         registry.register(
@@ -213,6 +220,11 @@ impl Metrics {
             "tunnel_replacements",
             "Replacements of a connector by a successor: completed, or taken back since it did not become ready",
             self.replacements.clone(),
+        );
+        registry.register(
+            "tunnel_fresh_connectors",
+            "Fresh connectors that were tried beside one without a connection",
+            self.fresh_connectors.clone(),
         );
     }
 }

@@ -32,6 +32,8 @@ pub(crate) const HOST_GATEWAY: &str = "host.docker.internal:host-gateway";
 pub const SPEC_LABEL: &str = "com.dockflare.agent.spec";
 /// Label whose value is the id of the tunnel.
 pub(crate) const TUNNEL_LABEL: &str = "com.dockflare.agent.tunnel-id";
+/// Label whose value is the name of the tunnel, for people: it may change without another container.
+pub(crate) const TUNNEL_NAME_LABEL: &str = "com.dockflare.agent.tunnel-name";
 /// Label whose value is the number of the redeploy that it was made for.
 pub(crate) const REDEPLOY_LABEL: &str = "com.dockflare.agent.redeploy";
 /// Label whose value is the name of the tunnel container that it was made for: its own name may have been changed.
@@ -44,6 +46,13 @@ pub(crate) const OWNER_LABEL: (&str, &str) = ("com.dockflare.agent.owner", "dock
 pub(crate) fn owner_labels() -> BTreeMap<String, String> {
     BTreeMap::from([(OWNER_LABEL.0.to_owned(), OWNER_LABEL.1.to_owned())])
 }
+
+/// A name as the value of a label: one line of bounded length.
+pub(crate) fn label_text(name: &str) -> String {
+    name.chars().filter(|c| !c.is_control()).take(MOST_NAME).collect()
+}
+
+const MOST_NAME: usize = 128;
 
 /// What a tunnel container runs, after its image's entry point.
 pub(crate) const COMMAND: [&str; 3] = ["tunnel", "--no-autoupdate", "run"];
@@ -59,17 +68,32 @@ pub const METRICS_PORT: u16 = 20241;
 impl Spec {
     /// SHA-256 over everything that the container is made of, the token included, as lower-case hex.
     ///
-    /// Not over whose it is and what it was called: an agent that was given another id, or whose container was made
-    /// by an earlier version, goes on with the container that it has.
+    /// Not over whose it is, what it was called and what its tunnel is called: an agent that was given another id, or
+    /// whose container was made by an earlier version, goes on with the container that it has.
     pub fn hash(&self) -> String {
         let mut plain = self.plain_body();
         if let Some(labels) = &mut plain.labels {
             labels.remove(NAME_LABEL);
+            labels.remove(TUNNEL_NAME_LABEL);
             labels.entry(OWNER_LABEL.0.to_owned()).and_modify(|owner| OWNER_LABEL.1.clone_into(owner));
         }
         let plain = serde_json::to_string(&serde_json::to_value(plain).unwrap_or_default());
         let digest = digest::digest(&digest::SHA256, plain.unwrap_or_default().as_bytes());
         digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// The same over HTTP/2, where that is not what it asks for anyway: there cloudflared says why it is refused, and
+    /// serves where only QUIC is at fault.
+    pub(crate) fn over_http2(&self) -> Option<Self> {
+        const PROTOCOL: &str = "TUNNEL_TRANSPORT_PROTOCOL";
+        if self.options.get(PROTOCOL).is_some_and(|protocol| protocol == "http2") {
+            return None;
+        }
+        let mut spec = self.clone();
+        // Needs QUIC.
+        spec.options.retain(|name, value| *name != "TUNNEL_POST_QUANTUM" || value != "true");
+        spec.options.insert(PROTOCOL, "http2".to_owned());
+        Some(spec)
     }
 
     /// The body of the create call.

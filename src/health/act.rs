@@ -11,7 +11,7 @@ use tracing::{debug, info, warn};
 use super::host::Host;
 use super::log::{Line, Said};
 use super::look::{Sight, started};
-use super::plan::{self, Goal, Owner, Slot, Step};
+use super::plan::{self, Goal, Make, Owner, Slot, Step};
 use super::problem::Problem;
 use super::{Refused, Supervisor};
 use crate::cause::Cause;
@@ -64,7 +64,7 @@ impl<H: Host> Supervisor<H> {
         let container = &self.config.container_name;
         let main = sight.main.as_ref();
         let state = || main.map(|main| format!("{:?}", main.state).to_lowercase()).unwrap_or_default();
-        let is_made = steps.iter().any(|step| matches!(step, Step::Create(_)));
+        let is_made = steps.iter().any(|step| matches!(step, Step::Create(..)));
         match (goal, main) {
             (Goal::Run { .. }, None) if is_made => info!(container, "starting the tunnel"),
             (Goal::Run { .. }, Some(main)) if is_made && plan::owner(main, sight.whose()) == Owner::PythonAgent => {
@@ -84,6 +84,14 @@ impl<H: Host> Supervisor<H> {
             (Goal::Run { .. }, _) => info!(container, "removing the connector beside the tunnel's"),
             (Goal::Remove, _) => info!(container, "removing the tunnel"),
             (Goal::Stop | Goal::Leave, _) => info!(container, "stopping the tunnel"),
+        }
+    }
+
+    /// Says once in an outage that fresh connectors are tried.
+    pub(super) fn announce_fresh(&self) {
+        if self.outage.as_ref().is_some_and(|outage| outage.made == 0) {
+            let container = &self.config.container_name;
+            info!(container, "trying fresh connectors beside the tunnel's, which has no connection");
         }
     }
 
@@ -113,8 +121,12 @@ impl<H: Host> Supervisor<H> {
                         Ok(())
                     }
                 },
-                (Step::Create(slot), Some(spec)) => self.create(*slot, spec).await.map(|id| ids.set(*slot, Some(id))),
-                (Step::Create(_), None) => Ok(()),
+                (Step::Create(slot, make), Some(spec)) => {
+                    let trial = if *make == Make::Trial { spec.over_http2() } else { None };
+                    let made = self.create(*slot, trial.as_ref().unwrap_or(spec)).await;
+                    made.map(|id| ids.set(*slot, Some(id)))
+                }
+                (Step::Create(..), None) => Ok(()),
                 (Step::Stop(slot) | Step::Remove(slot) | Step::Start(slot), _) => {
                     let Some(id) = ids.get(*slot) else { return Ok(Came::Otherwise) };
                     match step {
@@ -195,6 +207,8 @@ impl<H: Host> Supervisor<H> {
         let mut failed = false;
         for network in missing {
             match self.host.connect(&network, id).await {
+                // One of many.
+                Ok(()) if slot == Slot::Next && self.outage.is_some() => {}
                 Ok(()) => info!(container = name, network, "connected the tunnel to a container's network"),
                 Err(error) => {
                     failed = true;
@@ -313,7 +327,7 @@ impl<H: Host> Supervisor<H> {
             self.refused = Refused { hash, ..Refused::default() };
         }
         match step {
-            Step::Create(_) | Step::Start(_) if spec.host_gateway && is_about_the_host(error) => {
+            Step::Create(..) | Step::Start(_) if spec.host_gateway && is_about_the_host(error) => {
                 warn!(
                     "Docker {error}; so the tunnel container does not know this host as host.docker.internal, which needs Engine 20.10 or newer; use the host's address in service labels, or set CLOUDFLARED_HOST_GATEWAY=false"
                 );
@@ -321,7 +335,7 @@ impl<H: Host> Supervisor<H> {
                 true
             }
             // Not what failed otherwise, as on a full disk: in place it would fail as well, with nothing left that runs.
-            Step::Create(Slot::Next)
+            Step::Create(Slot::Next, _)
                 if matches!(error, DockerError::Forbidden { .. } | DockerError::Conflict { .. }) =>
             {
                 // Nothing is given up for what cannot be had: the taken name shows whether one could be created there.
@@ -350,7 +364,7 @@ impl<H: Host> Supervisor<H> {
     /// As [`Problem::at`]; that an image is missing which nobody may look for is said with what would allow it.
     async fn why_not(&self, step: Step, error: &DockerError) -> Problem {
         let image = &self.config.image;
-        if let (Step::Create(_), DockerError::NotFound { .. }) = (step, error)
+        if let (Step::Create(..), DockerError::NotFound { .. }) = (step, error)
             && let Err(refusal @ DockerError::Forbidden { .. }) = self.host.has_image(image).await
         {
             let detail = format!("the image {image} is not on this host and Docker {refusal}");

@@ -48,6 +48,8 @@ pub(super) struct Behaviour {
     pub(super) log: Vec<&'static str>,
     /// The registrations that its metrics count.
     pub(super) tries: Tries,
+    /// How those behave that may use nothing but HTTP/2, where that is otherwise.
+    pub(super) over_http2: Option<Box<Behaviour>>,
 }
 
 impl Default for Behaviour {
@@ -58,6 +60,7 @@ impl Default for Behaviour {
             docker_says: None,
             log: Vec::new(),
             tries: Tries::default(),
+            over_http2: None,
         }
     }
 }
@@ -91,6 +94,9 @@ pub(super) struct World {
     pub(super) is_old: bool,
     /// What stands before Docker.
     pub(super) behind: Behind,
+    /// When the edge went away, and when it was back: `None` while it is away. Containers started in between try it
+    /// as cloudflared does, ever less often.
+    outage: Option<(Instant, Option<Instant>)>,
     made: u32,
 }
 
@@ -112,6 +118,8 @@ pub(super) enum Moment {
 pub(super) struct Fake {
     pub(super) seen: Inspected,
     pub(super) token: String,
+    /// It may use HTTP/2 and nothing else.
+    pub(super) http2: bool,
     started: Instant,
 }
 
@@ -123,9 +131,17 @@ impl World {
         self.behaviours.get(token).cloned().unwrap_or_default()
     }
 
+    fn behaviour_of(&self, fake: &Fake) -> Behaviour {
+        let behaviour = self.behaviour(&fake.token);
+        match behaviour.over_http2 {
+            Some(ref other) if fake.http2 => (**other).clone(),
+            _ => behaviour,
+        }
+    }
+
     /// The health check of a container, which has had its say a minute after the start.
     fn docker_says(&self, fake: &Fake) -> Option<(Health, LastCheck)> {
-        let behaviour = self.behaviour(&fake.token);
+        let behaviour = self.behaviour_of(fake);
         let found = match (behaviour.silent, behaviour.ready_after) {
             (true, _) => (Health::Unhealthy, LastCheck::TimedOut),
             (false, None) => (Health::Unhealthy, LastCheck::NotReady),
@@ -140,9 +156,25 @@ impl World {
     }
 
     fn ready_since(&self, fake: &Fake) -> Option<Instant> {
-        let behaviour = self.behaviour(&fake.token);
-        let since = behaviour.ready_after.map(|after| fake.started + after);
-        since.filter(|_| fake.seen.state == RunState::Running && !behaviour.silent)
+        let behaviour = self.behaviour_of(fake);
+        let first = behaviour.ready_after.map(|after| fake.started + after)?;
+        if fake.seen.state != RunState::Running || behaviour.silent {
+            return None;
+        }
+        match self.outage {
+            Some((went, None)) if Instant::now() >= went => None,
+            Some((went, Some(back))) if first < back => {
+                // Its tries since it lost the edge, or since its start.
+                let mut at = first.max(went);
+                let mut gap = Duration::from_secs(1);
+                while at < back {
+                    at += gap;
+                    gap = (gap * 2).min(Duration::from_secs(64));
+                }
+                Some(at)
+            }
+            _ => Some(first),
+        }
     }
 
     fn visited(&self) -> usize {
@@ -152,7 +184,7 @@ impl World {
 
     fn started_at(&mut self) -> String {
         self.made += 1;
-        format!("2026-01-01T00:00:00.{:09}Z", self.made)
+        (jiff::Timestamp::now() + jiff::SignedDuration::from_nanos(self.made.into())).to_string()
     }
 
     /// The name of the container with exactly this id: what acts must not name a name.
@@ -250,7 +282,7 @@ impl Host for Double {
     async fn log_tail(&self, id: &str, _: i64, _: usize) -> Result<Vec<String>, DockerError> {
         let world = self.world();
         let fake = world.containers.get(&world.name_of(id)).ok_or_else(absent)?;
-        Ok(world.behaviour(&fake.token).log.iter().map(|line| (*line).to_owned()).collect())
+        Ok(world.behaviour_of(fake).log.iter().map(|line| (*line).to_owned()).collect())
     }
     async fn has_network(&self, _: &str) -> Result<bool, DockerError> {
         Ok(true)
@@ -297,8 +329,9 @@ impl Host for Double {
             seen.labels.extend(spec.labels.clone());
             seen.networks = BTreeMap::from([(spec.network.clone(), Endpoint::default())]);
             let token = spec.token.expose().to_owned();
+            let http2 = spec.options.get("TUNNEL_TRANSPORT_PROTOCOL").is_some_and(|protocol| protocol == "http2");
             let id = seen.id.clone();
-            world.containers.insert(name.to_owned(), Fake { seen, token, started: Instant::now() });
+            world.containers.insert(name.to_owned(), Fake { seen, token, http2, started: Instant::now() });
             Ok(id)
         })
         .await
@@ -308,7 +341,13 @@ impl Host for Double {
         self.change(format!("start {name}"), |world| run(world, &name)).await
     }
     async fn stop(&self, id: &str, _: Duration) -> Result<(), DockerError> {
-        let name = self.world().name_of(id);
+        // One without a connection ends at once.
+        let (name, drains) = {
+            let world = self.world();
+            let name = world.name_of(id);
+            let drains = world.containers.get(&name).is_some_and(|fake| world.is_ready(fake));
+            (name, drains)
+        };
         let drained = self
             .change(format!("stop {name}"), |world| {
                 if let Some(fake) = world.containers.get_mut(&name) {
@@ -317,7 +356,7 @@ impl Host for Double {
                 Ok(())
             })
             .await;
-        sleep(Duration::from_secs(3)).await;
+        sleep(if drains { Duration::from_secs(3) } else { Duration::from_millis(200) }).await;
         drained
     }
     async fn restart(&self, id: &str, _: Duration) -> Result<(), DockerError> {
@@ -349,7 +388,7 @@ impl Host for Double {
             let world = self.world();
             let fake = world.containers.values().find(|fake| fake.seen.id == address);
             let Some(fake) = fake else { return Readiness::Silent };
-            (world.behaviour(&fake.token).silent, world.is_ready(fake))
+            (world.behaviour_of(fake).silent, world.is_ready(fake))
         };
         if silent {
             sleep(Duration::from_secs(2)).await;
@@ -404,6 +443,30 @@ impl Double {
     /// Changes how the connectors of a token behave, from now on.
     pub(super) fn behave(&self, token: &str, behaviour: Behaviour) {
         self.world().behaviours.insert(token.to_owned(), behaviour);
+    }
+
+    /// The edge goes away for everybody.
+    pub(super) fn edge_goes(&self) {
+        self.world().outage = Some((Instant::now(), None));
+    }
+
+    pub(super) fn edge_returns(&self) {
+        if let Some((_, back)) = &mut self.world().outage {
+            *back = Some(Instant::now());
+        }
+    }
+
+    /// How many connectors visitors can be led to.
+    pub(super) fn served(&self) -> usize {
+        let world = self.world();
+        world.containers.values().filter(|fake| world.is_ready(fake)).count()
+    }
+
+    /// The container ends, and it is Docker's or somebody's turn to start it again.
+    pub(super) fn ends(&self, name: &str, code: i64) {
+        if let Some(fake) = self.world().containers.get_mut(name) {
+            (fake.seen.state, fake.seen.exit_code) = (RunState::Exited, code);
+        }
     }
 
     /// Docker restarts a container that ended with this code, as its policy has it.

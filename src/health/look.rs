@@ -10,15 +10,15 @@ use super::classify::{self, Memory, Page, Seen, Tries};
 use super::course::{self, Course, Look, Verdict};
 use super::host::Host;
 use super::log::{Line, Said};
-use super::plan::{self, Owner, Progress, Slot, Whose};
+use super::plan::{self, Owner, Slot, Whose};
 use super::probe::{self, Readiness};
 use super::problem::Problem;
 use super::{CALM, Supervisor, WELL_AFTER};
 use crate::cause::{Cause, Status};
-use crate::channels::{Connector, Departure, View, Wanted};
-use crate::docker::{DockerError, Inspected, RunState};
+use crate::channels::{Connector, Departure, View, Wanted, WantedTunnel};
+use crate::docker::{DockerError, Health, Inspected, LastCheck, RunState, TUNNEL_LABEL, TUNNEL_NAME_LABEL};
 use crate::retry::Lasts;
-use crate::state::{AgentId, Token};
+use crate::state::{AgentId, Token, TunnelId};
 
 /// While something is expected to change within seconds.
 pub(super) const EAGER: Duration = Duration::from_millis(250);
@@ -30,6 +30,8 @@ pub(super) const START_LINES: usize = 80;
 pub(super) const LAST_LINES: usize = 100;
 /// Its log is read so often at most while it is not ready, and its metrics too.
 const LOG_EVERY: Duration = Duration::from_secs(1);
+/// One that has had no connection for so long has none: a lost one is often back within the second.
+const DARK_LASTS: Duration = Duration::from_secs(2);
 const FACTS_EVERY: Duration = Duration::from_secs(10);
 /// It is asked for its diagnosis, which it logs: when another number of connections is ready, and now and then.
 const DIAGNOSE_AFTER: Duration = Duration::from_secs(60);
@@ -98,6 +100,9 @@ pub(super) struct Known {
     announced: bool,
     /// It was draining when this agent first saw it: an agent before this one had stopped it.
     pub(super) left_draining: bool,
+    /// Since when it is known to have no connection, and whether it had one in this start.
+    dark_since: Option<Instant>,
+    was_ready: bool,
 }
 
 impl Known {
@@ -117,7 +122,38 @@ impl Known {
         self.course.as_ref().is_some_and(Course::is_surely_ready)
     }
 
-    fn is_sick(&self) -> bool {
+    pub(super) fn dark_since(&self) -> Option<Instant> {
+        self.dark_since
+    }
+
+    pub(super) fn is_dark(&self, now: Instant) -> bool {
+        self.dark_since.is_some_and(|since| now - since >= DARK_LASTS)
+    }
+
+    pub(super) fn was_ready(&self) -> bool {
+        self.was_ready
+    }
+
+    /// What is the matter, where that is known.
+    pub(super) fn cause(&self) -> Option<Cause> {
+        match self.verdict() {
+            Verdict::Sick(cause) => Some(cause),
+            _ => None,
+        }
+    }
+
+    /// Takes note of whether it has a connection. Where nobody answers, nobody knows.
+    fn note_light(&mut self, found: &Inspected, readiness: &Readiness, now: Instant) {
+        let by_docker = (found.health, found.last_check) == (Some(Health::Unhealthy), Some(LastCheck::NotReady));
+        self.dark_since = match readiness {
+            Readiness::Ready { .. } => None,
+            Readiness::NotReady => self.dark_since.or(Some(now)),
+            Readiness::Silent if by_docker => self.dark_since.or(Some(now)),
+            Readiness::Silent => None,
+        };
+    }
+
+    pub(super) fn is_sick(&self) -> bool {
         matches!(self.verdict(), Verdict::Sick(_) | Verdict::Unknown | Verdict::Stopped)
     }
 
@@ -259,6 +295,7 @@ impl<H: Host> Supervisor<H> {
         let is_first = !self.view.borrow().looked;
         let has_lost_network = runs && readiness == Readiness::Silent && self.has_lost_network(found);
         let known = self.known(slot);
+        known.note_light(found, &readiness, Instant::now());
         let verdict = match known.judge(found, &readiness, only_quic, Instant::now()) {
             _ if has_lost_network => Verdict::Sick(Cause::NetworkReplaced),
             verdict => verdict,
@@ -267,6 +304,7 @@ impl<H: Host> Supervisor<H> {
         let look = Look { container: found, readiness: &readiness, verdict };
         if let Some(course) = &mut known.course {
             course.take(&look, Instant::now());
+            known.was_ready |= course.verdict == Verdict::Ready;
             if !course.answered {
                 known.connections = None;
             }
@@ -333,17 +371,6 @@ impl<H: Host> Supervisor<H> {
         }
     }
 
-    /// How far the successor has come. Where the one before it serves nobody, nobody need wait for the edge.
-    pub(super) fn progress(&self, now: Instant) -> Progress {
-        if self.next.serves(now) || self.next.is_surely_ready() && self.main.is_sick() {
-            Progress::Serves
-        } else if self.next.failure().is_some() {
-            Progress::Failed
-        } else {
-            Progress::Waiting
-        }
-    }
-
     /// Publishes what is known. `acting`: a container is about to be made.
     pub(super) async fn publish(
         &mut self,
@@ -353,14 +380,22 @@ impl<H: Host> Supervisor<H> {
         acting: bool,
     ) -> Duration {
         let current = sight.current();
+        let (name, tunnel_id, other) = tunnel_of(wanted, current.map(|(_, found)| found));
         let mut view = View {
             looked: true,
-            name: wanted.name.clone(),
-            tunnel_id: wanted.id.clone(),
+            name,
+            tunnel_id,
+            wanted: other,
             container_running: current.is_some_and(|(_, found)| found.state == RunState::Running),
             ..View::default()
         };
-        let mut pause = if sight.next.is_some() { EAGER } else { CALM };
+        let now = Instant::now();
+        let mut pause = match &self.outage {
+            // It may last for hours.
+            Some(outage) => outage.look_again(now),
+            None if sight.next.is_some() || self.ended.is_some() => EAGER,
+            None => CALM,
+        };
         match current {
             Some((slot, found)) if matches!(found.state, RunState::Running | RunState::Restarting) => {
                 self.describe(&mut view, slot, found).await;
@@ -497,6 +532,20 @@ impl<H: Host> Supervisor<H> {
             (Some(_), None) => return None,
         };
         Some(Departure { container, own: self.host.own_container(self.hostname.as_deref()).await })
+    }
+}
+
+/// Name and id of the tunnel whose connector is there, and the one that is wanted, where that is another.
+fn tunnel_of(wanted: &Wanted, found: Option<&Inspected>) -> (Option<String>, Option<TunnelId>, Option<WantedTunnel>) {
+    let labelled = |found: &Inspected| found.labels.get(TUNNEL_LABEL).map(|id| TunnelId(id.clone()));
+    let runs = found.and_then(|found| found.serves.clone().or_else(|| labelled(found)));
+    match (runs, found) {
+        (Some(runs), Some(found)) if wanted.id.as_ref() != Some(&runs) => {
+            let name = found.labels.get(TUNNEL_NAME_LABEL).cloned();
+            let other = wanted.id.clone().map(|id| WantedTunnel { id, name: wanted.name.clone() });
+            (name, Some(runs), other)
+        }
+        _ => (wanted.name.clone(), wanted.id.clone(), None),
     }
 }
 

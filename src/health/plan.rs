@@ -1,9 +1,10 @@
 //! From what is wanted and what is there to what is to be done. Pure; the table of tests is the specification.
 //!
 //! Two names may be in use: the tunnel's own, and a second one for its successor while that takes over. A
-//! replacement starts the successor, waits until it serves, drains and removes the one before, and renames. Each
-//! state in which a crash can leave the two is one from which the plan goes on, and none of its steps takes away
-//! the last one that serves.
+//! replacement starts the successor, waits until it serves, drains and removes the one before, and renames. Where
+//! the one before serves nobody, nobody waits: the newest order's connector takes over as soon as it runs, and during
+//! an outage a fresh one is tried beside it again and again. Each state in which a crash can leave the two is one from
+//! which the plan goes on, and none of its steps takes away the last one that serves.
 
 use crate::docker::{Inspected, OWNER_LABEL, RunState, SPEC_LABEL};
 use crate::state::AgentId;
@@ -21,6 +22,8 @@ pub(super) enum Goal {
     Run {
         /// Hash of the spec.
         hash: String,
+        /// Hash of the same spec over HTTP/2; none where that is the same.
+        trial: Option<String>,
         /// The network it is made on.
         network: String,
     },
@@ -35,6 +38,15 @@ pub(super) enum Slot {
     Next,
 }
 
+/// From which of the two specs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Make {
+    /// As it is wanted.
+    Wanted,
+    /// The same over HTTP/2, where cloudflared says why it is refused.
+    Trial,
+}
+
 /// One step. Steps are carried out in order; the first failure ends the attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Step {
@@ -44,7 +56,7 @@ pub(super) enum Step {
     Stop(Slot),
     /// Remove, so that the name is free.
     Remove(Slot),
-    Create(Slot),
+    Create(Slot, Make),
     Start(Slot),
     /// Restart where it is.
     Restart,
@@ -118,6 +130,24 @@ pub(super) struct Scene<'a> {
     pub(super) progress: Progress,
     /// The one under the tunnel's own name is ready.
     pub(super) main_ready: bool,
+    /// It runs and has had no connection for some seconds: it serves nobody for certain.
+    pub(super) dark: bool,
+    /// It ended a moment ago, as a restart by hand does in between.
+    pub(super) ended_lately: bool,
+    /// The successor is ready.
+    pub(super) next_ready: bool,
+    /// It is known to have no connection; both may be false, where nobody can tell.
+    pub(super) next_dark: bool,
+    /// During an outage it is time for a fresh connector, made from this.
+    pub(super) fresh: Option<Make>,
+    /// The successor is refused without a word, and a trial over HTTP/2 tells why.
+    pub(super) ask_why: bool,
+    /// The successor, tried beside one that serves nobody, has said what it can: it goes.
+    pub(super) next_over: bool,
+    /// It serves over HTTP/2 only, and it is time to see whether it can do so as it is wanted.
+    pub(super) go_back: bool,
+    /// A successor of this spec failed lately, beside one that serves.
+    pub(super) resting: bool,
     /// It is to be restarted now.
     pub(super) restart: bool,
     /// It is draining, by the order of an agent that is gone, and will end.
@@ -137,11 +167,39 @@ pub(super) fn is_alive(container: &Inspected) -> bool {
     matches!(container.state, RunState::Running | RunState::Restarting | RunState::Paused)
 }
 
-/// Docker keeps it running, made from the right spec, on its network.
-fn is_right(container: &Inspected, hash: &str, network: &str) -> bool {
-    matches!(container.state, RunState::Running | RunState::Restarting)
-        && container.labels.get(SPEC_LABEL).is_some_and(|label| label == hash)
-        && container.networks.contains_key(network)
+/// What an order makes of a container, as far as its hash and its network tell.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Order<'a> {
+    pub(super) hash: &'a str,
+    pub(super) trial: Option<&'a str>,
+    pub(super) network: &'a str,
+}
+
+impl Order<'_> {
+    /// From which of the two specs it was made, if from one of them.
+    pub(super) fn made(&self, container: &Inspected) -> Option<Make> {
+        match container.labels.get(SPEC_LABEL)?.as_str() {
+            label if label == self.hash => Some(Make::Wanted),
+            label if Some(label) == self.trial => Some(Make::Trial),
+            _ => None,
+        }
+    }
+
+    /// The same of one that Docker keeps running on its network.
+    pub(super) fn fits(&self, container: &Inspected) -> Option<Make> {
+        let is_kept = matches!(container.state, RunState::Running | RunState::Restarting);
+        self.made(container).filter(|_| is_kept && container.networks.contains_key(self.network))
+    }
+}
+
+impl Goal {
+    /// The order, where something is to run.
+    pub(super) fn order(&self) -> Option<Order<'_>> {
+        match self {
+            Self::Run { hash, trial, network } => Some(Order { hash, trial: trial.as_deref(), network }),
+            Self::Leave | Self::Stop | Self::Remove => None,
+        }
+    }
 }
 
 /// What to do, given what is there. An empty plan means: it is as it should be, it takes time, or it is not ours
@@ -166,7 +224,7 @@ pub(super) fn plan(goal: &Goal, scene: &Scene<'_>) -> Vec<Step> {
             let main = scene.main.map(|main| [stop(main, Slot::Main), vec![Step::Remove(Slot::Main)]].concat());
             [scene.next.map(away).unwrap_or_default(), main.unwrap_or_default()].concat()
         }
-        Goal::Run { hash, network } => run(&scene, hash, network),
+        Goal::Run { hash, trial, network } => run(&scene, Order { hash, trial: trial.as_deref(), network }),
     }
 }
 
@@ -179,50 +237,66 @@ fn away(next: &Inspected) -> Vec<Step> {
     [stop(next, Slot::Next), vec![Step::Remove(Slot::Next)]].concat()
 }
 
-fn run(scene: &Scene<'_>, hash: &str, network: &str) -> Vec<Step> {
+fn run(scene: &Scene<'_>, order: Order<'_>) -> Vec<Step> {
     use Slot::{Main, Next};
-    use Step::{Create, Prepare, Remove, Rename, Restart, Start, Stop};
-    let right = |container: &Inspected| is_right(container, hash, network);
-    let main_is_right = |main: &Inspected| right(main) && !scene.draining;
-    let made = [Prepare, Create(Main), Start(Main)];
+    use Step::{Create, Prepare, Remove, Restart, Start, Stop};
+    let made = [Prepare, Create(Main, Make::Wanted), Start(Main)];
+    let beside = |make| vec![Prepare, Create(Next, make), Start(Next)];
+    // Nobody waits for an image or a network of a connector that is thrown away again.
+    let anew = |next, make| [away(next), vec![Create(Next, make), Start(Next)]].concat();
+    let fits = |main: &Inspected| order.fits(main).filter(|_| !scene.draining);
     match (scene.main, scene.next) {
         (None, None) => made.into(),
         // The last steps of a replacement are missing.
-        (None, Some(_)) if !scene.no_rename => vec![Rename],
+        (None, Some(_)) if !scene.no_rename => rename(scene),
         // It cannot have the name, so another one is made under it, which takes over in the same way.
         (None, Some(_)) => made.into(),
-        (Some(main), _) if scene.bad_token && has_hash(main, hash) => stop(main, Main),
-        (Some(main), None) if main_is_right(main) => {
-            if scene.restart {
-                vec![Restart]
-            } else {
-                vec![]
-            }
-        }
-        // Left over, or the other way round: it goes when the one with the name can do without it.
-        (Some(main), Some(next)) if main_is_right(main) => {
-            let main_serves = main.state == RunState::Running && scene.main_ready;
-            if next.state == RunState::Running && !main_serves { vec![] } else { away(next) }
-        }
+        (Some(main), _) if scene.bad_token && order.made(main).is_some() => stop(main, Main),
+        // Whoever restarts it by hand is not to find another one in its place.
+        (Some(main), _) if scene.ended_lately && !scene.next_ready && order.made(main).is_some() => vec![],
+        (Some(main), None) if fits(main).is_some() => match scene.fresh {
+            _ if scene.restart => vec![Restart],
+            Some(make) if !scene.no_second => vec![Create(Next, make), Start(Next)],
+            _ if scene.go_back && fits(main) == Some(Make::Trial) && !scene.no_second => beside(Make::Wanted),
+            _ => vec![],
+        },
+        (Some(main), Some(next)) if fits(main).is_some() => beside_the_right_one(scene, order, main, next),
         (Some(main), None) if main.state == RunState::Running && !scene.no_second => {
             if scene.given_up {
+                // Tried as during an outage only: it takes over if its token is taken after all.
+                scene.fresh.filter(|_| scene.dark).map(beside).unwrap_or_default()
+            } else if scene.resting && !scene.dark {
                 vec![]
             } else {
-                vec![Prepare, Create(Next), Start(Next)]
+                beside(Make::Wanted)
             }
         }
         // A frozen process cannot drain, and one that Docker is about to restart has nothing to.
         (Some(main), None) => {
             let drain = if main.state == RunState::Paused { vec![] } else { stop(main, Main) };
-            [vec![Prepare], drain, vec![Remove(Main), Create(Main), Start(Main)]].concat()
+            [vec![Prepare], drain, vec![Remove(Main), Create(Main, Make::Wanted), Start(Main)]].concat()
         }
-        (Some(main), Some(next)) if main.state == RunState::Running => match scene.progress {
-            _ if !right(next) => away(next),
-            Progress::Serves if next.state == RunState::Running => {
-                [vec![Stop(Main), Remove(Main)], rename(scene)].concat()
+        (Some(main), Some(next)) if main.state == RunState::Running => match order.fits(next) {
+            // An older order's, and the only one that serves: it has the name first.
+            None if scene.dark && scene.next_ready && next.state == RunState::Running => take_over(scene),
+            None => away(next),
+            Some(_)
+                if next.state == RunState::Running
+                    && (scene.progress == Progress::Serves || scene.dark && scene.next_ready) =>
+            {
+                take_over(scene)
             }
-            Progress::Waiting | Progress::Serves => vec![],
-            Progress::Failed => away(next),
+            // Nobody is served, so nobody need wait for it to be ready.
+            Some(Make::Wanted) if scene.dark && !scene.given_up && next.state == RunState::Running => take_over(scene),
+            Some(Make::Trial) if scene.next_over && scene.next_dark => away(next),
+            // It is thrown away for another one or not at all.
+            Some(_) if scene.dark => {
+                scene.fresh.filter(|_| scene.next_dark).map(|make| anew(next, make)).unwrap_or_default()
+            }
+            // Refused, and why is not said.
+            Some(Make::Wanted) if scene.ask_why => anew(next, Make::Trial),
+            Some(_) if scene.progress == Progress::Failed => away(next),
+            Some(_) => vec![],
         },
         // Nothing serves under the name: whatever lives under the second one takes it over.
         (Some(main), Some(next)) if is_alive(next) => {
@@ -233,16 +307,46 @@ fn run(scene: &Scene<'_>, hash: &str, network: &str) -> Vec<Step> {
     }
 }
 
+/// Two, of which the one with the name is made as it should be.
+fn beside_the_right_one(scene: &Scene<'_>, order: Order<'_>, main: &Inspected, next: &Inspected) -> Vec<Step> {
+    let (is_trial, fits) = (order.fits(main) == Some(Make::Trial), order.fits(next));
+    let serves = scene.progress == Progress::Serves;
+    let main_serves = main.state == RunState::Running && scene.main_ready;
+    let is_return = is_trial && fits == Some(Make::Wanted);
+    match fits {
+        _ if next.state != RunState::Running && !(is_return && is_alive(next)) => away(next),
+        // Back from HTTP/2 to what is wanted: a replacement like any other.
+        Some(_) if main_serves && is_return => match scene.progress {
+            Progress::Serves if next.state == RunState::Running => take_over(scene),
+            Progress::Waiting | Progress::Serves => vec![],
+            Progress::Failed => away(next),
+        },
+        // Left over: it goes when the one with the name can do without it.
+        _ if main_serves => away(next),
+        // A fresh one that was ready first. Where it cannot have the name, the one that has it is waited for.
+        Some(_) if serves && next.state == RunState::Running && !scene.no_rename => take_over(scene),
+        // It may serve, for all that is known.
+        _ if !scene.next_dark || !scene.dark => vec![],
+        _ if scene.next_over => away(next),
+        _ => match scene.fresh {
+            Some(make) => [away(next), vec![Step::Create(Slot::Next, make), Step::Start(Slot::Next)]].concat(),
+            None => vec![],
+        },
+    }
+}
+
+/// The successor gets the place of the one before it.
+fn take_over(scene: &Scene<'_>) -> Vec<Step> {
+    [vec![Step::Stop(Slot::Main), Step::Remove(Slot::Main)], rename(scene)].concat()
+}
+
 fn rename(scene: &Scene<'_>) -> Vec<Step> {
     if scene.no_rename { vec![] } else { vec![Step::Rename] }
 }
 
-fn has_hash(container: &Inspected, hash: &str) -> bool {
-    container.labels.get(SPEC_LABEL).is_some_and(|label| label == hash)
-}
-
 #[cfg(test)]
 mod tests {
+    use super::Make::{Trial, Wanted};
     use super::Slot::{Main, Next};
     use super::Step::{Create, Prepare, Remove, Rename, Restart, Start, Stop};
     use super::*;
@@ -256,10 +360,10 @@ mod tests {
         RunState::Exited,
         RunState::Dead,
     ];
-    const ANEW: [Step; 4] = [Prepare, Remove(Main), Create(Main), Start(Main)];
+    const ANEW: [Step; 4] = [Prepare, Remove(Main), Create(Main, Wanted), Start(Main)];
 
     fn goal() -> Goal {
-        Goal::Run { hash: "right".into(), network: "net".into() }
+        Goal::Run { hash: "right".into(), trial: Some("trial".into()), network: "net".into() }
     }
 
     /// The plan for one container under the tunnel's name.
@@ -269,7 +373,7 @@ mod tests {
 
     #[test]
     fn a_missing_container_is_made() {
-        assert_eq!(plan(&goal(), &Scene::default()), [Prepare, Create(Main), Start(Main)]);
+        assert_eq!(plan(&goal(), &Scene::default()), [Prepare, Create(Main, Wanted), Start(Main)]);
         for goal in [Goal::Stop, Goal::Leave, Goal::Remove] {
             assert_eq!(plan(&goal, &Scene::default()), []);
         }
@@ -285,13 +389,13 @@ mod tests {
     #[test]
     fn a_running_container_is_replaced_by_a_successor_beside_it() {
         for mut main in [container(RunState::Running, Some("wrong")), container(RunState::Running, None)] {
-            assert_eq!(alone(&goal(), &main), [Prepare, Create(Next), Start(Next)]);
+            assert_eq!(alone(&goal(), &main), [Prepare, Create(Next, Wanted), Start(Next)]);
             main.networks.clear();
-            assert_eq!(alone(&goal(), &main), [Prepare, Create(Next), Start(Next)]);
+            assert_eq!(alone(&goal(), &main), [Prepare, Create(Next, Wanted), Start(Next)]);
         }
         let mut stranded = container(RunState::Running, Some("right"));
         stranded.networks.clear();
-        assert_eq!(alone(&goal(), &stranded), [Prepare, Create(Next), Start(Next)]);
+        assert_eq!(alone(&goal(), &stranded), [Prepare, Create(Next, Wanted), Start(Next)]);
     }
 
     #[test]
@@ -302,14 +406,14 @@ mod tests {
             }
         }
         let looping = container(RunState::Restarting, Some("wrong"));
-        assert_eq!(alone(&goal(), &looping), [Prepare, Stop(Main), Remove(Main), Create(Main), Start(Main)]);
+        assert_eq!(alone(&goal(), &looping), [Prepare, Stop(Main), Remove(Main), Create(Main, Wanted), Start(Main)]);
     }
 
     #[test]
     fn one_that_an_agent_before_has_left_draining_has_a_successor_before_it_ends() {
         let main = container(RunState::Running, Some("right"));
         let scene = Scene { main: Some(&main), draining: true, ..Scene::default() };
-        assert_eq!(plan(&goal(), &scene), [Prepare, Create(Next), Start(Next)]);
+        assert_eq!(plan(&goal(), &scene), [Prepare, Create(Next, Wanted), Start(Next)]);
         let next = container(RunState::Running, Some("right"));
         let scene = Scene { next: Some(&next), ..scene };
         assert_eq!(plan(&goal(), &scene), []);
@@ -372,7 +476,7 @@ mod tests {
     #[test]
     fn where_docker_refuses_a_second_container_it_is_replaced_in_place() {
         let main = container(RunState::Running, Some("wrong"));
-        let in_place = [Prepare, Stop(Main), Remove(Main), Create(Main), Start(Main)];
+        let in_place = [Prepare, Stop(Main), Remove(Main), Create(Main, Wanted), Start(Main)];
         let scene = Scene { main: Some(&main), no_second: true, ..Scene::default() };
         assert_eq!(plan(&goal(), &scene), in_place);
         let foreign = container(RunState::Running, None);
@@ -387,7 +491,7 @@ mod tests {
         let scene = Scene { no_rename: true, ..Scene::default() };
         let serves = Scene { main: Some(&wrong), next: Some(&right), progress: Progress::Serves, ..scene };
         assert_eq!(plan(&goal(), &serves), [Stop(Main), Remove(Main)]);
-        assert_eq!(plan(&goal(), &Scene { next: Some(&right), ..scene }), [Prepare, Create(Main), Start(Main)]);
+        assert_eq!(plan(&goal(), &Scene { next: Some(&right), ..scene }), [Prepare, Create(Main, Wanted), Start(Main)]);
         let both = Scene { main: Some(&right), next: Some(&right), ..scene };
         assert_eq!(plan(&goal(), &both), []);
         assert_eq!(plan(&goal(), &Scene { main_ready: true, ..both }), [Stop(Next), Remove(Next)]);
@@ -477,7 +581,7 @@ mod tests {
         assert_eq!(plan(&goal(), &Scene { main: Some(&main), restart: true, ..Scene::default() }), [Restart]);
         let wrong = container(RunState::Running, Some("wrong"));
         let scene = Scene { main: Some(&wrong), restart: true, ..Scene::default() };
-        assert_eq!(plan(&goal(), &scene), [Prepare, Create(Next), Start(Next)], "its successor is what helps");
+        assert_eq!(plan(&goal(), &scene), [Prepare, Create(Next, Wanted), Start(Next)], "its successor is what helps");
     }
 
     #[test]
@@ -500,33 +604,166 @@ mod tests {
         assert_eq!(plan(&goal(), &Scene { main: Some(&main), given_up: true, ..Scene::default() }), []);
     }
 
-    /// Every pair of containers, however far the successor has come: while something is wanted, the one that serves
-    /// is only stopped or removed when another one is known to serve, or where Docker allows no other way.
+    #[test]
+    fn an_order_that_comes_while_nobody_is_served_is_carried_out_at_once() {
+        let (main, next) = (container(RunState::Running, Some("wrong")), container(RunState::Running, Some("right")));
+        let dark = Scene { main: Some(&main), dark: true, ..Scene::default() };
+        for resting in [false, true] {
+            assert_eq!(plan(&goal(), &Scene { resting, ..dark }), [Prepare, Create(Next, Wanted), Start(Next)]);
+        }
+        assert_eq!(
+            plan(&goal(), &Scene { resting: true, dark: false, ..dark }),
+            [],
+            "it pauses beside one that serves"
+        );
+        // Whether it is ready or not, and however long it has not been.
+        for progress in [Progress::Waiting, Progress::Serves, Progress::Failed] {
+            let scene = Scene { next: Some(&next), progress, ..dark };
+            assert_eq!(plan(&goal(), &scene), [Stop(Main), Remove(Main), Rename], "{progress:?}");
+            // But not for a token that is known to be refused.
+            let steps = plan(&goal(), &Scene { given_up: true, ..scene });
+            assert_eq!(steps.is_empty(), progress != Progress::Serves, "{steps:?}");
+        }
+        // An older order's serves meanwhile: it has the name before it is replaced.
+        let older = container(RunState::Running, Some("older"));
+        let scene = Scene { next: Some(&older), next_ready: true, ..dark };
+        assert_eq!(plan(&goal(), &scene), [Stop(Main), Remove(Main), Rename]);
+        assert_eq!(plan(&goal(), &Scene { next_ready: false, ..scene }), [Stop(Next), Remove(Next)]);
+    }
+
+    #[test]
+    fn in_an_outage_a_fresh_one_is_tried_beside_it_and_whichever_is_ready_first_stays() {
+        let (main, next) = (container(RunState::Running, Some("right")), container(RunState::Running, Some("right")));
+        let dark = Scene { main: Some(&main), dark: true, next_dark: true, ..Scene::default() };
+        assert_eq!(plan(&goal(), &dark), [], "not yet");
+        for make in [Wanted, Trial] {
+            let due = Scene { fresh: Some(make), ..dark };
+            assert_eq!(plan(&goal(), &due), [Create(Next, make), Start(Next)]);
+            assert_eq!(plan(&goal(), &Scene { no_second: true, ..due }), []);
+            let both = Scene { next: Some(&next), ..due };
+            assert_eq!(plan(&goal(), &both), [Stop(Next), Remove(Next), Create(Next, make), Start(Next)]);
+            let unknown = Scene { next_dark: false, ..both };
+            assert_eq!(plan(&goal(), &unknown), [], "it may serve");
+            let takes_over = Scene { progress: Progress::Serves, next_ready: true, ..unknown };
+            assert_eq!(plan(&goal(), &takes_over), [Stop(Main), Remove(Main), Rename]);
+            assert_eq!(plan(&goal(), &Scene { next_ready: true, ..unknown }), [], "nearly");
+            let first = Scene { dark: false, main_ready: true, next_ready: true, fresh: None, ..both };
+            assert_eq!(plan(&goal(), &first), [Stop(Next), Remove(Next)]);
+        }
+        assert_eq!(plan(&goal(), &Scene { next: Some(&next), ..dark }), [], "it has its time");
+        assert_eq!(plan(&goal(), &Scene { next: Some(&next), next_over: true, ..dark }), [Stop(Next), Remove(Next)]);
+    }
+
+    #[test]
+    fn one_that_ended_a_moment_ago_may_come_back() {
+        let main = container(RunState::Exited, Some("right"));
+        let scene = Scene { main: Some(&main), ended_lately: true, ..Scene::default() };
+        assert_eq!(plan(&goal(), &scene), []);
+        let next = container(RunState::Running, Some("right"));
+        assert_eq!(plan(&goal(), &Scene { next: Some(&next), ..scene }), []);
+        let serves = Scene { next: Some(&next), next_ready: true, ..scene };
+        assert_eq!(plan(&goal(), &serves), [Remove(Main), Rename]);
+        let older = container(RunState::Exited, Some("older"));
+        assert_eq!(plan(&goal(), &Scene { main: Some(&older), ..scene }), ANEW, "nobody wants that one back");
+        for goal in [Goal::Stop, Goal::Remove] {
+            assert_eq!(plan(&goal, &scene).is_empty(), goal == Goal::Stop);
+        }
+    }
+
+    #[test]
+    fn one_over_http2_serves_until_it_is_time_to_go_back_and_the_other_one_can() {
+        let (main, next) = (container(RunState::Running, Some("trial")), container(RunState::Running, Some("right")));
+        let scene = Scene { main: Some(&main), main_ready: true, ..Scene::default() };
+        assert_eq!(plan(&goal(), &scene), []);
+        let back = Scene { go_back: true, ..scene };
+        assert_eq!(plan(&goal(), &back), [Prepare, Create(Next, Wanted), Start(Next)]);
+        let both = |progress| plan(&goal(), &Scene { next: Some(&next), progress, ..scene });
+        assert_eq!(both(Progress::Waiting), []);
+        assert_eq!(both(Progress::Serves), [Stop(Main), Remove(Main), Rename]);
+        assert_eq!(both(Progress::Failed), [Stop(Next), Remove(Next)]);
+    }
+
+    #[test]
+    fn a_successor_that_is_refused_without_a_word_is_asked_over_http2() {
+        let main = container(RunState::Running, Some("wrong"));
+        let (next, trial) = (container(RunState::Running, Some("right")), container(RunState::Running, Some("trial")));
+        let scene = Scene { main: Some(&main), main_ready: true, progress: Progress::Failed, ..Scene::default() };
+        let asked = Scene { next: Some(&next), ask_why: true, ..scene };
+        assert_eq!(plan(&goal(), &asked), [Stop(Next), Remove(Next), Create(Next, Trial), Start(Next)]);
+        let scene = Scene { next: Some(&trial), ..scene };
+        assert_eq!(plan(&goal(), &scene), [Stop(Next), Remove(Next)]);
+        assert_eq!(plan(&goal(), &Scene { progress: Progress::Waiting, ..scene }), []);
+        let serves = Scene { progress: Progress::Serves, next_ready: true, ..scene };
+        assert_eq!(plan(&goal(), &serves), [Stop(Main), Remove(Main), Rename]);
+    }
+
+    /// Every pair of containers, however far the successor has come and whatever else is known: while something is
+    /// wanted, the one that serves is only stopped or removed when another one is known to serve, and the one with the
+    /// name also when it is known to serve nobody.
     #[test]
     fn no_plan_takes_away_the_last_one_that_serves() {
-        let hashes = [Some("right"), Some("wrong"), None];
-        let each = || ALL.into_iter().flat_map(|state| hashes.map(|hash| Some(container(state, hash))));
-        for main in each().chain([None]) {
-            for next in each().chain([None]) {
-                for (progress, main_ready) in [
-                    (Progress::Waiting, false),
-                    (Progress::Waiting, true),
-                    (Progress::Serves, true),
-                    (Progress::Failed, true),
-                ] {
-                    let scene =
-                        Scene { main: main.as_ref(), next: next.as_ref(), progress, main_ready, ..Scene::default() };
-                    let steps = plan(&goal(), &scene);
-                    let runs = |c: &Option<Inspected>| c.as_ref().is_some_and(|c| c.state == RunState::Running);
-                    let takes = |slot| steps.iter().any(|step| *step == Stop(slot) || *step == Remove(slot));
-                    if takes(Main) && runs(&main) {
-                        assert!(runs(&next) && progress == Progress::Serves, "{steps:?} of {scene:?}");
-                    }
-                    if takes(Next) && runs(&next) {
-                        assert!(runs(&main), "{steps:?} of {scene:?}");
-                    }
+        let states = [RunState::Created, RunState::Running, RunState::Restarting, RunState::Exited];
+        let hashes = ["right", "trial", "wrong"];
+        let each = || states.into_iter().flat_map(|state| hashes.map(|hash| Some(container(state, Some(hash)))));
+        let (mut plans, goal) = (0, goal());
+        let order = goal.order().unwrap();
+        for (main, next) in
+            each().chain([None]).flat_map(|main| each().chain([None]).map(move |next| (main.clone(), next)))
+        {
+            let runs = |c: &Option<Inspected>| c.as_ref().is_some_and(|c| c.state == RunState::Running);
+            for bits in 0..1_u32 << 12 {
+                let is = |bit: u32| bits & 1 << bit != 0;
+                let progress = match (is(0), is(1)) {
+                    (false, false) => Progress::Waiting,
+                    (true, false) => Progress::Serves,
+                    (_, true) => Progress::Failed,
+                };
+                let fresh = match (is(2), is(3)) {
+                    (false, _) => None,
+                    (true, false) => Some(Wanted),
+                    (true, true) => Some(Trial),
+                };
+                let (main_ready, dark) = (is(4) && runs(&main), is(5) && runs(&main));
+                // Whoever serves is ready.
+                let next_ready = runs(&next) && (is(6) || progress == Progress::Serves);
+                let next_dark = is(11) && runs(&next);
+                if main_ready && dark || next_ready && (next_dark || progress == Progress::Failed) {
+                    continue;
+                }
+                let scene = Scene {
+                    main: main.as_ref(),
+                    next: next.as_ref(),
+                    progress,
+                    main_ready,
+                    dark,
+                    ended_lately: is(7),
+                    next_ready,
+                    next_dark,
+                    fresh,
+                    ask_why: is(8) && progress == Progress::Failed,
+                    next_over: is(9) && !next_ready,
+                    go_back: is(10),
+                    resting: is(9),
+                    given_up: is(8),
+                    ..Scene::default()
+                };
+                let steps = plan(&goal, &scene);
+                plans += 1;
+                let takes = |slot| steps.iter().any(|step| *step == Stop(slot) || *step == Remove(slot));
+                if takes(Main) && runs(&main) {
+                    assert!(runs(&next), "{steps:?} of {scene:?}");
+                    assert!(progress == Progress::Serves || dark, "{steps:?} of {scene:?}");
+                    assert!(!takes(Next), "{steps:?} of {scene:?}");
+                }
+                if takes(Next) && runs(&next) {
+                    assert!(runs(&main), "{steps:?} of {scene:?}");
+                    assert!(
+                        next_dark || !dark || main_ready || order.fits(next.as_ref().unwrap()).is_none(),
+                        "{steps:?} of {scene:?}"
+                    );
                 }
             }
         }
+        assert!(plans > 100_000, "{plans}");
     }
 }

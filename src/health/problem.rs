@@ -36,8 +36,8 @@ impl Problem {
         let problem = Self::of(error);
         let cause = match (step, error) {
             (Step::Start(_) | Step::Restart, DockerError::NotFound { .. }) => Cause::NetworkMissing,
-            (Step::Create(_), DockerError::NotFound { .. }) => Cause::ImageUnavailable,
-            (Step::Create(_) | Step::Rename, DockerError::Conflict { .. }) => Cause::NameTaken,
+            (Step::Create(..), DockerError::NotFound { .. }) => Cause::ImageUnavailable,
+            (Step::Create(..) | Step::Rename, DockerError::Conflict { .. }) => Cause::NameTaken,
             _ => problem.cause,
         };
         Self { cause, ..problem }

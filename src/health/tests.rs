@@ -11,13 +11,14 @@ use crate::channels::Refusal;
 use crate::config::OnExit;
 use crate::docker::{Health, LastCheck};
 use crate::state::testing::token;
-use crate::state::{AgentId, Phase, Token, TunnelId};
+use crate::state::{AgentId, DesiredState, Phase, Token, TunnelId};
 
 const MAIN: &str = "tunnel";
 const MINUTE: Duration = Duration::from_secs(60);
 
 /// A supervisor at work, and what is wanted of it.
 struct Bench {
+    wake: mpsc::Sender<()>,
     host: Double,
     wanted: watch::Sender<Wanted>,
     ways: watch::Sender<Ways>,
@@ -59,12 +60,13 @@ impl Bench {
         let (wanted, wanted_rx) = watch::channel(wanted);
         let (ways, ways_rx) = watch::channel(Ways::default());
         let (view_tx, view) = watch::channel(View::default());
-        // Nobody wakes it: it must find out by itself.
-        let inputs = Inputs { wanted: wanted_rx, ways: ways_rx, wake: mpsc::channel(1).1 };
+        // Nobody wakes it unless a test does: it must find out by itself.
+        let (wake, wake_rx) = mpsc::channel(1);
+        let inputs = Inputs { wanted: wanted_rx, ways: ways_rx, wake: wake_rx };
         let (stop, metrics) = (CancellationToken::new(), Metrics::default());
         let supervisor = Supervisor::on(host.clone(), config, None, inputs, view_tx, metrics.clone());
         let work = tokio::spawn(supervisor.run(stop.clone()));
-        Self { host: host.clone(), wanted, ways, view, stop, work, metrics }
+        Self { wake, host: host.clone(), wanted, ways, view, stop, work, metrics }
     }
 
     /// Waits until the tunnel is told to be like this.
@@ -82,6 +84,11 @@ impl Bench {
             sleep(Duration::from_secs(1)).await;
         }
         self.until(Status::Running, None).await;
+    }
+
+    /// As Docker's events do.
+    async fn ring(&self) {
+        self.wake.send(()).await.unwrap();
     }
 
     fn order(&self, token: &str) {
@@ -125,16 +132,225 @@ const CONTROL: &str =
 const FALLBACK: &str = "INF Switching to fallback protocol http2 connIndex=0";
 const REFUSED: &str = r#"ERR Register tunnel error from server side error="Unauthorized: Tunnel not found""#;
 
+/// Waits until somebody is served, and tells how long that took.
+async fn until_served(host: &Double) -> Duration {
+    let began = Instant::now();
+    while host.served() == 0 {
+        sleep(Duration::from_millis(100)).await;
+        assert!(began.elapsed() < 60 * MINUTE, "nobody is served after {:#?}", host.world().calls);
+    }
+    began.elapsed()
+}
+
 #[tokio::test(start_paused = true)]
-async fn half_an_hour_without_the_edge_is_waited_out() {
+async fn after_an_outage_of_any_length_somebody_is_served_within_seconds_of_its_end() {
+    for (length, limit) in [(15, 20), (40, 20), (250, 20), (900, 45), (3 * 3600, 45)] {
+        for offset in 0..if length > 60 { 1 } else { 5 } {
+            let mut bench = running().await;
+            sleep(MINUTE).await;
+            bench.host.edge_goes();
+            let view = bench.until(Status::Degraded, Some("edge_unreachable")).await;
+            assert_eq!(view.connections, Some(0));
+            sleep(Duration::from_secs(length + 3 * offset)).await;
+            assert_eq!(bench.view.borrow().reason, Some("edge_unreachable"));
+            bench.host.edge_returns();
+            let took = until_served(&bench.host).await;
+            assert!(took <= Duration::from_secs(limit), "{took:?} after {length}s");
+            bench.until(Status::Running, None).await;
+            sleep(2 * MINUTE).await;
+            assert_eq!(bench.names(), [MAIN]);
+            assert_eq!(bench.view.borrow().status, Status::Running);
+            // Nothing more is done once it serves.
+            bench.calls();
+            sleep(10 * MINUTE).await;
+            assert_eq!(bench.calls(), Vec::<String>::new());
+            let world = bench.host.world();
+            assert_eq!(world.gaps, 0, "the one that served first was taken away");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn fresh_connectors_are_counted_and_come_ever_less_often_and_the_one_that_is_down_stays() {
     let mut bench = running().await;
-    bench.host.behave(&key('a'), never_ready(&[]));
-    let view = bench.until(Status::Degraded, Some("edge_unreachable")).await;
-    assert_eq!(view.connections, Some(0));
+    sleep(MINUTE).await;
+    let before = bench.host.world().containers[MAIN].seen.id.clone();
+    bench.host.edge_goes();
+    bench.until(Status::Degraded, Some("edge_unreachable")).await;
+    sleep(10 * MINUTE).await;
+    let first = bench.host.world().count("create tunnel-next");
+    assert!((50..=70).contains(&first), "{first} in ten minutes");
     sleep(30 * MINUTE).await;
-    bench.host.behave(&key('a'), Behaviour::default());
-    bench.until(Status::Running, None).await;
-    assert_eq!(bench.calls(), Vec::<String>::new(), "restarting it would lose what still works");
+    let more = bench.host.world().count("create tunnel-next") - first;
+    assert!((50..=70).contains(&more), "{more} in half an hour");
+    assert_eq!(bench.host.world().containers[MAIN].seen.id, before);
+    assert_eq!(bench.host.world().containers.len(), 2);
+    let counted = format!("tunnel_fresh_connectors_total {}", first + more);
+    assert_eq!(bench.metrics.lines(&["tunnel_fresh_connectors_total"]), [counted]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_fresh_connector_is_tried_where_it_would_not_help() {
+    for (line, reason) in [(REFUSED, "token_refused")] {
+        let mut bench = running().await;
+        sleep(MINUTE).await;
+        bench.host.behave(&key('a'), never_ready(&[line]));
+        let is_it = |view: &View| view.reason == Some(reason);
+        timeout(MINUTE, bench.view.wait_for(is_it)).await.expect(reason).unwrap();
+        // One may have been made before it was known.
+        sleep(MINUTE).await;
+        assert_eq!(bench.names(), [MAIN]);
+        bench.calls();
+        sleep(30 * MINUTE).await;
+        assert_eq!(bench.calls(), Vec::<String>::new(), "{reason}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_that_loses_its_connections_for_moments_is_left_alone() {
+    let bench = running().await;
+    for _ in 0..20 {
+        bench.host.behave(&key('a'), never_ready(&[]));
+        sleep(Duration::from_secs(7)).await;
+        bench.host.behave(&key('a'), Behaviour::default());
+        sleep(MINUTE).await;
+    }
+    assert_eq!(bench.calls(), Vec::<String>::new());
+}
+
+/// The newest order serves in the same time after the edge's return, whatever came before it and however long it
+/// has been away.
+#[tokio::test(start_paused = true)]
+async fn an_order_that_comes_during_an_outage_serves_as_soon_as_the_edge_is_back() {
+    for length in [20, 250, 3600] {
+        for ordered_before in [0, 8] {
+            let mut bench = running().await;
+            sleep(MINUTE).await;
+            if ordered_before > 0 {
+                // While the old one serves, so that its successor waits for the edge when that goes.
+                bench.order(&key('b'));
+                sleep(Duration::from_millis(300)).await;
+                bench.host.edge_goes();
+            } else {
+                bench.host.edge_goes();
+                bench.until(Status::Degraded, Some("edge_unreachable")).await;
+                bench.order(&key('b'));
+            }
+            // The newest one's connector runs, with no edge and within seconds.
+            sleep(Duration::from_secs(15)).await;
+            assert_eq!(bench.host.world().containers[MAIN].token, key('b'), "{:#?}", bench.host.world().calls);
+            sleep(Duration::from_secs(length)).await;
+            // And another one, later.
+            bench.order(&key('c'));
+            sleep(Duration::from_secs(8)).await;
+            assert_eq!(bench.host.world().containers[MAIN].token, key('c'));
+            bench.host.edge_returns();
+            let took = until_served(&bench.host).await;
+            assert!(took <= Duration::from_secs(20), "{took:?} after {length}s");
+            bench.until_served_with('c').await;
+            sleep(MINUTE).await;
+            assert_eq!((bench.names(), bench.host.world().gaps), (vec![MAIN.to_owned()], 0));
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pause_after_a_successor_that_failed_ends_with_the_connector_beside_it() {
+    let mut bench = running().await;
+    sleep(MINUTE).await;
+    bench.host.behave(&key('b'), never_ready(&[]));
+    bench.order(&key('b'));
+    bench.until(Status::Running, Some("edge_unreachable")).await;
+    sleep(60 * MINUTE).await;
+    // It has paused for up to half an hour by now. Then the old one is down as well.
+    bench.host.behave(&key('b'), Behaviour::default());
+    bench.host.behave(&key('a'), never_ready(&[]));
+    let began = Instant::now();
+    bench.until_served_with('b').await;
+    assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_that_was_refused_is_tried_again_only_while_nobody_is_served() {
+    let mut bench = running().await;
+    sleep(MINUTE).await;
+    bench.host.behave(&key('b'), never_ready(&[REFUSED]));
+    bench.order(&key('b'));
+    bench.until(Status::Running, Some("token_refused")).await;
+    bench.host.edge_goes();
+    sleep(5 * MINUTE).await;
+    assert_eq!(bench.host.world().containers[MAIN].token, key('a'), "it is the one that will serve again");
+    bench.host.edge_returns();
+    until_served(&bench.host).await;
+    sleep(2 * MINUTE).await;
+    assert_eq!((bench.names(), bench.host.world().gaps), (vec![MAIN.to_owned()], 0));
+    assert_eq!(bench.view.borrow().status, Status::Running);
+}
+
+/// Killed before and after each call of an outage's first rounds and of the takeover, the next agent goes on.
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_is_killed_during_an_outage_leaves_what_the_next_one_goes_on_from() {
+    let mut deaths = 0;
+    for at in [0, 1, 2, 3, 4, 5, 6, 9, 10, 11, 12, 13] {
+        for moment in [Moment::Before, Moment::After] {
+            for back_first in [false, true] {
+                let bench = running().await;
+                sleep(MINUTE).await;
+                let host = bench.host.clone();
+                host.world().dies_at = Some((at, moment));
+                host.edge_goes();
+                // Two rounds, and then it is back.
+                let died = timeout(Duration::from_secs(28), host.death()).await.is_ok();
+                if !died {
+                    host.edge_returns();
+                    deaths += u32::from(timeout(2 * MINUTE, host.death()).await.is_ok());
+                } else {
+                    deaths += 1;
+                }
+                bench.kill().await;
+                host.world().dies_at = None;
+                if back_first {
+                    host.edge_returns();
+                    sleep(3 * MINUTE).await;
+                }
+                let mut bench = Bench::start(&host, wants(&key('a')));
+                sleep(Duration::from_secs(30)).await;
+                if !back_first {
+                    host.edge_returns();
+                }
+                let took = until_served(&host).await;
+                assert!(took <= Duration::from_secs(20), "{moment:?} call {at}: {took:?}");
+                sleep(2 * MINUTE).await;
+                bench.until(Status::Running, None).await;
+                let world = host.world();
+                assert_eq!(world.gaps, 0, "{moment:?} call {at}: {:#?}", world.calls);
+                assert_eq!(world.containers.keys().collect::<Vec<_>>(), [MAIN], "{moment:?} call {at}");
+            }
+        }
+    }
+    assert!(deaths > 20, "{deaths}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_restart_by_hand_is_waited_for() {
+    let mut bench = running().await;
+    sleep(MINUTE).await;
+    for pause in [300, 1500] {
+        bench.host.ends(MAIN, 0);
+        bench.ring().await;
+        sleep(Duration::from_millis(pause)).await;
+        bench.host.starts_again(MAIN);
+        bench.until(Status::Running, None).await;
+        sleep(MINUTE).await;
+        assert_eq!(bench.calls(), Vec::<String>::new(), "{pause}");
+    }
+    // One that stays away is made anew.
+    let began = Instant::now();
+    bench.host.ends(MAIN, 137);
+    bench.ring().await;
+    until_served(&bench.host).await;
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    assert_eq!(bench.calls(), ["remove tunnel", "create tunnel", "start tunnel"]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -270,8 +486,12 @@ async fn a_token_that_cloudflare_refuses_is_told_within_three_seconds_of_the_wor
         assert!(words.elapsed() <= Duration::from_secs(3), "{:?}", words.elapsed());
         assert_eq!((view.connections, view.connector.protocol), (Some(0), Some("http2")));
     }
+    // Others may be tried while it is not certain, and none after that.
+    sleep(MINUTE).await;
+    assert_eq!(bench.names(), [MAIN]);
+    bench.calls();
     sleep(30 * MINUTE).await;
-    assert_eq!(bench.calls(), ["create tunnel", "start tunnel"], "cloudflared itself keeps asking");
+    assert_eq!(bench.calls(), Vec::<String>::new(), "cloudflared itself keeps asking");
     host.behave(&key('a'), Behaviour::default());
     bench.until(Status::Running, None).await;
 }

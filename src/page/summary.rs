@@ -113,6 +113,8 @@ impl Sources {
                 "reason": view.reason,
                 "name": view.name,
                 "id": view.tunnel_id,
+                // While the connector is another tunnel's.
+                "wanted": view.wanted.as_ref().map(|wanted| json!({ "name": wanted.name, "id": wanted.id })),
                 "container_running": view.container_running,
                 "since": view.since.map(|since| since.to_string()),
                 "ready_connections": view.connections,

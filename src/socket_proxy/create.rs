@@ -14,7 +14,7 @@ use super::plan::Policy;
 use crate::config::connector_option;
 use crate::docker::{
     COMMAND, HOST_GATEWAY, JOINED, NAME_LABEL, OWNER_LABEL, REDEPLOY_LABEL, SPEC_LABEL, Spec, TUNNEL_LABEL,
-    metrics_variable,
+    TUNNEL_NAME_LABEL, label_text, metrics_variable,
 };
 use crate::state::{AgentId, Token, TunnelId};
 
@@ -208,6 +208,7 @@ fn check_labels(policy: &Policy, labels: &BTreeMap<String, String>) -> Result<()
     let is_number = |text: &str| text.parse::<u64>().is_ok_and(|number| number.to_string() == text);
     let fits = labels.iter().all(|(key, value)| match key.as_str() {
         TUNNEL_LABEL => TunnelId::read(value).is_ok_and(|id| id.0 == *value),
+        TUNNEL_NAME_LABEL => !value.is_empty() && *value == label_text(value),
         REDEPLOY_LABEL => is_number(value),
         NAME_LABEL => *value == policy.tunnel.container_name,
         // Which agent it is, the proxy does not know.

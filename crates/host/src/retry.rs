@@ -105,6 +105,11 @@ impl Trouble {
         }
     }
 
+    /// Nobody asks for it any more: nothing is said, since nothing works again.
+    pub fn dropped(&mut self) {
+        self.since = None;
+    }
+
     /// Notes that it works. Returns whether it did not before.
     pub fn ended(&mut self) -> bool {
         let Some(lasting) = self.since.take() else { return false };

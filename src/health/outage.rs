@@ -1,0 +1,126 @@
+//! An outage: the connector runs and has had no connection for some seconds. cloudflared waits ever longer between
+//! its tries, a fresh one beside it tries at once. When it is time for one, and from which spec. No I/O; time is
+//! handed in.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::plan::Make;
+use crate::cause::Cause;
+
+/// A connection that is lost is often back by itself within moments.
+const FIRST_AFTER: Duration = Duration::from_secs(10);
+/// One that was never connected gets longer for its first one.
+const NEVER_READY: Duration = Duration::from_secs(20);
+/// Between two fresh connectors at the beginning, each time 20 % more or less, and later on.
+const EVERY: Duration = Duration::from_secs(10);
+const EVERY_LATER: Duration = Duration::from_secs(30);
+/// How long the beginning is.
+const BEGINNING: Duration = Duration::from_secs(600);
+/// How often the two are looked at meanwhile.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+const LOOK_EVERY_LATER: Duration = Duration::from_secs(1);
+/// Each third one tries another protocol from this one on: UDP may be blocked where TCP is not.
+const OTHER_FROM: u32 = 4;
+
+/// One outage, from its beginning to the first connection.
+#[derive(Debug)]
+pub(super) struct Outage {
+    began: Instant,
+    next: Instant,
+    /// Fresh connectors so far.
+    pub(super) made: u32,
+}
+
+impl Outage {
+    /// `dark_since` is when the last connection was found lost.
+    pub(super) fn new(dark_since: Instant, was_ready: bool) -> Self {
+        let first = if was_ready { FIRST_AFTER } else { NEVER_READY };
+        Self { began: dark_since, next: dark_since + jittered(first), made: 0 }
+    }
+
+    /// Whether it is time for a fresh one.
+    pub(super) fn is_due(&self, now: Instant) -> bool {
+        now >= self.next
+    }
+
+    /// One was made.
+    pub(super) fn made(&mut self, now: Instant) {
+        self.made = self.made.saturating_add(1);
+        self.next = now + jittered(if now - self.began < BEGINNING { EVERY } else { EVERY_LATER });
+    }
+
+    /// From which spec the next one is made: as the one that is down, and now and then the other way.
+    pub(super) fn make(&self, main: Make, may_differ: bool) -> Make {
+        let differs = may_differ && self.made >= OTHER_FROM && self.made % 3 == 1;
+        match (main, differs) {
+            (Make::Wanted, false) | (Make::Trial, true) => Make::Wanted,
+            (Make::Wanted, true) | (Make::Trial, false) => Make::Trial,
+        }
+    }
+
+    /// How long until the next look: soon while the fresh one may become ready, and in time for the next one.
+    pub(super) fn look_again(&self, now: Instant) -> Duration {
+        let pause = if now - self.began < BEGINNING { LOOK_EVERY } else { LOOK_EVERY_LATER };
+        pause.min(self.next.saturating_duration_since(now))
+    }
+}
+
+/// Many hosts lose the edge at the same moment, and should not return as one.
+fn jittered(time: Duration) -> Duration {
+    time.mul_f64(0.8 + 0.4 * fastrand::f64())
+}
+
+/// Whether a fresh connector may find what the present one does not: not where Docker itself cannot resolve a name or
+/// where the same token would be refused again.
+pub(super) fn may_help(cause: Option<Cause>) -> bool {
+    match cause {
+        None
+        | Some(
+            Cause::EdgeUnreachable
+            | Cause::UdpBlocked
+            | Cause::EdgeError
+            | Cause::EdgeUntrusted
+            | Cause::RegistrationRefused,
+        ) => true,
+        Some(_) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn fresh_ones_come_each_ten_seconds_for_ten_minutes_and_each_thirty_for_hours() {
+        let began = Instant::now();
+        let mut outage = Outage::new(began, true);
+        let (mut now, mut last) = (began, began);
+        while now - began < Duration::from_secs(4 * 3600) {
+            now += Duration::from_millis(100);
+            if !outage.is_due(now) {
+                continue;
+            }
+            let gap = (now - last).as_secs_f64();
+            let expected = if last - began < BEGINNING { 8.0..12.2 } else { 24.0..36.2 };
+            assert!(expected.contains(&gap), "{gap} after {:?}", last - began);
+            last = now;
+            outage.made(now);
+        }
+        assert!((500..620).contains(&outage.made), "{}", outage.made);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn two_of_three_are_like_the_one_that_is_down_and_all_where_nothing_else_is_allowed() {
+        let mut outage = Outage::new(Instant::now(), true);
+        let (mut trials, mut returns) = (0, 0);
+        for _ in 0..34 {
+            assert_eq!(outage.make(Make::Wanted, false), Make::Wanted);
+            trials += u32::from(outage.make(Make::Wanted, true) == Make::Trial);
+            returns += u32::from(outage.make(Make::Trial, true) == Make::Wanted);
+            outage.made(Instant::now());
+        }
+        assert_eq!((trials, returns), (10, 10));
+    }
+}

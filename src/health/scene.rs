@@ -1,0 +1,176 @@
+//! From what was seen to what the plan must know: what is wanted, how far a successor has come, which pauses last and
+//! which are over. A pause ends with the reason that it was made for.
+
+use std::collections::BTreeMap;
+
+use tokio::time::Instant;
+
+use super::host::Host;
+use super::look::Sight;
+use super::outage::{self, Outage};
+use super::plan::{Goal, Make, Order, Progress, Scene};
+use super::problem::Problem;
+use super::{COMES_BACK, Supervisor};
+use crate::cause::Cause;
+use crate::channels::Wanted;
+use crate::docker::{
+    NAME_LABEL, OWNER_LABEL, REDEPLOY_LABEL, RunState, Spec, TUNNEL_LABEL, TUNNEL_NAME_LABEL, label_text,
+};
+use crate::state::{AgentId, DesiredState};
+
+impl<H: Host> Supervisor<H> {
+    /// What the container should be. A token that cloudflared would not take is a problem, not a goal.
+    pub(super) fn goal(&self, wanted: &Wanted) -> Result<Goal, Problem> {
+        if wanted.decommission.is_some() {
+            return Ok(Goal::Stop);
+        }
+        match (wanted.state, &wanted.token) {
+            (DesiredState::Unknown, _) => Ok(Goal::Leave),
+            (DesiredState::Stopped, _) => Ok(Goal::Remove),
+            (DesiredState::Running, None) => Err(Problem::new(Cause::TokenMissing, "")),
+            (DesiredState::Running, Some(token)) => match (token.claims(), self.spec(wanted)) {
+                (Ok(_), Some(spec)) => {
+                    let trial = spec.over_http2().map(|trial| trial.hash());
+                    Ok(Goal::Run { hash: spec.hash(), trial, network: self.config.network.clone() })
+                }
+                (problem, _) => Err(Problem::new(Cause::TokenMalformed, problem.err().unwrap_or_default())),
+            },
+        }
+    }
+
+    pub(super) fn spec(&self, wanted: &Wanted) -> Option<Spec> {
+        let id = wanted.owners.last().map_or(OWNER_LABEL.1, AgentId::as_str);
+        let mut labels = BTreeMap::from([
+            (OWNER_LABEL.0.to_owned(), id.to_owned()),
+            (NAME_LABEL.to_owned(), self.config.container_name.clone()),
+        ]);
+        labels.insert(REDEPLOY_LABEL.to_owned(), wanted.redeploys.to_string());
+        labels.extend(wanted.id.as_ref().map(|id| (TUNNEL_LABEL.to_owned(), id.to_string())));
+        let name = wanted.name.as_deref().map(label_text).filter(|name| !name.is_empty());
+        labels.extend(name.map(|name| (TUNNEL_NAME_LABEL.to_owned(), name)));
+        Some(Spec {
+            image: self.config.image.to_string(),
+            network: self.config.network.clone(),
+            token: wanted.token.clone()?,
+            options: self.config.options.clone(),
+            host_gateway: self.config.host_gateway && !self.no_host_gateway,
+            labels,
+        })
+    }
+
+    /// New orders are not to wait for the failures of old ones, and what was said of those is over.
+    pub(super) fn begin_anew(&mut self) {
+        (self.problem, self.not_before, self.rests_until, self.outage) = (None, None, None, None);
+        self.backoff.reset();
+        self.replacing.reset();
+        self.attempts.dropped();
+        self.replacements.dropped();
+    }
+
+    /// Takes note of what began and ended since the last look, and ends the pauses whose reason is gone.
+    pub(super) fn take_note(&mut self, sight: &Sight, goal: &Goal) {
+        let now = Instant::now();
+        if std::mem::take(&mut self.was_silent) {
+            self.not_before = None;
+            self.backoff.reset();
+        }
+        let main = sight.main.as_ref();
+        if self.main_id.as_ref() != main.map(|main| &main.id) {
+            self.main_id = main.map(|main| main.id.clone());
+            self.rests_until = None;
+            self.replacing.reset();
+            self.restarts.not_before = None;
+            self.restarts.pauses.reset();
+        }
+        let ended = main.filter(|main| main.state == RunState::Exited && goal.order().is_some());
+        self.ended = ended.map(|main| {
+            let start = format!("{} {}", main.id, main.started_at);
+            match self.ended.take() {
+                Some((known, at)) if known == start => (known, at),
+                _ => (start, now),
+            }
+        });
+        match (self.main.dark_since(), main) {
+            (Some(since), Some(main)) if main.state == RunState::Running && goal.order().is_some() => {
+                if self.is_dark(now) && self.outage.is_none() {
+                    self.outage = Some(Outage::new(since, self.main.was_ready()));
+                }
+            }
+            // One that takes over during an outage has not been asked yet.
+            _ if !self.main.is_surely_ready() && goal.order().is_some() => {}
+            _ => {
+                if self.outage.take().is_some() {
+                    self.rests_until = None;
+                    self.replacing.reset();
+                }
+            }
+        }
+    }
+
+    /// The connector has had no connection for some seconds, so it serves nobody.
+    pub(super) fn is_dark(&self, now: Instant) -> bool {
+        self.main.is_dark(now)
+    }
+
+    /// What the plan must know of what was seen.
+    pub(super) fn scene<'a>(&self, sight: &'a Sight, goal: &Goal) -> Scene<'a> {
+        let now = Instant::now();
+        let order = goal.order();
+        let hash = order.map_or("", |order| order.hash);
+        let is_known = self.refused.hash == hash;
+        let runs = sight.main.as_ref().is_some_and(|main| main.state == RunState::Running);
+        let made = |container| order.and_then(|order| order.made(container));
+        // How far one of older orders has come means nothing.
+        let next = sight.next.as_ref().and_then(made);
+        let given_up = self.given_up.as_deref() == Some(hash);
+        let is_due = self.outage.as_ref().is_some_and(|outage| outage.is_due(now));
+        let fresh = order.and_then(|order| self.fresh(sight, order, given_up, now));
+        Scene {
+            whose: sight.whose(),
+            main: sight.main.as_ref(),
+            next: sight.next.as_ref(),
+            progress: if next.is_some() { self.progress(now) } else { Progress::Waiting },
+            main_ready: self.main.serves(now) || self.main.is_surely_ready() && !self.next.is_ready(),
+            // One that drains still answers what it has.
+            dark: runs && self.is_dark(now) && !self.main.left_draining,
+            ended_lately: self.ended.as_ref().is_some_and(|(_, at)| now - *at < COMES_BACK),
+            next_ready: self.next.is_surely_ready(),
+            next_dark: self.next.dark_since().is_some(),
+            fresh,
+            ask_why: false,
+            next_over: is_due && fresh.is_none(),
+            go_back: false,
+            resting: self.rests_until.is_some_and(|at| now < at) && !self.main.is_sick(),
+            restart: self.main.needs_restart(now) && self.restarts.not_before.is_none_or(|at| now >= at),
+            draining: self.main.left_draining,
+            bad_token: self.main.is_sick_of(Cause::TokenMalformed),
+            given_up,
+            no_second: is_known && self.refused.second,
+            no_rename: is_known && self.refused.rename,
+        }
+    }
+
+    /// Whether it is time for a fresh connector beside one that serves nobody, and from which spec.
+    fn fresh(&self, sight: &Sight, order: Order<'_>, given_up: bool, now: Instant) -> Option<Make> {
+        let main = sight.main.as_ref()?;
+        let like = order.fits(main).or(given_up.then_some(Make::Wanted))?;
+        let outage = self
+            .outage
+            .as_ref()
+            .filter(|outage| outage.is_due(now) && self.is_dark(now) && !self.main.left_draining)?;
+        let may_differ = order.trial.is_some() && (like == Make::Trial || !self.config.only_quic());
+        outage::may_help(self.main.cause()).then(|| outage.make(like, may_differ))
+    }
+
+    /// How far the successor has come. Where the one before it serves nobody, nobody need wait for the edge.
+    fn progress(&self, now: Instant) -> Progress {
+        let is_refused = matches!(self.next.failure(), Some(Cause::TokenMalformed | Cause::TokenRefused));
+        if self.next.serves(now) || self.next.is_surely_ready() && (self.main.is_sick() || self.is_dark(now)) {
+            Progress::Serves
+        } else if is_refused || self.next.failure().is_some() && !self.main.is_sick() {
+            Progress::Failed
+        } else {
+            Progress::Waiting
+        }
+    }
+}
