@@ -8,6 +8,7 @@
 //! woken by the desired state, by Docker's events, or by a timer; after a failed attempt further ones wait for a
 //! back-off.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
