@@ -87,7 +87,7 @@ async fn create_body(stage: &Stage) -> Result<Value> {
         "HostConfig": {
             "NetworkMode": stage.network, "RestartPolicy": { "Name": "unless-stopped" },
             "LogConfig": { "Type": "json-file", "Config": { "max-size": "10m" } },
-            "CapDrop": ["ALL"], "SecurityOpt": ["no-new-privileges:true"], "ReadonlyRootfs": true, "PidsLimit": 512,
+            "ExtraHosts": ["host.docker.internal:host-gateway"], "CapDrop": ["ALL"], "SecurityOpt": ["no-new-privileges:true"], "ReadonlyRootfs": true, "PidsLimit": 512,
         },
     }))
 }
@@ -345,7 +345,10 @@ async fn the_hardening_is_forced_whatever_the_client_sent() -> Result<()> {
     let stage = Stage::new(Protocol::V2).await?;
     let (_, proxy) = tunnel_and_proxy(&stage).await?;
     let mut body = create_body(&stage).await?;
-    body["HostConfig"] = json!({ "NetworkMode": stage.network, "ReadonlyRootfs": false, "PidsLimit": -1 });
+    body["HostConfig"] = json!({
+        "NetworkMode": stage.network, "ExtraHosts": ["host.docker.internal:host-gateway"], "ReadonlyRootfs": false,
+        "PidsLimit": -1,
+    });
     body["StopTimeout"] = json!(0);
     let name = format!("{}-next", stage.tunnel);
     // Under an old version of the API Docker would drop the limit of processes.
