@@ -1,0 +1,220 @@
+//! Takes a YAML document apart, key by key, and collects what is wrong. What nobody asked for is a misspelt key.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde_json::{Map, Value};
+use zeroize::Zeroizing;
+
+use super::ENV_PREFIX;
+
+/// A mapping, and which keys were asked for.
+pub(super) struct Section {
+    /// With dots, `""` for the whole document.
+    path: String,
+    values: Map<String, Value>,
+    known: Vec<&'static str>,
+}
+
+/// The reading.
+pub(super) struct Reader<'a> {
+    env: &'a BTreeMap<String, String>,
+    /// Variables that a key goes by.
+    variables: Vec<String>,
+    problems: Vec<String>,
+}
+
+impl<'a> Reader<'a> {
+    pub(super) fn new(env: &'a BTreeMap<String, String>) -> Self {
+        Self { env, variables: vec![], problems: vec![] }
+    }
+
+    /// The whole document, empty where it is none.
+    pub(super) fn parse(&mut self, text: &str) -> Section {
+        let text = text.trim_start_matches('\u{feff}');
+        let is_empty = text.lines().all(|line| line.trim().is_empty() || line.trim_start().starts_with('#'));
+        let parsed = if is_empty { Ok(Value::Null) } else { serde_saphyr::from_str(text) };
+        let values = match parsed {
+            Ok(Value::Object(values)) => values,
+            Ok(Value::Null) => Map::new(),
+            Ok(_) => {
+                self.problem("the configuration is no mapping: write key: value");
+                Map::new()
+            }
+            Err(error) => {
+                // The library shows the line that it stops at, which may hold a password.
+                let place = error.location().map(|at| format!(" at line {}, column {}", at.line(), at.column()));
+                self.problem(&format!("the configuration is no YAML{}", place.unwrap_or_default()));
+                Map::new()
+            }
+        };
+        Section { path: String::new(), values, known: vec![] }
+    }
+
+    pub(super) fn problem(&mut self, problem: &str) {
+        self.problems.push(problem.to_owned());
+    }
+
+    pub(super) fn has(&self, section: &Section, key: &str) -> bool {
+        let prefix = variable(&section.at(key));
+        section.values.contains_key(key) || self.env.keys().any(|name| name.starts_with(&format!("{prefix}_")))
+    }
+
+    /// The mapping under a key, empty where there is none.
+    pub(super) fn section(&mut self, section: &mut Section, key: &'static str) -> Section {
+        section.known.push(key);
+        let path = section.at(key);
+        let values = match section.values.remove(key) {
+            None | Some(Value::Null) => Map::new(),
+            Some(Value::Object(values)) => values,
+            Some(_) => {
+                self.problem(&format!("{path} is no mapping: write its settings below it, indented"));
+                Map::new()
+            }
+        };
+        Section { path, values, known: vec![] }
+    }
+
+    /// The mappings of the list under a key.
+    pub(super) fn rows(&mut self, section: &mut Section, key: &'static str) -> Vec<Section> {
+        section.known.push(key);
+        let path = section.at(key);
+        let rows = match section.values.remove(key) {
+            None | Some(Value::Null) => vec![],
+            Some(Value::Array(rows)) => rows,
+            Some(_) => {
+                self.problem(&format!("{path} is no list: begin each row with a dash"));
+                vec![]
+            }
+        };
+        let mut sections = vec![];
+        for (at, row) in rows.into_iter().enumerate() {
+            let path = format!("{path}[{at}]");
+            match row {
+                Value::Object(values) => sections.push(Section { path, values, known: vec![] }),
+                _ => self.problem(&format!("{path} is no mapping: write its keys after the dash")),
+            }
+        }
+        sections
+    }
+
+    /// A single value, from the environment first. An empty variable is none, as in compose files.
+    fn scalar(&mut self, section: &mut Section, key: &'static str) -> Option<String> {
+        section.known.push(key);
+        let name = variable(&section.at(key));
+        let given = section.values.remove(key);
+        let from_env = if section.path.contains('[') { None } else { self.env.get(&name).filter(|v| !v.is_empty()) };
+        self.variables.push(name);
+        if let Some(value) = from_env {
+            return Some(value.clone());
+        }
+        match given? {
+            Value::String(text) => Some(text),
+            Value::Number(number) => Some(number.to_string()),
+            Value::Bool(bool) => Some(bool.to_string()),
+            Value::Null => None,
+            Value::Array(_) | Value::Object(_) => {
+                self.problem(&format!("{} is no single value", section.at(key)));
+                None
+            }
+        }
+    }
+
+    pub(super) fn text(&mut self, section: &mut Section, key: &'static str) -> Option<String> {
+        self.scalar(section, key)
+    }
+
+    pub(super) fn secret(&mut self, section: &mut Section, key: &'static str) -> Option<Zeroizing<String>> {
+        self.scalar(section, key).map(Zeroizing::new)
+    }
+
+    pub(super) fn required(&mut self, section: &mut Section, key: &'static str) -> Option<String> {
+        let text = self.scalar(section, key);
+        if text.is_none() {
+            self.problem(&format!("{} is missing", section.at(key)));
+        }
+        text
+    }
+
+    pub(super) fn path(&mut self, section: &mut Section, key: &'static str) -> Option<PathBuf> {
+        let text = self.scalar(section, key)?;
+        if !text.starts_with('/') {
+            self.problem(&format!("{}: {text:?} is no absolute path: begin it with a slash", section.at(key)));
+        }
+        Some(text.into())
+    }
+
+    pub(super) fn number(&mut self, section: &mut Section, key: &'static str, least: u64, most: u64) -> Option<u64> {
+        let text = self.scalar(section, key)?;
+        let number = text.parse().ok().filter(|number| (least..=most).contains(number));
+        if number.is_none() {
+            self.problem(&format!("{}: {text:?} is no whole number from {least} to {most}", section.at(key)));
+        }
+        number
+    }
+
+    /// The list of words under a key, which must not be empty.
+    pub(super) fn words(&mut self, section: &mut Section, key: &'static str) -> Vec<String> {
+        section.known.push(key);
+        let path = section.at(key);
+        let words = match section.values.remove(key) {
+            Some(Value::Array(words)) if !words.is_empty() => words,
+            _ => {
+                self.problem(&format!("{path} is missing or no list: write it as [get, set]"));
+                vec![]
+            }
+        };
+        let mut texts = vec![];
+        for word in words {
+            match word {
+                Value::String(text) => texts.push(text),
+                other => self.problem(&format!("{path}: {other} is no word")),
+            }
+        }
+        texts
+    }
+
+    /// What is left was asked for by nobody.
+    pub(super) fn end(&mut self, section: Section) {
+        for key in section.values.keys() {
+            let path = section.at(key);
+            let near = nearest(key, section.known.iter().copied());
+            self.problems.push(match near {
+                Some(near) => format!("{path} is no setting: is {} meant?", section.at(near)),
+                None => format!("{path} is no setting: there are {}", section.known.join(", ")),
+            });
+        }
+    }
+
+    /// All that is wrong. Variables with our prefix that no key goes by are misspelt as well.
+    pub(super) fn finish(mut self) -> Vec<String> {
+        let ours = self.env.keys().filter(|name| name.starts_with(ENV_PREFIX) && !self.variables.contains(name));
+        for name in ours {
+            let near = nearest(name, self.variables.iter().map(String::as_str));
+            self.problems.push(match near {
+                Some(near) => format!("{name} is no setting: is {near} meant?"),
+                None => format!("{name} is no setting"),
+            });
+        }
+        self.problems
+    }
+}
+
+impl Section {
+    fn at(&self, key: &str) -> String {
+        if self.path.is_empty() { key.to_owned() } else { format!("{}.{key}", self.path) }
+    }
+}
+
+fn variable(path: &str) -> String {
+    format!("{ENV_PREFIX}{}", path.replace('.', "_").to_uppercase())
+}
+
+/// The known word that is so near that it must be meant.
+fn nearest<'w>(word: &str, known: impl Iterator<Item = &'w str>) -> Option<&'w str> {
+    known
+        .map(|near| (strsim::damerau_levenshtein(word, near), near))
+        .filter(|(distance, near)| *distance <= near.len().div_ceil(3))
+        .min()
+        .map(|(_, near)| near)
+}

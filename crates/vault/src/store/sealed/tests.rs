@@ -1,0 +1,380 @@
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::*;
+
+const NOW: Options = Options { accept_rollback: false, now: 1000 };
+
+fn name(text: &str) -> SecretName {
+    text.parse().unwrap()
+}
+
+fn value(text: &str) -> Value {
+    Value::new(text.as_bytes().to_vec()).unwrap()
+}
+
+struct Scene {
+    dir: tempfile::TempDir,
+    master: Key,
+}
+
+impl Scene {
+    fn new() -> Self {
+        Self { dir: tempfile::tempdir().unwrap(), master: Key::random().unwrap() }
+    }
+
+    fn location(&self) -> Location {
+        Location { file: self.dir.path().join("vault.redb"), counter: Some(self.dir.path().join("change")) }
+    }
+
+    fn open(&self) -> Result<SealedStore, StoreError> {
+        SealedStore::open(&self.location(), self.master.clone(), NOW)
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        std::fs::read(self.location().file).unwrap()
+    }
+}
+
+fn set(store: &SealedStore, of: &str, text: &str) -> u64 {
+    store.set(&name(of), &value(text), &Change { now: 1000, ..Change::default() }, |_| Ok(())).unwrap()
+}
+
+fn get(store: &SealedStore, of: &str) -> Option<String> {
+    let found = store.get(&name(of), None, 1000).unwrap()?;
+    Some(String::from_utf8(found.value.expose().to_vec()).unwrap())
+}
+
+fn rotate(store: &SealedStore) {
+    store.rotate(1001, || Ok(())).unwrap();
+    while store.reseal().unwrap() {}
+}
+
+#[test]
+fn what_was_set_is_there_after_a_start_and_neither_name_nor_value_stands_in_the_file() {
+    let scene = Scene::new();
+    let store = scene.open().unwrap();
+    assert_eq!(set(&store, "app/PLANTEDNAME", "PLANTEDVALUE"), 1);
+    assert_eq!(set(&store, "app/PLANTEDNAME", "PLANTEDVALUE2"), 2);
+    drop(store);
+    let store = scene.open().unwrap();
+    assert_eq!(get(&store, "app/PLANTEDNAME").as_deref(), Some("PLANTEDVALUE2"));
+    let first = store.get(&name("app/PLANTEDNAME"), Some(1), 1000).unwrap().unwrap();
+    assert_eq!((first.value, first.info.version), (value("PLANTEDVALUE"), 1));
+    assert_eq!(store.list(1000, |_| true).unwrap(), [name("app/PLANTEDNAME")]);
+    drop(store);
+    let bytes = scene.bytes();
+    assert!(!bytes.windows(7).any(|window| window == b"PLANTED"));
+    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(scene.location().file).unwrap().permissions());
+    assert_eq!(mode & 0o777, 0o600);
+}
+
+#[test]
+fn a_version_number_is_never_given_twice_and_if_version_holds_or_nothing_changes() {
+    let scene = Scene::new();
+    let store = scene.open().unwrap();
+    let at = |if_version| Change { now: 1000, if_version: Some(if_version), expires: None };
+    let set_at = |text, if_version| store.set(&name("a"), &value(text), &at(if_version), |_| Ok(()));
+    assert_eq!(set_at("one", 0).unwrap(), 1);
+    assert!(matches!(set_at("two", 0), Err(StoreError::Version { found: 1, wanted: 0, .. })));
+    assert_eq!(set_at("two", 1).unwrap(), 2);
+    assert_eq!(store.delete(&name("a"), 1001, |_| Ok(())).unwrap(), Some(2));
+    assert_eq!(store.delete(&name("a"), 1001, |_| Ok(())).unwrap(), None);
+    assert_eq!(get(&store, "a"), None);
+    assert_eq!(store.get(&name("a"), Some(1), 1000).unwrap(), None);
+    assert_eq!(store.list(1000, |_| true).unwrap(), []);
+    assert_eq!(set_at("three", 0).unwrap(), 3);
+    assert_eq!(store.status().secrets, 1);
+}
+
+#[test]
+fn an_expired_version_is_as_if_it_were_not_there() {
+    let scene = Scene::new();
+    let store = scene.open().unwrap();
+    let change = Change { now: 1000, expires: Some(1010), if_version: None };
+    store.set(&name("a"), &value("x"), &change, |_| Ok(())).unwrap();
+    assert!(store.get(&name("a"), None, 1009).unwrap().is_some());
+    assert!(store.get(&name("a"), None, 1010).unwrap().is_none());
+    assert!(store.list(1010, |_| true).unwrap().is_empty());
+}
+
+#[test]
+fn what_is_refused_before_the_commit_is_not_stored() {
+    let scene = Scene::new();
+    let store = scene.open().unwrap();
+    set(&store, "a", "old");
+    let refuse = |_| Err(StoreError::TooManyKeys);
+    let change = Change { now: 1000, ..Change::default() };
+    assert!(store.set(&name("a"), &value("new"), &change, refuse).is_err());
+    assert!(store.delete(&name("a"), 1000, refuse).is_err());
+    assert_eq!(get(&store, "a").as_deref(), Some("old"));
+    drop(store);
+    assert_eq!(get(&scene.open().unwrap(), "a").as_deref(), Some("old"));
+}
+
+#[test]
+fn a_rotation_loses_nothing_over_restarts_and_forgets_the_older_keys() {
+    let scene = Scene::new();
+    let store = scene.open().unwrap();
+    for number in 0..600 {
+        set(&store, &format!("s/{number}"), &number.to_string());
+    }
+    store.rotate(1001, || Ok(())).unwrap();
+    assert!(store.reseal().unwrap());
+    // Killed in the middle: the next start goes on, and sets meanwhile are sealed with the new key.
+    drop(store);
+    let store = scene.open().unwrap();
+    assert!(store.status().is_rotating);
+    set(&store, "s/0", "again");
+    while store.reseal().unwrap() {
+        assert_eq!(get(&store, "s/599").as_deref(), Some("599"), "reads go on");
+    }
+    assert_eq!((store.status().is_rotating, store.status().data_key), (false, 2));
+    rotate(&store);
+    drop(store);
+    let store = scene.open().unwrap();
+    assert_eq!(get(&store, "s/0").as_deref(), Some("again"));
+    assert!((1..600).all(|number| get(&store, &format!("s/{number}")) == Some(number.to_string())));
+    assert_eq!(store.status().data_key, 3);
+}
+
+#[test]
+fn after_a_change_of_the_master_key_the_new_one_opens_and_the_old_one_does_not() {
+    let mut scene = Scene::new();
+    let store = scene.open().unwrap();
+    set(&store, "a", "x");
+    let new = Key::random().unwrap();
+    store.rotate_master(new.clone(), || Ok(())).unwrap();
+    set(&store, "b", "y");
+    rotate(&store);
+    drop(store);
+    let before = scene.bytes();
+    let error = scene.open().unwrap_err();
+    assert!(matches!(&error, StoreError::WrongKey { given, wanted, .. } if *given == scene.master.id() && *wanted == new.id()));
+    assert_eq!(error.exit_code(), 64);
+    assert_eq!(scene.bytes(), before);
+    scene.master = new;
+    let store = scene.open().unwrap();
+    assert_eq!((get(&store, "a").as_deref(), get(&store, "b").as_deref()), (Some("x"), Some("y")));
+}
+
+#[test]
+fn an_older_copy_of_the_file_is_noticed_and_taken_only_when_that_was_said() {
+    let scene = Scene::new();
+    set(&scene.open().unwrap(), "a", "old");
+    let copy = scene.bytes();
+    set(&scene.open().unwrap(), "a", "new");
+    std::fs::write(scene.location().file, &copy).unwrap();
+    let error = scene.open().unwrap_err();
+    assert!(matches!(error, StoreError::RolledBack { found: 2, seen: 3, .. }), "{error}");
+    assert_eq!(scene.bytes(), copy);
+    let accepted = Options { accept_rollback: true, ..NOW };
+    let store = SealedStore::open(&scene.location(), scene.master.clone(), accepted).unwrap();
+    assert_eq!(get(&store, "a").as_deref(), Some("old"));
+    set(&store, "a", "newer");
+    drop(store);
+    assert_eq!(get(&scene.open().unwrap(), "a").as_deref(), Some("newer"));
+    // A file that is gone is the oldest of all.
+    std::fs::remove_file(scene.location().file).unwrap();
+    assert!(matches!(scene.open().unwrap_err(), StoreError::RolledBack { found: 0, .. }));
+}
+
+#[test]
+fn a_record_that_is_removed_moved_or_put_back_from_outside_is_noticed() {
+    let scene = Scene::new();
+    let store = scene.open().unwrap();
+    set(&store, "a", "first");
+    let tables = |db: &Database| -> BTreeMap<Vec<u8>, Vec<u8>> {
+        let txn = db.begin_read().unwrap();
+        let table = txn.open_table(VALUES).unwrap();
+        table.iter().unwrap().map(|entry| entry.unwrap()).map(|(k, v)| (k.value().to_vec(), v.value().to_vec())).collect()
+    };
+    let first = tables(store.db.read().unwrap().as_ref().unwrap());
+    drop(store);
+    let original = scene.bytes();
+    let store = scene.open().unwrap();
+    set(&store, "b", "second");
+    drop(store);
+    let newer = scene.bytes();
+    let tamper = |change: &dyn Fn(&mut redb::Table<'_, &[u8], &[u8]>)| {
+        std::fs::write(scene.location().file, &newer).unwrap();
+        let db = Database::create(scene.location().file).unwrap();
+        let txn = db.begin_write().unwrap();
+        change(&mut txn.open_table(VALUES).unwrap());
+        txn.commit().unwrap();
+        drop(db);
+        scene.open().unwrap_err()
+    };
+    let (place, record) = first.iter().next().unwrap();
+    let removed = tamper(&|table| drop(table.remove(&place[..]).unwrap()));
+    let added = tamper(&|table| drop(table.insert(&b"x"[..], &record[..]).unwrap()));
+    let other = tamper(&|table| {
+        let moved = table.iter().unwrap().map(|entry| entry.unwrap().0.value().to_vec()).find(|k| k != place).unwrap();
+        drop(table.insert(&moved[..], &record[..]).unwrap());
+    });
+    for error in [removed, added, other] {
+        assert!(matches!(error, StoreError::Damaged { .. }), "{error}");
+    }
+    // The whole older file is sound in itself: that is what the counter is for.
+    std::fs::write(scene.location().file, original).unwrap();
+    assert!(matches!(scene.open().unwrap_err(), StoreError::RolledBack { .. }));
+}
+
+/// Every byte of the header and a thousand elsewhere: the store says so, or the byte meant nothing; the file stays as
+/// it is, and the right bytes open it again.
+#[test]
+fn a_file_that_was_changed_or_cut_anywhere_is_refused_untouched_or_reads_as_before() {
+    let scene = Scene::new();
+    let store = scene.open().unwrap();
+    for number in 0..40 {
+        set(&store, &format!("s/{number}"), &"x".repeat(number * 20));
+    }
+    drop(store);
+    let sound = scene.bytes();
+    let mut places: Vec<usize> = (0..4096.min(sound.len())).collect();
+    let step = (sound.len() - 4096) / 1000;
+    places.extend((4096..sound.len()).step_by(step.max(1)));
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    let (mut refused, mut read) = (0, 0);
+    let mut attempt = |bytes: &[u8]| {
+        std::fs::write(scene.location().file, bytes).unwrap();
+        match scene.open() {
+            Err(StoreError::Damaged { .. } | StoreError::Newer { .. } | StoreError::RolledBack { .. }) => {
+                refused += 1;
+                assert_eq!(scene.bytes(), bytes, "nothing is overwritten");
+            }
+            Err(other) => panic!("{other}"),
+            Ok(store) => {
+                read += 1;
+                assert!((0..40).all(|n| get(&store, &format!("s/{n}")) == Some("x".repeat(n * 20))));
+            }
+        }
+    };
+    for place in &places {
+        let mut bytes = sound.clone();
+        bytes[*place] ^= 1 << (place % 8);
+        attempt(&bytes);
+    }
+    for cut in (0..sound.len()).step_by(sound.len() / 100) {
+        attempt(&sound[..cut]);
+    }
+    std::panic::set_hook(hook);
+    println!("{refused} refused, {read} read as before");
+    assert!(refused > 100 && read > 100, "{refused} {read}");
+    std::fs::write(scene.location().file, &sound).unwrap();
+    assert_eq!(get(&scene.open().unwrap(), "s/1"), Some("x".repeat(20)));
+}
+
+/// A disk that stops at the nth write or flush, as a SIGKILL or a loss of power between two of them does.
+#[derive(Debug, Clone)]
+struct Disk(Arc<Mutex<Vec<u8>>>, Arc<AtomicU64>);
+
+impl Disk {
+    fn allow(&self, writes: u64) {
+        self.1.store(writes, Ordering::SeqCst);
+    }
+
+    fn step(&self) -> io::Result<()> {
+        let left = self.1.load(Ordering::SeqCst);
+        if left == 0 {
+            return Err(io::Error::other("gone"));
+        }
+        self.1.store(left - 1, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+impl StorageBackend for Disk {
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.0.lock().unwrap().len() as u64)
+    }
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        let bytes = self.0.lock().unwrap();
+        out.copy_from_slice(bytes.get(offset as usize..offset as usize + out.len()).ok_or(ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.step()?;
+        self.0.lock().unwrap().resize(len as usize, 0);
+        Ok(())
+    }
+    fn sync_data(&self) -> io::Result<()> {
+        self.step()
+    }
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.step()?;
+        self.0.lock().unwrap()[offset as usize..offset as usize + data.len()].copy_from_slice(data);
+        Ok(())
+    }
+}
+
+/// Opens a store on such a disk; the whole of it is looked at first, as a start does.
+fn on_disk(disk: &Disk, master: &Key) -> Result<SealedStore, StoreError> {
+    let path = PathBuf::from("disk");
+    let copy = Disk(Arc::new(Mutex::new(disk.0.lock().unwrap().clone())), Arc::new(AtomicU64::new(u64::MAX)));
+    let found = if copy.0.lock().unwrap().is_empty() { None } else { look(copy, &path, master)? };
+    let db = Builder::new().create_with_backend(disk.clone()).map_err(|error| refused(&path, error))?;
+    SealedStore::on(db, path, None, found, master.clone(), NOW, 0)
+}
+
+/// Changes, a rotation of the data key and one of the master key, ended at each single write to the disk: what was
+/// acknowledged is there, what was not is there or not, and exactly one master key opens it.
+#[test]
+fn killed_at_any_write_every_secret_is_readable_under_exactly_one_key() {
+    let (old, new) = (Key::random().unwrap(), Key::random().unwrap());
+    let work = |disk: &Disk, said: &mut Vec<&'static str>| -> Result<(), StoreError> {
+        let store = on_disk(disk, &old)?;
+        let change = Change { now: 1, ..Change::default() };
+        let set = |of, text| store.set(&name(of), &value(text), &change, |_| Ok(()));
+        set("a", "1")?;
+        said.push("a=1");
+        set("a", "2")?;
+        said.push("a=2");
+        set("b", "1")?;
+        said.push("b=1");
+        store.rotate(2, || Ok(()))?;
+        while store.reseal()? {}
+        said.push("rotated");
+        store.delete(&name("b"), 3, |_| Ok(()))?;
+        said.push("b gone");
+        store.rotate_master(new.clone(), || Ok(()))?;
+        said.push("new master");
+        set("c", "1")?;
+        said.push("c=1");
+        Ok(())
+    };
+    let mut at = 0;
+    loop {
+        let disk = Disk(Arc::default(), Arc::new(AtomicU64::new(at)));
+        let mut said = vec![];
+        let is_whole = work(&disk, &mut said).is_ok();
+        disk.allow(u64::MAX);
+        let opened = [&old, &new].map(|key| on_disk(&disk, key));
+        let stores: Vec<_> = opened.iter().filter_map(|opened| opened.as_ref().ok()).collect();
+        let has = |what| said.contains(&what);
+        if disk.0.lock().unwrap().is_empty() || !has("a=1") {
+            // Not even begun: any key may make it.
+            assert!(!stores.is_empty() || !has("a=1"), "write {at}: {opened:?}");
+        } else {
+            assert_eq!(stores.len(), 1, "write {at} after {said:?}: {opened:?}");
+            let store = stores[0];
+            while store.reseal().unwrap() {}
+            let (a, b, c) = (get(store, "a"), get(store, "b"), get(store, "c"));
+            match (has("a=2"), a.as_deref()) {
+                (true, Some("2")) | (false, Some("1" | "2")) => {}
+                other => panic!("write {at} after {said:?}: {other:?}"),
+            }
+            assert!(!has("b=1") || has("rotated") || b.is_some(), "write {at} after {said:?}");
+            assert!(!has("b gone") || b.is_none(), "write {at} after {said:?}");
+            assert!(!has("c=1") || c.is_some(), "write {at} after {said:?}");
+            assert!(!has("new master") || opened[1].is_ok(), "write {at} after {said:?}");
+        }
+        if is_whole {
+            break;
+        }
+        at += 1;
+    }
+    println!("{at} places");
+    assert!(at > 50, "{at}");
+}

@@ -1,0 +1,366 @@
+//! The middle of it: a principal asks for an operation on a secret, the table of grants answers, the store does it, and
+//! one line of audit remains. Every door ends here, and none has a way around it.
+
+use std::sync::{Arc, PoisonError, RwLock};
+
+use jiff::Timestamp;
+use serde::Serialize;
+
+use crate::audit::{Audit, AuditConfig, AuditError, Broken, Entry, Verified};
+use crate::grant::{Decision, Grants, Operation, authorize};
+use crate::principal::Principal;
+use crate::seal::Key;
+use crate::secret::{SecretName, Value};
+use crate::store::{Change, Found, Location, Options, SealedStore, Status, StoreError, Versions};
+
+/// Store, grants and audit. Its methods block on the disk: call them where blocking is allowed.
+#[derive(Debug)]
+pub struct Vault {
+    store: SealedStore,
+    audit: Audit,
+    /// Replaced as a whole when the configuration changes.
+    grants: RwLock<Arc<Grants>>,
+}
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// No row of the table allows it.
+    #[error("access denied: no grant has {missing}")]
+    Denied {
+        /// The row that is missing.
+        missing: String,
+    },
+    /// There is no such secret, or no such version of it.
+    #[error("{0} is not there")]
+    NotFound(SecretName),
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The audit, without which nothing is answered.
+    #[error(transparent)]
+    Audit(#[from] AuditError),
+}
+
+impl Refusal {
+    /// A short word that does not change, for programs.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Denied { .. } => "denied",
+            Self::NotFound(_) => "not_found",
+            Self::Store(StoreError::Version { .. }) => "version_mismatch",
+            Self::Store(StoreError::Audit(_)) => "audit_unavailable",
+            Self::Store(_) => "store_unavailable",
+            Self::Audit(_) => "audit_unavailable",
+        }
+    }
+
+    /// For a command line: 1 denied, not found or another version; otherwise that of the store.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Denied { .. } | Self::NotFound(_) | Self::Store(StoreError::Version { .. }) => 1,
+            Self::Store(error) => error.exit_code(),
+            Self::Audit(_) => 74,
+        }
+    }
+}
+
+/// What is told of a secret's versions.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct History {
+    /// The secret.
+    pub name: String,
+    /// Seconds since 1970, when it was deleted and not set again.
+    pub deleted: Option<i64>,
+    /// Oldest first.
+    pub versions: Vec<crate::store::VersionInfo>,
+}
+
+impl From<Versions> for History {
+    fn from(versions: Versions) -> Self {
+        Self { name: versions.name().to_owned(), deleted: versions.deleted, versions: versions.kept }
+    }
+}
+
+/// Seconds since 1970.
+pub fn now() -> i64 {
+    Timestamp::now().as_second()
+}
+
+impl Vault {
+    /// Opens store and audit. What is wrong with the audit is returned: it is no reason to keep secrets from those who
+    /// need them.
+    ///
+    /// # Errors
+    /// [`StoreError`], [`AuditError`].
+    pub fn open(
+        location: &Location,
+        master: Key,
+        options: Options,
+        audit: AuditConfig,
+        grants: Grants,
+    ) -> Result<(Self, Vec<Broken>), Refusal> {
+        let store = SealedStore::open(location, master, options)?;
+        let (audit, broken) = store.with_audit(|head| Audit::open(audit, store.audit_key(), head))?;
+        let grants = RwLock::new(Arc::new(grants));
+        Ok((Self { store, audit, grants }, broken))
+    }
+
+    /// The table that counts now.
+    pub fn grants(&self) -> Arc<Grants> {
+        self.grants.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Another table, from the next question on.
+    pub fn replace_grants(&self, grants: Grants) {
+        *self.grants.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(grants);
+    }
+
+    /// The newest value, or that of a version that is kept.
+    ///
+    /// # Errors
+    /// [`Refusal`].
+    pub fn get(&self, who: &Principal, name: &SecretName, version: Option<u64>) -> Result<Found, Refusal> {
+        self.allow(who, Operation::Get, Some(name))?;
+        let found = self.store.get(name, version, now())?;
+        self.note(who, Operation::Get, Some(name), found.as_ref().map(|found| found.info.version))?;
+        found.ok_or_else(|| Refusal::NotFound(name.clone()))
+    }
+
+    /// A new version; its number.
+    ///
+    /// # Errors
+    /// [`Refusal`].
+    pub fn set(&self, who: &Principal, name: &SecretName, value: &Value, change: &Change) -> Result<u64, Refusal> {
+        self.allow(who, Operation::Set, Some(name))?;
+        Ok(self.store.set(name, value, change, |version| self.write(who, Operation::Set, Some(name), Some(version)))?)
+    }
+
+    /// The end of a secret; the number of its last version.
+    ///
+    /// # Errors
+    /// [`Refusal`].
+    pub fn delete(&self, who: &Principal, name: &SecretName) -> Result<u64, Refusal> {
+        self.allow(who, Operation::Delete, Some(name))?;
+        let write = |version| self.write(who, Operation::Delete, Some(name), Some(version));
+        match self.store.delete(name, now(), write)? {
+            Some(version) => Ok(version),
+            None => {
+                self.note(who, Operation::Delete, Some(name), None)?;
+                Err(Refusal::NotFound(name.clone()))
+            }
+        }
+    }
+
+    /// The names that the principal may list, below `prefix` where there is one.
+    ///
+    /// # Errors
+    /// [`Refusal`].
+    pub fn list(&self, who: &Principal, prefix: Option<&SecretName>) -> Result<Vec<SecretName>, Refusal> {
+        self.allow(who, Operation::List, None)?;
+        let grants = self.grants();
+        let below = |name: &SecretName| {
+            prefix.is_none_or(|prefix| {
+                name.as_str().strip_prefix(prefix.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+            })
+        };
+        let may = |name: &SecretName| authorize(&grants, who, Operation::List, Some(name)) == Decision::Allowed;
+        let names = self.store.list(now(), |name| below(name) && may(name))?;
+        self.note(who, Operation::List, prefix, None)?;
+        Ok(names)
+    }
+
+    /// The versions of a secret, without values.
+    ///
+    /// # Errors
+    /// [`Refusal`].
+    pub fn history(&self, who: &Principal, name: &SecretName) -> Result<History, Refusal> {
+        self.allow(who, Operation::History, Some(name))?;
+        let versions = self.store.history(name)?;
+        self.note(who, Operation::History, Some(name), None)?;
+        versions.map(History::from).ok_or_else(|| Refusal::NotFound(name.clone()))
+    }
+
+    /// Counts and ages, without names.
+    ///
+    /// # Errors
+    /// [`Refusal`].
+    pub fn status(&self, who: &Principal) -> Result<Status, Refusal> {
+        self.allow(who, Operation::Status, None)?;
+        self.note(who, Operation::Status, None, None)?;
+        Ok(self.store.status())
+    }
+
+    /// A new data key; its id. [`Vault::reseal`] does the rest.
+    ///
+    /// # Errors
+    /// [`Refusal`].
+    pub fn rotate(&self, who: &Principal) -> Result<u32, Refusal> {
+        self.allow(who, Operation::Rotate, None)?;
+        Ok(self.store.rotate(now(), || self.write(who, Operation::Rotate, None, None))?)
+    }
+
+    /// All keys wrapped anew for another master key; its id.
+    ///
+    /// # Errors
+    /// [`Refusal`].
+    pub fn rotate_master(&self, who: &Principal, new: Key) -> Result<String, Refusal> {
+        self.allow(who, Operation::Rotate, None)?;
+        let id = new.id();
+        self.store.rotate_master(new, || self.write(who, Operation::Rotate, None, None))?;
+        Ok(id)
+    }
+
+    /// One step of a rotation that is under way; whether there is more to do.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn reseal(&self) -> Result<bool, StoreError> {
+        self.store.reseal()
+    }
+
+    /// Puts the end of the audit into the store, so that lines which only tell of reads cannot be cut off unnoticed.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn save(&self) -> Result<(), StoreError> {
+        self.store.save_audit()
+    }
+
+    /// Follows the whole audit that is kept.
+    ///
+    /// # Errors
+    /// [`AuditError`].
+    pub fn verify_audit(&self) -> Result<Verified, AuditError> {
+        // Nobody writes meanwhile: what is read is what the head says.
+        self.store.with_audit(|head| self.audit.verify(head))
+    }
+
+    /// Asks the table. What is denied is written, and so is known even where nothing was read.
+    fn allow(&self, who: &Principal, operation: Operation, name: Option<&SecretName>) -> Result<(), Refusal> {
+        let decision = authorize(&self.grants(), who, operation, name);
+        let Decision::Denied { missing } = &decision else { return Ok(()) };
+        let missing = missing.clone();
+        let entry = Entry { principal: who, operation, name, version: None, decision: &decision };
+        self.store.with_audit(|head| self.audit.record(head, &entry, false))?;
+        Err(Refusal::Denied { missing })
+    }
+
+    /// The line of something that changes nothing.
+    fn note(
+        &self,
+        who: &Principal,
+        operation: Operation,
+        name: Option<&SecretName>,
+        version: Option<u64>,
+    ) -> Result<(), AuditError> {
+        let entry = Entry { principal: who, operation, name, version, decision: &Decision::Allowed };
+        self.store.with_audit(|head| self.audit.record(head, &entry, false))
+    }
+
+    /// The line of a change, on disk before the change.
+    fn write(
+        &self,
+        who: &Principal,
+        operation: Operation,
+        name: Option<&SecretName>,
+        version: Option<u64>,
+    ) -> Result<(), StoreError> {
+        let entry = Entry { principal: who, operation, name, version, decision: &Decision::Allowed };
+        self.store.with_audit(|head| self.audit.record(head, &entry, true)).map_err(StoreError::Audit)
+    }
+}
+
+impl Drop for Vault {
+    fn drop(&mut self) {
+        if let Err(error) = self.save() {
+            tracing::error!("the end of the audit cannot be kept: {error}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::grant::Grant;
+
+    fn open(dir: &Path, master: &Key, grants: Vec<Grant>) -> (Vault, Vec<Broken>) {
+        let location = Location { file: dir.join("vault.redb"), counter: None };
+        let audit = AuditConfig { file: dir.join("audit.log"), max_bytes: 1 << 20, keep: 2 };
+        let options = Options { accept_rollback: false, now: now() };
+        Vault::open(&location, master.clone(), options, audit, Grants::new(grants)).unwrap()
+    }
+
+    fn grants() -> Vec<Grant> {
+        let user = Grant {
+            principal: "nats:user.requests".parse().unwrap(),
+            operations: vec![Operation::Get, Operation::List],
+            names: "app".parse().unwrap(),
+        };
+        vec![Grant::operator(), user]
+    }
+
+    fn value(text: &str) -> Value {
+        Value::new(text.as_bytes().to_vec()).unwrap()
+    }
+
+    #[test]
+    fn who_may_not_learns_nothing_and_every_question_leaves_a_line() {
+        let (dir, master) = (tempfile::tempdir().unwrap(), Key::random().unwrap());
+        let (vault, broken) = open(dir.path(), &master, grants());
+        assert_eq!(broken, []);
+        let (operator, user) = (Principal::Operator, Principal::nats("user.requests").unwrap());
+        let stranger = Principal::nats("admin.requests").unwrap();
+        let (app, other) = ("app/password".parse().unwrap(), "other".parse().unwrap());
+        let change = Change { now: now(), ..Change::default() };
+        assert_eq!(vault.set(&operator, &app, &value("x"), &change).unwrap(), 1);
+        assert_eq!(vault.set(&operator, &other, &value("y"), &change).unwrap(), 1);
+        assert_eq!(vault.get(&user, &app, None).unwrap().value, value("x"));
+        // What is not there and what may not be read look the same to who may read neither.
+        for name in [&other, &"nothing".parse().unwrap()] {
+            assert_eq!(vault.get(&user, name, None).unwrap_err().code(), "denied");
+        }
+        assert_eq!(vault.list(&user, None).unwrap(), [app.clone()]);
+        assert_eq!(vault.list(&operator, None).unwrap().len(), 2);
+        for refusal in [
+            vault.set(&user, &app, &value("z"), &change).unwrap_err(),
+            vault.delete(&user, &app).unwrap_err(),
+            vault.status(&user).unwrap_err(),
+            vault.rotate(&stranger).unwrap_err(),
+            vault.history(&stranger, &app).unwrap_err(),
+            vault.list(&stranger, None).unwrap_err(),
+        ] {
+            assert_eq!((refusal.code(), refusal.exit_code()), ("denied", 1), "{refusal}");
+        }
+        assert_eq!(vault.get(&user, &"app/none".parse().unwrap(), None).unwrap_err().code(), "not_found");
+        let verified = vault.verify_audit().unwrap();
+        assert_eq!((verified.lines, verified.broken.len()), (14, 0));
+        drop(vault);
+        let log = std::fs::read_to_string(dir.path().join("audit.log")).unwrap();
+        assert!(!log.contains("\"x\"") && log.contains("principal=nats:user.requests operation=get name=other"), "{log}");
+        let (vault, broken) = open(dir.path(), &master, grants());
+        assert_eq!((broken, vault.verify_audit().unwrap().lines), (vec![], 14));
+    }
+
+    #[test]
+    fn nothing_is_answered_while_the_audit_cannot_be_written() {
+        let (dir, master) = (tempfile::tempdir().unwrap(), Key::random().unwrap());
+        let (operator, name) = (Principal::Operator, "app/password".parse().unwrap());
+        let change = Change { now: now(), ..Change::default() };
+        let (vault, _) = open(dir.path(), &master, grants());
+        // A device that takes nothing stands for a full disk. The file is opened with its first line.
+        let file = dir.path().join("audit.log");
+        std::os::unix::fs::symlink("/dev/full", &file).unwrap();
+        assert_eq!(vault.set(&operator, &name, &value("x"), &change).unwrap_err().code(), "audit_unavailable");
+        assert_eq!(vault.get(&operator, &name, None).unwrap_err().code(), "audit_unavailable");
+        assert_eq!(vault.list(&operator, None).unwrap_err().code(), "audit_unavailable");
+        assert_eq!(vault.rotate(&operator).unwrap_err().code(), "audit_unavailable");
+        drop(vault);
+        std::fs::remove_file(&file).unwrap();
+        let (vault, _) = open(dir.path(), &master, grants());
+        assert_eq!(vault.get(&operator, &name, None).unwrap_err().code(), "not_found");
+        assert_eq!(vault.store.status().data_key, 1);
+    }
+}
