@@ -103,6 +103,8 @@ pub struct Audit {
     key: Key,
     /// The open file and its size.
     open: Mutex<Option<(File, u64)>>,
+    /// Why the newest line could not be written.
+    problem: Mutex<Option<String>>,
 }
 
 #[derive(Serialize)]
@@ -127,7 +129,7 @@ impl Audit {
     /// # Errors
     /// [`AuditError`] when it cannot be read or written. What is wrong with its content is returned.
     pub fn open(config: AuditConfig, key: Key, head: &mut AuditHead) -> Result<(Self, Vec<Broken>), AuditError> {
-        let audit = Self { config, key, open: Mutex::new(None) };
+        let audit = Self { config, key, open: Mutex::new(None), problem: Mutex::new(None) };
         audit.cut_torn_line().map_err(|error| audit.error("read", error))?;
         let mut broken = vec![];
         let end = audit.read_file(0, &mut broken).map_err(|error| audit.error("read", error))?;
@@ -150,6 +152,17 @@ impl Audit {
     /// # Errors
     /// [`AuditError`]; the line is then not in the file, and `head` as it was.
     pub fn record(&self, head: &mut AuditHead, entry: &Entry<'_>, durable: bool) -> Result<(), AuditError> {
+        let written = self.append(head, entry, durable);
+        *self.problem.lock().unwrap_or_else(PoisonError::into_inner) = written.as_ref().err().map(ToString::to_string);
+        written
+    }
+
+    /// Why the newest line could not be written, where it could not.
+    pub fn problem(&self) -> Option<String> {
+        self.problem.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn append(&self, head: &mut AuditHead, entry: &Entry<'_>, durable: bool) -> Result<(), AuditError> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         if open.as_ref().is_some_and(|(_, bytes)| *bytes >= self.config.max_bytes) {
             *open = None;

@@ -1,7 +1,7 @@
 //! The middle of it: a principal asks for an operation on a secret, the table of grants answers, the store does it, and
 //! one line of audit remains. Every door ends here, and none has a way around it.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use jiff::Timestamp;
 use serde::Serialize;
@@ -19,7 +19,7 @@ pub struct Vault {
     store: SealedStore,
     audit: Audit,
     /// Replaced as a whole when the configuration changes.
-    grants: RwLock<Arc<Grants>>,
+    grants: Mutex<Arc<Grants>>,
 }
 
 /// Why there is no answer.
@@ -102,18 +102,18 @@ impl Vault {
     ) -> Result<(Self, Vec<Broken>), Refusal> {
         let store = SealedStore::open(location, master, options)?;
         let (audit, broken) = store.with_audit(|head| Audit::open(audit, store.audit_key(), head))?;
-        let grants = RwLock::new(Arc::new(grants));
+        let grants = Mutex::new(Arc::new(grants));
         Ok((Self { store, audit, grants }, broken))
     }
 
     /// The table that counts now.
     pub fn grants(&self) -> Arc<Grants> {
-        self.grants.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.grants.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Another table, from the next question on.
     pub fn replace_grants(&self, grants: Grants) {
-        *self.grants.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(grants);
+        *self.grants.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(grants);
     }
 
     /// The newest value, or that of a version that is kept.
@@ -189,6 +189,16 @@ impl Vault {
         self.allow(who, Operation::Status, None)?;
         self.note(who, Operation::Status, None, None)?;
         Ok(self.store.status())
+    }
+
+    /// The same for the vault's own pages, which are nobody's question.
+    pub fn peek(&self) -> Status {
+        self.store.status()
+    }
+
+    /// Why the audit cannot be written, where that was so with the newest line.
+    pub fn audit_problem(&self) -> Option<String> {
+        self.audit.problem()
     }
 
     /// A new data key; its id. [`Vault::reseal`] does the rest.

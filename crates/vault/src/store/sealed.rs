@@ -16,7 +16,7 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::OpenOptionsExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use redb::{
     Builder, Database, ReadTransaction, ReadableDatabase, ReadableTable, ReadableTableMetadata, StorageBackend,
@@ -107,12 +107,12 @@ pub struct Status {
 #[derive(Debug)]
 pub struct SealedStore {
     /// `None` only while it is opened again after an error of the disk, after which the library gives no more.
-    db: RwLock<Option<Database>>,
+    db: Mutex<Option<Arc<Database>>>,
     path: PathBuf,
     counter: Option<Counter>,
     id: [u8; 16],
     /// Replaced as a whole by a rotation.
-    ring: RwLock<Arc<Ring>>,
+    ring: Mutex<Arc<Ring>>,
     /// Held by whoever changes something.
     inner: Mutex<Inner>,
     /// The end of the audit as it is in its file, which may be ahead of the state. Apart from `inner`, so that a read
@@ -266,8 +266,8 @@ impl SealedStore {
         sound.state.change = sound.state.change.max(seen);
         let inner = Inner { master, state: sound.state, cursor: None };
         let audit = Mutex::new(sound.state.audit);
-        let ring = RwLock::new(Arc::new(sound.ring));
-        let store = Self { db: RwLock::new(Some(db)), path, counter, id: sound.id, ring, inner: Mutex::new(inner), audit };
+        let ring = Mutex::new(Arc::new(sound.ring));
+        let store = Self { db: Mutex::new(Some(Arc::new(db))), path, counter, id: sound.id, ring, inner: Mutex::new(inner), audit };
         if is_new {
             let mut inner = store.inner();
             let ring = store.ring();
@@ -524,29 +524,30 @@ impl SealedStore {
     }
 
     fn ring(&self) -> Arc<Ring> {
-        self.ring.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.ring.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn replace(&self, ring: Ring) {
-        *self.ring.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(ring);
+        *self.ring.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(ring);
     }
 
     fn read(&self) -> Result<ReadTransaction, StoreError> {
-        let db = self.db.read().unwrap_or_else(PoisonError::into_inner);
-        self.database(&db)?.begin_read().map_err(|error| refused(&self.path, error))
+        self.database()?.begin_read().map_err(|error| refused(&self.path, error))
     }
 
-    fn database<'a>(&self, db: &'a Option<Database>) -> Result<&'a Database, StoreError> {
-        db.as_ref().ok_or_else(|| io_error(&self.path, "opened", ErrorKind::NotConnected.into()))
+    fn database(&self) -> Result<Arc<Database>, StoreError> {
+        let db = self.db.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        db.ok_or_else(|| io_error(&self.path, "opened", ErrorKind::NotConnected.into()))
     }
 
     /// After an error of the disk the library refuses everything until the file was opened again.
     fn reopen(&self) {
-        let mut db = self.db.write().unwrap_or_else(PoisonError::into_inner);
-        // It must be closed first: it holds a lock on the file.
+        let mut db = self.db.lock().unwrap_or_else(PoisonError::into_inner);
+        // It must be closed first: it holds a lock on the file. A read that has it still lets go within its moment, and
+        // then the next change opens it.
         *db = None;
         match open_file(&self.path) {
-            Ok(opened) => *db = Some(opened),
+            Ok(opened) => *db = Some(Arc::new(opened)),
             Err(error) => tracing::error!("{error}; trying again with the next change"),
         }
     }
@@ -584,8 +585,8 @@ impl SealedStore {
         master: &Key,
         work: impl FnOnce(&mut State, &WriteTransaction, &Key) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
-        let db = self.db.read().unwrap_or_else(PoisonError::into_inner);
-        let txn = self.database(&db)?.begin_write().map_err(|error| refused(&self.path, error))?;
+        let db = self.database()?;
+        let txn = db.begin_write().map_err(|error| refused(&self.path, error))?;
         let result = work(state, &txn, master)?;
         state.audit = self.audit();
         state.change += 1;

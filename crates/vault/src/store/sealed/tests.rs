@@ -189,7 +189,7 @@ fn a_record_that_is_removed_moved_or_put_back_from_outside_is_noticed() {
         let table = txn.open_table(VALUES).unwrap();
         table.iter().unwrap().map(|entry| entry.unwrap()).map(|(k, v)| (k.value().to_vec(), v.value().to_vec())).collect()
     };
-    let first = tables(store.db.read().unwrap().as_ref().unwrap());
+    let first = tables(&store.database().unwrap());
     drop(store);
     let original = scene.bytes();
     let store = scene.open().unwrap();

@@ -1,0 +1,97 @@
+//! `check`: tries each thing that the vault needs, without changing anything, and says what to do where one fails.
+
+#![allow(clippy::disallowed_methods, reason = "a command does one thing and has nothing else to serve")]
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use serde_json::Value as Json;
+
+use crate::client;
+use crate::config::{Config, Pass};
+use crate::doors::admin::Request;
+use crate::keyfile;
+use crate::run::Source;
+
+/// What was found, a line each.
+#[derive(Default)]
+struct Findings {
+    text: String,
+    fails: bool,
+}
+
+impl Findings {
+    fn good(&mut self, what: &str) {
+        let _ = writeln!(self.text, "✓ {what}");
+    }
+
+    fn note(&mut self, what: &str) {
+        let _ = writeln!(self.text, "· {what}");
+    }
+
+    fn bad(&mut self, what: &str) {
+        self.fails = true;
+        let _ = writeln!(self.text, "✗ {what}");
+    }
+}
+
+/// The lines, and whether nothing fails. The configuration was read already.
+pub fn check(source: &Source, config: &Config) -> (String, bool) {
+    let mut found = Findings::default();
+    match source.file.exists() {
+        true => found.good(&format!("configuration {}: {} grants", source.file.display(), config.grants.rows().len())),
+        false => found.note(&format!("no configuration at {}: the operator alone may do anything", source.file.display())),
+    }
+    let key = keyfile::read(&config.master_key_file, keyfile::is_alone());
+    match &key {
+        Ok(key) => found.good(&format!("master key {}: {}", config.master_key_file.display(), key.id())),
+        Err(error) => found.bad(&error.to_string()),
+    }
+    let socket_is_there = config.admin_socket.exists();
+    let store_is_there = config.storage.file.exists();
+    let folder = config.storage.file.parent().unwrap_or(Path::new("/"));
+    if !socket_is_there && !store_is_there {
+        // To ask would make one.
+        match nix::unistd::access(folder, nix::unistd::AccessFlags::W_OK) {
+            Ok(()) => found.note(&format!("no store at {} yet: the first start makes it", config.storage.file.display())),
+            Err(error) => found.bad(&format!("{} cannot be written ({error}): mount a volume there that belongs to uid {}", folder.display(), nix::unistd::geteuid())),
+        }
+    } else if let Ok(key) = key {
+        let answer = client::ask(config, Request::Status);
+        match answer.message {
+            Some(message) => found.bad(&message),
+            None => {
+                let wanted = answer.data["master_key"].as_str().unwrap_or_default();
+                let of = answer.data["secrets"].as_u64().unwrap_or_default();
+                found.good(&format!("store {}: {of} secrets", config.storage.file.display()));
+                if wanted != key.id() {
+                    found.bad(&format!("the store was sealed with the master key {wanted}, and {} holds {}: put the new key there before the next start", config.master_key_file.display(), key.id()));
+                }
+                audit(&mut found, config);
+            }
+        }
+    }
+    match &config.storage.counter {
+        Some(counter) if same_folder(counter, &config.storage.file) => found.note("storage.change_counter lies beside the store: an older copy of the whole volume would not be noticed"),
+        Some(_) => found.good("an older copy of the store is noticed"),
+        None => found.note("an older copy of the store would not be noticed: set storage.change_counter to a file on another volume"),
+    }
+    if let Some(Pass::Here(_)) = config.nats.as_ref().and_then(|nats| nats.pass.as_ref()) {
+        found.note("nats.pass stands in the configuration: nats.pass_file keeps it out");
+    }
+    (found.text, !found.fails)
+}
+
+fn audit(found: &mut Findings, config: &Config) {
+    let answer = client::ask(config, Request::AuditVerify);
+    let broken: Vec<_> = answer.data["broken"].as_array().into_iter().flatten().filter_map(Json::as_str).collect();
+    match (answer.message, broken.is_empty()) {
+        (Some(message), _) => found.bad(&message),
+        (None, true) => found.good(&format!("audit {}: {} lines, an unbroken chain", config.audit.file.display(), answer.data["lines"])),
+        (None, false) => broken.iter().for_each(|line| found.bad(line)),
+    }
+}
+
+fn same_folder(one: &Path, other: &Path) -> bool {
+    one.parent() == other.parent()
+}

@@ -1,0 +1,60 @@
+//! The command line's way in: the admin socket of the vault that runs here, or the store itself where none does.
+
+#![allow(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    reason = "a command does one thing and has nothing else to serve"
+)]
+
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use zeroize::Zeroizing;
+
+use crate::config::Config;
+use crate::doors::admin::{Answer, Request, answer};
+use crate::start;
+
+/// A rotation of a large store may hold an answer up for a moment.
+const LIMIT: Duration = Duration::from_secs(60);
+/// A list of 100,000 names of the longest kind.
+const MAX_ANSWER_BYTES: u64 = 64 << 20;
+
+/// Asks whoever has the store.
+pub fn ask(config: &Config, request: Request) -> Answer {
+    match UnixStream::connect(&config.admin_socket) {
+        Ok(stream) => over(stream, &request).unwrap_or_else(|error| {
+            Answer::error("unavailable", &format!("the vault that runs here does not answer: {error}"), 74)
+        }),
+        // Nobody listens: then nobody has the store either, or its lock says who.
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => directly(config, request),
+        Err(error) => {
+            let at = config.admin_socket.display();
+            Answer::error("unavailable", &format!("the admin socket {at} cannot be used: {error}; run this as the vault's own user, with docker exec"), 73)
+        }
+    }
+}
+
+fn over(mut stream: UnixStream, request: &Request) -> io::Result<Answer> {
+    stream.set_read_timeout(Some(LIMIT))?;
+    stream.set_write_timeout(Some(LIMIT))?;
+    let mut line = Zeroizing::new(serde_json::to_vec(request)?);
+    line.push(b'\n');
+    stream.write_all(&line)?;
+    let mut line = Zeroizing::new(Vec::new());
+    BufReader::new(stream.take(MAX_ANSWER_BYTES)).read_until(b'\n', &mut line)?;
+    serde_json::from_slice(&line).map_err(|_| io::Error::other("its answer is cut off"))
+}
+
+fn directly(config: &Config, request: Request) -> Answer {
+    let opened = match start::open(config, false) {
+        Ok(opened) => opened,
+        Err(error) => return Answer::error("unavailable", &error.to_string(), error.exit_code()),
+    };
+    let answer = answer(&opened.vault, request, &Notify::new());
+    // Nobody else would go on with a rotation that was begun.
+    while let Ok(true) = opened.vault.reseal() {}
+    answer
+}

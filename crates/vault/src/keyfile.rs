@@ -1,0 +1,136 @@
+//! The file that holds the master key: made once, read at each start, outside of the data folder.
+
+#![allow(clippy::disallowed_methods, reason = "it is read at a start, before anything is served, or by a command")]
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Read};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use zeroize::Zeroizing;
+
+use crate::seal::{Key, KeyError};
+
+/// A key file has 45 bytes; one that was padded by an editor some more.
+const MAX_BYTES: u64 = 4096;
+
+/// Why there is no master key.
+#[derive(Debug, thiserror::Error)]
+pub enum KeyFileError {
+    /// There is no file.
+    #[error("the master key {} is not there: make one with dockflare-vault generate-key > {}, keep a copy elsewhere, and mount it", .0.display(), .0.display())]
+    Missing(PathBuf),
+    /// This user may not read it.
+    #[error("the master key {} cannot be read by this user: sudo install -o {uid} -m 600 {} NEW_PLACE, and mount that", path.display(), path.display())]
+    NotReadable {
+        /// The file.
+        path: PathBuf,
+        /// The user that this process runs as.
+        uid: u32,
+    },
+    /// Others may read it.
+    #[error("the master key {} may be read by others (mode {mode:04o}): chmod 600 {}", path.display(), path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// Its permissions.
+        mode: u32,
+    },
+    /// It is none.
+    #[error("the master key {}: {error}", path.display())]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// What it is instead.
+        error: KeyError,
+    },
+    /// No regular file, or one without end.
+    #[error("the master key {} is no regular file of at most 4096 bytes", .0.display())]
+    Kind(PathBuf),
+    /// The system.
+    #[error("the master key {} cannot be read: {error}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What it says.
+        error: io::Error,
+    },
+}
+
+/// Reads the key. `is_alone`: nobody else is in this container, so that a file which everybody may read, as Docker
+/// mounts its secrets, is read by nobody else.
+///
+/// # Errors
+/// [`KeyFileError`], which never holds what is in the file.
+pub fn read(path: &Path, is_alone: bool) -> Result<Key, KeyFileError> {
+    let named = || path.to_owned();
+    let io_error = |error: io::Error| match error.kind() {
+        ErrorKind::NotFound => KeyFileError::Missing(named()),
+        ErrorKind::PermissionDenied => KeyFileError::NotReadable { path: named(), uid: nix::unistd::geteuid().as_raw() },
+        _ => KeyFileError::Io { path: named(), error },
+    };
+    // Before it is opened: opening a pipe may take for ever.
+    let meta = fs::metadata(path).map_err(io_error)?;
+    if !meta.is_file() || meta.len() > MAX_BYTES {
+        return Err(KeyFileError::Kind(named()));
+    }
+    let mode = meta.mode() & 0o777;
+    if mode & 0o077 != 0 && !is_alone {
+        return Err(KeyFileError::Open { path: named(), mode });
+    }
+    let mut bytes = Zeroizing::new(Vec::with_capacity(MAX_BYTES as usize));
+    File::open(path).and_then(|file| file.take(MAX_BYTES).read_to_end(&mut bytes)).map_err(io_error)?;
+    Key::read(&bytes).map_err(|error| KeyFileError::Content { path: named(), error })
+}
+
+/// Whether this is a container with nobody else in it: the first process of its own process namespace is this one, or
+/// one that this one was started beside by `docker exec`.
+pub fn is_alone() -> bool {
+    // Docker's and Podman's own marks.
+    ["/.dockerenv", "/run/.containerenv"].iter().any(|mark| Path::new(mark).exists())
+}
+
+/// Sets a regular file on standard output to 0600, for `generate-key > master.key`.
+///
+/// # Errors
+/// When it is one and cannot be set.
+pub fn close_output() -> io::Result<()> {
+    let output = io::stdout();
+    let stat = nix::sys::stat::fstat(&output)?;
+    if nix::sys::stat::SFlag::from_bits_truncate(stat.st_mode) & nix::sys::stat::SFlag::S_IFMT
+        == nix::sys::stat::SFlag::S_IFREG
+    {
+        nix::sys::stat::fchmod(&output, nix::sys::stat::Mode::from_bits_truncate(0o600))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn a_key_file_is_read_and_each_fault_is_named_without_its_content() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("master.key");
+        let with = |content: &[u8], mode| {
+            let _ = fs::remove_file(&path);
+            fs::write(&path, content).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            read(&path, false)
+        };
+        let key = Key::random().unwrap();
+        assert_eq!(with(key.to_text().as_bytes(), 0o600).unwrap(), key);
+        assert!(matches!(with(key.to_text().as_bytes(), 0o444), Err(KeyFileError::Open { mode: 0o444, .. })));
+        assert_eq!(read(&path, true).unwrap(), key, "a Docker secret");
+        let short = with(b"PLANTED", 0o600).unwrap_err();
+        assert!(matches!(short, KeyFileError::Content { .. }) && !format!("{short} {short:?}").contains("PLANTED"));
+        assert!(matches!(with(&[b'a'; 5000], 0o600), Err(KeyFileError::Kind(_))));
+        assert!(matches!(read(dir.path(), true), Err(KeyFileError::Kind(_))));
+        assert!(matches!(read(&dir.path().join("none"), true), Err(KeyFileError::Missing(_))));
+        nix::unistd::mkfifo(&dir.path().join("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(matches!(read(&dir.path().join("pipe"), true), Err(KeyFileError::Kind(_))));
+    }
+}

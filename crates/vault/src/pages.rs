@@ -1,0 +1,119 @@
+//! `/live`, `/ready`, `/health` and `/metrics`. No name and no value is on any of them.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use dockflare_host::page::{Page, PageAddress, Pages, ask};
+use hyper::StatusCode;
+use serde_json::json;
+use tokio::task::spawn_blocking;
+
+use crate::store::Status;
+use crate::vault::Vault;
+
+/// For an answer of the vault's own page to its health check.
+const CHECK_LIMIT: Duration = Duration::from_secs(3);
+
+/// What is wrong, where something is.
+#[derive(Debug, Default)]
+pub struct Health {
+    /// The store cannot be written.
+    pub store_failed: AtomicBool,
+    /// A rotation stands still.
+    pub rotation_failed: AtomicBool,
+    /// The audit was changed from outside.
+    pub audit_broken: AtomicBool,
+    /// The configuration that is there now is not the one that counts.
+    pub config_refused: AtomicBool,
+}
+
+impl Health {
+    /// A word and a sentence for each thing that is wrong.
+    fn problems(&self, vault: &Vault) -> Vec<(&'static str, String)> {
+        let mut problems = vec![];
+        let set = |flag, word, sentence: &str| Health::is_set(flag).then(|| (word, sentence.to_owned()));
+        problems.extend(set(&self.store_failed, "store_unavailable", "the store cannot be written; see the log"));
+        problems.extend(vault.audit_problem().map(|problem| ("audit_unavailable", problem)));
+        problems.extend(set(&self.rotation_failed, "rotation_failed", "a rotation stands still; see the log"));
+        problems.extend(set(&self.audit_broken, "audit_broken", "the audit was changed from outside; see audit verify"));
+        problems.extend(set(&self.config_refused, "config_refused", "the present configuration file is not taken; see the log"));
+        problems
+    }
+}
+
+/// The pages of a vault.
+#[derive(Debug)]
+pub struct VaultPages {
+    vault: Arc<Vault>,
+    health: Arc<Health>,
+}
+
+impl VaultPages {
+    pub(crate) fn new(vault: Arc<Vault>, health: Arc<Health>) -> Self {
+        Self { vault, health }
+    }
+
+    async fn status(&self) -> Option<Status> {
+        let vault = self.vault.clone();
+        spawn_blocking(move || vault.peek()).await.ok()
+    }
+}
+
+impl Pages for VaultPages {
+    async fn page(&self, path: &str, _is_near: bool) -> Page {
+        let problems = self.health.problems(&self.vault);
+        let cannot_serve = problems.iter().any(|(word, _)| matches!(*word, "store_unavailable" | "audit_unavailable"));
+        match path {
+            "/live" => Page::json(StatusCode::OK, &json!({ "status": "alive" })),
+            "/ready" if cannot_serve => Page::json(StatusCode::SERVICE_UNAVAILABLE, &json!({ "status": "not ready" })),
+            "/ready" => Page::json(StatusCode::OK, &json!({ "status": "ready" })),
+            "/health" => {
+                let (code, word) = match (cannot_serve, problems.is_empty()) {
+                    (true, _) => (StatusCode::SERVICE_UNAVAILABLE, "unhealthy"),
+                    (false, false) => (StatusCode::OK, "degraded"),
+                    (false, true) => (StatusCode::OK, "healthy"),
+                };
+                let problems: Vec<_> =
+                    problems.iter().map(|(word, sentence)| json!({ "problem": word, "what": sentence })).collect();
+                let body = json!({ "status": word, "problems": problems, "store": self.status().await });
+                Page::json(code, &body)
+            }
+            "/metrics" => match self.status().await {
+                Some(status) => Page::text("text/plain; version=0.0.4; charset=utf-8", metrics(&status, &problems)),
+                None => Page::json(StatusCode::INTERNAL_SERVER_ERROR, &json!({ "error": "no status" })),
+            },
+            _ => Page::json(StatusCode::NOT_FOUND, &json!({ "error": "there are /live, /ready, /health, /metrics" })),
+        }
+    }
+}
+
+fn metrics(status: &Status, problems: &[(&'static str, String)]) -> String {
+    let mut text = String::new();
+    let mut gauge = |name: &str, help: &str, value: String| {
+        let name = format!("dockflare_vault_{name}");
+        text += &format!("# HELP {name} {help}\n# TYPE {name} gauge\n{name} {value}\n");
+    };
+    gauge("secrets", "Secrets that are not deleted.", status.secrets.to_string());
+    gauge("versions", "Values that are kept.", status.versions.to_string());
+    gauge("changes", "Transactions of the store so far.", status.change.to_string());
+    gauge("data_key_created_seconds", "When the data key was made, in seconds since 1970.", status.data_key_created.to_string());
+    gauge("rotating", "1 while records are sealed anew.", u8::from(status.is_rotating).to_string());
+    gauge("problems", "Things that are wrong, see /health.", problems.len().to_string());
+    text
+}
+
+/// What `healthcheck` says: the vault that runs in this container does its job, or what is wrong.
+///
+/// # Errors
+/// One line.
+pub async fn check(address: Option<PageAddress>) -> Result<(), String> {
+    let Some(address) = address else {
+        return Err("the pages are switched off (health.port is 0): there is nobody to ask".to_owned());
+    };
+    let health = ask("the vault", address, "/health", CHECK_LIMIT).await?;
+    match health["status"].as_str() {
+        Some("healthy" | "degraded") => Ok(()),
+        _ => Err(format!("the vault is unhealthy: {}", health["problems"])),
+    }
+}

@@ -1,0 +1,279 @@
+//! The running vault: one store, its doors, and the small tasks that keep it well.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime};
+
+use dockflare_host::{error_chain, page};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
+use tokio::task::{JoinSet, spawn_blocking};
+use tokio::time::{MissedTickBehavior, interval, sleep};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use crate::config::Config;
+use crate::doors::admin;
+use crate::pages::{Health, VaultPages};
+use crate::start::{Opened, StartError, open};
+use crate::vault::Vault;
+
+/// How far the store's memory of the audit may be behind the audit's file.
+const SAVE_EVERY: Duration = Duration::from_secs(1);
+/// How often the configuration is looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// Pause after a step of a rotation that the disk refused.
+const RESEAL_PAUSE: Duration = Duration::from_secs(10);
+
+/// Where the configuration comes from, for whoever reads it again.
+#[derive(Debug, Clone)]
+pub struct Source {
+    /// The file.
+    pub file: PathBuf,
+    /// Whether somebody named it, so that it must be there.
+    pub is_named: bool,
+    /// The environment.
+    pub env: BTreeMap<String, String>,
+}
+
+impl Source {
+    /// Reads it.
+    ///
+    /// # Errors
+    /// All that is wrong.
+    pub fn load(&self) -> Result<Config, crate::config::ConfigErrors> {
+        Config::load(&self.file, self.is_named, &self.env)
+    }
+}
+
+/// Why it does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The store cannot be opened.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// The admin socket cannot be opened.
+    #[error("the admin socket {} cannot be opened: {error}; mount a tmpfs of the vault's own user there, or set admin.socket", path.display())]
+    Socket {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        error: std::io::Error,
+    },
+    /// The pages cannot be served.
+    #[error("health.bind and health.port: {0} cannot be listened on ({1}); use another port, or port 0 to switch the pages off")]
+    Page(page::PageAddress, std::io::Error),
+    /// A task ended that must not.
+    #[error("the task {0} ended, which it must not: this is a mistake in the vault, please report it with the lines above")]
+    Task(&'static str),
+}
+
+impl RunError {
+    /// 64 settings, 70 a mistake in the vault, 73 a place that cannot be used, 74 the disk.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Start(error) => error.exit_code(),
+            Self::Page(..) => 64,
+            Self::Task(_) => 70,
+            Self::Socket { .. } => 73,
+        }
+    }
+}
+
+/// Runs until `shutdown`.
+///
+/// # Errors
+/// [`RunError`]; whatever was stored is on disk.
+pub async fn run(
+    source: Source,
+    config: Config,
+    accept_rollback: bool,
+    shutdown: CancellationToken,
+) -> Result<(), RunError> {
+    let opened = {
+        let config = config.clone();
+        let opened = spawn_blocking(move || open(&config, accept_rollback)).await;
+        opened.map_err(|_| RunError::Task("start"))??
+    };
+    let Opened { vault, broken, _lock } = opened;
+    let socket = admin::listen(&config.admin_socket)
+        .map_err(|error| RunError::Socket { path: config.admin_socket.clone(), error })?;
+    let listener = match config.health.map(|(ip, port)| page::PageAddress((ip, port).into())) {
+        None => None,
+        Some(address) => Some(page::bind(address).await.map_err(|error| RunError::Page(address, error))?),
+    };
+    let vault = Arc::new(vault);
+    let health = Arc::new(Health::default());
+    greet(&config, &vault, &broken, &health);
+
+    let rotated = Arc::new(Notify::new());
+    let mut tasks = JoinSet::new();
+    tasks.spawn(named("admin", admin::serve(socket, vault.clone(), rotated.clone())));
+    tasks.spawn(named("rotation", reseal(vault.clone(), rotated.clone(), health.clone())));
+    tasks.spawn(named("audit", save(vault.clone(), health.clone())));
+    tasks.spawn(named("configuration", follow(source, config.clone(), vault.clone(), health.clone())));
+    if let Some(listener) = listener {
+        let pages = VaultPages::new(vault.clone(), health.clone());
+        tasks.spawn(named("pages", async move { match page::serve(listener, pages).await {} }));
+    }
+    let ended = tokio::select! {
+        () = shutdown.cancelled() => None,
+        ended = tasks.join_next() => Some(ended),
+    };
+    // What a task has begun to write is finished: dropping it waits for nothing but the next step.
+    tasks.shutdown().await;
+    let saved = spawn_blocking(move || vault.save()).await;
+    if let Ok(Err(error)) = saved {
+        error!("the end of the audit cannot be kept: {error}");
+    }
+    match ended {
+        None => {
+            info!("dockflare-vault stopped");
+            Ok(())
+        }
+        Some(Some(Ok(name))) => Err(RunError::Task(name)),
+        Some(_) => Err(RunError::Task("unknown")),
+    }
+}
+
+async fn named(name: &'static str, work: impl Future<Output = ()>) -> &'static str {
+    work.await;
+    name
+}
+
+fn greet(config: &Config, vault: &Vault, broken: &[crate::audit::Broken], health: &Health) {
+    let status = vault.peek();
+    info!(
+        version = env!("CARGO_PKG_VERSION"),
+        secrets = status.secrets,
+        master_key = status.master_key,
+        grants = config.grants.rows().len(),
+        "dockflare-vault started"
+    );
+    if config.storage.counter.is_none() {
+        info!("an older copy of the store would not be noticed: set storage.change_counter to a file on another volume");
+    }
+    if config.nats.is_some() {
+        warn!("this version has no NATS door: the sections nats and subjects are read and not used");
+    }
+    for broken in broken {
+        error!("the audit was changed from outside: {broken}; going on, find out who did it");
+    }
+    health.audit_broken.store(!broken.is_empty(), Ordering::Relaxed);
+}
+
+/// Seals anew what an older data key has sealed, after a start and after each rotation, step by step.
+async fn reseal(vault: Arc<Vault>, rotated: Arc<Notify>, health: Arc<Health>) {
+    let mut is_said = false;
+    loop {
+        let step = {
+            let vault = vault.clone();
+            spawn_blocking(move || vault.reseal()).await
+        };
+        match step {
+            Ok(Ok(true)) => {
+                if !std::mem::replace(&mut is_said, true) {
+                    info!("sealing all secrets with the new data key");
+                }
+            }
+            Ok(Ok(false)) => {
+                if std::mem::replace(&mut is_said, false) {
+                    info!("all secrets are sealed with the new data key, the old one is gone");
+                }
+                health.rotation_failed.store(false, Ordering::Relaxed);
+                rotated.notified().await;
+            }
+            Ok(Err(problem)) => {
+                if !health.rotation_failed.swap(true, Ordering::Relaxed) {
+                    error!("the rotation stands still: {problem}; trying again");
+                }
+                sleep(RESEAL_PAUSE).await;
+            }
+            Err(_) => return,
+        }
+    }
+}
+
+/// Keeps the store's memory of the audit near its end.
+async fn save(vault: Arc<Vault>, health: Arc<Health>) {
+    let mut every = interval(SAVE_EVERY);
+    every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        every.tick().await;
+        let vault = vault.clone();
+        let saved = spawn_blocking(move || vault.save()).await;
+        match saved {
+            Ok(Ok(())) => {
+                if health.store_failed.swap(false, Ordering::Relaxed) {
+                    info!("the store can be written again");
+                }
+            }
+            Ok(Err(problem)) => {
+                if !health.store_failed.swap(true, Ordering::Relaxed) {
+                    error!("the end of the audit cannot be kept: {problem}; trying again");
+                }
+            }
+            Err(_) => return,
+        }
+    }
+}
+
+/// Takes another table of grants when the file changes or on SIGHUP: the whole of it, or nothing of it.
+async fn follow(source: Source, mut present: Config, vault: Arc<Vault>, health: Arc<Health>) {
+    let Ok(mut hangup) = signal(SignalKind::hangup()) else { return };
+    let mut seen = modified(&source).await;
+    loop {
+        let asked = tokio::select! {
+            _ = hangup.recv() => true,
+            () = sleep(LOOK_EVERY) => false,
+        };
+        let now = modified(&source).await;
+        if !asked && now == seen {
+            continue;
+        }
+        seen = now;
+        let read = {
+            let source = source.clone();
+            spawn_blocking(move || source.load()).await
+        };
+        match read {
+            Ok(Ok(config)) => {
+                health.config_refused.store(false, Ordering::Relaxed);
+                if config.grants != present.grants {
+                    info!(grants = config.grants.rows().len(), "took the new table of grants");
+                    vault.replace_grants(config.grants.clone());
+                }
+                let fixed = |config: &Config| {
+                    let Config { storage, master_key_file, audit, admin_socket, health, .. } = config;
+                    format!("{storage:?}{master_key_file:?}{audit:?}{admin_socket:?}{health:?}")
+                };
+                if fixed(&config) != fixed(&present) {
+                    warn!("took the grants only: storage, encryption, audit, admin and health count from the next start");
+                }
+                present.grants = config.grants;
+            }
+            Ok(Err(problems)) => {
+                health.config_refused.store(true, Ordering::Relaxed);
+                for problem in problems.0 {
+                    error!("the new configuration is not taken, the present one goes on: {problem}");
+                }
+            }
+            Err(problem) => error!("the configuration cannot be read: {}", error_chain(&problem)),
+        }
+    }
+}
+
+/// Time and size: an editor that replaces the file, and a volume that is swapped below it, change either.
+async fn modified(source: &Source) -> Option<(SystemTime, u64)> {
+    let meta = tokio::fs::metadata(&source.file).await.ok()?;
+    Some((meta.modified().ok()?, meta.len()))
+}
+
+/// Set where something is wrong, for the pages.
+impl Health {
+    pub(crate) fn is_set(flag: &AtomicBool) -> bool {
+        flag.load(Ordering::Relaxed)
+    }
+}

@@ -1,0 +1,70 @@
+//! What comes before anything is served or asked: the lock, the master key, the store, the audit.
+
+use std::path::{Path, PathBuf};
+
+use crate::audit::Broken;
+use crate::config::Config;
+use crate::keyfile::{self, KeyFileError};
+use crate::store::{Options, StoreError};
+use crate::vault::{Refusal, Vault, now};
+
+/// A vault, and the lock that keeps others from it.
+#[derive(Debug)]
+pub struct Opened {
+    /// The vault.
+    pub vault: Vault,
+    /// What is wrong with its audit.
+    pub broken: Vec<Broken>,
+    /// Let go of last.
+    _lock: dockflare_host::lock::Lock,
+}
+
+/// Why it cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The master key.
+    #[error(transparent)]
+    Key(#[from] KeyFileError),
+    /// Store or audit.
+    #[error(transparent)]
+    Store(#[from] Refusal),
+}
+
+impl StartError {
+    /// 64 for a key or a setting, 73 for a place that is taken, 74 for the disk.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Key(_) => 64,
+            Self::Store(refusal) => refusal.exit_code(),
+        }
+    }
+}
+
+/// Opens what the configuration names.
+///
+/// # Errors
+/// [`StartError`]; nothing was changed then.
+pub fn open(config: &Config, accept_rollback: bool) -> Result<Opened, StartError> {
+    let file = &config.storage.file;
+    let lock = lock(file)?;
+    let key = keyfile::read(&config.master_key_file, keyfile::is_alone())?;
+    let options = Options { accept_rollback, now: now() };
+    let (vault, broken) =
+        Vault::open(&config.storage, key, options, config.audit.clone(), config.grants.clone())?;
+    Ok(Opened { vault, broken, _lock: lock })
+}
+
+/// The store's lock, in a file of its own beside it.
+fn lock(file: &Path) -> Result<dockflare_host::lock::Lock, StartError> {
+    use dockflare_host::lock::Refused;
+    let mut path = file.as_os_str().to_owned();
+    path.push(".lock");
+    let path = PathBuf::from(path);
+    dockflare_host::lock::take(&path).map_err(|refused| {
+        let path = file.to_owned();
+        StartError::Store(Refusal::Store(match refused {
+            Refused::Taken(holder) => StoreError::Taken { path, holder },
+            Refused::Io(error) => StoreError::Io { what: "the lock of the store", path, verb: "taken", error },
+        }))
+    })
+}
