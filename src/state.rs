@@ -22,13 +22,15 @@ use serde::{Deserialize, Serialize};
 
 mod documents;
 mod leftovers;
-mod lock;
 mod peek;
+use dockflare_host::lock::{self, Lock, Refused};
 pub use documents::{AgentId, DesiredState, Phase, Reported, Token, TokenClaims, Tombstone, TunnelId, TunnelState};
-use lock::{Lock, Refused};
 #[cfg(test)]
 pub(crate) use peek::peek;
 pub(crate) use peek::{Folder, files, peek_soon};
+
+/// Name of the file that is locked for as long as the [`Store`] and its clones live.
+const LOCK: &str = "agent.lock";
 
 /// Why the data folder cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -208,7 +210,7 @@ impl Store {
             problem,
         };
         fs::create_dir_all(dir).map_err(unusable)?;
-        let lock = lock::take(dir).map_err(|refused| match refused {
+        let lock = lock::take(&dir.join(LOCK)).map_err(|refused| match refused {
             Refused::Taken(holder) => StateError::Taken { dir: dir.to_owned(), holder },
             Refused::Io(problem) => unusable(problem),
         })?;

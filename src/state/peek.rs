@@ -121,7 +121,7 @@ pub(crate) fn peek(dir: &Path) -> Folder {
         exists,
         writable: writable(place, dir),
         free,
-        holder: lock::seen_holder(dir),
+        holder: lock::seen_holder(&dir.join(super::LOCK)),
         agent_id: read(dir, AGENT_ID, parse_id),
         tunnel: read(dir, TUNNEL, parse_json),
         tombstone: read(dir, TOMBSTONE, parse_tombstone),

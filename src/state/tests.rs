@@ -45,7 +45,7 @@ async fn documents_come_back_as_they_were_written_and_only_the_owner_can_read_th
         let mode = fs::metadata(dir.path().join(name)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600, "{name}");
     }
-    assert_eq!(names(dir.path()), [lock::LOCK, AGENT_ID, TUNNEL], "nothing else is left in the folder");
+    assert_eq!(names(dir.path()), [LOCK, AGENT_ID, TUNNEL], "nothing else is left in the folder");
 }
 
 #[tokio::test]
@@ -183,7 +183,7 @@ fn what_a_crash_in_the_middle_of_a_write_left_is_ignored_and_removed_at_the_next
     let store = Store::open(dir.path()).unwrap();
     assert!(store.tunnel().unwrap().document.is_none(), "a leftover is no document");
     let mut expected = of_others.map(str::to_owned).to_vec();
-    expected.extend([".tunnel_state.json.folder".to_owned(), lock::LOCK.to_owned()]);
+    expected.extend([".tunnel_state.json.folder".to_owned(), LOCK.to_owned()]);
     expected.sort();
     assert_eq!(names(dir.path()), expected);
 }

@@ -12,6 +12,7 @@ pub mod aside;
 pub mod container;
 pub mod disk;
 pub mod http;
+pub mod lock;
 pub mod logging;
 mod outlet;
 pub mod page;

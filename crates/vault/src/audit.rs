@@ -286,7 +286,10 @@ impl Audit {
         (&file).take(MAX_LINE_BYTES).read_to_end(&mut tail)?;
         let whole = tail.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at as u64 + 1);
         if whole < tail.len() as u64 {
-            tracing::warn!(bytes = tail.len() as u64 - whole, "cut an unfinished line off the audit: nobody was answered for it");
+            tracing::warn!(
+                bytes = tail.len() as u64 - whole,
+                "cut an unfinished line off the audit: nobody was answered for it"
+            );
             file.set_len(from + whole)?;
         }
         Ok(())

@@ -40,7 +40,9 @@ pub fn check(source: &Source, config: &Config) -> (String, bool) {
     let mut found = Findings::default();
     match source.file.exists() {
         true => found.good(&format!("configuration {}: {} grants", source.file.display(), config.grants.rows().len())),
-        false => found.note(&format!("no configuration at {}: the operator alone may do anything", source.file.display())),
+        false => {
+            found.note(&format!("no configuration at {}: the operator alone may do anything", source.file.display()))
+        }
     }
     let key = keyfile::read(&config.master_key_file, keyfile::is_alone());
     match &key {
@@ -53,8 +55,14 @@ pub fn check(source: &Source, config: &Config) -> (String, bool) {
     if !socket_is_there && !store_is_there {
         // To ask would make one.
         match nix::unistd::access(folder, nix::unistd::AccessFlags::W_OK) {
-            Ok(()) => found.note(&format!("no store at {} yet: the first start makes it", config.storage.file.display())),
-            Err(error) => found.bad(&format!("{} cannot be written ({error}): mount a volume there that belongs to uid {}", folder.display(), nix::unistd::geteuid())),
+            Ok(()) => {
+                found.note(&format!("no store at {} yet: the first start makes it", config.storage.file.display()))
+            }
+            Err(error) => found.bad(&format!(
+                "{} cannot be written ({error}): mount a volume there that belongs to uid {}",
+                folder.display(),
+                nix::unistd::geteuid()
+            )),
         }
     } else if let Ok(key) = key {
         let answer = client::ask(config, Request::Status);
@@ -72,9 +80,13 @@ pub fn check(source: &Source, config: &Config) -> (String, bool) {
         }
     }
     match &config.storage.counter {
-        Some(counter) if same_folder(counter, &config.storage.file) => found.note("storage.change_counter lies beside the store: an older copy of the whole volume would not be noticed"),
+        Some(counter) if same_folder(counter, &config.storage.file) => found.note(
+            "storage.change_counter lies beside the store: an older copy of the whole volume would not be noticed",
+        ),
         Some(_) => found.good("an older copy of the store is noticed"),
-        None => found.note("an older copy of the store would not be noticed: set storage.change_counter to a file on another volume"),
+        None => found.note(
+            "an older copy of the store would not be noticed: set storage.change_counter to a file on another volume",
+        ),
     }
     if let Some(Pass::Here(_)) = config.nats.as_ref().and_then(|nats| nats.pass.as_ref()) {
         found.note("nats.pass stands in the configuration: nats.pass_file keeps it out");
@@ -87,7 +99,11 @@ fn audit(found: &mut Findings, config: &Config) {
     let broken: Vec<_> = answer.data["broken"].as_array().into_iter().flatten().filter_map(Json::as_str).collect();
     match (answer.message, broken.is_empty()) {
         (Some(message), _) => found.bad(&message),
-        (None, true) => found.good(&format!("audit {}: {} lines, an unbroken chain", config.audit.file.display(), answer.data["lines"])),
+        (None, true) => found.good(&format!(
+            "audit {}: {} lines, an unbroken chain",
+            config.audit.file.display(),
+            answer.data["lines"]
+        )),
         (None, false) => broken.iter().for_each(|line| found.bad(line)),
     }
 }

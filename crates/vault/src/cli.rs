@@ -156,7 +156,10 @@ fn perform(arguments: Arguments) -> Outcome {
         Command::Set { key, value, expires_in, if_version } => {
             let value = match value {
                 Some(value) => {
-                    let _ = writeln!(io::stderr(), "the value stood in the process list; better: printf %s VALUE | dockflare-vault set {key}");
+                    let _ = writeln!(
+                        io::stderr(),
+                        "the value stood in the process list; better: printf %s VALUE | dockflare-vault set {key}"
+                    );
                     Zeroizing::new(value.into_bytes())
                 }
                 None => value_from_input(&key)?,
@@ -176,7 +179,13 @@ fn perform(arguments: Arguments) -> Outcome {
         }
         Command::Rotate { master: None } => {
             let data = ask(Request::Rotate { master_key_file: None })?;
-            print(format!("data key {} seals from now on; what older keys have sealed is sealed anew meanwhile, see status\n", data["data_key"]).as_bytes())
+            print(
+                format!(
+                    "data key {} seals from now on; what older keys have sealed is sealed anew meanwhile, see status\n",
+                    data["data_key"]
+                )
+                .as_bytes(),
+            )
         }
         Command::Rotate { master: Some(file) } => {
             let data = ask(Request::Rotate { master_key_file: Some(file.clone()) })?;
@@ -189,7 +198,9 @@ fn perform(arguments: Arguments) -> Outcome {
             let data = ask(Request::AuditVerify)?;
             let broken: Vec<_> = data["broken"].as_array().into_iter().flatten().filter_map(Json::as_str).collect();
             if broken.is_empty() {
-                return print(format!("{} lines in {} files, an unbroken chain\n", data["lines"], data["files"]).as_bytes());
+                return print(
+                    format!("{} lines in {} files, an unbroken chain\n", data["lines"], data["files"]).as_bytes(),
+                );
             }
             Err((broken.join("\n"), 1))
         }
@@ -272,7 +283,8 @@ fn value_from_input(key: &str) -> Result<Zeroizing<Vec<u8>>, (String, u8)> {
         return Err((format!("the value has more than {MAX_VALUE_BYTES} bytes: larger things are files"), 64));
     }
     if value.ends_with(b"\n") {
-        let _ = writeln!(io::stderr(), "the value ends with a line break, which belongs to it; printf %s leaves it out");
+        let _ =
+            writeln!(io::stderr(), "the value ends with a line break, which belongs to it; printf %s leaves it out");
     }
     Ok(value)
 }

@@ -29,10 +29,18 @@ pub fn ask(config: &Config, request: Request) -> Answer {
             Answer::error("unavailable", &format!("the vault that runs here does not answer: {error}"), 74)
         }),
         // Nobody listens: then nobody has the store either, or its lock says who.
-        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => directly(config, request),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
+            directly(config, request)
+        }
         Err(error) => {
             let at = config.admin_socket.display();
-            Answer::error("unavailable", &format!("the admin socket {at} cannot be used: {error}; run this as the vault's own user, with docker exec"), 73)
+            Answer::error(
+                "unavailable",
+                &format!(
+                    "the admin socket {at} cannot be used: {error}; run this as the vault's own user, with docker exec"
+                ),
+                73,
+            )
         }
     }
 }

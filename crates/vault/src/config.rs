@@ -112,7 +112,8 @@ impl Config {
         if let (Some(named), Some(also)) = (&named, &also)
             && named != also
         {
-            reader.problem("encryption.master_key and encryption.master_key_file name two files: leave one of them out");
+            reader
+                .problem("encryption.master_key and encryption.master_key_file name two files: leave one of them out");
         }
         let master_key_file = also.or(named).unwrap_or_else(|| "/app/config/master.key".into());
         reader.end(encryption);
@@ -126,7 +127,8 @@ impl Config {
         reader.end(audit);
 
         let mut admin = reader.section(&mut top, "admin");
-        let admin_socket = reader.path(&mut admin, "socket").unwrap_or_else(|| "/run/dockflare-vault/admin.sock".into());
+        let admin_socket =
+            reader.path(&mut admin, "socket").unwrap_or_else(|| "/run/dockflare-vault/admin.sock".into());
         reader.end(admin);
 
         let mut health = reader.section(&mut top, "health");
@@ -179,7 +181,8 @@ impl Config {
             }
             subject
         };
-        let (request_subject, reply_subject) = (subject("request", "vault.requests"), subject("reply", "vault.replies"));
+        let (request_subject, reply_subject) =
+            (subject("request", "vault.requests"), subject("reply", "vault.replies"));
         reader.end(subjects);
         is_there.then_some(Nats { url, user, pass: pass.or(pass_file), request_subject, reply_subject })
     }

@@ -61,9 +61,10 @@ impl FromStr for Operation {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        OPERATIONS.into_iter().find(|operation| operation.as_str() == text).ok_or_else(|| {
-            format!("{text:?} is no operation: use {}", OPERATIONS.map(Operation::as_str).join(", "))
-        })
+        OPERATIONS
+            .into_iter()
+            .find(|operation| operation.as_str() == text)
+            .ok_or_else(|| format!("{text:?} is no operation: use {}", OPERATIONS.map(Operation::as_str).join(", ")))
     }
 }
 
@@ -80,10 +81,9 @@ impl NamePattern {
     fn covers(&self, name: &SecretName) -> bool {
         match self {
             Self::Any => true,
-            Self::Below(prefix) => name
-                .as_str()
-                .strip_prefix(prefix.as_str())
-                .is_some_and(|rest| rest.is_empty() || rest.starts_with('/')),
+            Self::Below(prefix) => {
+                name.as_str().strip_prefix(prefix.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+            }
         }
     }
 }
@@ -165,12 +165,7 @@ impl Grants {
 
 /// The one place where it is decided. Pure: the same question has the same answer until the table changes. `name` is
 /// `None` for an operation that has none, and for `list`, whose answer is filtered name by name.
-pub fn authorize(
-    grants: &Grants,
-    principal: &Principal,
-    operation: Operation,
-    name: Option<&SecretName>,
-) -> Decision {
+pub fn authorize(grants: &Grants, principal: &Principal, operation: Operation, name: Option<&SecretName>) -> Decision {
     if grants.0.iter().any(|row| row.allows(principal, operation, name)) {
         return Decision::Allowed;
     }
@@ -185,11 +180,7 @@ mod tests {
     use super::*;
 
     fn row(principal: &str, operations: &[Operation], names: &str) -> Grant {
-        Grant {
-            principal: principal.parse().unwrap(),
-            operations: operations.to_vec(),
-            names: names.parse().unwrap(),
-        }
+        Grant { principal: principal.parse().unwrap(), operations: operations.to_vec(), names: names.parse().unwrap() }
     }
 
     #[test]

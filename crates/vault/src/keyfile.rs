@@ -66,7 +66,9 @@ pub fn read(path: &Path, is_alone: bool) -> Result<Key, KeyFileError> {
     let named = || path.to_owned();
     let io_error = |error: io::Error| match error.kind() {
         ErrorKind::NotFound => KeyFileError::Missing(named()),
-        ErrorKind::PermissionDenied => KeyFileError::NotReadable { path: named(), uid: nix::unistd::geteuid().as_raw() },
+        ErrorKind::PermissionDenied => {
+            KeyFileError::NotReadable { path: named(), uid: nix::unistd::geteuid().as_raw() }
+        }
         _ => KeyFileError::Io { path: named(), error },
     };
     // Before it is opened: opening a pipe may take for ever.

@@ -36,8 +36,16 @@ impl Health {
         problems.extend(set(&self.store_failed, "store_unavailable", "the store cannot be written; see the log"));
         problems.extend(vault.audit_problem().map(|problem| ("audit_unavailable", problem)));
         problems.extend(set(&self.rotation_failed, "rotation_failed", "a rotation stands still; see the log"));
-        problems.extend(set(&self.audit_broken, "audit_broken", "the audit was changed from outside; see audit verify"));
-        problems.extend(set(&self.config_refused, "config_refused", "the present configuration file is not taken; see the log"));
+        problems.extend(set(
+            &self.audit_broken,
+            "audit_broken",
+            "the audit was changed from outside; see audit verify",
+        ));
+        problems.extend(set(
+            &self.config_refused,
+            "config_refused",
+            "the present configuration file is not taken; see the log",
+        ));
         problems
     }
 }
@@ -97,7 +105,11 @@ fn metrics(status: &Status, problems: &[(&'static str, String)]) -> String {
     gauge("secrets", "Secrets that are not deleted.", status.secrets.to_string());
     gauge("versions", "Values that are kept.", status.versions.to_string());
     gauge("changes", "Transactions of the store so far.", status.change.to_string());
-    gauge("data_key_created_seconds", "When the data key was made, in seconds since 1970.", status.data_key_created.to_string());
+    gauge(
+        "data_key_created_seconds",
+        "When the data key was made, in seconds since 1970.",
+        status.data_key_created.to_string(),
+    );
     gauge("rotating", "1 while records are sealed anew.", u8::from(status.is_rotating).to_string());
     gauge("problems", "Things that are wrong, see /health.", problems.len().to_string());
     text

@@ -32,7 +32,9 @@ pub enum PrincipalError {
     #[error("{0:?} is no principal: write operator, or nats:SUBJECT")]
     Kind(String),
     /// A subject that a NATS server would not take.
-    #[error("{0:?} is no NATS subject: tokens between single dots, without white space; '*' and a last '>' stand alone")]
+    #[error(
+        "{0:?} is no NATS subject: tokens between single dots, without white space; '*' and a last '>' stand alone"
+    )]
     Subject(String),
 }
 

@@ -63,10 +63,14 @@ pub enum RunError {
         error: std::io::Error,
     },
     /// The pages cannot be served.
-    #[error("health.bind and health.port: {0} cannot be listened on ({1}); use another port, or port 0 to switch the pages off")]
+    #[error(
+        "health.bind and health.port: {0} cannot be listened on ({1}); use another port, or port 0 to switch the pages off"
+    )]
     Page(page::PageAddress, std::io::Error),
     /// A task ended that must not.
-    #[error("the task {0} ended, which it must not: this is a mistake in the vault, please report it with the lines above")]
+    #[error(
+        "the task {0} ended, which it must not: this is a mistake in the vault, please report it with the lines above"
+    )]
     Task(&'static str),
 }
 
@@ -97,7 +101,7 @@ pub async fn run(
         let opened = spawn_blocking(move || open(&config, accept_rollback)).await;
         opened.map_err(|_| RunError::Task("start"))??
     };
-    let Opened { vault, broken, _lock } = opened;
+    let Opened { vault, broken, lock: _lock } = opened;
     let socket = admin::listen(&config.admin_socket)
         .map_err(|error| RunError::Socket { path: config.admin_socket.clone(), error })?;
     let listener = match config.health.map(|(ip, port)| page::PageAddress((ip, port).into())) {
@@ -153,7 +157,9 @@ fn greet(config: &Config, vault: &Vault, broken: &[crate::audit::Broken], health
         "dockflare-vault started"
     );
     if config.storage.counter.is_none() {
-        info!("an older copy of the store would not be noticed: set storage.change_counter to a file on another volume");
+        info!(
+            "an older copy of the store would not be noticed: set storage.change_counter to a file on another volume"
+        );
     }
     if config.nats.is_some() {
         warn!("this version has no NATS door: the sections nats and subjects are read and not used");
@@ -250,7 +256,9 @@ async fn follow(source: Source, mut present: Config, vault: Arc<Vault>, health: 
                     format!("{storage:?}{master_key_file:?}{audit:?}{admin_socket:?}{health:?}")
                 };
                 if fixed(&config) != fixed(&present) {
-                    warn!("took the grants only: storage, encryption, audit, admin and health count from the next start");
+                    warn!(
+                        "took the grants only: storage, encryption, audit, admin and health count from the next start"
+                    );
                 }
                 present.grants = config.grants;
             }

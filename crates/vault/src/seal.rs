@@ -34,7 +34,9 @@ impl fmt::Debug for Key {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum KeyError {
     /// Neither 44 characters of base64, nor 64 of hexadecimal, nor 32 bytes.
-    #[error("it holds no key: 44 characters of base64 are expected, as dockflare-vault generate-key makes them, and it has {0} bytes")]
+    #[error(
+        "it holds no key: 44 characters of base64 are expected, as dockflare-vault generate-key makes them, and it has {0} bytes"
+    )]
     Shape(usize),
     /// All bytes are the same, as in a file made of zeros.
     #[error("all bytes of the key are the same: make one with dockflare-vault generate-key")]
@@ -157,7 +159,10 @@ pub(crate) fn fill(bytes: &mut [u8]) -> Result<(), KeyError> {
 
 fn hex(text: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
     let digit = |byte: u8| (byte as char).to_digit(16).map(|digit| digit as u8);
-    text.chunks_exact(2).map(|pair| Some(digit(pair[0])? << 4 | digit(pair[1])?)).collect::<Option<_>>().map(Zeroizing::new)
+    text.chunks_exact(2)
+        .map(|pair| Some(digit(pair[0])? << 4 | digit(pair[1])?))
+        .collect::<Option<_>>()
+        .map(Zeroizing::new)
 }
 
 #[cfg(test)]
@@ -171,12 +176,18 @@ mod tests {
         let key = Key::read(b"0123456789abcdefghijklmnopqrstuv").unwrap();
         let text = key.to_text();
         let hex: String = key.0.iter().map(|byte| format!("{byte:02X}")).collect();
-        for form in [text.as_str(), &format!("{}\n", *text), text.trim_end_matches('='), &format!("\u{feff} {}\r\n", *text), &hex] {
+        for form in [
+            text.as_str(),
+            &format!("{}\n", *text),
+            text.trim_end_matches('='),
+            &format!("\u{feff} {}\r\n", *text),
+            &hex,
+        ] {
             assert_eq!(Key::read(form.as_bytes()).unwrap(), key, "{form:?}");
         }
         for (bad, length) in [("", 0), ("short", 5), (&text[1..], 43), (&hex[1..], 63)] {
             let error = Key::read(bad.as_bytes()).unwrap_err();
-            assert!(matches!(error, KeyError::Shape(n) if n == length) , "{bad:?}: {error}");
+            assert!(matches!(error, KeyError::Shape(n) if n == length), "{bad:?}: {error}");
         }
         assert_eq!(Key::read(&[0; 32]), Err(KeyError::Constant));
         assert_eq!(format!("{key:?}"), "Key");

@@ -16,7 +16,7 @@ pub struct Opened {
     /// What is wrong with its audit.
     pub broken: Vec<Broken>,
     /// Let go of last.
-    _lock: dockflare_host::lock::Lock,
+    pub lock: dockflare_host::lock::Lock,
 }
 
 /// Why it cannot be opened.
@@ -49,9 +49,8 @@ pub fn open(config: &Config, accept_rollback: bool) -> Result<Opened, StartError
     let lock = lock(file)?;
     let key = keyfile::read(&config.master_key_file, keyfile::is_alone())?;
     let options = Options { accept_rollback, now: now() };
-    let (vault, broken) =
-        Vault::open(&config.storage, key, options, config.audit.clone(), config.grants.clone())?;
-    Ok(Opened { vault, broken, _lock: lock })
+    let (vault, broken) = Vault::open(&config.storage, key, options, config.audit.clone(), config.grants.clone())?;
+    Ok(Opened { vault, broken, lock })
 }
 
 /// The store's lock, in a file of its own beside it.

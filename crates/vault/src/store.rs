@@ -13,7 +13,7 @@ mod record;
 mod ring;
 mod sealed;
 
-pub use record::{Versions, VersionInfo};
+pub use record::{VersionInfo, Versions};
 pub use sealed::{AuditHead, Change, Found, Location, Options, SealedStore, Status};
 
 /// Versions of a secret that are kept, the newest ones.

@@ -349,7 +349,10 @@ mod tests {
         assert_eq!((verified.lines, verified.broken.len()), (14, 0));
         drop(vault);
         let log = std::fs::read_to_string(dir.path().join("audit.log")).unwrap();
-        assert!(!log.contains("\"x\"") && log.contains("principal=nats:user.requests operation=get name=other"), "{log}");
+        assert!(
+            !log.contains("\"x\"") && log.contains("principal=nats:user.requests operation=get name=other"),
+            "{log}"
+        );
         let (vault, broken) = open(dir.path(), &master, grants());
         assert_eq!((broken, vault.verify_audit().unwrap().lines), (vec![], 14));
     }

@@ -129,7 +129,8 @@ pub fn answer(vault: &Vault, request: Request, rotated: &Notify) -> Answer {
 
 fn perform(vault: &Vault, request: Request, rotated: &Notify) -> Result<Json, Answer> {
     let who = &Principal::Operator;
-    let name = |text: &str| text.parse::<SecretName>().map_err(|error| Answer::error("bad_name", &error.to_string(), 64));
+    let name =
+        |text: &str| text.parse::<SecretName>().map_err(|error| Answer::error("bad_name", &error.to_string(), 64));
     Ok(match request {
         Request::Get { name: text, version } => {
             let found = vault.get(who, &name(&text)?, version)?;

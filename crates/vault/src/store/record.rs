@@ -99,7 +99,10 @@ mod tests {
         }
         assert_eq!(versions.add(11, Some(20), 1), [1]);
         assert_eq!(versions.newest().unwrap().version, 11);
-        assert_eq!((versions.newest().unwrap().is_expired(19), versions.newest().unwrap().is_expired(20)), (false, true));
+        assert_eq!(
+            (versions.newest().unwrap().is_expired(19), versions.newest().unwrap().is_expired(20)),
+            (false, true)
+        );
         assert_eq!(versions.delete(12), (2..=11).collect::<Vec<_>>());
         assert_eq!(Versions::parse(&versions.to_bytes()).unwrap(), versions);
         versions.add(13, None, 1);

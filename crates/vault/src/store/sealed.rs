@@ -267,7 +267,15 @@ impl SealedStore {
         let inner = Inner { master, state: sound.state, cursor: None };
         let audit = Mutex::new(sound.state.audit);
         let ring = Mutex::new(Arc::new(sound.ring));
-        let store = Self { db: Mutex::new(Some(Arc::new(db))), path, counter, id: sound.id, ring, inner: Mutex::new(inner), audit };
+        let store = Self {
+            db: Mutex::new(Some(Arc::new(db))),
+            path,
+            counter,
+            id: sound.id,
+            ring,
+            inner: Mutex::new(inner),
+            audit,
+        };
         if is_new {
             let mut inner = store.inner();
             let ring = store.ring();
@@ -430,11 +438,7 @@ impl SealedStore {
     ///
     /// # Errors
     /// [`StoreError::TooManyKeys`], [`StoreError::Io`], and what `before_commit` says.
-    pub fn rotate(
-        &self,
-        now: i64,
-        before_commit: impl FnOnce() -> Result<(), StoreError>,
-    ) -> Result<u32, StoreError> {
+    pub fn rotate(&self, now: i64, before_commit: impl FnOnce() -> Result<(), StoreError>) -> Result<u32, StoreError> {
         let mut inner = self.inner();
         let mut ring = Ring::clone(&self.ring());
         let id = ring.add(now)?.ok_or(StoreError::TooManyKeys)?;
@@ -536,20 +540,17 @@ impl SealedStore {
     }
 
     fn database(&self) -> Result<Arc<Database>, StoreError> {
-        let db = self.db.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        db.ok_or_else(|| io_error(&self.path, "opened", ErrorKind::NotConnected.into()))
+        let mut db = self.db.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*db {
+            Some(db) => Ok(db.clone()),
+            None => Ok(db.insert(Arc::new(open_file(&self.path)?)).clone()),
+        }
     }
 
     /// After an error of the disk the library refuses everything until the file was opened again.
-    fn reopen(&self) {
-        let mut db = self.db.lock().unwrap_or_else(PoisonError::into_inner);
-        // It must be closed first: it holds a lock on the file. A read that has it still lets go within its moment, and
-        // then the next change opens it.
-        *db = None;
-        match open_file(&self.path) {
-            Ok(opened) => *db = Some(Arc::new(opened)),
-            Err(error) => tracing::error!("{error}; trying again with the next change"),
-        }
+    fn close(&self) {
+        // Closed as soon as no read has it any more, and opened by the next one who asks.
+        *self.db.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// One transaction: all of it with the new state, on disk when it returns, or nothing.
@@ -561,7 +562,7 @@ impl SealedStore {
         let mut state = inner.state;
         let done = self.commit(&mut state, &inner.master, work);
         if matches!(done, Err(StoreError::Io { .. } | StoreError::Damaged { .. })) {
-            self.reopen();
+            self.close();
             // Whether the disk took it before it refused is known there only.
             inner.state = self.read_state().unwrap_or(inner.state);
         }
@@ -629,13 +630,7 @@ impl SealedStore {
         Versions::parse(&text).ok_or_else(|| damaged(&self.path, "a record is none of this program's"))
     }
 
-    fn unseal(
-        &self,
-        ring: &Ring,
-        kind: Kind,
-        place: &[u8],
-        record: &[u8],
-    ) -> Result<Zeroizing<Vec<u8>>, StoreError> {
+    fn unseal(&self, ring: &Ring, kind: Kind, place: &[u8], record: &[u8]) -> Result<Zeroizing<Vec<u8>>, StoreError> {
         open_record(ring, &self.id, kind, place, record)
             .ok_or_else(|| damaged(&self.path, "a record was changed or moved"))
     }
@@ -774,24 +769,12 @@ fn value_place(name: &[u8; 32], version: u64) -> [u8; 40] {
     place
 }
 
-fn seal_record(
-    key: &DataKey,
-    store: &[u8; 16],
-    kind: Kind,
-    place: &[u8],
-    text: &[u8],
-) -> Result<Vec<u8>, KeyError> {
+fn seal_record(key: &DataKey, store: &[u8; 16], kind: Kind, place: &[u8], text: &[u8]) -> Result<Vec<u8>, KeyError> {
     let sealed = key.key.seal(&record_place(store, kind, place, key.id), text)?;
     Ok([&key.id.to_be_bytes()[..], &sealed].concat())
 }
 
-fn open_record(
-    ring: &Ring,
-    store: &[u8; 16],
-    kind: Kind,
-    place: &[u8],
-    record: &[u8],
-) -> Option<Zeroizing<Vec<u8>>> {
+fn open_record(ring: &Ring, store: &[u8; 16], kind: Kind, place: &[u8], record: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
     let (id, sealed) = record.split_first_chunk::<KEY_ID_BYTES>()?;
     let key = ring.find(u32::from_be_bytes(*id))?;
     key.key.open(&record_place(store, kind, place, key.id), sealed)
@@ -870,7 +853,9 @@ fn io_error(path: &Path, verb: &'static str, error: io::Error) -> StoreError {
 /// What the library says: an error of the disk, or of what is on it.
 fn refused(path: &Path, error: impl Into<redb::Error>) -> StoreError {
     match error.into() {
-        redb::Error::Io(error) if error.kind() != ErrorKind::UnexpectedEof && error.kind() != ErrorKind::InvalidData => {
+        redb::Error::Io(error)
+            if error.kind() != ErrorKind::UnexpectedEof && error.kind() != ErrorKind::InvalidData =>
+        {
             io_error(path, "read or written", error)
         }
         redb::Error::DatabaseAlreadyOpen => {

@@ -65,7 +65,8 @@ fn what_was_set_is_there_after_a_start_and_neither_name_nor_value_stands_in_the_
     drop(store);
     let bytes = scene.bytes();
     assert!(!bytes.windows(7).any(|window| window == b"PLANTED"));
-    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(scene.location().file).unwrap().permissions());
+    let mode =
+        std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(scene.location().file).unwrap().permissions());
     assert_eq!(mode & 0o777, 0o600);
 }
 
@@ -150,7 +151,9 @@ fn after_a_change_of_the_master_key_the_new_one_opens_and_the_old_one_does_not()
     drop(store);
     let before = scene.bytes();
     let error = scene.open().unwrap_err();
-    assert!(matches!(&error, StoreError::WrongKey { given, wanted, .. } if *given == scene.master.id() && *wanted == new.id()));
+    assert!(
+        matches!(&error, StoreError::WrongKey { given, wanted, .. } if *given == scene.master.id() && *wanted == new.id())
+    );
     assert_eq!(error.exit_code(), 64);
     assert_eq!(scene.bytes(), before);
     scene.master = new;
@@ -187,7 +190,12 @@ fn a_record_that_is_removed_moved_or_put_back_from_outside_is_noticed() {
     let tables = |db: &Database| -> BTreeMap<Vec<u8>, Vec<u8>> {
         let txn = db.begin_read().unwrap();
         let table = txn.open_table(VALUES).unwrap();
-        table.iter().unwrap().map(|entry| entry.unwrap()).map(|(k, v)| (k.value().to_vec(), v.value().to_vec())).collect()
+        table
+            .iter()
+            .unwrap()
+            .map(|entry| entry.unwrap())
+            .map(|(k, v)| (k.value().to_vec(), v.value().to_vec()))
+            .collect()
     };
     let first = tables(&store.database().unwrap());
     drop(store);

@@ -1,4 +1,4 @@
-//! One agent for one data folder: a lock on a file in it, held as long as the [`super::Store`] and its clones live.
+//! One process for one folder or file: a lock on a file beside it, held as long as the [`Lock`] lives.
 //!
 //! The kernel holds the lock and not the file's existence, so it is free the moment its holder is gone, however it
 //! went, and it works between containers that share the folder. The text in the file is for people only: who holds
@@ -16,36 +16,37 @@ use std::path::Path;
 
 use tracing::warn;
 
-/// Name of the file that is locked. It stays when the agent ends: only the lock in the kernel counts.
-pub(super) const LOCK: &str = "agent.lock";
 /// What is read of what the holder wrote: an honest line is far shorter.
 const MAX_TEXT_BYTES: u64 = 300;
 
 /// What came of asking for the lock: the open file, which holds it, or nothing where the file system has no locks and
 /// nobody can be kept out.
 #[derive(Debug)]
-pub(super) struct Lock(Option<File>);
+pub struct Lock(Option<File>);
 
 impl Lock {
     /// Whether it keeps others out.
-    pub(super) fn is_held(&self) -> bool {
+    pub fn is_held(&self) -> bool {
         self.0.is_some()
     }
 }
 
-/// Why the folder is somebody else's.
+/// Why it is somebody else's.
 #[derive(Debug)]
-pub(super) enum Refused {
-    /// Another agent holds the lock; what it wrote of itself.
+pub enum Refused {
+    /// Another process holds the lock; what it wrote of itself.
     Taken(String),
     /// The file cannot be made or opened.
     Io(io::Error),
 }
 
-/// Takes the lock of this folder, or says who has it.
-pub(super) fn take(dir: &Path) -> Result<Lock, Refused> {
-    let path = dir.join(LOCK);
-    let file = OpenOptions::new().create(true).truncate(false).read(true).write(true).mode(0o600).open(&path);
+/// Takes the lock on this file, which is made where it is not there and stays: only the lock in the kernel counts. Says
+/// who has it where it is taken.
+///
+/// # Errors
+/// [`Refused`].
+pub fn take(path: &Path) -> Result<Lock, Refused> {
+    let file = OpenOptions::new().create(true).truncate(false).read(true).write(true).mode(0o600).open(path);
     let mut file = file.map_err(Refused::Io)?;
     let asked = file.try_lock();
     match asked {
@@ -55,15 +56,15 @@ pub(super) fn take(dir: &Path) -> Result<Lock, Refused> {
             Ok(Lock(Some(file)))
         }
         Err(TryLockError::WouldBlock) => Err(Refused::Taken(holder(&mut file))),
-        Err(TryLockError::Error(problem)) => Ok(without_locks(dir, &problem)),
+        Err(TryLockError::Error(problem)) => Ok(without_locks(path, &problem)),
     }
 }
 
-/// Network file systems may have no locks: better an agent that cannot be protected than none.
-fn without_locks(dir: &Path, problem: &io::Error) -> Lock {
+/// Network file systems may have no locks: better a program that cannot be protected than none.
+fn without_locks(path: &Path, problem: &io::Error) -> Lock {
+    let folder = path.parent().unwrap_or(path).display();
     warn!(
-        "the data folder {} is on a file system without locks ({problem}): going on; make sure that no second agent uses it",
-        dir.display()
+        "the data folder {folder} is on a file system without locks ({problem}): going on; make sure that no second process uses it"
     );
     Lock(None)
 }
@@ -85,10 +86,10 @@ fn holder(file: &mut File) -> String {
     if line.trim().is_empty() { "one that has not said which".to_owned() } else { line.trim().to_owned() }
 }
 
-/// Who holds the folder, without asking for the lock: that would refuse an agent that starts at this moment. The
+/// Who holds the lock on this file, without asking for the lock: that would refuse an agent that starts at this moment. The
 /// kernel lists the locks of the processes that can be seen from here (proc(5), `/proc/locks`).
-pub(super) fn seen_holder(dir: &Path) -> Option<String> {
-    let mut file = File::open(dir.join(LOCK)).ok()?;
+pub fn seen_holder(path: &Path) -> Option<String> {
+    let mut file = File::open(path).ok()?;
     let inode = file.metadata().ok()?.ino();
     let locks = std::fs::read_to_string("/proc/locks").ok()?;
     locks.lines().any(|line| is_lock_of(line, inode)).then(|| holder(&mut file))
@@ -107,9 +108,11 @@ fn is_lock_of(line: &str, inode: u64) -> bool {
 mod tests {
     use super::*;
 
+    const LOCK: &str = "agent.lock";
+
     /// The lock, or what is said of its holder.
     fn asked(dir: &Path) -> Result<Lock, String> {
-        take(dir).map_err(|refused| match refused {
+        take(&dir.join(LOCK)).map_err(|refused| match refused {
             Refused::Taken(holder) => holder,
             Refused::Io(error) => panic!("{error}"),
         })
