@@ -1,4 +1,4 @@
-//! The last stage of a Dockerfile, made to build from local files.
+//! One stage of a Dockerfile, made to build from local files.
 
 use std::path::{Path, PathBuf};
 
@@ -12,14 +12,17 @@ pub(crate) struct Stage {
     pub(crate) copies: Vec<(String, PathBuf, Option<u32>)>,
 }
 
-/// Takes the text from its last `FROM scratch` on, and lets each `COPY --from=` copy from the context
+/// Takes the stage `FROM scratch AS name`, or the last `FROM scratch`, and lets each `COPY --from=` copy from the context
 /// what `sources` has for it, by the whole path or by its last part.
-pub(crate) fn last_stage(text: &str, sources: &[(&str, &Path)]) -> Result<Stage> {
+pub(crate) fn stage(text: &str, name: Option<&str>, sources: &[(&str, &Path)]) -> Result<Stage> {
     let lines = logical_lines(text);
-    let start = lines.iter().rposition(|line| line.to_lowercase().starts_with("from scratch"));
-    let start = start.context("no FROM scratch line")?;
+    let start = lines.iter().rposition(|line| {
+        let line = line.to_lowercase();
+        name.map_or_else(|| line.starts_with("from scratch"), |name| line == format!("from scratch as {name}"))
+    });
+    let start = start.with_context(|| format!("no FROM scratch line for {name:?}"))?;
     let mut stage = Stage { dockerfile: "FROM scratch\n".into(), copies: Vec::new() };
-    for line in &lines[start + 1..] {
+    for line in lines[start + 1..].iter().take_while(|line| !line.to_lowercase().starts_with("from ")) {
         let line = match line.split_once(char::is_whitespace) {
             Some((word, rest)) if word.eq_ignore_ascii_case("COPY") && rest.contains("--from=") => {
                 stage.copy(rest, sources).with_context(|| line.clone())?
@@ -102,7 +105,7 @@ ENTRYPOINT ["/usr/local/bin/dockflare-agent"]
     #[test]
     fn takes_the_last_stage_and_maps_what_it_copies() {
         let sources = [("dockflare-agent", Path::new("/here/agent")), ("/out/data/", Path::new("/here/empty"))];
-        let stage = last_stage(FILE, &sources).expect("stage");
+        let stage = stage(FILE, None, &sources).expect("stage");
         let expected = "FROM scratch\n\
             COPY  files/0/dockflare-agent /usr/local/bin/dockflare-agent\n\
             COPY --chown=65532:65532 files/1/data /app/data\n\
@@ -115,12 +118,18 @@ ENTRYPOINT ["/usr/local/bin/dockflare-agent"]
             ("files/1/data".to_owned(), PathBuf::from("/here/empty"), None),
         ];
         assert_eq!(stage.copies, copies);
+        let named = stage_named("unused", &[("x", Path::new("/here/x"))]);
+        assert_eq!(named.dockerfile, "FROM scratch\nCOPY  files/0/x /x\n", "up to the next stage");
+    }
+
+    fn stage_named(name: &str, sources: &[(&str, &Path)]) -> Stage {
+        stage(FILE, Some(name), sources).expect("a stage")
     }
 
     #[test]
     fn names_what_it_has_no_file_for() {
-        let error = format!("{:#}", last_stage(FILE, &[("data", Path::new("/e"))]).expect_err("no agent"));
+        let error = format!("{:#}", stage(FILE, None, &[("data", Path::new("/e"))]).expect_err("no agent"));
         assert!(error.contains("dockflare-agent") && error.contains("data"), "{error}");
-        assert!(last_stage("FROM debian\n", &[]).is_err());
+        assert!(stage("FROM debian\n", None, &[]).is_err());
     }
 }

@@ -144,21 +144,40 @@ impl Images {
                 ("data", empty.path()),
                 ("run", open.path()),
             ];
-            self.from_last_stage("agent", &workspace_root().join("Dockerfile"), &sources).await
+            self.from_stage("agent", &workspace_root().join("Dockerfile"), Some("agent"), &sources).await
         })
         .await
     }
 
-    /// An image by the last `FROM scratch` stage of a Dockerfile. What it copies `--from` other stages is
+    /// The vault, by its stage of the repository's own `Dockerfile`, with this program in it.
+    ///
+    /// # Errors
+    /// When the stage copies something else than a program and empty folders.
+    pub async fn vault(&self, program: &Path) -> Result<String> {
+        self.once(&format!("vault {}", program.display()), async || {
+            let empty = tempfile::tempdir()?;
+            let sources: [(&str, &Path); 2] = [("dockflare-vault", program), ("data", empty.path())];
+            self.from_stage("vault", &workspace_root().join("Dockerfile"), Some("vault"), &sources).await
+        })
+        .await
+    }
+
+    /// An image by the stage `FROM scratch AS` this name, or the last `FROM scratch`, of a Dockerfile. What it copies `--from` other stages is
     /// taken from `sources`: pairs of the path there, or of its last part, and the file or folder here.
     ///
     /// Not remembered: each call makes one.
     ///
     /// # Errors
     /// When it copies what is not among the sources, or the engine refuses.
-    pub async fn from_last_stage(&self, prefix: &str, file: &Path, sources: &[(&str, &Path)]) -> Result<String> {
+    pub async fn from_stage(
+        &self,
+        prefix: &str,
+        file: &Path,
+        stage: Option<&str>,
+        sources: &[(&str, &Path)],
+    ) -> Result<String> {
         let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-        let stage = dockerfile::last_stage(&text, sources).with_context(|| file.display().to_string())?;
+        let stage = dockerfile::stage(&text, stage, sources).with_context(|| file.display().to_string())?;
         // At the top, so that what an interrupted build leaves has them too.
         let labels = self.labels().into_iter().map(|(key, value)| format!("LABEL {key}={value:?}\n"));
         let text = stage.dockerfile.replacen('\n', &format!("\n{}", labels.collect::<String>()), 1);

@@ -208,7 +208,7 @@ async fn a_last_stage_is_built_from_local_files() -> Result<()> {
     let program = testkit::binary("workload")?;
     let empty = tempfile::tempdir()?;
     let sources = [("workload", program.as_path()), ("data", empty.path())];
-    let image = images().from_last_stage("stage", &file, &sources).await?;
+    let image = images().from_stage("stage", &file, None, &sources).await?;
     let id = scope.run(Spec { image: &image, args: &["exit", "4"], ..Spec::default() }).await?;
     wait_until("its end", SOON, async || (scope.status(&id).await.ok()? == "exited").then_some(())).await?;
     ensure!(scope.inspect(&id).await?.state.and_then(|state| state.exit_code) == Some(4));

@@ -1,0 +1,151 @@
+//! The vault in the image that people run, with as few rights as the documentation gives it, on a real Docker Engine.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use futures_util::StreamExt;
+use testkit::bollard::container::LogOutput;
+use testkit::bollard::exec::{CreateExecOptions, StartExecResults};
+use testkit::models::{HostConfig, Mount, MountType, MountVolumeOptions};
+use testkit::{Scope, Spec, images, wait_until};
+
+const SOON: Duration = Duration::from_secs(30);
+/// What the image may weigh, and what an idle vault may hold in memory.
+const MAX_IMAGE_BYTES: i64 = 12 << 20;
+
+fn main() -> ExitCode {
+    testkit::main(testkit::cases![
+        the_image_serves_read_only_without_rights_and_keeps_what_it_has_over_kill_and_restart,
+        a_key_that_is_not_there_ends_it_with_64_and_says_what_to_do,
+    ])
+}
+
+fn mount(scope: &Scope, name: &str, target: &str) -> Mount {
+    let options = MountVolumeOptions { labels: Some(scope.labels()), ..MountVolumeOptions::default() };
+    Mount {
+        typ: Some(MountType::VOLUME),
+        source: Some(scope.name(name)),
+        target: Some(target.to_owned()),
+        volume_options: Some(options),
+        ..Mount::default()
+    }
+}
+
+/// As in docs/credentials.md: three volumes, a private tmpfs for the socket, no network, no right.
+fn host(scope: &Scope) -> HostConfig {
+    let tmpfs = HashMap::from([("/run/dockflare-vault".to_owned(), "mode=0700,uid=65431,gid=65431".to_owned())]);
+    HostConfig {
+        mounts: Some(vec![
+            mount(scope, "data", "/app/data"),
+            mount(scope, "state", "/app/state"),
+            mount(scope, "config", "/app/config"),
+        ]),
+        tmpfs: Some(tmpfs),
+        network_mode: Some("none".to_owned()),
+        readonly_rootfs: Some(true),
+        cap_drop: Some(vec!["ALL".to_owned()]),
+        security_opt: Some(vec!["no-new-privileges".to_owned()]),
+        ..HostConfig::default()
+    }
+}
+
+/// What the command printed, and its code.
+async fn exec(scope: &Scope, container: &str, arguments: &[&str]) -> Result<(String, i64)> {
+    let command = ["/dockflare-vault"].iter().chain(arguments).map(|word| (*word).to_owned()).collect();
+    let options = CreateExecOptions {
+        cmd: Some(command),
+        attach_stdout: Some(true),
+        attach_stderr: Some(true),
+        ..CreateExecOptions::<String>::default()
+    };
+    let id = scope.docker().create_exec(container, options).await?.id;
+    let mut text = String::new();
+    if let StartExecResults::Attached { mut output, .. } = scope.docker().start_exec(&id, None).await? {
+        while let Some(piece) = output.next().await {
+            if let LogOutput::StdOut { message } | LogOutput::StdErr { message } = piece? {
+                text += &String::from_utf8_lossy(&message);
+            }
+        }
+    }
+    let code = scope.docker().inspect_exec(&id).await?.exit_code.context("no code")?;
+    Ok((text, code))
+}
+
+/// The image, with a key in the volume of its configuration.
+async fn prepared(scope: &Scope) -> Result<String> {
+    let image = images().vault(Path::new(env!("CARGO_BIN_EXE_dockflare-vault"))).await?;
+    let mounts = Some(vec![mount(scope, "config", "/app/config")]);
+    let make = Spec {
+        image: &image,
+        args: &["generate-key"],
+        host: HostConfig { mounts, network_mode: Some("none".to_owned()), ..HostConfig::default() },
+        ..Spec::default()
+    };
+    let maker = scope.run(make).await?;
+    wait_until("the key to be made", SOON, async || Ok(scope.status(&maker).await? == "exited")).await?;
+    let key = scope.logs(&maker).await?;
+    ensure!(key.trim().len() == 44, "no key was printed");
+    let mut archive = tar::Builder::new(Vec::new());
+    for (name, text) in [("master.key", key.trim()), ("config.yaml", "storage: {change_counter: /app/state/change}\n")] {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(text.len() as u64);
+        header.set_mode(0o600);
+        header.set_uid(65431);
+        header.set_gid(65431);
+        header.set_cksum();
+        archive.append_data(&mut header, name, text.as_bytes())?;
+    }
+    let body = testkit::bollard::body_full(archive.into_inner()?.into());
+    let to = testkit::bollard::query_parameters::UploadToContainerOptions {
+        path: "/app/config".to_owned(),
+        ..Default::default()
+    };
+    scope.docker().upload_to_container(&maker, Some(to), body).await?;
+    Ok(image)
+}
+
+async fn the_image_serves_read_only_without_rights_and_keeps_what_it_has_over_kill_and_restart() -> Result<()> {
+    let scope = Scope::new(testkit::docker()?);
+    let image = prepared(&scope).await?;
+    let vault = scope.run(Spec { image: &image, host: host(&scope), ..Spec::default() }).await?;
+    let started = async || Ok(scope.logs(&vault).await?.contains("dockflare-vault started"));
+    wait_until("the vault to start", SOON, started).await?;
+
+    assert_eq!(exec(&scope, &vault, &["set", "app/db", "hunter2"]).await?.1, 0);
+    assert_eq!(exec(&scope, &vault, &["get", "app/db"]).await?, ("hunter2".to_owned(), 0));
+    assert_eq!(exec(&scope, &vault, &["get", "none"]).await?, ("none is not there\n".to_owned(), 1));
+    assert_eq!(exec(&scope, &vault, &["healthcheck"]).await?.1, 0);
+    let (checked, code) = exec(&scope, &vault, &["check"]).await?;
+    assert_eq!(code, 0, "{checked}");
+
+    scope.kill(&vault, "SIGKILL").await?;
+    scope.start(&vault).await?;
+    let again = async || Ok(exec(&scope, &vault, &["status"]).await.is_ok_and(|(_, code)| code == 0));
+    wait_until("the vault to serve again", SOON, again).await?;
+    assert_eq!(exec(&scope, &vault, &["get", "app/db"]).await?, ("hunter2".to_owned(), 0));
+    let inspected = serde_json::to_string(&scope.inspect(&vault).await?)?;
+    assert!(!inspected.contains("hunter2") && !scope.logs(&vault).await?.contains("hunter2"));
+
+    scope.stop(&vault, 10).await?;
+    assert_eq!(scope.inspect(&vault).await?.state.and_then(|state| state.exit_code), Some(0));
+    // The release is a fraction of what is tried here.
+    if !cfg!(debug_assertions) {
+        let bytes = scope.docker().inspect_image(&image).await?.size.context("no size")?;
+        assert!(bytes <= MAX_IMAGE_BYTES, "{bytes}");
+    }
+    Ok(())
+}
+
+async fn a_key_that_is_not_there_ends_it_with_64_and_says_what_to_do() -> Result<()> {
+    let scope = Scope::new(testkit::docker()?);
+    let image = images().vault(Path::new(env!("CARGO_BIN_EXE_dockflare-vault"))).await?;
+    let vault = scope.run(Spec { image: &image, host: host(&scope), ..Spec::default() }).await?;
+    wait_until("the vault to end", SOON, async || Ok(scope.status(&vault).await? == "exited")).await?;
+    assert_eq!(scope.inspect(&vault).await?.state.and_then(|state| state.exit_code), Some(64));
+    let log = scope.logs(&vault).await?;
+    assert!(log.contains("dockflare-vault generate-key > /app/config/master.key"), "{log}");
+    Ok(())
+}
