@@ -380,5 +380,10 @@ impl Parsed {
     }
 }
 
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let _ = Parsed::read(bytes);
+}
+
 #[cfg(test)]
 mod tests;

@@ -35,6 +35,9 @@ pub mod cli;
 pub mod client;
 pub mod config;
 pub mod doors;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod grant;
 pub mod keyfile;
 pub mod pages;

@@ -124,3 +124,13 @@ pub(crate) fn advice(error: &io::Error) -> &'static str {
         _ => "",
     }
 }
+
+/// Reads what may lie on a disk.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    if let Some(ring) = ring::Ring::parse(bytes) {
+        assert_eq!(ring.to_bytes().as_slice(), bytes);
+    }
+    let _ = record::Versions::parse(bytes);
+    sealed::fuzz(bytes);
+}

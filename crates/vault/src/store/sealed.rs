@@ -865,5 +865,12 @@ fn refused(path: &Path, error: impl Into<redb::Error>) -> StoreError {
     }
 }
 
+#[cfg(feature = "fuzzing")]
+pub(super) fn fuzz(bytes: &[u8]) {
+    if let Some(state) = State::parse(bytes) {
+        assert_eq!(state.to_bytes(), bytes);
+    }
+}
+
 #[cfg(test)]
 mod tests;

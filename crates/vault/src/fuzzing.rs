@@ -1,0 +1,28 @@
+//! What `fuzz/` calls from outside: the readers of everything that lies on a disk or comes over a socket.
+
+use std::collections::BTreeMap;
+
+/// A record of the store, the ring of its keys, its state, a line of the audit: read or refused, and what is read is
+/// written as it was.
+pub fn disk(bytes: &[u8]) {
+    crate::store::fuzz(bytes);
+    crate::audit::fuzz(bytes);
+}
+
+/// A key file: read or refused, and the refusal holds nothing of it.
+pub fn key_file(bytes: &[u8]) {
+    if let Err(error) = crate::seal::Key::read(bytes) {
+        let text = std::str::from_utf8(bytes).unwrap_or_default();
+        assert!(text.len() < 12 || !error.to_string().contains(text));
+    }
+}
+
+/// A configuration: taken or refused.
+pub fn configuration(text: &str) {
+    let _ = crate::config::Config::parse(text, &BTreeMap::new());
+}
+
+/// A request at the admin socket: understood or refused.
+pub fn admin_request(bytes: &[u8]) {
+    let _ = serde_json::from_slice::<crate::doors::admin::Request>(bytes);
+}
