@@ -1,5 +1,7 @@
 //! The settings: one YAML file, each single value also by environment. All that is wrong is said at once.
 
+#![expect(clippy::disallowed_methods, reason = "read at a start, and by a thread of its own when the file changes")]
+
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};

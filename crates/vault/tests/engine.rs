@@ -85,11 +85,13 @@ async fn prepared(scope: &Scope) -> Result<String> {
         ..Spec::default()
     };
     let maker = scope.run(make).await?;
-    wait_until("the key to be made", SOON, async || Ok(scope.status(&maker).await? == "exited")).await?;
+    wait_until("the key to be made", SOON, async || (scope.status(&maker).await.ok()? == "exited").then_some(()))
+        .await?;
     let key = scope.logs(&maker).await?;
     ensure!(key.trim().len() == 44, "no key was printed");
     let mut archive = tar::Builder::new(Vec::new());
-    for (name, text) in [("master.key", key.trim()), ("config.yaml", "storage: {change_counter: /app/state/change}\n")] {
+    for (name, text) in [("master.key", key.trim()), ("config.yaml", "storage: {change_counter: /app/state/change}\n")]
+    {
         let mut header = tar::Header::new_gnu();
         header.set_size(text.len() as u64);
         header.set_mode(0o600);
@@ -111,7 +113,7 @@ async fn the_image_serves_read_only_without_rights_and_keeps_what_it_has_over_ki
     let scope = Scope::new(testkit::docker()?);
     let image = prepared(&scope).await?;
     let vault = scope.run(Spec { image: &image, host: host(&scope), ..Spec::default() }).await?;
-    let started = async || Ok(scope.logs(&vault).await?.contains("dockflare-vault started"));
+    let started = async || scope.logs(&vault).await.ok()?.contains("dockflare-vault started").then_some(());
     wait_until("the vault to start", SOON, started).await?;
 
     assert_eq!(exec(&scope, &vault, &["set", "app/db", "hunter2"]).await?.1, 0);
@@ -123,7 +125,7 @@ async fn the_image_serves_read_only_without_rights_and_keeps_what_it_has_over_ki
 
     scope.kill(&vault, "SIGKILL").await?;
     scope.start(&vault).await?;
-    let again = async || Ok(exec(&scope, &vault, &["status"]).await.is_ok_and(|(_, code)| code == 0));
+    let again = async || (exec(&scope, &vault, &["status"]).await.ok()?.1 == 0).then_some(());
     wait_until("the vault to serve again", SOON, again).await?;
     assert_eq!(exec(&scope, &vault, &["get", "app/db"]).await?, ("hunter2".to_owned(), 0));
     let inspected = serde_json::to_string(&scope.inspect(&vault).await?)?;
@@ -143,7 +145,7 @@ async fn a_key_that_is_not_there_ends_it_with_64_and_says_what_to_do() -> Result
     let scope = Scope::new(testkit::docker()?);
     let image = images().vault(Path::new(env!("CARGO_BIN_EXE_dockflare-vault"))).await?;
     let vault = scope.run(Spec { image: &image, host: host(&scope), ..Spec::default() }).await?;
-    wait_until("the vault to end", SOON, async || Ok(scope.status(&vault).await? == "exited")).await?;
+    wait_until("the vault to end", SOON, async || (scope.status(&vault).await.ok()? == "exited").then_some(())).await?;
     assert_eq!(scope.inspect(&vault).await?.state.and_then(|state| state.exit_code), Some(64));
     let log = scope.logs(&vault).await?;
     assert!(log.contains("dockflare-vault generate-key > /app/config/master.key"), "{log}");

@@ -11,6 +11,8 @@
 //! copy of the file is noticed at the next start. Everything that belongs together is one transaction, on disk when it
 //! returns. After a crash at any instant the file is what it was before a transaction, or after it.
 
+#![expect(clippy::disallowed_methods, reason = "blocks on the disk; whoever serves calls it on a thread of its own")]
+
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::OpenOptionsExt;
