@@ -16,7 +16,6 @@
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::OpenOptionsExt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -230,9 +229,7 @@ impl SealedStore {
             None
         } else {
             let overlay = Overlay::new(file.try_clone().map_err(unreadable)?).map_err(unreadable)?;
-            // A mistake of the library over a file that was changed by somebody is no reason to end without a word.
-            let look = catch_unwind(AssertUnwindSafe(|| look(overlay, path, &master)));
-            look.unwrap_or_else(|_| Err(damaged(path, "it cannot be read")))?
+            look(overlay, path, &master)?
         };
         if let (Some(counter), Some(seen)) = (&counter, seen) {
             let change = found.as_ref().map_or(0, |sound| sound.state.change);
