@@ -1,4 +1,5 @@
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, reason = "tests block as they like")]
+#![allow(clippy::unwrap_used, reason = "a test ends where it cannot go on")]
 //! The program as people run it: the real binary, its socket, its files, its exit codes, and SIGKILL.
 
 use std::collections::BTreeMap;
