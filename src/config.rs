@@ -95,6 +95,8 @@ pub struct TunnelConfig {
     pub image: ImageRef,
     /// User-defined network that cloudflared and the workloads share.
     pub network: String,
+    /// Network where cloudflared serves its metrics, and nowhere else; on all of its networks without.
+    pub metrics_network: Option<String>,
     /// Name of the tunnel container.
     pub container_name: String,
     /// What becomes of the container when the agent stops.
@@ -192,6 +194,7 @@ struct Raw {
     socket_proxy_docker_host: Option<String>,
     cloudflared_image: Option<String>,
     cloudflared_network_name: Option<String>,
+    cloudflared_metrics_network: Option<String>,
     tunnel_container_name: Option<String>,
     tunnel_on_exit: Option<String>,
     tunnel_lease_seconds: Option<String>,
@@ -349,6 +352,17 @@ fn tunnel(check: &mut Check, raw: &mut Raw) -> Option<TunnelConfig> {
     if ["host", "none", "bridge", "default"].contains(&network.as_str()) {
         check.error(format!("CLOUDFLARED_NETWORK_NAME={network}: is one of Docker's own networks, on which containers do not find each other by name; name a network of your own, for example cloudflare-net"));
     }
+    let metrics_network = raw
+        .cloudflared_metrics_network
+        .take()
+        .map(|name| check.name("CLOUDFLARED_METRICS_NETWORK", Some(name), "cloudflare-metrics"));
+    if let Some(name) = metrics_network.as_deref() {
+        let dockers_own = ["host", "none", "bridge", "default"].contains(&name);
+        if dockers_own || name == network {
+            let what = if dockers_own { "is one of Docker's own networks" } else { "is the tunnel's network as well" };
+            check.error(format!("CLOUDFLARED_METRICS_NETWORK={name}: {what}; name one for agent and tunnel container alone, for example cloudflare-metrics, or leave it empty"));
+        }
+    }
     let container_name =
         check.name("TUNNEL_CONTAINER_NAME", raw.tunnel_container_name.take(), "dockflare-agent-tunnel");
     let on_exit = check.one_of(
@@ -372,7 +386,17 @@ fn tunnel(check: &mut Check, raw: &mut Raw) -> Option<TunnelConfig> {
         None => true,
         given => check.yes_or_no("CLOUDFLARED_HOST_GATEWAY", given),
     };
-    Some(TunnelConfig { image: image?, network, container_name, on_exit, lease, options, host_gateway, auto_connect })
+    Some(TunnelConfig {
+        image: image?,
+        network,
+        metrics_network,
+        container_name,
+        on_exit,
+        lease,
+        options,
+        host_gateway,
+        auto_connect,
+    })
 }
 
 fn log(check: &mut Check, raw: &Raw) -> LogConfig {

@@ -40,10 +40,10 @@ use error::*;
 pub(crate) use goodbye::Parting;
 pub(crate) use permissions::{Engine, Gate, OWN_PROXY, Registry, Surplus};
 pub(crate) use spec::{
-    COMMAND, HOST_GATEWAY, NAME_LABEL, OWNER_LABEL, REDEPLOY_LABEL, TUNNEL_LABEL, TUNNEL_NAME_LABEL, label_text,
-    metrics_variable, owner_labels,
+    COMMAND, HOST_GATEWAY, METRICS_LABEL, METRICS_VARIABLE, NAME_LABEL, OWNER_LABEL, REDEPLOY_LABEL, TUNNEL_LABEL,
+    TUNNEL_NAME_LABEL, label_text, metrics_address, owner_labels,
 };
-pub use spec::{METRICS_PORT, SPEC_LABEL, Spec};
+pub use spec::{METRICS_PORT, MetricsPlace, SPEC_LABEL, Spec};
 pub use types::{Action, Container, Endpoint, Event, Health, Inspected, LastCheck, RunState, Version};
 pub(crate) use types::{JOINED, Placed};
 
@@ -194,15 +194,16 @@ impl Docker {
         Ok(absent_is_none(found)?.is_some())
     }
 
-    /// Creates a bridge network. Its being there already is a success.
+    /// Creates a bridge network, one with a way out or an internal one. Its being there already is a success.
     ///
     /// # Errors
     /// As all calls.
-    pub async fn create_network(&self, name: &str, labels: &BTreeMap<String, String>) -> Result<()> {
+    pub async fn create_network(&self, name: &str, internal: bool, labels: &BTreeMap<String, String>) -> Result<()> {
         let docker = self.client(NEW_NETWORK)?;
         let request = models::NetworkCreateRequest {
             name: name.to_owned(),
             driver: Some("bridge".to_owned()),
+            internal: internal.then_some(true),
             labels: Some(labels.clone().into_iter().collect()),
             ..Default::default()
         };
@@ -330,8 +331,20 @@ impl Docker {
     /// # Errors
     /// [`DockerError::NotFound`] when one of the two is gone.
     pub async fn connect(&self, network: &str, id: &str) -> Result<()> {
+        self.connect_as(JOINED, network, id).await
+    }
+
+    /// Connects a container that has not started yet to the network where its metrics are served.
+    ///
+    /// # Errors
+    /// As [`Docker::connect`].
+    pub async fn place(&self, place: &MetricsPlace, id: &str) -> Result<()> {
+        self.connect_as(&place.name, &place.network, id).await
+    }
+
+    async fn connect_as(&self, alias: &str, network: &str, id: &str) -> Result<()> {
         let docker = self.client(CONNECT)?;
-        let endpoint = models::EndpointSettings { aliases: Some(vec![JOINED.to_owned()]), ..Default::default() };
+        let endpoint = models::EndpointSettings { aliases: Some(vec![alias.to_owned()]), ..Default::default() };
         let request = models::NetworkConnectRequest { container: id.to_owned(), endpoint_config: Some(endpoint) };
         match limited(CONNECT, CHANGE_LIMIT, docker.connect_network(network, request)).await {
             // Docker itself says 403 as well: "endpoint with name … already exists in network …".

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::hostile::{SECRET, text};
 
-const NAMES: [&str; 29] = [
+const NAMES: [&str; 30] = [
     "DOCKFLARE_MASTER_URL",
     "DOCKFLARE_API_KEY",
     "DOCKFLARE_API_KEY_FILE",
@@ -15,6 +15,7 @@ const NAMES: [&str; 29] = [
     "DOCKER_HOST",
     "CLOUDFLARED_IMAGE",
     "CLOUDFLARED_NETWORK_NAME",
+    "CLOUDFLARED_METRICS_NETWORK",
     "TUNNEL_CONTAINER_NAME",
     "TUNNEL_ON_EXIT",
     "AUTO_CONNECT_NETWORKS",

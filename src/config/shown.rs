@@ -26,7 +26,7 @@ enum Kind {
 }
 
 /// All variables of the README's table, in its order.
-const SETTINGS: [(&str, Kind); 32] = {
+const SETTINGS: [(&str, Kind); 33] = {
     use Kind::{Address, Plain, Secret, SecretFile};
     [
         ("DOCKFLARE_MASTER_URL", Address(None)),
@@ -40,6 +40,7 @@ const SETTINGS: [(&str, Kind); 32] = {
         ("DOCKER_CERT_PATH", Plain(None)),
         ("CLOUDFLARED_IMAGE", Plain(Some(DEFAULT_IMAGE))),
         ("CLOUDFLARED_NETWORK_NAME", Plain(Some("cloudflare-net"))),
+        ("CLOUDFLARED_METRICS_NETWORK", Plain(None)),
         ("TUNNEL_CONTAINER_NAME", Plain(Some("dockflare-agent-tunnel"))),
         ("TUNNEL_ON_EXIT", Plain(Some("remove"))),
         ("TUNNEL_LEASE_SECONDS", Plain(Some("60"))),

@@ -132,6 +132,7 @@ mod tests {
             ("SOCKET_PROXY_DOCKER_HOST", "ssh://host"),
             ("CLOUDFLARED_IMAGE", "Cloudflared:1"),
             ("CLOUDFLARED_NETWORK_NAME", "host"),
+            ("CLOUDFLARED_METRICS_NETWORK", "bridge"),
             ("TUNNEL_CONTAINER_NAME", "-x"),
             ("LOG_LEVEL", "LOUD=VERY"),
         ];

@@ -96,7 +96,7 @@ const TO_TLS_PORT: &str = "HTTP request to an HTTPS server";
 /// How a refusal of the agent's own socket proxy begins.
 pub(crate) const OWN_REFUSAL: &str = "dockflare-agent socket-proxy refuses this";
 /// What allows a call there.
-const OWN_GRANT: &str = "the version and the settings of the agent (CLOUDFLARED_IMAGE, CLOUDFLARED_NETWORK_NAME, TUNNEL_CONTAINER_NAME, AUTO_CONNECT_NETWORKS), and its log names the rule";
+const OWN_GRANT: &str = "the version and the settings of the agent (CLOUDFLARED_IMAGE, CLOUDFLARED_NETWORK_NAME, CLOUDFLARED_METRICS_NETWORK, TUNNEL_CONTAINER_NAME, AUTO_CONNECT_NETWORKS), and its log names the rule";
 
 impl DockerError {
     /// The status and the text of an answer that says this.
@@ -146,7 +146,7 @@ impl DockerError {
                 "check DOCKER_HOST, the socket's permissions and the socket proxy".to_owned()
             }
             Self::Forbidden { .. } if self.is_of_own_proxy() => {
-                "give agent and socket proxy the same version and the same CLOUDFLARED_IMAGE, CLOUDFLARED_NETWORK_NAME, TUNNEL_CONTAINER_NAME and AUTO_CONNECT_NETWORKS: docker compose up -d; the proxy's log names the rule".to_owned()
+                "give agent and socket proxy the same version and the same CLOUDFLARED_IMAGE, CLOUDFLARED_NETWORK_NAME, CLOUDFLARED_METRICS_NETWORK, TUNNEL_CONTAINER_NAME and AUTO_CONNECT_NETWORKS: docker compose up -d; the proxy's log names the rule".to_owned()
             }
             Self::Forbidden { call } => format!("set {} on the socket proxy and recreate it", call.grant),
             Self::Failed { message, .. } if message.contains("ambiguous") => {

@@ -23,7 +23,37 @@ pub struct Spec {
     pub host_gateway: bool,
     /// Labels that say whose it is.
     pub labels: BTreeMap<String, String>,
+    /// Where its metrics are served alone, if not on all of its networks.
+    pub metrics: Option<MetricsPlace>,
 }
+
+/// The container's place on the network where its metrics are served, and nowhere else: cloudflared listens on the
+/// address that its own name there leads to. A container that goes on under another address after a restart is found
+/// under that name again, so no address is written into its settings.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MetricsPlace {
+    /// Name of the network.
+    pub network: String,
+    /// What it is called there, and there alone. Of each container another one, since a container and its successor
+    /// are on that network together; and hard to guess, so that no neighbour on another network can take it.
+    pub name: String,
+}
+
+impl MetricsPlace {
+    /// A place with a name that no container has had.
+    pub(crate) fn new(network: String) -> Self {
+        Self { network, name: format!("{METRICS_NAME}{:032x}", fastrand::u128(..)) }
+    }
+
+    /// Whether a name is one that [`MetricsPlace::new`] gives.
+    pub(crate) fn is_name(name: &str) -> bool {
+        let random = name.strip_prefix(METRICS_NAME);
+        random.is_some_and(|hex| hex.len() == 32 && hex.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')))
+    }
+}
+
+/// How the names begin by which cloudflared finds the address for its metrics.
+const METRICS_NAME: &str = "dockflare-agent-metrics-";
 
 /// The entry of the container's hosts by which it knows this host. The Engine fills in the address, from 20.10 on.
 pub(crate) const HOST_GATEWAY: &str = "host.docker.internal:host-gateway";
@@ -38,6 +68,8 @@ pub(crate) const TUNNEL_NAME_LABEL: &str = "com.dockflare.agent.tunnel-name";
 pub(crate) const REDEPLOY_LABEL: &str = "com.dockflare.agent.redeploy";
 /// Label whose value is the name of the tunnel container that it was made for: its own name may have been changed.
 pub(crate) const NAME_LABEL: &str = "com.dockflare.agent.container-name";
+/// Label whose value is the network where its metrics are served, if there is one for them.
+pub(crate) const METRICS_LABEL: &str = "com.dockflare.agent.metrics-network";
 /// What everything that the agent makes is marked with: key and value. On a container the value is the id of the
 /// agent at its master, where that is known; earlier versions did not write it.
 pub(crate) const OWNER_LABEL: (&str, &str) = ("com.dockflare.agent.owner", "dockflare-agent");
@@ -57,9 +89,12 @@ const MOST_NAME: usize = 128;
 /// What a tunnel container runs, after its image's entry point.
 pub(crate) const COMMAND: [&str; 3] = ["tunnel", "--no-autoupdate", "run"];
 
-/// The variable that tells cloudflared where to serve its metrics, with its value.
-pub(crate) fn metrics_variable() -> String {
-    format!("TUNNEL_METRICS=0.0.0.0:{METRICS_PORT}")
+/// The variable that tells cloudflared where to serve its metrics.
+pub(crate) const METRICS_VARIABLE: &str = "TUNNEL_METRICS";
+
+/// Its value: all addresses of the container, or the one of this name.
+pub(crate) fn metrics_address(name: Option<&str>) -> String {
+    format!("{}:{METRICS_PORT}", name.unwrap_or("0.0.0.0"))
 }
 
 /// Where cloudflared serves `/ready` and `/metrics`. Pinned, since left alone it moves when the port is taken.
@@ -69,9 +104,10 @@ impl Spec {
     /// SHA-256 over everything that the container is made of, the token included, as lower-case hex.
     ///
     /// Not over whose it is, what it was called and what its tunnel is called: an agent that was given another id, or
-    /// whose container was made by an earlier version, goes on with the container that it has.
+    /// whose container was made by an earlier version, goes on with the container that it has. Nor over the name that
+    /// it has for its metrics, which is another one each time.
     pub fn hash(&self) -> String {
-        let mut plain = self.plain_body();
+        let mut plain = self.plain_body("");
         if let Some(labels) = &mut plain.labels {
             labels.remove(NAME_LABEL);
             labels.remove(TUNNEL_NAME_LABEL);
@@ -98,7 +134,7 @@ impl Spec {
 
     /// The body of the create call.
     pub(super) fn body(&self) -> models::ContainerCreateBody {
-        let mut body = self.plain_body();
+        let mut body = self.plain_body(self.metrics.as_ref().map_or("", |place| &place.name));
         body.labels.get_or_insert_default().insert(SPEC_LABEL.to_owned(), self.hash());
         body
     }
@@ -109,16 +145,23 @@ impl Spec {
         serde_json::to_value(self.body()).unwrap_or_default()
     }
 
-    fn plain_body(&self) -> models::ContainerCreateBody {
+    /// With this name for its metrics, where it has one.
+    fn plain_body(&self, name: &str) -> models::ContainerCreateBody {
+        let name = self.metrics.as_ref().map(|_| name);
+        let mut labels = self.labels.clone();
+        labels.extend(self.metrics.iter().map(|place| (METRICS_LABEL.to_owned(), place.network.clone())));
         let words = |list: &[&str]| Some(list.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>());
         let seconds = |n: i64| Some(n * 1_000_000_000);
-        let mut env = vec![format!("TUNNEL_TOKEN={}", self.token.expose()), metrics_variable()];
+        let mut env = vec![
+            format!("TUNNEL_TOKEN={}", self.token.expose()),
+            format!("{METRICS_VARIABLE}={}", metrics_address(name)),
+        ];
         env.extend(self.options.iter().map(|(name, value)| format!("{name}={value}")));
         models::ContainerCreateBody {
             image: Some(self.image.clone()),
             cmd: words(&COMMAND),
             env: Some(env),
-            labels: Some(self.labels.clone().into_iter().collect()),
+            labels: Some(labels.into_iter().collect()),
             stop_timeout: i64::try_from(patience(&self.options).as_secs()).ok(),
             // Docker asks cloudflared itself, so nobody needs the right to execute anything in the container.
             healthcheck: Some(models::HealthConfig {
@@ -127,7 +170,7 @@ impl Spec {
                     "cloudflared",
                     "tunnel",
                     "--metrics",
-                    &format!("127.0.0.1:{METRICS_PORT}"),
+                    &metrics_address(Some(name.unwrap_or("127.0.0.1"))),
                     "ready",
                 ]),
                 interval: seconds(15),
@@ -173,6 +216,37 @@ mod tests {
             host_gateway: true,
             // Enough of them that an order left to chance would show.
             labels: ('a'..='p').map(|key| (key.to_string(), "1".to_owned())).collect(),
+            metrics: None,
+        }
+    }
+
+    fn placed(network: &str) -> Spec {
+        Spec { metrics: Some(MetricsPlace::new(network.into())), ..spec() }
+    }
+
+    #[test]
+    fn a_spec_without_a_network_for_its_metrics_has_the_hash_that_earlier_versions_gave_it() {
+        assert_eq!(spec().hash(), "f4bf469a1fe44b8c73ea417f41f5ce9857284a2b4b3034f52eb8bf9fafe1e791");
+    }
+
+    #[test]
+    fn metrics_on_a_network_of_their_own_are_served_and_asked_for_under_a_name_there() {
+        let (one, other) = (placed("metrics"), placed("metrics"));
+        let name = one.metrics.clone().unwrap().name;
+        assert!(MetricsPlace::is_name(&name) && one.metrics != other.metrics, "each container has its own");
+        assert_eq!(one.hash(), other.hash(), "which makes it no other container");
+        assert_ne!(one.hash(), spec().hash());
+        assert_ne!(one.hash(), placed("metrics2").hash());
+        let (body, plain) = (one.body_for_tests(), spec().body_for_tests());
+        let at = format!("{name}:20241");
+        assert_eq!(body["Env"][1], format!("TUNNEL_METRICS={at}"));
+        assert_eq!(body["Healthcheck"]["Test"][4], at);
+        assert_eq!(body["Labels"][METRICS_LABEL], "metrics");
+        assert_eq!(body["HostConfig"], plain["HostConfig"], "it begins on the tunnel's network");
+        assert_eq!(plain["Env"][1], "TUNNEL_METRICS=0.0.0.0:20241");
+        assert_eq!(plain["Labels"].get(METRICS_LABEL), None);
+        for wrong in ["", "web", "dockflare-agent-metrics-", "dockflare-agent-metrics-0123", &name.to_uppercase()] {
+            assert!(!MetricsPlace::is_name(wrong), "{wrong}");
         }
     }
 

@@ -123,8 +123,15 @@ impl<H: Host> Supervisor<H> {
                 },
                 (Step::Create(slot, make), Some(spec)) => {
                     let trial = if *make == Make::Trial { spec.over_http2() } else { None };
-                    let made = self.create(*slot, trial.as_ref().unwrap_or(spec)).await;
-                    made.map(|id| ids.set(*slot, Some(id)))
+                    let spec = trial.as_ref().unwrap_or(spec);
+                    match self.host.create(&self.name(*slot), spec).await {
+                        Ok(id) => {
+                            self.settle_in(*slot, &id, spec).await?;
+                            ids.set(*slot, Some(id));
+                            Ok(())
+                        }
+                        Err(error) => Err(error),
+                    }
                 }
                 (Step::Create(..), None) => Ok(()),
                 (Step::Stop(slot) | Step::Remove(slot) | Step::Start(slot), _) => {
@@ -164,16 +171,31 @@ impl<H: Host> Supervisor<H> {
 
     /// `replaces`: something runs that must not be given up for what cannot be had.
     async fn prepare(&self, replaces: bool) -> Result<(), Problem> {
-        self.see_to_network().await?;
+        self.see_to_networks().await?;
         self.see_to_image(replaces).await
     }
 
-    /// Gives its id.
-    async fn create(&mut self, slot: Slot, spec: &Spec) -> Result<String, DockerError> {
-        let id = self.host.create(&self.name(slot), spec).await?;
-        // Before it serves, so that it can reach all that the one before it could.
-        self.join_networks(slot, &id, std::iter::once(spec.network.as_str())).await;
-        Ok(id)
+    /// Connects a container that was just made to its further networks: before it serves, so that it can reach all
+    /// that the one before it could, and serves its metrics where it should. Where it cannot, it goes again.
+    async fn settle_in(&mut self, slot: Slot, id: &str, spec: &Spec) -> Result<(), Problem> {
+        if let Some(place) = &spec.metrics
+            && let Err(error) = self.host.place(place, id).await
+        {
+            if let Err(left) = self.host.remove(id).await {
+                debug!("cannot remove the container that was made in vain: Docker {left}");
+            }
+            let network = &place.network;
+            return Err(match error {
+                error if error.is_away() => Problem::of(&error),
+                error => Problem::new(
+                    Cause::NetworkMissing,
+                    format!("cannot be connected to {network} (CLOUDFLARED_METRICS_NETWORK): Docker {error}"),
+                ),
+            });
+        }
+        let metrics = spec.metrics.iter().map(|place| place.network.as_str());
+        self.join_networks(slot, id, metrics.chain([spec.network.as_str()])).await;
+        Ok(())
     }
 
     /// Connects the tunnel's container again that has lost its network, as `docker network disconnect` takes it away.
@@ -373,14 +395,22 @@ impl<H: Host> Supervisor<H> {
         Problem::at(step, error)
     }
 
-    async fn see_to_network(&self) -> Result<(), Problem> {
-        let network = &self.config.network;
+    async fn see_to_networks(&self) -> Result<(), Problem> {
+        self.see_to_network(&self.config.network, false).await?;
+        match &self.config.metrics_network {
+            // Nothing has to leave by it, so that the tunnel's own stays the way out.
+            Some(network) => self.see_to_network(network, true).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn see_to_network(&self, network: &str, internal: bool) -> Result<(), Problem> {
         if self.host.has_network(network).await.map_err(|error| Problem::of(&error))? {
             return Ok(());
         }
-        match self.host.create_network(network, &owner_labels()).await {
+        match self.host.create_network(network, internal, &owner_labels()).await {
             Ok(()) => {
-                info!(network, "created the tunnel network");
+                info!(network, "created the {} network", if internal { "metrics" } else { "tunnel" });
                 Ok(())
             }
             Err(error) if error.is_away() => Err(Problem::of(&error)),

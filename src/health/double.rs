@@ -15,7 +15,8 @@ use super::probe::{Facts, Readiness};
 use crate::channels::{OwnContainer, Traffic};
 use crate::config::ImageRef;
 use crate::docker::{
-    Container, DockerError, Endpoint, Health, Inspected, JOINED, LastCheck, Parting, RunState, SPEC_LABEL, Spec,
+    Container, DockerError, Endpoint, Health, Inspected, JOINED, LastCheck, METRICS_LABEL, MetricsPlace, Parting,
+    RunState, SPEC_LABEL, Spec,
 };
 use crate::state::AgentId;
 
@@ -287,7 +288,7 @@ impl Host for Double {
     async fn has_network(&self, _: &str) -> Result<bool, DockerError> {
         Ok(true)
     }
-    async fn create_network(&self, name: &str, _: &BTreeMap<String, String>) -> Result<(), DockerError> {
+    async fn create_network(&self, name: &str, _: bool, _: &BTreeMap<String, String>) -> Result<(), DockerError> {
         self.change(format!("network {name}"), |_| Ok(())).await
     }
     async fn connect(&self, network: &str, id: &str) -> Result<(), DockerError> {
@@ -297,6 +298,16 @@ impl Host for Double {
             let address = if fake.seen.state == RunState::Running { fake.seen.id.clone() } else { String::new() };
             let place = Endpoint { address, aliases: vec![JOINED.to_owned()], ..Endpoint::default() };
             fake.seen.networks.insert(network.to_owned(), place);
+            Ok(())
+        })
+        .await
+    }
+    async fn place(&self, place: &MetricsPlace, id: &str) -> Result<(), DockerError> {
+        let name = self.world().name_of(id);
+        self.change(format!("place {name} {}", place.network), |world| {
+            let fake = world.containers.get_mut(&name).ok_or_else(absent)?;
+            let aliases = vec![place.name.clone()];
+            fake.seen.networks.insert(place.network.clone(), Endpoint { aliases, ..Endpoint::default() });
             Ok(())
         })
         .await
@@ -327,6 +338,7 @@ impl Host for Double {
             world.made += 1;
             seen.id = format!("id-{}", world.made);
             seen.labels.extend(spec.labels.clone());
+            seen.labels.extend(spec.metrics.iter().map(|place| (METRICS_LABEL.to_owned(), place.network.clone())));
             seen.networks = BTreeMap::from([(spec.network.clone(), Endpoint::default())]);
             let token = spec.token.expose().to_owned();
             let http2 = spec.options.get("TUNNEL_TRANSPORT_PROTOCOL").is_some_and(|protocol| protocol == "http2");

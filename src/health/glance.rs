@@ -61,7 +61,7 @@ pub(crate) async fn glance(
     };
     let foreign = plan::owner(&found, whose) == Owner::Foreign;
     let another = plan::another_agent(&found, whose).map(str::to_owned);
-    let place = found.networks.get(&config.network).or_else(|| found.networks.values().next());
+    let place = super::look::asked_at(&found, &config.network);
     let address = place.map(|place| place.address.as_str());
     let address = address.filter(|address| !foreign && found.state == RunState::Running && !address.is_empty());
     let (mut readiness, mut version, mut tries) = (Readiness::Silent, None, None);

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use super::probe::{Facts, Probe, Readiness};
 use crate::channels::OwnContainer;
 use crate::config::ImageRef;
-use crate::docker::{Container, Docker, DockerError, Inspected, Parting, Spec};
+use crate::docker::{Container, Docker, DockerError, Inspected, MetricsPlace, Parting, Spec};
 use crate::state::AgentId;
 
 type Answer<T> = Result<T, DockerError>;
@@ -23,8 +23,14 @@ pub(crate) trait Host: Send + Sync + 'static {
     fn log_start(&self, id: &str, since: i64, lines: usize) -> impl Future<Output = Answer<Vec<String>>> + Send;
     fn log_tail(&self, id: &str, since: i64, lines: usize) -> impl Future<Output = Answer<Vec<String>>> + Send;
     fn has_network(&self, name: &str) -> impl Future<Output = Answer<bool>> + Send;
-    fn create_network(&self, name: &str, labels: &BTreeMap<String, String>) -> impl Future<Output = Answer<()>> + Send;
+    fn create_network(
+        &self,
+        name: &str,
+        internal: bool,
+        labels: &BTreeMap<String, String>,
+    ) -> impl Future<Output = Answer<()>> + Send;
     fn connect(&self, network: &str, id: &str) -> impl Future<Output = Answer<()>> + Send;
+    fn place(&self, place: &MetricsPlace, id: &str) -> impl Future<Output = Answer<()>> + Send;
     fn disconnect(&self, network: &str, id: &str) -> impl Future<Output = Answer<()>> + Send;
     fn has_image(&self, image: &ImageRef) -> impl Future<Output = Answer<bool>> + Send;
     fn pull(&self, image: &ImageRef, progress: impl FnMut(u64, u64) + Send) -> impl Future<Output = Answer<()>> + Send;
@@ -75,11 +81,14 @@ impl Host for Machine {
     async fn has_network(&self, name: &str) -> Answer<bool> {
         self.docker.has_network(name).await
     }
-    async fn create_network(&self, name: &str, labels: &BTreeMap<String, String>) -> Answer<()> {
-        self.docker.create_network(name, labels).await
+    async fn create_network(&self, name: &str, internal: bool, labels: &BTreeMap<String, String>) -> Answer<()> {
+        self.docker.create_network(name, internal, labels).await
     }
     async fn connect(&self, network: &str, id: &str) -> Answer<()> {
         self.docker.connect(network, id).await
+    }
+    async fn place(&self, place: &MetricsPlace, id: &str) -> Answer<()> {
+        self.docker.place(place, id).await
     }
     async fn disconnect(&self, network: &str, id: &str) -> Answer<()> {
         self.docker.disconnect(network, id).await

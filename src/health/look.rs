@@ -16,7 +16,9 @@ use super::problem::Problem;
 use super::{CALM, Supervisor, WELL_AFTER};
 use crate::cause::{Cause, Status};
 use crate::channels::{Connector, Departure, View, Wanted, WantedTunnel};
-use crate::docker::{DockerError, Health, Inspected, LastCheck, RunState, TUNNEL_LABEL, TUNNEL_NAME_LABEL};
+use crate::docker::{
+    DockerError, Endpoint, Health, Inspected, LastCheck, METRICS_LABEL, RunState, TUNNEL_LABEL, TUNNEL_NAME_LABEL,
+};
 use crate::retry::Lasts;
 use crate::state::{AgentId, Token, TunnelId};
 
@@ -274,8 +276,12 @@ impl<H: Host> Supervisor<H> {
         if !is_of_interest {
             return;
         }
-        // One that is about to be replaced may be on another network.
-        let place = found.networks.get(&self.config.network).or_else(|| found.networks.values().next());
+        let place = asked_at(found, &self.config.network);
+        // It serves as before and only cannot be asked: that is no reason for its successor to take over in haste.
+        let was_placed = found.labels.contains_key(METRICS_LABEL);
+        if runs && was_placed && place.is_none() && !self.has_lost_network(found) {
+            return;
+        }
         let address = place.map(|place| place.address.clone()).filter(|address| runs && !address.is_empty());
         let readiness = match &address {
             Some(address) => self.host.readiness(address).await,
@@ -546,6 +552,15 @@ fn tunnel_of(wanted: &Wanted, found: Option<&Inspected>) -> (Option<String>, Opt
             (name, Some(runs), other)
         }
         _ => (wanted.name.clone(), wanted.id.clone(), None),
+    }
+}
+
+/// Where cloudflared is asked how it is: where it serves its metrics alone, or else on the tunnel's network.
+pub(super) fn asked_at<'a>(found: &'a Inspected, network: &str) -> Option<&'a Endpoint> {
+    match found.labels.get(METRICS_LABEL) {
+        Some(metrics) => found.networks.get(metrics),
+        // One that is about to be replaced may be on another network.
+        None => found.networks.get(network).or_else(|| found.networks.values().next()),
     }
 }
 

@@ -6,7 +6,7 @@
 //! an outage a fresh one is tried beside it again and again. Each state in which a crash can leave the two is one from
 //! which the plan goes on, and none of its steps takes away the last one that serves.
 
-use crate::docker::{Inspected, OWNER_LABEL, RunState, SPEC_LABEL};
+use crate::docker::{Inspected, METRICS_LABEL, OWNER_LABEL, RunState, SPEC_LABEL};
 use crate::state::AgentId;
 
 /// What the tunnel container should be.
@@ -185,10 +185,13 @@ impl Order<'_> {
         }
     }
 
-    /// The same of one that Docker keeps running on its network.
+    /// The same of one that Docker keeps running on its network, and on that of its metrics: connected to it again it
+    /// would go on listening on an address that is gone.
     pub(super) fn fits(&self, container: &Inspected) -> Option<Make> {
         let is_kept = matches!(container.state, RunState::Running | RunState::Restarting);
-        self.made(container).filter(|_| is_kept && container.networks.contains_key(self.network))
+        let is_on = |network: &String| container.networks.contains_key(network);
+        let is_placed = container.labels.get(METRICS_LABEL).is_none_or(is_on);
+        self.made(container).filter(|_| is_kept && is_placed && container.networks.contains_key(self.network))
     }
 }
 
@@ -396,6 +399,15 @@ mod tests {
         let mut stranded = container(RunState::Running, Some("right"));
         stranded.networks.clear();
         assert_eq!(alone(&goal(), &stranded), [Prepare, Create(Next, Wanted), Start(Next)]);
+    }
+
+    #[test]
+    fn one_that_was_taken_from_the_network_of_its_metrics_is_replaced() {
+        let mut main = container(RunState::Running, Some("right"));
+        main.labels.insert(METRICS_LABEL.into(), "metrics".into());
+        assert_eq!(alone(&goal(), &main), [Prepare, Create(Next, Wanted), Start(Next)]);
+        main.networks.insert("metrics".into(), crate::docker::Endpoint::default());
+        assert_eq!(alone(&goal(), &main), []);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use super::{COMES_BACK, Supervisor};
 use crate::cause::Cause;
 use crate::channels::Wanted;
 use crate::docker::{
-    NAME_LABEL, OWNER_LABEL, REDEPLOY_LABEL, RunState, Spec, TUNNEL_LABEL, TUNNEL_NAME_LABEL, label_text,
+    MetricsPlace, NAME_LABEL, OWNER_LABEL, REDEPLOY_LABEL, RunState, Spec, TUNNEL_LABEL, TUNNEL_NAME_LABEL, label_text,
 };
 use crate::state::{AgentId, DesiredState};
 
@@ -55,6 +55,7 @@ impl<H: Host> Supervisor<H> {
             options: self.config.options.clone(),
             host_gateway: self.config.host_gateway && !self.no_host_gateway,
             labels,
+            metrics: self.config.metrics_network.clone().map(MetricsPlace::new),
         })
     }
 

@@ -32,6 +32,7 @@ fn config() -> TunnelConfig {
     TunnelConfig {
         image: "cloudflare/cloudflared:1".parse().unwrap(),
         network: "net".to_owned(),
+        metrics_network: None,
         container_name: MAIN.to_owned(),
         on_exit: OnExit::Remove,
         lease: Duration::from_secs(60),
@@ -801,6 +802,48 @@ async fn a_successor_is_on_all_networks_before_the_one_before_it_goes() {
     bench.until(Status::Running, None).await;
     let expected = ["create tunnel-next", "connect tunnel-next shop", "start tunnel-next", "stop tunnel"];
     assert_eq!(bench.calls()[..4], expected);
+}
+
+#[tokio::test(start_paused = true)]
+async fn metrics_on_a_network_of_their_own_are_placed_there_before_the_start_and_stay() {
+    let config = TunnelConfig { metrics_network: Some("metrics".to_owned()), ..config() };
+    let mut bench = Bench::start_with(&Double::default(), config, wants(&key('a')));
+    bench.until(Status::Running, None).await;
+    assert_eq!(bench.calls(), ["create tunnel", "place tunnel metrics", "start tunnel"]);
+    sleep(30 * MINUTE).await;
+    assert_eq!(bench.calls(), Vec::<String>::new());
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_that_was_taken_from_the_network_of_its_metrics_is_replaced_without_a_gap() {
+    let config = TunnelConfig { metrics_network: Some("metrics".to_owned()), ..config() };
+    let mut bench = Bench::start_with(&Double::default(), config, wants(&key('a')));
+    bench.until(Status::Running, None).await;
+    sleep(MINUTE).await;
+    bench.calls();
+    let taken = bench.host.world().containers.get_mut(MAIN).and_then(|fake| fake.seen.networks.remove("metrics"));
+    assert!(taken.is_some());
+    while bench.host.world().count("rename") == 0 {
+        sleep(Duration::from_secs(1)).await;
+    }
+    let world = bench.host.world();
+    assert_eq!(world.gaps, 0);
+    assert_eq!(world.calls[..3], ["create tunnel-next", "place tunnel-next metrics", "start tunnel-next"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_successor_that_cannot_be_placed_on_the_network_of_its_metrics_costs_nothing_that_runs() {
+    let bench = running().await;
+    let host = bench.host.clone();
+    bench.kill().await;
+    host.world().refused.push("place");
+    let config = TunnelConfig { metrics_network: Some("metrics".to_owned()), ..config() };
+    let mut bench = Bench::start_with(&host, config, wants(&key('a')));
+    bench.until(Status::Running, Some("network_missing")).await;
+    sleep(MINUTE).await;
+    assert_eq!(bench.names(), ["tunnel"], "it is removed");
+    let world = host.world();
+    assert_eq!((world.gaps, world.count("stop"), world.count("start")), (0, 0, 0), "{:?}", world.calls);
 }
 
 #[tokio::test(start_paused = true)]

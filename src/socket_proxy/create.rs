@@ -13,8 +13,8 @@ use serde::{Deserialize, Deserializer};
 use super::plan::Policy;
 use crate::config::connector_option;
 use crate::docker::{
-    COMMAND, HOST_GATEWAY, JOINED, NAME_LABEL, OWNER_LABEL, REDEPLOY_LABEL, SPEC_LABEL, Spec, TUNNEL_LABEL,
-    TUNNEL_NAME_LABEL, label_text, metrics_variable,
+    COMMAND, HOST_GATEWAY, JOINED, METRICS_LABEL, METRICS_VARIABLE, MetricsPlace, NAME_LABEL, OWNER_LABEL,
+    REDEPLOY_LABEL, SPEC_LABEL, Spec, TUNNEL_LABEL, TUNNEL_NAME_LABEL, label_text, metrics_address,
 };
 use crate::state::{AgentId, Token, TunnelId};
 
@@ -94,6 +94,8 @@ struct Healthcheck {
 struct Network {
     name: String,
     driver: String,
+    #[serde(default)]
+    internal: Option<bool>,
     labels: Labels,
 }
 
@@ -168,11 +170,15 @@ pub(super) fn container(policy: &Policy, body: &[u8]) -> Result<Spec, Rule> {
         return Err("create_hosts");
     }
     let host_gateway = asked.host_config.extra_hosts.is_some();
-    let (token, options) = environment(&asked.env)?;
+    let (token, metrics, options) = environment(policy, &asked.env)?;
     let mut labels = asked.labels.0;
     let hash = labels.remove(SPEC_LABEL);
+    if labels.remove(METRICS_LABEL) != tunnel.metrics_network {
+        return Err("create_labels");
+    }
     check_labels(policy, &labels)?;
-    let spec = Spec { image: asked.image, network: tunnel.network.clone(), token, options, host_gateway, labels };
+    let network = tunnel.network.clone();
+    let spec = Spec { image: asked.image, network, token, options, host_gateway, labels, metrics };
     // A container with another hash than its agent expects would be replaced again and again.
     if hash.is_none_or(|hash| hash != spec.hash()) {
         return Err("create_spec_label");
@@ -180,13 +186,15 @@ pub(super) fn container(policy: &Policy, body: &[u8]) -> Result<Spec, Rule> {
     Ok(spec)
 }
 
-fn environment(entries: &[String]) -> Result<(Token, BTreeMap<&'static str, String>), Rule> {
-    let (mut token, mut has_metrics, mut options) = (None, false, BTreeMap::new());
+type Environment = (Token, Option<MetricsPlace>, BTreeMap<&'static str, String>);
+
+fn environment(policy: &Policy, entries: &[String]) -> Result<Environment, Rule> {
+    let (mut token, mut metrics, mut options) = (None, None, BTreeMap::new());
     for entry in entries {
         let (name, value) = entry.split_once('=').ok_or("create_environment")?;
         let is_new = match name {
             "TUNNEL_TOKEN" => token.replace(Token::new(value)).is_none(),
-            _ if *entry == metrics_variable() => !std::mem::replace(&mut has_metrics, true),
+            METRICS_VARIABLE => metrics.replace(metrics_place(policy, value)?).is_none(),
             _ => {
                 let name = connector_option(name, value).ok_or("create_environment")?;
                 options.insert(name, value.to_owned()).is_none()
@@ -196,11 +204,24 @@ fn environment(entries: &[String]) -> Result<(Token, BTreeMap<&'static str, Stri
             return Err("create_environment");
         }
     }
-    let token = token.filter(|_| has_metrics).ok_or("create_environment")?;
+    let (Some(token), Some(metrics)) = (token, metrics) else { return Err("create_environment") };
     if token.claims().is_err() {
         return Err("create_token");
     }
-    Ok((token, options))
+    Ok((token, metrics, options))
+}
+
+/// Where the metrics are served: with a network for them under a name there, otherwise on all addresses.
+fn metrics_place(policy: &Policy, address: &str) -> Result<Option<MetricsPlace>, Rule> {
+    let name = address.rsplit_once(':').map(|(name, _)| name).filter(|name| MetricsPlace::is_name(name));
+    let is_whole = address == metrics_address(name);
+    match (&policy.tunnel.metrics_network, name) {
+        (None, None) if is_whole => Ok(None),
+        (Some(network), Some(name)) if is_whole => {
+            Ok(Some(MetricsPlace { network: network.clone(), name: name.to_owned() }))
+        }
+        _ => Err("create_environment"),
+    }
 }
 
 /// The owner's, and of the others only those that the agent sets.
@@ -217,11 +238,14 @@ fn check_labels(policy: &Policy, labels: &BTreeMap<String, String>) -> Result<()
     if fits && labels.contains_key(OWNER_LABEL.0) { Ok(()) } else { Err("create_labels") }
 }
 
-/// Only the tunnel's network, as the agent makes it.
-pub(super) fn network(policy: &Policy, body: &[u8]) -> Result<(), Rule> {
+/// Only the tunnel's network and that of its metrics, as the agent makes them.
+pub(super) fn network(policy: &Policy, body: &[u8]) -> Result<String, Rule> {
     let asked: Network = read(body)?;
-    if asked.name != policy.tunnel.network {
+    if !policy.is_network(&asked.name) {
         return Err("network_name");
+    }
+    if asked.internal != policy.is_for_metrics(&asked.name).then_some(true) {
+        return Err("network_internal");
     }
     if asked.driver != "bridge" {
         return Err("network_driver");
@@ -229,7 +253,16 @@ pub(super) fn network(policy: &Policy, body: &[u8]) -> Result<(), Rule> {
     if asked.labels.0 != crate::docker::owner_labels() {
         return Err("network_labels");
     }
-    Ok(())
+    Ok(asked.name)
+}
+
+/// The container that is to be connected to the network of its metrics, and its name there.
+pub(super) fn place(body: &[u8]) -> Result<(String, String), Rule> {
+    let Connect { container, endpoint_config } = read(body)?;
+    match endpoint_config {
+        Some(Joined { aliases: [name] }) if MetricsPlace::is_name(&name) => Ok((container, name)),
+        _ => Err("endpoint_aliases"),
+    }
 }
 
 /// The container that is to be connected.

@@ -13,7 +13,7 @@ use tokio::time::timeout;
 
 use super::answer;
 use super::plan::{Call, MOST_LINES, Policy, Subject};
-use crate::docker::{Docker, DockerError, Endpoint, Inspected, owner_labels};
+use crate::docker::{Docker, DockerError, Endpoint, Inspected, RunState, owner_labels};
 use crate::health::{Owner, Whose, is_own, owner};
 use crate::labels::{ENABLE_KEYS, is_enabled};
 
@@ -50,11 +50,11 @@ impl From<DockerError> for Failure {
 /// Held by whoever makes a network.
 static MAKING_A_NETWORK: Mutex<()> = Mutex::const_new(());
 
-/// Makes the tunnel's network if there is none. Up to Engine 24 whoever asks for one twice gets two of that name, and
+/// Makes a network of the tunnel's if there is none. Up to Engine 24 whoever asks for one twice gets two of that name, and
 /// there is room for some thirty on a host: so only one is made at a time, after a look, and to its end, also when
 /// the client has gone.
-async fn new_network(docker: &Arc<Docker>, policy: &Policy) -> Result<Answer, Failure> {
-    let (docker, name) = (docker.clone(), policy.tunnel.network.clone());
+async fn new_network(docker: &Arc<Docker>, policy: &Policy, name: String) -> Result<Answer, Failure> {
+    let (docker, internal) = (docker.clone(), policy.is_for_metrics(&name));
     let there = Answer::Json(409, json!({ "message": format!("network with name {name} already exists") }));
     let Ok(alone) = MAKING_A_NETWORK.try_lock() else { return Ok(there) };
     let made = tokio::spawn(async move {
@@ -62,7 +62,7 @@ async fn new_network(docker: &Arc<Docker>, policy: &Policy) -> Result<Answer, Fa
         if docker.has_network(&name).await? {
             return Ok(None);
         }
-        docker.create_network(&name, &owner_labels()).await?;
+        docker.create_network(&name, internal, &owner_labels()).await?;
         Ok::<_, DockerError>(Some(name))
     });
     match made.await {
@@ -110,15 +110,23 @@ pub(super) async fn perform(docker: &Arc<Docker>, policy: &Policy, call: Call) -
             };
             Answer::Bytes("application/vnd.docker.multiplexed-stream", answer::log(&lines))
         }
-        Call::Network => {
-            let name = &policy.tunnel.network;
-            if docker.has_network(name).await? {
+        Call::Network(name) => {
+            if docker.has_network(&name).await? {
                 Answer::Json(200, json!({ "Name": name }))
             } else {
                 Answer::Json(404, json!({ "message": format!("network {name} not found") }))
             }
         }
-        Call::NewNetwork => new_network(docker, policy).await?,
+        Call::NewNetwork(name) => new_network(docker, policy, name).await?,
+        Call::Place { id, place } => {
+            let seen = own_container(docker, policy, &id, &[Owner::Agent]).await?;
+            // Later it would serve nobody: cloudflared has found its address by then.
+            if seen.state != RunState::Created {
+                return Err(Failure::Refused("container_started"));
+            }
+            docker.place(&place, &seen.id).await?;
+            Answer::Json(200, json!({}))
+        }
         Call::Connect { network, id } => {
             let seen = own_container(docker, policy, &id, &[Owner::Agent]).await?;
             if network != policy.tunnel.network && !networks_of_labelled(docker).await?.contains(&network) {

@@ -13,7 +13,7 @@ use super::create;
 use super::lease::{LONGEST, MOST_AGENTS};
 use super::request::{Head, Method, Refusal};
 use crate::config::{MOST_PATIENCE, TunnelConfig};
-use crate::docker::{EVENT_ACTIONS, EVENT_TYPES, Inspected, NAME_LABEL, OWNER_LABEL, Spec};
+use crate::docker::{EVENT_ACTIONS, EVENT_TYPES, Inspected, MetricsPlace, NAME_LABEL, OWNER_LABEL, Spec};
 use crate::labels::ENABLE_KEYS;
 use crate::state::AgentId;
 
@@ -25,6 +25,16 @@ pub(super) struct Policy {
 }
 
 impl Policy {
+    /// Whether it is the tunnel's network, or that of its metrics.
+    pub(super) fn is_network(&self, name: &str) -> bool {
+        name == self.tunnel.network || self.is_for_metrics(name)
+    }
+
+    /// Whether it is the network of its metrics.
+    pub(super) fn is_for_metrics(&self, name: &str) -> bool {
+        self.tunnel.metrics_network.as_deref() == Some(name)
+    }
+
     /// Whether the name is the tunnel container's, or its successor's.
     pub(super) fn is_tunnel(&self, name: &str) -> bool {
         name == self.tunnel.container_name || name == self.tunnel.successor_name()
@@ -70,11 +80,17 @@ pub(super) enum Call {
         since: i64,
         last: Option<usize>,
     },
-    Network,
-    NewNetwork,
+    /// Whether this one is there.
+    Network(String),
+    NewNetwork(String),
     Connect {
         network: String,
         id: String,
+    },
+    /// The container that has not started yet is connected to the network of its metrics.
+    Place {
+        id: String,
+        place: MetricsPlace,
     },
     Disconnect {
         network: String,
@@ -256,14 +272,15 @@ fn call(policy: &Policy, route: Route<'_>, head: &Head, body: &[u8]) -> Result<C
             Call::Logs { id: full_id(id)?, since: since.unwrap_or_default() as i64, last }
         }
         Route::Network(name) => {
-            if name != policy.tunnel.network {
+            if !policy.is_network(name) {
                 return Err("network_name");
             }
-            Call::Network
+            Call::Network(name.to_owned())
         }
-        Route::NewNetwork => {
-            create::network(policy, body)?;
-            Call::NewNetwork
+        Route::NewNetwork => Call::NewNetwork(create::network(policy, body)?),
+        Route::Connect(network) if policy.is_for_metrics(network) => {
+            let (id, name) = create::place(body)?;
+            Call::Place { id: full_id(&id)?, place: MetricsPlace { network: network.to_owned(), name } }
         }
         Route::Connect(network) => {
             // To its own it is connected again when somebody has taken it away.
@@ -276,7 +293,7 @@ fn call(policy: &Policy, route: Route<'_>, head: &Head, body: &[u8]) -> Result<C
             if !policy.tunnel.auto_connect {
                 return Err("connect_not_asked_for");
             }
-            if network == policy.tunnel.network {
+            if policy.is_network(network) {
                 return Err("network_name");
             }
             Call::Disconnect { network: network_name(network)?, id: full_id(&create::disconnect(body)?)? }

@@ -15,7 +15,7 @@ use super::request::Head;
 use super::server::Service;
 use super::*;
 use crate::config::SocketProxyConfig;
-use crate::docker::{REDEPLOY_LABEL, Spec, TUNNEL_LABEL, owner_labels};
+use crate::docker::{METRICS_LABEL, MetricsPlace, REDEPLOY_LABEL, Spec, TUNNEL_LABEL, owner_labels};
 use crate::labels::ENABLE_KEYS;
 use crate::state::testing::token;
 use crate::state::{AgentId, Token};
@@ -46,7 +46,16 @@ pub(super) fn spec() -> Spec {
         options: BTreeMap::from([("TUNNEL_REGION", "us".to_owned())]),
         host_gateway: true,
         labels,
+        metrics: None,
     }
+}
+
+/// The same policy with a network for the metrics, what the agent would make then, and its place there.
+fn with_metrics_network() -> (Policy, Spec, MetricsPlace) {
+    let mut policy = policy();
+    policy.tunnel.metrics_network = Some("metrics".to_owned());
+    let place = MetricsPlace::new("metrics".to_owned());
+    (policy, Spec { metrics: Some(place.clone()), ..spec() }, place)
 }
 
 /// Head and body of a request that is there as bytes.
@@ -99,7 +108,7 @@ async fn each_call_that_the_agent_makes_is_planned_as_what_it_is() {
     let _ = docker.log_start(ID, 1_700_000_000, 50).await;
     let _ = docker.log_tail(ID, 0, 30).await;
     let _ = docker.has_network(&tunnel.network).await;
-    let _ = docker.create_network(&tunnel.network, &owner_labels()).await;
+    let _ = docker.create_network(&tunnel.network, false, &owner_labels()).await;
     let _ = docker.connect("app_default", ID).await;
     let _ = docker.disconnect("app_default", ID).await;
     let _ = docker.has_image(&tunnel.image).await;
@@ -126,8 +135,8 @@ async fn each_call_that_the_agent_makes_is_planned_as_what_it_is() {
         Call::Inspect(Subject::Start(owned(&ID[..12]))),
         Call::Logs { id: owned(ID), since: 1_700_000_000, last: None },
         Call::Logs { id: owned(ID), since: 0, last: Some(30) },
-        Call::Network,
-        Call::NewNetwork,
+        Call::Network(tunnel.network.clone()),
+        Call::NewNetwork(tunnel.network.clone()),
         Call::Connect { network: owned("app_default"), id: owned(ID) },
         Call::Disconnect { network: owned("app_default"), id: owned(ID) },
         // Whether it is there after all.
@@ -152,6 +161,86 @@ async fn each_call_that_the_agent_makes_is_planned_as_what_it_is() {
         let planned = plan(&policy(), &head, body).unwrap_or_else(|refusal| panic!("{refusal:?}: {text}"));
         assert_eq!(planned.call, expected, "{text}");
     }
+}
+
+#[tokio::test]
+async fn a_network_for_the_metrics_is_made_and_joined_and_only_with_that_setting() {
+    let (docker, requests) = recorder().await;
+    let (policy, spec, place) = with_metrics_network();
+    let _ = docker.has_network("metrics").await;
+    let _ = docker.create_network("metrics", true, &owner_labels()).await;
+    let _ = docker.create("dockflare-agent-tunnel-next", &spec).await;
+    let _ = docker.place(&place, ID).await;
+    let next = policy.tunnel.successor_name();
+    let expected = [
+        (Call::Network("metrics".to_owned()), "network_name"),
+        (Call::NewNetwork("metrics".to_owned()), "network_name"),
+        (Call::Create { name: next, spec: Box::new(spec.clone()) }, "create_environment"),
+        (Call::Place { id: ID.to_owned(), place: place.clone() }, "endpoint_aliases"),
+    ];
+    let requests = requests.lock().unwrap();
+    assert_eq!(requests.len(), expected.len());
+    for (request, (expected, rule)) in requests.iter().zip(expected) {
+        let (head, body) = taken_apart(request);
+        let head = Head::read(head).unwrap();
+        assert_eq!(plan(&policy, &head, body).unwrap().call, expected);
+        assert_eq!(plan(&super::tests::policy(), &head, body).unwrap_err().rule, rule, "{expected:?}");
+    }
+}
+
+#[test]
+fn what_differs_from_the_agents_own_place_for_the_metrics_is_refused() {
+    let (policy, spec, place) = with_metrics_network();
+    let refused = |path: &str, body: &serde_json::Value| {
+        let (method, path) = path.split_once(' ').unwrap();
+        let body = body.to_string();
+        let head = format!(
+            "{method} {path} HTTP/1.1\r\nHost: d\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+            body.len()
+        );
+        plan(&policy, &Head::read(head.as_bytes()).unwrap(), body.as_bytes()).map_err(|refusal| refusal.rule)
+    };
+    let create = "POST /containers/create?name=dockflare-agent-tunnel";
+    assert!(refused(create, &spec.body_for_tests()).is_ok());
+    let metrics = |value: &str| {
+        let mut body = spec.body_for_tests();
+        body["Env"][1] = format!("TUNNEL_METRICS={value}").into();
+        refused(create, &body).unwrap_err()
+    };
+    let name = &place.name;
+    for wrong in ["0.0.0.0:20241", "web:20241", &format!("{name}:80"), name, &format!("{name}0:20241"), ""] {
+        assert_eq!(metrics(wrong), "create_environment", "{wrong}");
+    }
+    for label in [serde_json::Value::Null, "net".into()] {
+        let mut body = spec.body_for_tests();
+        match label {
+            serde_json::Value::Null => drop(body["Labels"].as_object_mut().unwrap().remove(METRICS_LABEL)),
+            other => body["Labels"][METRICS_LABEL] = other,
+        }
+        assert_eq!(refused(create, &body).unwrap_err(), "create_labels");
+    }
+    let connect = |network: &str, alias: &str| {
+        let body = serde_json::json!({ "Container": ID, "EndpointConfig": { "Aliases": [alias] } });
+        refused(&format!("POST /networks/{network}/connect"), &body).map(|planned| planned.call)
+    };
+    assert!(matches!(connect("metrics", name), Ok(Call::Place { .. })));
+    for (network, alias) in
+        [("metrics", "web"), ("metrics", crate::docker::JOINED), ("app", name), ("cloudflare-net", name)]
+    {
+        assert_eq!(connect(network, alias), Err("endpoint_aliases"), "{network} {alias}");
+    }
+    let bare = serde_json::json!({ "Container": ID });
+    assert_eq!(refused("POST /networks/metrics/connect", &bare).unwrap_err(), "endpoint_aliases");
+    assert_eq!(refused("POST /networks/metrics/disconnect", &bare).unwrap_err(), "network_name");
+    let network = |name: &str, internal: bool| {
+        let body =
+            serde_json::json!({ "Name": name, "Driver": "bridge", "Internal": internal, "Labels": owner_labels() });
+        refused("POST /networks/create", &body).map(|planned| planned.call)
+    };
+    assert!(network("metrics", true).is_ok());
+    assert_eq!(network("metrics", false), Err("network_internal"));
+    assert_eq!(network("cloudflare-net", true), Err("network_internal"));
+    assert_eq!(network("other", true), Err("network_name"));
 }
 
 #[path = "../../tests/support/attacks.rs"]

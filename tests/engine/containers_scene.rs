@@ -85,7 +85,9 @@ impl Tunnel {
             let found = stage.scope.find(&stage.tunnel).await.ok()??;
             let config = found.config.clone()?;
             let token = config.env?.into_iter().find(|entry| entry.starts_with("TUNNEL_TOKEN="))?;
-            let networks: Vec<_> = found.network_settings.clone()?.networks?.into_keys().collect();
+            let metrics = setting(stage, "CLOUDFLARED_METRICS_NETWORK");
+            let networks = found.network_settings.clone()?.networks?.into_keys();
+            let networks: Vec<_> = networks.filter(|network| *network != metrics).collect();
             let has_hash = config.labels?.get(SPEC_LABEL).is_some_and(|hash| hash.len() == 64);
             seen = vec![token, config.image?, networks.join(","), found.state.clone()?.status?.to_string()];
             (has_hash && seen == expected).then_some(found)

@@ -16,6 +16,7 @@ mod decommission;
 mod drains;
 mod events;
 mod host_name;
+mod metrics_network;
 mod neighbours;
 mod newcomer;
 mod payloads;
@@ -44,6 +45,7 @@ fn main() -> std::process::ExitCode {
         decommission::cases(),
         drains::cases(),
         host_name::cases(),
+        metrics_network::cases(),
         neighbours::cases(),
         newcomer::cases(),
         payloads::cases(),

@@ -45,7 +45,7 @@ async fn visited(stage: &Stage) -> Result<(AgentProcess, Tunnel, Visitors)> {
 }
 
 /// The tunnel's container is another one than before, the only one, and all is well.
-async fn replaced(stage: &Stage, tunnel: &Tunnel, before: &str) -> Result<()> {
+pub(crate) async fn replaced(stage: &Stage, tunnel: &Tunnel, before: &str) -> Result<()> {
     wait_until("the replacement", 2 * SOON, async || {
         let now = stage.scope.find(&stage.tunnel).await.ok()??.id?;
         (now != before && stage.scope.status(&successor(stage)).await.ok()? == "gone").then_some(())

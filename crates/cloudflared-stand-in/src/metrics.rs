@@ -30,7 +30,12 @@ pub async fn listen(address: Option<&str>) -> Result<TcpListener> {
     if let Some(address) = address {
         // Go's `:20241` means every interface.
         let address = if address.starts_with(':') { format!("0.0.0.0{address}") } else { address.to_owned() };
-        return TcpListener::bind(&address).await.with_context(|| format!("cannot listen on {address}"));
+        // Of a name Go takes one address alone, an IPv4 one if there is one.
+        let found: Vec<_> =
+            tokio::net::lookup_host(&address).await.with_context(|| format!("cannot listen on {address}"))?.collect();
+        let chosen = found.iter().find(|address| address.is_ipv4()).or(found.first());
+        let chosen = chosen.with_context(|| format!("{address} has no address"))?;
+        return TcpListener::bind(chosen).await.with_context(|| format!("cannot listen on {address}"));
     }
     for port in DEFAULT_PORTS {
         if let Ok(listener) = TcpListener::bind(("0.0.0.0", port)).await {

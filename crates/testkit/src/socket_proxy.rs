@@ -35,8 +35,14 @@ impl FromStr for Between {
 }
 
 /// The settings of an agent that the policy of its socket proxy comes from.
-const SETTINGS: [&str; 5] =
-    ["CLOUDFLARED_IMAGE", "CLOUDFLARED_NETWORK_NAME", "TUNNEL_CONTAINER_NAME", "AUTO_CONNECT_NETWORKS", "LOG_LEVEL"];
+const SETTINGS: [&str; 6] = [
+    "CLOUDFLARED_IMAGE",
+    "CLOUDFLARED_NETWORK_NAME",
+    "CLOUDFLARED_METRICS_NETWORK",
+    "TUNNEL_CONTAINER_NAME",
+    "AUTO_CONNECT_NETWORKS",
+    "LOG_LEVEL",
+];
 
 /// How long one may take until it listens.
 const STARTED: Duration = Duration::from_secs(30);

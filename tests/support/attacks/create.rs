@@ -286,7 +286,7 @@ pub(super) fn others(attacks: &mut Attacks, target: &Target<'_>) {
         ("Labels", json!({ "x": "y" }), "network_labels"),
         ("Options", json!({ "com.docker.network.bridge.name": "docker0" }), "body_fields"),
         ("IPAM", json!({}), "body_fields"),
-        ("Internal", json!(false), "body_fields"),
+        ("Internal", json!(false), "network_internal"),
         ("Attachable", json!(true), "body_fields"),
         ("ConfigFrom", json!({ "Network": "x" }), "body_fields"),
         ("name", json!("x"), "body_fields"),
