@@ -5,8 +5,8 @@
 //! The key never leaves the store. A line is in the file before what it tells has an effect; a read's line survives
 //! the end of the process, a change's also the loss of power. What cannot be written is not answered.
 //!
-//! The file is renamed to `….1` when it is full, `….1` to `….2`, and the last one goes; the store remembers where that
-//! one ended, so that nobody can remove more.
+//! The file is renamed to `….1` when it is full, `….1` to `….2`, and so on. What is beyond the number that is kept goes
+//! later: first the store remembers where the newest of those ended, so that nobody can remove more.
 
 #![expect(clippy::disallowed_methods, reason = "blocks on the disk; whoever serves calls it on a thread of its own")]
 
@@ -52,6 +52,8 @@ pub struct Entry<'a> {
     pub name: Option<&'a SecretName>,
     /// Which version was read or made.
     pub version: Option<u64>,
+    /// Id of the master key that the keys were wrapped for.
+    pub master_key: Option<&'a str>,
     /// What was decided.
     pub decision: &'a Decision,
 }
@@ -119,6 +121,8 @@ struct Line<'a> {
     name: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     version: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    master_key: Option<&'a str>,
     decision: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
     missing: Option<&'a str>,
@@ -133,18 +137,12 @@ impl Audit {
     pub fn open(config: AuditConfig, key: Key, head: &mut AuditHead) -> Result<(Self, Vec<Broken>), AuditError> {
         let audit = Self { config, key, open: Mutex::new(None), problem: Mutex::new(None) };
         audit.cut_torn_line().map_err(|error| audit.error("read", error))?;
-        let mut broken = vec![];
-        let end = audit.read_file(0, &mut broken).map_err(|error| audit.error("read", error))?;
-        match end {
-            Some((lines, mac)) if lines >= head.lines && broken.is_empty() => (head.lines, head.mac) = (lines, mac),
-            end => {
-                // In the file before, perhaps: a new one was begun just before the end.
-                let before = audit.read_file(1, &mut vec![]).map_err(|error| audit.error("read", error))?;
-                let found = end.or(before).map_or(head.removed.0, |(lines, _)| lines);
-                if found < head.lines {
-                    broken.push(Broken::Cut { found, known: head.lines });
-                }
-            }
+        let (end, mut broken, _) = audit.follow_all(head).map_err(|error| audit.error("read", error))?;
+        if end.lines < head.lines {
+            broken.push(Broken::Cut { found: end.lines, known: head.lines });
+        }
+        if broken.is_empty() {
+            (head.lines, head.mac) = (end.lines, end.mac);
         }
         Ok((audit, broken))
     }
@@ -166,17 +164,15 @@ impl Audit {
 
     fn append(&self, head: &mut AuditHead, entry: &Entry<'_>, durable: bool) -> Result<(), AuditError> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if open.as_ref().is_some_and(|(_, bytes)| *bytes >= self.config.max_bytes) {
-            *open = None;
-            self.begin_new_file(head).map_err(|error| self.error("renamed", error))?;
-        }
         let (text, mac) = self.line(head, entry);
-        let (file, bytes) = match &mut *open {
-            Some(open) => open,
-            closed => {
-                let opened = self.open_newest().map_err(|error| self.error("opened", error))?;
-                closed.insert(opened)
-            }
+        let opened = self.opened(&mut open)?;
+        let (file, bytes) = if opened.1 >= self.config.max_bytes {
+            *open = None;
+            self.begin_new_file().map_err(|error| self.error("renamed", error))?;
+            self.opened(&mut open)?
+        } else {
+            // Borrowed anew: the other branch lets go of it.
+            self.opened(&mut open)?
         };
         let written = file.write_all(text.as_bytes()).and_then(|()| if durable { file.sync_data() } else { Ok(()) });
         if let Err(error) = written {
@@ -190,27 +186,113 @@ impl Audit {
         Ok(())
     }
 
-    /// Reads all that is kept and follows the chain from one line to the next.
+    /// Puts on disk what was written, and returns the end of what is there.
+    ///
+    /// # Errors
+    /// [`AuditError`].
+    pub fn sync(&self, head: &AuditHead) -> Result<AuditHead, AuditError> {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((file, _)) = &*open {
+            file.sync_data().map_err(|error| self.error("written", error))?;
+        }
+        Ok(*head)
+    }
+
+    /// Tries again after a line could not be written: a piece that is written and cut off again, which the next start
+    /// would cut off as well.
+    pub fn probe(&self) {
+        if self.problem().is_none() {
+            return;
+        }
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let tried = self.opened(&mut open).map_err(|error| error.error).and_then(|(file, bytes)| {
+            let written = file.write_all(&[b' '; MAX_LINE_BYTES as usize]);
+            file.set_len(*bytes).and(written)
+        });
+        match tried {
+            Ok(()) => *self.problem.lock().unwrap_or_else(PoisonError::into_inner) = None,
+            Err(_) => *open = None,
+        }
+    }
+
+    /// Where the newest of the files ends that are beyond what is kept, if there are any.
+    ///
+    /// # Errors
+    /// [`AuditError`].
+    pub fn surplus(&self) -> Result<Option<(u64, [u8; 32])>, AuditError> {
+        let mut end = None;
+        let read = self.each_line(self.config.keep + 1, |_, parsed| {
+            end = parsed.map(|parsed| (parsed.line, parsed.mac)).or(end);
+        });
+        match read {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            read => read.map(|()| end).map_err(|error| self.error("read", error)),
+        }
+    }
+
+    /// Removes the files beyond what is kept, after the store remembers where they ended.
+    ///
+    /// # Errors
+    /// [`AuditError`].
+    pub fn remove_surplus(&self) -> Result<(), AuditError> {
+        for number in (self.config.keep + 1..=self.newest_number()).rev() {
+            match fs::remove_file(self.path(number)) {
+                Err(error) if error.kind() != ErrorKind::NotFound => return Err(self.error("removed", error)),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads all that is there and follows the chain from one line to the next.
     ///
     /// # Errors
     /// [`AuditError`] when a file cannot be read.
     pub fn verify(&self, head: &AuditHead) -> Result<Verified, AuditError> {
-        let mut verified = Verified { lines: 0, files: 0, broken: vec![] };
-        let mut end = (head.removed.0, head.removed.1);
-        for number in (0..=self.config.keep).rev() {
-            let before = end;
-            let read = self.follow(number, &mut end, &mut verified.broken);
+        let (end, mut broken, files) = self.follow_all(head).map_err(|error| self.error("read", error))?;
+        if end.lines < head.lines {
+            broken.push(Broken::Cut { found: end.lines, known: head.lines });
+        }
+        Ok(Verified { lines: end.lines.saturating_sub(head.removed.0), files, broken })
+    }
+
+    /// From the line after those that were removed to the last one; what is wrong on the way, and how many files there
+    /// are. The line that the store knows must be the one that is there.
+    fn follow_all(&self, head: &AuditHead) -> io::Result<(AuditHead, Vec<Broken>, usize)> {
+        let mut end = AuditHead { lines: head.removed.0, mac: head.removed.1, removed: head.removed };
+        let (mut broken, mut files) = (vec![], 0);
+        for number in (0..=self.newest_number()).rev() {
+            let file = || file_name(&self.path(number));
+            let read = self.each_line(number, |line, parsed| match parsed {
+                // Told by the store to be gone, and not removed yet.
+                Some(parsed) if parsed.line <= head.removed.0 => {}
+                Some(parsed) => {
+                    let is_known = parsed.line != head.lines || parsed.mac == head.mac;
+                    if !self.follows(&parsed, end.lines, &end.mac) || !is_known {
+                        broken.push(Broken::Chain { file: file(), line });
+                    }
+                    (end.lines, end.mac) = (parsed.line, parsed.mac);
+                }
+                None => broken.push(Broken::Chain { file: file(), line }),
+            });
             match read {
-                Err(error) if error.kind() == ErrorKind::NotFound => continue,
-                read => read.map_err(|error| self.error("read", error))?,
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                read => read.map(|()| files += 1)?,
             }
-            verified.files += 1;
-            verified.lines += end.0.saturating_sub(before.0);
         }
-        if end.0 < head.lines {
-            verified.broken.push(Broken::Cut { found: end.0, known: head.lines });
+        Ok((end, broken, files))
+    }
+
+    /// The highest number of a file; 0 is the newest file.
+    fn newest_number(&self) -> usize {
+        (1..).take_while(|number| self.path(*number).exists()).last().unwrap_or(0)
+    }
+
+    fn opened<'a>(&self, open: &'a mut Option<(File, u64)>) -> Result<&'a mut (File, u64), AuditError> {
+        match open {
+            Some(open) => Ok(open),
+            closed => Ok(closed.insert(self.open_newest().map_err(|error| self.error("opened", error))?)),
         }
-        Ok(verified)
     }
 
     fn error(&self, verb: &'static str, error: io::Error) -> AuditError {
@@ -239,6 +321,7 @@ impl Audit {
             operation: entry.operation.as_str(),
             name: entry.name.map(SecretName::as_str),
             version: entry.version,
+            master_key: entry.master_key,
             decision,
             missing,
         };
@@ -252,27 +335,32 @@ impl Audit {
     }
 
     fn open_newest(&self) -> io::Result<(File, u64)> {
+        let is_new = !self.path(0).exists();
         let file = File::options().create(true).append(true).mode(0o600).open(self.path(0))?;
         let bytes = file.metadata()?.len();
+        if is_new {
+            self.sync_folder()?;
+        }
         Ok((file, bytes))
     }
 
     /// Renames from the oldest on, so that a crash in between leaves a gap in the numbers and loses nothing.
-    fn begin_new_file(&self, head: &mut AuditHead) -> io::Result<()> {
-        let last = self.config.keep;
-        if last == 0 || self.path(last).exists() {
-            if let Some(end) = self.read_file(last, &mut vec![])? {
-                head.removed = end;
-            }
-            fs::remove_file(self.path(last))?;
-        }
-        for number in (0..last).rev() {
+    fn begin_new_file(&self) -> io::Result<()> {
+        for number in (0..=self.newest_number()).rev() {
             match fs::rename(self.path(number), self.path(number + 1)) {
                 Err(error) if error.kind() == ErrorKind::NotFound => {}
                 renamed => renamed?,
             }
         }
-        Ok(())
+        self.sync_folder()
+    }
+
+    /// Names of files are on disk when their folder is.
+    fn sync_folder(&self) -> io::Result<()> {
+        match self.config.file.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => File::open(folder)?.sync_all(),
+            _ => Ok(()),
+        }
     }
 
     /// Cuts off what is behind the last end of a line.
@@ -295,43 +383,6 @@ impl Audit {
             file.set_len(from + whole)?;
         }
         Ok(())
-    }
-
-    /// The end of one file, and where its own chain breaks; the line before its first one is taken as it says.
-    fn read_file(&self, number: usize, broken: &mut Vec<Broken>) -> io::Result<Option<(u64, [u8; 32])>> {
-        let mut before = None;
-        let found = self.each_line(number, |line, parsed| {
-            let Some(parsed) = parsed else {
-                broken.push(Broken::Chain { file: file_name(&self.path(number)), line });
-                return;
-            };
-            if let Some((lines, mac)) = before
-                && !self.follows(&parsed, lines, &mac)
-            {
-                broken.push(Broken::Chain { file: file_name(&self.path(number)), line });
-            }
-            before = Some((parsed.line, parsed.mac));
-        });
-        match found {
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-            found => found.map(|()| before),
-        }
-    }
-
-    /// Follows the chain through one file, from the end of the one before to its own.
-    fn follow(&self, number: usize, end: &mut (u64, [u8; 32]), broken: &mut Vec<Broken>) -> io::Result<()> {
-        self.each_line(number, |line, parsed| {
-            let file = || file_name(&self.path(number));
-            match parsed {
-                None => broken.push(Broken::Chain { file: file(), line }),
-                Some(parsed) => {
-                    if !self.follows(&parsed, end.0, &end.1) {
-                        broken.push(Broken::Chain { file: file(), line });
-                    }
-                    *end = (parsed.line, parsed.mac);
-                }
-            }
-        })
     }
 
     fn follows(&self, parsed: &Parsed, lines: u64, mac: &[u8; 32]) -> bool {

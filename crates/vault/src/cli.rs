@@ -188,6 +188,8 @@ fn perform(arguments: Arguments) -> Outcome {
             )
         }
         Command::Rotate { master: Some(file) } => {
+            let file =
+                file.canonicalize().map_err(|error| (format!("{} cannot be read: {error}", file.display()), 64))?;
             let data = ask(Request::Rotate { master_key_file: Some(file.clone()) })?;
             let (id, old) = (data["master_key"].as_str().unwrap_or_default(), config.master_key_file.display());
             print(format!("the store opens with the master key {id} only: put {} in the place of {old} before the next start\n", file.display()).as_bytes())

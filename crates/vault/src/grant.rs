@@ -23,10 +23,12 @@ pub enum Operation {
     Rotate,
     /// Counts and ages, without names.
     Status,
+    /// Whether the audit's chain holds.
+    Audit,
 }
 
 /// All of them, in the order of the documentation.
-pub const OPERATIONS: [Operation; 7] = [
+pub const OPERATIONS: [Operation; 8] = [
     Operation::Get,
     Operation::Set,
     Operation::Delete,
@@ -34,6 +36,7 @@ pub const OPERATIONS: [Operation; 7] = [
     Operation::History,
     Operation::Rotate,
     Operation::Status,
+    Operation::Audit,
 ];
 
 impl Operation {
@@ -47,6 +50,7 @@ impl Operation {
             Self::History => "history",
             Self::Rotate => "rotate",
             Self::Status => "status",
+            Self::Audit => "audit",
         }
     }
 }
@@ -117,7 +121,7 @@ pub struct Grant {
     pub principal: PrincipalPattern,
     /// What they may do.
     pub operations: Vec<Operation>,
-    /// To which names. For what has no name, `rotate` and `status`, it says nothing.
+    /// To which names. For what has no name, `rotate`, `status` and `audit`, it says nothing.
     pub names: NamePattern,
 }
 

@@ -35,6 +35,7 @@ impl Health {
         let set = |flag, word, sentence: &str| Health::is_set(flag).then(|| (word, sentence.to_owned()));
         problems.extend(set(&self.store_failed, "store_unavailable", "the store cannot be written; see the log"));
         problems.extend(vault.audit_problem().map(|problem| ("audit_unavailable", problem)));
+        problems.extend(vault.counter_problem().map(|problem| ("counter_behind", problem)));
         problems.extend(set(&self.rotation_failed, "rotation_failed", "a rotation stands still; see the log"));
         problems.extend(set(
             &self.audit_broken,

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use dockflare_host::{error_chain, page};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
 use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::{MissedTickBehavior, interval, sleep};
@@ -110,6 +110,8 @@ pub async fn run(
     };
     let vault = Arc::new(vault);
     let health = Arc::new(Health::default());
+    // Before anybody knows that it runs: without it the signal ends the process.
+    let hangup = signal(SignalKind::hangup()).map_err(|_| RunError::Task("configuration"))?;
     greet(&config, &vault, &broken, &health);
 
     let rotated = Arc::new(Notify::new());
@@ -117,7 +119,7 @@ pub async fn run(
     tasks.spawn(named("admin", admin::serve(socket, vault.clone(), rotated.clone())));
     tasks.spawn(named("rotation", reseal(vault.clone(), rotated.clone(), health.clone())));
     tasks.spawn(named("audit", save(vault.clone(), health.clone())));
-    tasks.spawn(named("configuration", follow(source, config.clone(), vault.clone(), health.clone())));
+    tasks.spawn(named("configuration", follow(source, config.clone(), hangup, vault.clone(), health.clone())));
     if let Some(listener) = listener {
         let pages = VaultPages::new(vault.clone(), health.clone());
         tasks.spawn(named("pages", async move { match page::serve(listener, pages).await {} }));
@@ -227,16 +229,18 @@ async fn save(vault: Arc<Vault>, health: Arc<Health>) {
 }
 
 /// Takes another table of grants when the file changes or on SIGHUP: the whole of it, or nothing of it.
-async fn follow(source: Source, mut present: Config, vault: Arc<Vault>, health: Arc<Health>) {
-    let Ok(mut hangup) = signal(SignalKind::hangup()) else { return };
+async fn follow(source: Source, mut present: Config, mut hangup: Signal, vault: Arc<Vault>, health: Arc<Health>) {
     let mut seen = modified(&source).await;
+    let mut last = seen;
     loop {
         let asked = tokio::select! {
             _ = hangup.recv() => true,
             () = sleep(LOOK_EVERY) => false,
         };
         let now = modified(&source).await;
-        if !asked && now == seen {
+        // A file that is being written, or is gone for a moment, is looked at again.
+        let is_still = std::mem::replace(&mut last, now) == now;
+        if !asked && (now == seen || !is_still || now.is_none()) {
             continue;
         }
         seen = now;

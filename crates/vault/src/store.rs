@@ -70,6 +70,24 @@ pub enum StoreError {
         /// Where it was.
         seen: u64,
     },
+    /// The counter's file is gone.
+    #[error("the counter of changes {} is gone, which has followed the store {}: whoever removed it may have put an older copy of the store in its place; start once with --accept-rollback if it was you", counter.display(), path.display())]
+    CounterMissing {
+        /// The database.
+        path: PathBuf,
+        /// The counter's file.
+        counter: PathBuf,
+    },
+    /// The disk refused in the middle of a commit.
+    #[error("{problem}; {} the store opens with the master key {master}", if *is_in { "the change is in the store all the same, and lost if the power fails before the disk is well again: read it again;" } else { "whether the change is in the store is not certain yet: read it again;" })]
+    Uncertain {
+        /// What the disk said.
+        problem: String,
+        /// The file was read again and has the change.
+        is_in: bool,
+        /// Id of the master key that opens it, as far as is known.
+        master: String,
+    },
     /// `if_version` does not hold.
     #[error("{name} is at version {found}, not at {wanted}: read it again")]
     Version {

@@ -11,7 +11,7 @@ use crate::grant::{Decision, Grants, Operation, authorize};
 use crate::principal::Principal;
 use crate::seal::Key;
 use crate::secret::{SecretName, Value};
-use crate::store::{Change, Found, Location, Options, SealedStore, Status, StoreError, Versions};
+use crate::store::{AuditHead, Change, Found, Location, Options, SealedStore, Status, StoreError, Versions};
 
 /// Store, grants and audit. Its methods block on the disk: call them where blocking is allowed.
 #[derive(Debug)]
@@ -133,7 +133,12 @@ impl Vault {
     /// [`Refusal`].
     pub fn set(&self, who: &Principal, name: &SecretName, value: &Value, change: &Change) -> Result<u64, Refusal> {
         self.allow(who, Operation::Set, Some(name))?;
-        Ok(self.store.set(name, value, change, |version| self.write(who, Operation::Set, Some(name), Some(version)))?)
+        let write = |version| self.write(who, Operation::Set, Some(name), Some(version), None);
+        let set = self.store.set(name, value, change, write);
+        if let Err(StoreError::Version { .. }) = &set {
+            self.note(who, Operation::Set, Some(name), None)?;
+        }
+        Ok(set?)
     }
 
     /// The end of a secret; the number of its last version.
@@ -142,7 +147,7 @@ impl Vault {
     /// [`Refusal`].
     pub fn delete(&self, who: &Principal, name: &SecretName) -> Result<u64, Refusal> {
         self.allow(who, Operation::Delete, Some(name))?;
-        let write = |version| self.write(who, Operation::Delete, Some(name), Some(version));
+        let write = |version| self.write(who, Operation::Delete, Some(name), Some(version), None);
         match self.store.delete(name, now(), write)? {
             Some(version) => Ok(version),
             None => {
@@ -207,7 +212,7 @@ impl Vault {
     /// [`Refusal`].
     pub fn rotate(&self, who: &Principal) -> Result<u32, Refusal> {
         self.allow(who, Operation::Rotate, None)?;
-        Ok(self.store.rotate(now(), || self.write(who, Operation::Rotate, None, None))?)
+        Ok(self.store.rotate(now(), || self.write(who, Operation::Rotate, None, None, None))?)
     }
 
     /// All keys wrapped anew for another master key; its id.
@@ -217,7 +222,7 @@ impl Vault {
     pub fn rotate_master(&self, who: &Principal, new: Key) -> Result<String, Refusal> {
         self.allow(who, Operation::Rotate, None)?;
         let id = new.id();
-        self.store.rotate_master(new, || self.write(who, Operation::Rotate, None, None))?;
+        self.store.rotate_master(new, || self.write(who, Operation::Rotate, None, None, Some(&id)))?;
         Ok(id)
     }
 
@@ -229,21 +234,40 @@ impl Vault {
         self.store.reseal()
     }
 
-    /// Puts the end of the audit into the store, so that lines which only tell of reads cannot be cut off unnoticed.
+    /// Puts the end of the audit into the store, so that lines which only tell of reads cannot be cut off unnoticed, and
+    /// removes what is beyond the number of files that is kept.
     ///
     /// # Errors
-    /// [`StoreError`].
-    pub fn save(&self) -> Result<(), StoreError> {
-        self.store.save_audit()
+    /// [`Refusal`].
+    pub fn save(&self) -> Result<(), Refusal> {
+        self.audit.probe();
+        let head = self.store.with_audit(|head| self.audit.sync(head))?;
+        self.store.save_audit(head)?;
+        if let Some(end) = self.audit.surplus()? {
+            let head = self.store.with_audit(|head| {
+                head.removed = end;
+                self.audit.sync(head)
+            })?;
+            self.store.save_audit(head)?;
+            self.store.with_audit(|_| self.audit.remove_surplus())?;
+        }
+        Ok(())
     }
 
     /// Follows the whole audit that is kept.
     ///
     /// # Errors
-    /// [`AuditError`].
-    pub fn verify_audit(&self) -> Result<Verified, AuditError> {
+    /// [`Refusal`].
+    pub fn verify_audit(&self, who: &Principal) -> Result<Verified, Refusal> {
+        self.allow(who, Operation::Audit, None)?;
+        self.note(who, Operation::Audit, None, None)?;
         // Nobody writes meanwhile: what is read is what the head says.
-        self.store.with_audit(|head| self.audit.verify(head))
+        Ok(self.store.with_audit(|head| self.audit.verify(head))?)
+    }
+
+    /// Why the counter of changes is behind, where it is.
+    pub fn counter_problem(&self) -> Option<String> {
+        self.store.counter_problem()
     }
 
     /// Asks the table. What is denied is written, and so is known even where nothing was read.
@@ -251,7 +275,7 @@ impl Vault {
         let decision = authorize(&self.grants(), who, operation, name);
         let Decision::Denied { missing } = &decision else { return Ok(()) };
         let missing = missing.clone();
-        let entry = Entry { principal: who, operation, name, version: None, decision: &decision };
+        let entry = Entry { principal: who, operation, name, version: None, master_key: None, decision: &decision };
         self.store.with_audit(|head| self.audit.record(head, &entry, false))?;
         Err(Refusal::Denied { missing })
     }
@@ -264,20 +288,21 @@ impl Vault {
         name: Option<&SecretName>,
         version: Option<u64>,
     ) -> Result<(), AuditError> {
-        let entry = Entry { principal: who, operation, name, version, decision: &Decision::Allowed };
+        let entry = Entry { principal: who, operation, name, version, master_key: None, decision: &Decision::Allowed };
         self.store.with_audit(|head| self.audit.record(head, &entry, false))
     }
 
-    /// The line of a change, on disk before the change.
+    /// The line of a change, on disk before the change; the end of the audit with it.
     fn write(
         &self,
         who: &Principal,
         operation: Operation,
         name: Option<&SecretName>,
         version: Option<u64>,
-    ) -> Result<(), StoreError> {
-        let entry = Entry { principal: who, operation, name, version, decision: &Decision::Allowed };
-        self.store.with_audit(|head| self.audit.record(head, &entry, true)).map_err(StoreError::Audit)
+        master_key: Option<&str>,
+    ) -> Result<AuditHead, StoreError> {
+        let entry = Entry { principal: who, operation, name, version, master_key, decision: &Decision::Allowed };
+        Ok(self.store.with_audit(|head| self.audit.record(head, &entry, true).map(|()| *head))?)
     }
 }
 
@@ -346,8 +371,9 @@ mod tests {
             assert_eq!((refusal.code(), refusal.exit_code()), ("denied", 1), "{refusal}");
         }
         assert_eq!(vault.get(&user, &"app/none".parse().unwrap(), None).unwrap_err().code(), "not_found");
-        let verified = vault.verify_audit().unwrap();
-        assert_eq!((verified.lines, verified.broken.len()), (14, 0));
+        assert_eq!(vault.verify_audit(&user).unwrap_err().code(), "denied");
+        let verified = vault.verify_audit(&operator).unwrap();
+        assert_eq!((verified.lines, verified.broken.len()), (16, 0));
         drop(vault);
         let log = std::fs::read_to_string(dir.path().join("audit.log")).unwrap();
         assert!(
@@ -355,7 +381,7 @@ mod tests {
             "{log}"
         );
         let (vault, broken) = open(dir.path(), &master, grants());
-        assert_eq!((broken, vault.verify_audit().unwrap().lines), (vec![], 14));
+        assert_eq!((broken, vault.verify_audit(&operator).unwrap().lines), (vec![], 17));
     }
 
     #[test]

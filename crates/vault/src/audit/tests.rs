@@ -54,6 +54,7 @@ fn write_one(audit: &Audit, head: &mut AuditHead) -> Result<(), AuditError> {
         operation: Operation::Get,
         name: Some(&name),
         version: Some(3),
+        master_key: None,
         decision: &Decision::Allowed,
     };
     audit.record(head, &entry, false)
@@ -95,16 +96,66 @@ fn a_line_that_was_changed_removed_moved_put_in_or_cut_off_is_found() {
     assert_eq!(scene.verify().broken, [Broken::Cut { found: 0, known: 6 }]);
 }
 
+/// What the vault does each second.
+fn retire(scene: &mut Scene) {
+    let (audit, broken) = scene.open();
+    assert_eq!(broken, []);
+    if let Some(end) = audit.surplus().unwrap() {
+        scene.head.removed = end;
+        audit.remove_surplus().unwrap();
+    }
+}
+
 #[test]
 fn full_files_are_kept_in_order_and_the_end_of_what_went_is_remembered() {
     let mut scene = Scene::new();
     scene.write(60);
+    let all = scene.verify();
+    assert_eq!((all.lines, &all.broken[..]), (60, &[][..]), "nothing goes before the store knows");
+    // Killed between the two: the store knows, and the files are still there.
+    let (audit, _) = scene.open();
+    scene.head.removed = audit.surplus().unwrap().unwrap();
+    assert_eq!(scene.verify().broken, []);
+    retire(&mut scene);
     let verified = scene.verify();
     assert_eq!((verified.files, &verified.broken[..]), (4, &[][..]));
-    assert!(scene.head.removed.0 > 0);
     assert_eq!(verified.lines + scene.head.removed.0, 60);
+    scene.write(5);
+    assert_eq!(scene.verify().broken, []);
     fs::remove_file(scene.config().file.with_extension("log.3")).unwrap();
     assert_ne!(scene.verify().broken, [], "nobody else may remove the oldest");
+}
+
+#[test]
+fn a_longer_audit_that_forks_off_before_the_end_that_the_store_knows_is_not_taken() {
+    let mut scene = Scene::new();
+    scene.write(3);
+    let (fork, third) = (fs::read(scene.file()).unwrap(), scene.head);
+    scene.write(1);
+    let known = scene.head;
+    fs::write(scene.file(), fork).unwrap();
+    scene.head = third;
+    std::thread::sleep(std::time::Duration::from_millis(2));
+    scene.write(3);
+    scene.head = known;
+    let (_, broken) = scene.open();
+    assert_eq!(broken, [Broken::Chain { file: "audit.log".into(), line: 4 }]);
+    assert_eq!(scene.head, known);
+}
+
+#[test]
+fn after_a_full_disk_it_is_known_that_there_is_room_before_anybody_asks() {
+    let mut scene = Scene::new();
+    let (audit, _) = scene.open();
+    std::os::unix::fs::symlink("/dev/full", scene.file()).unwrap();
+    assert!(write_one(&audit, &mut scene.head).is_err() && audit.problem().is_some());
+    audit.probe();
+    assert!(audit.problem().is_some());
+    fs::remove_file(scene.file()).unwrap();
+    audit.probe();
+    assert_eq!(audit.problem(), None);
+    write_one(&audit, &mut scene.head).unwrap();
+    assert_eq!(scene.verify().lines, 1);
 }
 
 #[test]

@@ -139,7 +139,8 @@ impl<'a> Reader<'a> {
     pub(super) fn path(&mut self, section: &mut Section, key: &'static str) -> Option<PathBuf> {
         let text = self.scalar(section, key)?;
         if !text.starts_with('/') {
-            self.problem(&format!("{}: {text:?} is no absolute path: begin it with a slash", section.at(key)));
+            // It may be the key or the password itself.
+            self.problem(&format!("{} is no absolute path: begin it with a slash", section.at(key)));
         }
         Some(text.into())
     }

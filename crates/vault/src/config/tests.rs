@@ -56,7 +56,7 @@ fn all_that_is_wrong_is_said_at_once_with_the_key_and_the_nearest_right_one() {
     for expected in [
         "storge is no setting: is storage meant?",
         "storage.chnge_counter is no setting: is storage.change_counter meant?",
-        "storage.file: \"relative\" is no absolute path",
+        "storage.file is no absolute path",
         "audit.keep: \"many\" is no whole number from 0 to 1000",
         "health.bind: \"here\" is no address",
         "acl is no list",
@@ -96,6 +96,8 @@ fn no_error_shows_a_password() {
         "nats: {url: \"nats://u:hunter2@host\"}\n",
         "nats: {pass: hunter2, pass_file: /f}\n",
         "nats: {pass: [hunter2]}\n",
+        "nats: {pass_file: hunter2}\n",
+        "encryption: {master_key: hunter2}\n",
         "nats:\n  pass: hunter2\n  pass: hunter2\n",
     ] {
         let error = parse(text).unwrap_err().to_string();

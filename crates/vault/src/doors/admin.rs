@@ -12,7 +12,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value as Json, json};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::spawn_blocking;
@@ -160,6 +160,11 @@ fn perform(vault: &Vault, request: Request, rotated: &Notify) -> Result<Json, An
             rotated.notify_one();
             json!({ "data_key": data_key })
         }
+        Request::Rotate { master_key_file: Some(file) } if file.is_relative() => {
+            let message =
+                format!("{} is no absolute path: the vault would look for it in its own folder", file.display());
+            return Err(Answer::error("bad_key", &message, 64));
+        }
         Request::Rotate { master_key_file: Some(file) } => {
             let new = keyfile::read(&file, keyfile::is_alone());
             let new = new.map_err(|error| Answer::error("bad_key", &error.to_string(), 64))?;
@@ -167,7 +172,7 @@ fn perform(vault: &Vault, request: Request, rotated: &Notify) -> Result<Json, An
         }
         Request::Status => json!(vault.status(who)?),
         Request::AuditVerify => {
-            let verified = vault.verify_audit().map_err(Refusal::from)?;
+            let verified = vault.verify_audit(who)?;
             let broken: Vec<_> = verified.broken.iter().map(ToString::to_string).collect();
             json!({ "lines": verified.lines, "files": verified.files, "broken": broken })
         }
@@ -220,9 +225,14 @@ pub async fn serve(listener: UnixListener, vault: Arc<Vault>, rotated: Arc<Notif
 }
 
 async fn converse(mut stream: UnixStream, vault: Arc<Vault>, rotated: Arc<Notify>) -> io::Result<()> {
-    let mut line = Zeroizing::new(Vec::new());
-    let (reading, mut writing) = stream.split();
-    BufReader::new(reading).take(MAX_LINE_BYTES as u64).read_until(b'\n', &mut line).await?;
+    // With all the room that it may need: a buffer that grows leaves copies of the value behind.
+    let mut line = Zeroizing::new(Vec::with_capacity(MAX_LINE_BYTES));
+    let (mut reading, mut writing) = stream.split();
+    while line.len() < MAX_LINE_BYTES && !line.ends_with(b"\n") {
+        if reading.read_buf(&mut *line).await? == 0 {
+            break;
+        }
+    }
     let request = serde_json::from_slice::<Request>(&line);
     let is_whole = line.ends_with(b"\n");
     drop(line);
@@ -234,7 +244,9 @@ async fn converse(mut stream: UnixStream, vault: Arc<Vault>, rotated: Arc<Notify
             .await
             .map_err(|error| io::Error::other(error.to_string()))?,
     };
-    let mut text = Zeroizing::new(serde_json::to_vec(&answer)?);
+    let room = answer.data["value_base64"].as_str().map_or(0, str::len) + 4096;
+    let mut text = Zeroizing::new(Vec::with_capacity(room));
+    serde_json::to_writer(&mut *text, &answer)?;
     wipe(answer.data);
     text.push(b'\n');
     writing.write_all(&text).await?;

@@ -41,7 +41,12 @@ impl Counter {
         let mut temporary = self.0.clone().into_os_string();
         temporary.push(".new");
         let temporary = PathBuf::from(temporary);
-        let mut file = File::options().create(true).truncate(true).write(true).mode(0o600).open(&temporary)?;
+        // Not through a link that somebody laid there.
+        match fs::remove_file(&temporary) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let mut file = File::options().create_new(true).write(true).mode(0o600).open(&temporary)?;
         writeln!(file, "{change}")?;
         file.sync_data()?;
         fs::rename(&temporary, &self.0)?;

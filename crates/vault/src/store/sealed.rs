@@ -13,6 +13,7 @@
 
 #![expect(clippy::disallowed_methods, reason = "blocks on the disk; whoever serves calls it on a thread of its own")]
 
+use std::fmt;
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::OpenOptionsExt;
@@ -107,8 +108,9 @@ pub struct Status {
 /// The store. All methods may block on the disk.
 #[derive(Debug)]
 pub struct SealedStore {
-    /// `None` only while it is opened again after an error of the disk, after which the library gives no more.
+    /// `None` only until it is opened again after an error of the disk, after which the library gives no more.
     db: Mutex<Option<Arc<Database>>>,
+    opener: Opener,
     path: PathBuf,
     counter: Option<Counter>,
     id: [u8; 16],
@@ -116,9 +118,10 @@ pub struct SealedStore {
     ring: Mutex<Arc<Ring>>,
     /// Held by whoever changes something.
     inner: Mutex<Inner>,
-    /// The end of the audit as it is in its file, which may be ahead of the state. Apart from `inner`, so that a read
-    /// is not kept waiting by a change; it is locked after it where both are.
+    /// The end of the audit as it is in its file, which may be ahead of the state. Locked after `inner` where both are.
     audit: Mutex<AuditHead>,
+    /// Why the counter is behind the store, where it is.
+    counter_problem: Mutex<Option<String>>,
 }
 
 #[derive(Debug)]
@@ -126,8 +129,27 @@ struct Inner {
     master: Key,
     /// As it is on disk.
     state: State,
+    /// The disk refused in the middle of a commit that would have made this of the keys: before anything else the file
+    /// says whether it did.
+    uncertain: Option<Keys>,
     /// Where a rotation goes on; from the beginning after a start.
     cursor: Option<Cursor>,
+}
+
+/// Opens the database again.
+struct Opener(Box<dyn Fn() -> Result<Database, StoreError> + Send + Sync>);
+
+impl fmt::Debug for Opener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Opener")
+    }
+}
+
+/// Keys that a transaction puts in the place of the present ones.
+#[derive(Debug, Clone, Default)]
+struct Keys {
+    ring: Option<Ring>,
+    master: Option<Key>,
 }
 
 #[derive(Debug, Clone)]
@@ -144,15 +166,18 @@ struct State {
     secrets: u64,
     sum: [u8; 32],
     audit: AuditHead,
+    /// A counter has followed this store: one that is missing was removed.
+    counted: bool,
 }
 
-const STATE_BYTES: usize = 8 * 3 + 32 + 8 + 32 + 8 + 32;
+const STATE_BYTES: usize = 8 * 3 + 32 + 8 + 32 + 8 + 32 + 1;
 
 impl State {
     fn to_bytes(self) -> Vec<u8> {
         let (lines, removed) = (self.audit.lines.to_be_bytes(), self.audit.removed.0.to_be_bytes());
         let counts = [self.change, self.records, self.secrets].map(u64::to_be_bytes).concat();
-        [&counts[..], &self.sum, &lines, &self.audit.mac, &removed, &self.audit.removed.1].concat()
+        [&counts[..], &self.sum, &lines, &self.audit.mac, &removed, &self.audit.removed.1, &[self.counted.into()]]
+            .concat()
     }
 
     fn parse(bytes: &[u8]) -> Option<Self> {
@@ -174,7 +199,12 @@ impl State {
         let lines = u64::from_be_bytes(take(8).try_into().ok()?);
         let mac = take(32).try_into().ok()?;
         let removed = (u64::from_be_bytes(take(8).try_into().ok()?), take(32).try_into().ok()?);
-        Some(Self { change, records, secrets, sum, audit: AuditHead { lines, mac, removed } })
+        let counted = match take(1) {
+            [0] => false,
+            [1] => true,
+            _ => return None,
+        };
+        Some(Self { change, records, secrets, sum, audit: AuditHead { lines, mac, removed }, counted })
     }
 }
 
@@ -221,76 +251,121 @@ impl SealedStore {
                 error,
             })?,
         };
-        // Not readable by anybody else at any instant.
-        let file = File::options().read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
-        let file = file.map_err(unreadable)?;
-        let is_new = file.metadata().map_err(unreadable)?.len() == 0;
-        let found = if is_new {
-            None
-        } else {
-            let overlay = Overlay::new(file.try_clone().map_err(unreadable)?).map_err(unreadable)?;
-            look(overlay, path, &master)?
+        let file = match File::options().read(true).write(true).open(path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => None,
+            Ok(file) if file.metadata().map_err(unreadable)?.len() == 0 => None,
+            file => Some(file.map_err(unreadable)?),
         };
-        if let (Some(counter), Some(seen)) = (&counter, seen) {
-            let change = found.as_ref().map_or(0, |sound| sound.state.change);
-            if change < seen && !options.accept_rollback {
-                let (path, counter) = (path.clone(), counter.path().to_owned());
-                return Err(StoreError::RolledBack { path, counter, found: change, seen });
+        let found = match file {
+            None => None,
+            Some(file) => Some(look(Overlay::new(file).map_err(unreadable)?, path, &master)?),
+        };
+        let change = found.as_ref().map_or(0, |sound| sound.state.change);
+        let was_counted = found.as_ref().is_some_and(|sound| sound.state.counted);
+        let mut is_older = false;
+        if let Some(counter) = &counter {
+            let (path, counter) = (path.clone(), counter.path().to_owned());
+            let refusal = match seen {
+                Some(seen) if change < seen => Some(StoreError::RolledBack { path, counter, found: change, seen }),
+                None if was_counted => Some(StoreError::CounterMissing { path, counter }),
+                _ => None,
+            };
+            match refusal {
+                Some(refusal) if !options.accept_rollback => return Err(refusal),
+                Some(refusal) => {
+                    tracing::warn!("going on as asked: {refusal}");
+                    is_older = true;
+                }
+                None => {}
             }
         }
-        drop(file);
+        let sound = match found {
+            Some(sound) => sound,
+            None => Self::make(path, &master, options)?,
+        };
         let db = open_file(path)?;
-        Self::on(db, path.clone(), counter, found, master, options, seen.unwrap_or(0))
+        let opener = {
+            let path = path.clone();
+            Opener(Box::new(move || open_file(&path)))
+        };
+        let store = Self::on(db, opener, path.clone(), counter, sound, master, seen.unwrap_or(0));
+        if is_older || store.counter.is_some() && !was_counted {
+            // From here on the counter knows this one.
+            store.transact(&mut store.inner(), Keys::default(), |_, _, _| Ok(()))?;
+        }
+        Ok(store)
+    }
+
+    /// Makes an empty store under another name and gives it its own when it is whole: one that a crash leaves half made
+    /// is nobody's, and made anew.
+    fn make(path: &Path, master: &Key, options: Options) -> Result<Sound, StoreError> {
+        let failed = |error| io_error(path, "made", error);
+        let mut half = path.as_os_str().to_owned();
+        half.push(".new");
+        let half = PathBuf::from(half);
+        match std::fs::remove_file(&half) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(failed(error)),
+            _ => {}
+        }
+        // Not readable by anybody else at any instant.
+        File::options().write(true).create_new(true).mode(0o600).open(&half).map_err(failed)?;
+        let sound = Self::begin(open_file(&half)?, path, master, options)?;
+        std::fs::rename(&half, path).map_err(failed)?;
+        match path.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => {
+                File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed)?;
+            }
+            _ => {}
+        }
+        Ok(sound)
+    }
+
+    /// The first transaction of a store.
+    fn begin(db: Database, path: &Path, master: &Key, options: Options) -> Result<Sound, StoreError> {
+        let mut id = [0; 16];
+        crate::seal::fill(&mut id)?;
+        let sound = Sound { id, ring: Ring::new(options.now)?, state: State::default() };
+        let opener = Opener(Box::new(|| Err(StoreError::TooManyKeys)));
+        let store = Self::on(db, opener, path.to_owned(), None, sound, master.clone(), 0);
+        let (mut inner, ring) = (store.inner(), store.ring());
+        store.transact(&mut inner, Keys::default(), |_, txn, master| {
+            store.write_ring(txn, &ring, master)?;
+            let mut meta = txn.open_table(META).map_err(|error| refused(path, error))?;
+            for (key, value) in [("form", &FORM.to_be_bytes()[..]), ("store", &store.id)] {
+                meta.insert(key, value).map_err(|error| refused(path, error))?;
+            }
+            drop(meta);
+            txn.open_table(HEADS).map_err(|error| refused(path, error))?;
+            txn.open_table(VALUES).map_err(|error| refused(path, error))?;
+            Ok(())
+        })?;
+        Ok(Sound { id, ring: Ring::clone(&ring), state: inner.state })
     }
 
     fn on(
         db: Database,
+        opener: Opener,
         path: PathBuf,
         counter: Option<Counter>,
-        found: Option<Sound>,
+        mut sound: Sound,
         master: Key,
-        options: Options,
         seen: u64,
-    ) -> Result<Self, StoreError> {
-        let is_new = found.is_none();
-        let mut sound = match found {
-            Some(sound) => sound,
-            None => {
-                let mut id = [0; 16];
-                crate::seal::fill(&mut id)?;
-                Sound { id, ring: Ring::new(options.now)?, state: State::default() }
-            }
-        };
+    ) -> Self {
         // An older copy that was accepted is newer than what was seen from its first change on.
         sound.state.change = sound.state.change.max(seen);
-        let inner = Inner { master, state: sound.state, cursor: None };
-        let audit = Mutex::new(sound.state.audit);
-        let ring = Mutex::new(Arc::new(sound.ring));
-        let store = Self {
+        sound.state.counted |= counter.is_some();
+        let inner = Inner { master, state: sound.state, uncertain: None, cursor: None };
+        Self {
             db: Mutex::new(Some(Arc::new(db))),
+            opener,
             path,
             counter,
             id: sound.id,
-            ring,
+            ring: Mutex::new(Arc::new(sound.ring)),
             inner: Mutex::new(inner),
-            audit,
-        };
-        if is_new {
-            let mut inner = store.inner();
-            let ring = store.ring();
-            store.transact(&mut inner, |_, txn, master| {
-                store.write_ring(txn, &ring, master)?;
-                let mut meta = txn.open_table(META).map_err(|error| refused(&store.path, error))?;
-                for (key, value) in [("form", &FORM.to_be_bytes()[..]), ("store", &store.id)] {
-                    meta.insert(key, value).map_err(|error| refused(&store.path, error))?;
-                }
-                drop(meta);
-                txn.open_table(HEADS).map_err(|error| refused(&store.path, error))?;
-                txn.open_table(VALUES).map_err(|error| refused(&store.path, error))?;
-                Ok(())
-            })?;
+            audit: Mutex::new(sound.state.audit),
+            counter_problem: Mutex::new(None),
         }
-        Ok(store)
     }
 
     /// The newest value of a name, or one of the versions that are kept. `None` where there is none at `now`.
@@ -298,9 +373,8 @@ impl SealedStore {
     /// # Errors
     /// [`StoreError::Io`], [`StoreError::Damaged`].
     pub fn get(&self, name: &SecretName, version: Option<u64>, now: i64) -> Result<Option<Found>, StoreError> {
-        let ring = self.ring();
+        let (ring, txn) = self.read()?;
         let place = hashed(&ring, name);
-        let txn = self.read()?;
         let Some(versions) = self.head(&ring, &txn, &place)? else { return Ok(None) };
         let info = match version {
             None => versions.newest(),
@@ -317,7 +391,8 @@ impl SealedStore {
     }
 
     /// Stores a new version, and returns its number. `if_version` is the newest version that the caller has seen, 0 for
-    /// none. `before_commit` gets the number when all is ready; what it refuses is not stored.
+    /// none. `before_commit` gets the number when all is ready, and returns the end of the audit as it is on disk;
+    /// what it refuses is not stored.
     ///
     /// # Errors
     /// [`StoreError::Version`], [`StoreError::Io`], [`StoreError::Damaged`], and what `before_commit` says.
@@ -326,12 +401,12 @@ impl SealedStore {
         name: &SecretName,
         value: &Value,
         change: &Change,
-        before_commit: impl FnOnce(u64) -> Result<(), StoreError>,
+        before_commit: impl FnOnce(u64) -> Result<AuditHead, StoreError>,
     ) -> Result<u64, StoreError> {
-        let mut inner = self.inner();
+        let mut inner = self.settled()?;
         let ring = self.ring();
         let place = hashed(&ring, name);
-        self.transact(&mut inner, |state, txn, _| {
+        self.transact(&mut inner, Keys::default(), |state, txn, _| {
             let old = self.head_in(&ring, txn, &place)?;
             let was_there = old.as_ref().is_some_and(|old| old.newest().is_some());
             let mut versions = old.unwrap_or_else(|| Versions::new(name));
@@ -348,7 +423,7 @@ impl SealedStore {
             }
             self.put(&ring, state, txn, Kind::Head, &place, Some(&versions.to_bytes()))?;
             state.secrets += u64::from(!was_there);
-            before_commit(version)?;
+            state.audit = before_commit(version)?;
             Ok(version)
         })
     }
@@ -362,23 +437,23 @@ impl SealedStore {
         &self,
         name: &SecretName,
         now: i64,
-        before_commit: impl FnOnce(u64) -> Result<(), StoreError>,
+        before_commit: impl FnOnce(u64) -> Result<AuditHead, StoreError>,
     ) -> Result<Option<u64>, StoreError> {
-        let mut inner = self.inner();
-        let ring = self.ring();
+        let mut inner = self.settled()?;
+        let (ring, txn) = self.read()?;
         let place = hashed(&ring, name);
         let is_there = |versions: &Versions| versions.newest().is_some();
-        if !self.head(&ring, &self.read()?, &place)?.as_ref().is_some_and(is_there) {
+        if !self.head(&ring, &txn, &place)?.as_ref().is_some_and(is_there) {
             return Ok(None);
         }
-        self.transact(&mut inner, |state, txn, _| {
+        self.transact(&mut inner, Keys::default(), |state, txn, _| {
             let Some(mut versions) = self.head_in(&ring, txn, &place)? else { return Ok(None) };
             for gone in versions.delete(now) {
                 self.put(&ring, state, txn, Kind::Value, &value_place(&place, gone), None)?;
             }
             self.put(&ring, state, txn, Kind::Head, &place, Some(&versions.to_bytes()))?;
             state.secrets -= 1;
-            before_commit(versions.last)?;
+            state.audit = before_commit(versions.last)?;
             Ok(Some(versions.last))
         })
     }
@@ -388,8 +463,8 @@ impl SealedStore {
     /// # Errors
     /// [`StoreError::Io`], [`StoreError::Damaged`].
     pub fn history(&self, name: &SecretName) -> Result<Option<Versions>, StoreError> {
-        let ring = self.ring();
-        self.head(&ring, &self.read()?, &hashed(&ring, name))
+        let (ring, txn) = self.read()?;
+        self.head(&ring, &txn, &hashed(&ring, name))
     }
 
     /// The names with a value at `now` that `shown` lets through, sorted. It opens the head of each secret.
@@ -397,8 +472,7 @@ impl SealedStore {
     /// # Errors
     /// [`StoreError::Io`], [`StoreError::Damaged`].
     pub fn list(&self, now: i64, shown: impl Fn(&SecretName) -> bool) -> Result<Vec<SecretName>, StoreError> {
-        let ring = self.ring();
-        let txn = self.read()?;
+        let (ring, txn) = self.read()?;
         let heads = txn.open_table(HEADS).map_err(|error| refused(&self.path, error))?;
         let mut names = vec![];
         for entry in heads.iter().map_err(|error| refused(&self.path, error))? {
@@ -428,7 +502,7 @@ impl SealedStore {
     }
 
     fn versions(&self) -> Result<u64, StoreError> {
-        let txn = self.read()?;
+        let (_, txn) = self.read()?;
         let values = txn.open_table(VALUES).map_err(|error| refused(&self.path, error))?;
         values.len().map_err(|error| refused(&self.path, error))
     }
@@ -437,15 +511,20 @@ impl SealedStore {
     ///
     /// # Errors
     /// [`StoreError::TooManyKeys`], [`StoreError::Io`], and what `before_commit` says.
-    pub fn rotate(&self, now: i64, before_commit: impl FnOnce() -> Result<(), StoreError>) -> Result<u32, StoreError> {
-        let mut inner = self.inner();
+    pub fn rotate(
+        &self,
+        now: i64,
+        before_commit: impl FnOnce() -> Result<AuditHead, StoreError>,
+    ) -> Result<u32, StoreError> {
+        let mut inner = self.settled()?;
         let mut ring = Ring::clone(&self.ring());
         let id = ring.add(now)?.ok_or(StoreError::TooManyKeys)?;
-        self.transact(&mut inner, |_, txn, master| {
+        let keys = Keys { ring: Some(ring.clone()), master: None };
+        self.transact(&mut inner, keys, |state, txn, master| {
             self.write_ring(txn, &ring, master)?;
-            before_commit()
+            state.audit = before_commit()?;
+            Ok(())
         })?;
-        self.replace(ring);
         inner.cursor = None;
         Ok(id)
     }
@@ -456,18 +535,19 @@ impl SealedStore {
     /// # Errors
     /// [`StoreError::Io`], [`StoreError::Damaged`].
     pub fn reseal(&self) -> Result<bool, StoreError> {
-        let mut inner = self.inner();
+        let mut inner = self.settled()?;
         let ring = self.ring();
         if !ring.is_rotating() {
             return Ok(false);
         }
         let from = inner.cursor.clone().unwrap_or(Cursor::Heads(vec![]));
-        let next = self.transact(&mut inner, |state, txn, _| self.reseal_from(&ring, state, txn, from))?;
+        let next =
+            self.transact(&mut inner, Keys::default(), |state, txn, _| self.reseal_from(&ring, state, txn, from))?;
         if next.is_none() {
             let mut rest = Ring::clone(&ring);
             rest.retain_current();
-            self.transact(&mut inner, |_, txn, master| self.write_ring(txn, &rest, master))?;
-            self.replace(rest);
+            let keys = Keys { ring: Some(rest.clone()), master: None };
+            self.transact(&mut inner, keys, |_, txn, master| self.write_ring(txn, &rest, master))?;
         }
         let has_more = next.is_some();
         inner.cursor = next;
@@ -481,16 +561,16 @@ impl SealedStore {
     pub fn rotate_master(
         &self,
         new: Key,
-        before_commit: impl FnOnce() -> Result<(), StoreError>,
+        before_commit: impl FnOnce() -> Result<AuditHead, StoreError>,
     ) -> Result<(), StoreError> {
-        let mut inner = self.inner();
+        let mut inner = self.settled()?;
         let ring = self.ring();
-        self.transact(&mut inner, |_, txn, _| {
+        let keys = Keys { ring: None, master: Some(new.clone()) };
+        self.transact(&mut inner, keys, |state, txn, _| {
             self.write_ring(txn, &ring, &new)?;
-            before_commit()
-        })?;
-        inner.master = new;
-        Ok(())
+            state.audit = before_commit()?;
+            Ok(())
+        })
     }
 
     /// Where the audit ends, for whoever writes a line that changes nothing here; see [`SealedStore::save_audit`].
@@ -498,22 +578,33 @@ impl SealedStore {
         *self.audit.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets `write` add to the audit. What it makes of the head is on disk with the next change, or with
-    /// [`SealedStore::save_audit`].
+    /// Lets `write` add to the audit. What it makes of the head is put on disk by a change or [`SealedStore::save_audit`].
     pub fn with_audit<T>(&self, write: impl FnOnce(&mut AuditHead) -> T) -> T {
         write(&mut self.audit.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Puts the audit's head on disk, if it is ahead of what is there.
+    /// Puts the end of the audit into the store, if it is another than there; `head` is on disk as far as it says. A
+    /// counter that is behind is written again.
     ///
     /// # Errors
     /// [`StoreError::Io`].
-    pub fn save_audit(&self) -> Result<(), StoreError> {
-        let mut inner = self.inner();
-        if inner.state.audit == self.audit() {
-            return Ok(());
+    pub fn save_audit(&self, head: AuditHead) -> Result<(), StoreError> {
+        let mut inner = self.settled()?;
+        if inner.state.audit != head {
+            return self.transact(&mut inner, Keys::default(), |state, _, _| {
+                state.audit = head;
+                Ok(())
+            });
         }
-        self.transact(&mut inner, |_, _, _| Ok(()))
+        if self.counter_problem().is_some() {
+            self.count(inner.state.change);
+        }
+        Ok(())
+    }
+
+    /// Why the counter is behind the store, where it is.
+    pub fn counter_problem(&self) -> Option<String> {
+        self.counter_problem.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The key that chains the audit.
@@ -534,15 +625,20 @@ impl SealedStore {
         *self.ring.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(ring);
     }
 
-    fn read(&self) -> Result<ReadTransaction, StoreError> {
-        self.database()?.begin_read().map_err(|error| refused(&self.path, error))
+    /// A look at the file and the keys that open what is seen there: keys are replaced after their commit, so that they
+    /// never are older than the look.
+    fn read(&self) -> Result<(Arc<Ring>, ReadTransaction), StoreError> {
+        let db = self.database()?;
+        let ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner);
+        let txn = db.begin_read().map_err(|error| refused(&self.path, error))?;
+        Ok((ring.clone(), txn))
     }
 
     fn database(&self) -> Result<Arc<Database>, StoreError> {
         let mut db = self.db.lock().unwrap_or_else(PoisonError::into_inner);
         match &*db {
             Some(db) => Ok(db.clone()),
-            None => Ok(db.insert(Arc::new(open_file(&self.path)?)).clone()),
+            None => Ok(db.insert(Arc::new((self.opener.0)()?)).clone()),
         }
     }
 
@@ -552,31 +648,86 @@ impl SealedStore {
         *self.db.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// One transaction: all of it with the new state, on disk when it returns, or nothing.
+    /// Held by whoever changes something, after it is certain what the file holds.
+    fn settled(&self) -> Result<MutexGuard<'_, Inner>, StoreError> {
+        let mut inner = self.inner();
+        self.settle(&mut inner)?;
+        Ok(inner)
+    }
+
+    /// After an error of the disk in the middle of a commit, the file alone knows which state and which keys count.
+    fn settle(&self, inner: &mut Inner) -> Result<(), StoreError> {
+        let Some(keys) = &inner.uncertain else { return Ok(()) };
+        let txn = self.database()?.begin_read().map_err(|error| refused(&self.path, error))?;
+        let meta = txn.open_table(META).map_err(|error| refused(&self.path, error))?;
+        let wrapped = meta.get("ring").map_err(|error| refused(&self.path, error))?;
+        let wrapped = wrapped.ok_or_else(|| damaged(&self.path, "its keys are missing"))?;
+        let place = ring_place(&self.id);
+        let opened = [Some(&inner.master), keys.master.as_ref()]
+            .into_iter()
+            .flatten()
+            .find_map(|master| Some((master.clone(), Ring::parse(&master.open(&place, wrapped.value())?)?)));
+        let (master, ring) = opened.ok_or_else(|| damaged(&self.path, "its keys were changed"))?;
+        let state = read_state(&txn, &ring, &self.id, &self.path)?;
+        (inner.master, inner.state, inner.uncertain, inner.cursor) = (master, state, None, None);
+        self.replace(ring);
+        Ok(())
+    }
+
+    /// One transaction: all of it with the new state, on disk when it returns, or nothing; `keys` count from then on.
     fn transact<T>(
         &self,
         inner: &mut Inner,
+        keys: Keys,
         work: impl FnOnce(&mut State, &WriteTransaction, &Key) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
+        let before = inner.state.change;
         let mut state = inner.state;
         let done = self.commit(&mut state, &inner.master, work);
-        if matches!(done, Err(StoreError::Io { .. } | StoreError::Damaged { .. })) {
+        if let Err(error @ (StoreError::Io { .. } | StoreError::Damaged { .. })) = &done {
             self.close();
-            // Whether the disk took it before it refused is known there only.
-            inner.state = self.read_state().unwrap_or(inner.state);
+            inner.uncertain = Some(keys);
+            let problem = error.to_string();
+            return match self.settle(inner) {
+                // As if it had never been asked for.
+                Ok(()) if inner.state.change == before => done,
+                settled => {
+                    let is_in = settled.is_ok();
+                    if is_in {
+                        self.count(inner.state.change);
+                    }
+                    Err(StoreError::Uncertain { problem, is_in, master: inner.master.id() })
+                }
+            };
         }
         let result = done?;
         inner.state = state;
-        // After the store, so that it is never ahead of it.
-        if let Some(counter) = &self.counter {
-            counter.write(state.change).map_err(|error| StoreError::Io {
-                what: "the counter of changes",
-                path: counter.path().to_owned(),
-                verb: "written",
-                error,
-            })?;
+        if let Some(ring) = keys.ring {
+            self.replace(ring);
         }
+        if let Some(master) = keys.master {
+            inner.master = master;
+        }
+        // After the store, so that it is never ahead of it. One that is behind only notices less.
+        self.count(state.change);
         Ok(result)
+    }
+
+    fn count(&self, change: u64) {
+        let Some(counter) = &self.counter else { return };
+        let mut problem = self.counter_problem.lock().unwrap_or_else(PoisonError::into_inner);
+        match counter.write(change) {
+            Ok(()) => *problem = None,
+            Err(error) => {
+                let at = counter.path().display();
+                let text = format!(
+                    "the counter of changes {at} cannot be written: {error}; an older copy of the store may go unnoticed"
+                );
+                if problem.replace(text.clone()).is_none() {
+                    tracing::error!("{text}; trying again");
+                }
+            }
+        }
     }
 
     fn commit<T>(
@@ -588,7 +739,6 @@ impl SealedStore {
         let db = self.database()?;
         let txn = db.begin_write().map_err(|error| refused(&self.path, error))?;
         let result = work(state, &txn, master)?;
-        state.audit = self.audit();
         state.change += 1;
         let sealed = self.ring().state.seal(&state_place(&self.id), &state.to_bytes())?;
         let mut meta = txn.open_table(META).map_err(|error| refused(&self.path, error))?;
@@ -596,11 +746,6 @@ impl SealedStore {
         drop(meta);
         txn.commit().map_err(|error| refused(&self.path, error))?;
         Ok(result)
-    }
-
-    fn read_state(&self) -> Result<State, StoreError> {
-        let txn = self.read()?;
-        read_state(&txn, &self.ring(), &self.id, &self.path)
     }
 
     fn write_ring(&self, txn: &WriteTransaction, ring: &Ring, master: &Key) -> Result<(), StoreError> {
@@ -780,18 +925,14 @@ fn open_record(ring: &Ring, store: &[u8; 16], kind: Kind, place: &[u8], record: 
 }
 
 /// Looks at a whole file: its form, its keys, its state, and that exactly the records are there that the state sums
-/// up. `None` for a file that was begun and never finished.
-fn look(backend: impl StorageBackend, path: &Path, master: &Key) -> Result<Option<Sound>, StoreError> {
+/// up.
+fn look(backend: impl StorageBackend, path: &Path, master: &Key) -> Result<Sound, StoreError> {
     let db = Builder::new()
         .set_cache_size(CACHE_BYTES)
         .set_check_integrity_on_open(true)
         .create_with_backend(backend)
         .map_err(|error| refused(path, error))?;
     let txn = db.begin_read().map_err(|error| refused(path, error))?;
-    let tables = txn.list_tables().map_err(|error| refused(path, error))?.count();
-    if tables == 0 {
-        return Ok(None);
-    }
     let meta = txn.open_table(META).map_err(|error| refused(path, error))?;
     let read = |key: &'static str| -> Result<Vec<u8>, StoreError> {
         let value = meta.get(key).map_err(|error| refused(path, error))?;
@@ -815,7 +956,7 @@ fn look(backend: impl StorageBackend, path: &Path, master: &Key) -> Result<Optio
     };
     let ring = Ring::parse(&ring).ok_or_else(|| damaged(path, "its keys have another form"))?;
     let state = read_state(&txn, &ring, &id, path)?;
-    let mut sum = State { change: state.change, secrets: state.secrets, audit: state.audit, ..State::default() };
+    let mut sum = State { records: 0, sum: [0; 32], ..state };
     for kind in [Kind::Head, Kind::Value] {
         let table = txn.open_table(kind.table()).map_err(|error| refused(path, error))?;
         for entry in table.iter().map_err(|error| refused(path, error))? {
@@ -826,7 +967,7 @@ fn look(backend: impl StorageBackend, path: &Path, master: &Key) -> Result<Optio
     if sum != state {
         return Err(damaged(path, "records were removed, added or put back from an older copy"));
     }
-    Ok(Some(Sound { id, ring, state }))
+    Ok(Sound { id, ring, state })
 }
 
 fn read_state(txn: &ReadTransaction, ring: &Ring, id: &[u8; 16], path: &Path) -> Result<State, StoreError> {
@@ -856,6 +997,9 @@ fn refused(path: &Path, error: impl Into<redb::Error>) -> StoreError {
             if error.kind() != ErrorKind::UnexpectedEof && error.kind() != ErrorKind::InvalidData =>
         {
             io_error(path, "read or written", error)
+        }
+        error @ (redb::Error::PreviousIo | redb::Error::DatabaseClosed) => {
+            io_error(path, "read or written", io::Error::other(error.to_string()))
         }
         redb::Error::DatabaseAlreadyOpen => {
             StoreError::Taken { path: path.to_owned(), holder: "another process".to_owned() }

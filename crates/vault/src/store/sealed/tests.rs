@@ -39,7 +39,9 @@ impl Scene {
 }
 
 fn set(store: &SealedStore, of: &str, text: &str) -> u64 {
-    store.set(&name(of), &value(text), &Change { now: 1000, ..Change::default() }, |_| Ok(())).unwrap()
+    store
+        .set(&name(of), &value(text), &Change { now: 1000, ..Change::default() }, |_| Ok(AuditHead::default()))
+        .unwrap()
 }
 
 fn get(store: &SealedStore, of: &str) -> Option<String> {
@@ -48,7 +50,7 @@ fn get(store: &SealedStore, of: &str) -> Option<String> {
 }
 
 fn rotate(store: &SealedStore) {
-    store.rotate(1001, || Ok(())).unwrap();
+    store.rotate(1001, || Ok(AuditHead::default())).unwrap();
     while store.reseal().unwrap() {}
 }
 
@@ -77,12 +79,12 @@ fn a_version_number_is_never_given_twice_and_if_version_holds_or_nothing_changes
     let scene = Scene::new();
     let store = scene.open().unwrap();
     let at = |if_version| Change { now: 1000, if_version: Some(if_version), expires: None };
-    let set_at = |text, if_version| store.set(&name("a"), &value(text), &at(if_version), |_| Ok(()));
+    let set_at = |text, if_version| store.set(&name("a"), &value(text), &at(if_version), |_| Ok(AuditHead::default()));
     assert_eq!(set_at("one", 0).unwrap(), 1);
     assert!(matches!(set_at("two", 0), Err(StoreError::Version { found: 1, wanted: 0, .. })));
     assert_eq!(set_at("two", 1).unwrap(), 2);
-    assert_eq!(store.delete(&name("a"), 1001, |_| Ok(())).unwrap(), Some(2));
-    assert_eq!(store.delete(&name("a"), 1001, |_| Ok(())).unwrap(), None);
+    assert_eq!(store.delete(&name("a"), 1001, |_| Ok(AuditHead::default())).unwrap(), Some(2));
+    assert_eq!(store.delete(&name("a"), 1001, |_| Ok(AuditHead::default())).unwrap(), None);
     assert_eq!(get(&store, "a"), None);
     assert_eq!(store.get(&name("a"), Some(1), 1000).unwrap(), None);
     assert_eq!(store.list(1000, |_| true).unwrap(), []);
@@ -95,7 +97,7 @@ fn an_expired_version_is_as_if_it_were_not_there() {
     let scene = Scene::new();
     let store = scene.open().unwrap();
     let change = Change { now: 1000, expires: Some(1010), if_version: None };
-    store.set(&name("a"), &value("x"), &change, |_| Ok(())).unwrap();
+    store.set(&name("a"), &value("x"), &change, |_| Ok(AuditHead::default())).unwrap();
     assert!(store.get(&name("a"), None, 1009).unwrap().is_some());
     assert!(store.get(&name("a"), None, 1010).unwrap().is_none());
     assert!(store.list(1010, |_| true).unwrap().is_empty());
@@ -122,7 +124,7 @@ fn a_rotation_loses_nothing_over_restarts_and_forgets_the_older_keys() {
     for number in 0..600 {
         set(&store, &format!("s/{number}"), &number.to_string());
     }
-    store.rotate(1001, || Ok(())).unwrap();
+    store.rotate(1001, || Ok(AuditHead::default())).unwrap();
     assert!(store.reseal().unwrap());
     // Killed in the middle: the next start goes on, and sets meanwhile are sealed with the new key.
     drop(store);
@@ -147,7 +149,7 @@ fn after_a_change_of_the_master_key_the_new_one_opens_and_the_old_one_does_not()
     let store = scene.open().unwrap();
     set(&store, "a", "x");
     let new = Key::random().unwrap();
-    store.rotate_master(new.clone(), || Ok(())).unwrap();
+    store.rotate_master(new.clone(), || Ok(AuditHead::default())).unwrap();
     set(&store, "b", "y");
     rotate(&store);
     drop(store);
@@ -171,7 +173,7 @@ fn an_older_copy_of_the_file_is_noticed_and_taken_only_when_that_was_said() {
     set(&scene.open().unwrap(), "a", "new");
     std::fs::write(scene.location().file, &copy).unwrap();
     let error = scene.open().unwrap_err();
-    assert!(matches!(error, StoreError::RolledBack { found: 2, seen: 3, .. }), "{error}");
+    assert!(matches!(error, StoreError::RolledBack { found: 3, seen: 4, .. }), "{error}");
     assert_eq!(scene.bytes(), copy);
     let accepted = Options { accept_rollback: true, ..NOW };
     let store = SealedStore::open(&scene.location(), scene.master.clone(), accepted).unwrap();
@@ -320,9 +322,63 @@ impl StorageBackend for Disk {
 fn on_disk(disk: &Disk, master: &Key) -> Result<SealedStore, StoreError> {
     let path = PathBuf::from("disk");
     let copy = Disk(Arc::new(Mutex::new(disk.0.lock().unwrap().clone())), Arc::new(AtomicU64::new(u64::MAX)));
-    let found = if copy.0.lock().unwrap().is_empty() { None } else { look(copy, &path, master)? };
-    let db = Builder::new().create_with_backend(disk.clone()).map_err(|error| refused(&path, error))?;
-    SealedStore::on(db, path, None, found, master.clone(), NOW, 0)
+    let opener = {
+        let disk = disk.clone();
+        Opener(Box::new(move || {
+            Builder::new().create_with_backend(disk.clone()).map_err(|error| refused(Path::new("disk"), error))
+        }))
+    };
+    let sound = if copy.0.lock().unwrap().is_empty() {
+        SealedStore::begin((opener.0)()?, &path, master, NOW)?
+    } else {
+        look(copy, &path, master)?
+    };
+    Ok(SealedStore::on((opener.0)()?, opener, path, None, sound, master.clone(), 0))
+}
+
+/// The disk refuses for a while, at each place and for several lengths, and is well again: the same store goes on, what
+/// it acknowledged is there, what it refused is there or not, and the next start finds a sound file.
+#[test]
+fn after_a_disk_that_refused_for_a_while_the_store_goes_on_with_what_is_there() {
+    let (old, new) = (Key::random().unwrap(), Key::random().unwrap());
+    for at in 0..60 {
+        let disk = Disk(Arc::default(), Arc::new(AtomicU64::new(u64::MAX)));
+        let store = on_disk(&disk, &old).unwrap();
+        set(&store, "a", "0");
+        let set_a = |text: &str| {
+            let change = Change { now: 1, ..Change::default() };
+            store.set(&name("a"), &value(text), &change, |_| Ok(AuditHead::default()))
+        };
+        let (mut known, mut maybe) = ("0".to_owned(), vec![]);
+        disk.allow(at);
+        let (mut rotated, mut turned) = (0, false);
+        for step in 1..8 {
+            let text = step.to_string();
+            match set_a(&text) {
+                Ok(_) => (known, maybe) = (text, vec![]),
+                Err(_) => maybe.push(text),
+            }
+            rotated += u32::from(store.rotate(2, || Ok(AuditHead::default())).is_ok());
+            if step == 4 {
+                turned = store.rotate_master(new.clone(), || Ok(AuditHead::default())).is_ok();
+            }
+            if step == 5 {
+                disk.allow(u64::MAX);
+            }
+        }
+        assert!(rotated >= 2, "the disk has been well since the fifth step");
+        let found = get(&store, "a").unwrap();
+        assert!(found == known || maybe.contains(&found), "{at}: {found}, not {known} or {maybe:?}");
+        while store.reseal().unwrap() {}
+        assert_eq!(get(&store, "a").unwrap(), found);
+        let key = store.status().master_key;
+        assert!(!turned || key == new.id(), "{at}");
+        drop(store);
+        let opened = [&old, &new].map(|key| on_disk(&disk, key));
+        assert_eq!(opened.iter().filter(|opened| opened.is_ok()).count(), 1, "{at}");
+        let store = opened.iter().flatten().next().unwrap();
+        assert_eq!((get(store, "a").unwrap(), store.status().master_key), (found, key), "{at}");
+    }
 }
 
 /// Changes, a rotation of the data key and one of the master key, ended at each single write to the disk: what was
@@ -333,19 +389,19 @@ fn killed_at_any_write_every_secret_is_readable_under_exactly_one_key() {
     let work = |disk: &Disk, said: &mut Vec<&'static str>| -> Result<(), StoreError> {
         let store = on_disk(disk, &old)?;
         let change = Change { now: 1, ..Change::default() };
-        let set = |of, text| store.set(&name(of), &value(text), &change, |_| Ok(()));
+        let set = |of, text| store.set(&name(of), &value(text), &change, |_| Ok(AuditHead::default()));
         set("a", "1")?;
         said.push("a=1");
         set("a", "2")?;
         said.push("a=2");
         set("b", "1")?;
         said.push("b=1");
-        store.rotate(2, || Ok(()))?;
+        store.rotate(2, || Ok(AuditHead::default()))?;
         while store.reseal()? {}
         said.push("rotated");
-        store.delete(&name("b"), 3, |_| Ok(()))?;
+        store.delete(&name("b"), 3, |_| Ok(AuditHead::default()))?;
         said.push("b gone");
-        store.rotate_master(new.clone(), || Ok(()))?;
+        store.rotate_master(new.clone(), || Ok(AuditHead::default()))?;
         said.push("new master");
         set("c", "1")?;
         said.push("c=1");
@@ -353,23 +409,22 @@ fn killed_at_any_write_every_secret_is_readable_under_exactly_one_key() {
     };
     let mut at = 0;
     loop {
-        let disk = Disk(Arc::default(), Arc::new(AtomicU64::new(at)));
+        let disk = Disk(Arc::default(), Arc::new(AtomicU64::new(u64::MAX)));
+        drop(on_disk(&disk, &old).unwrap());
+        disk.allow(at);
         let mut said = vec![];
         let is_whole = work(&disk, &mut said).is_ok();
         disk.allow(u64::MAX);
         let opened = [&old, &new].map(|key| on_disk(&disk, key));
         let stores: Vec<_> = opened.iter().filter_map(|opened| opened.as_ref().ok()).collect();
         let has = |what| said.contains(&what);
-        if disk.0.lock().unwrap().is_empty() || !has("a=1") {
-            // Not even begun: any key may make it.
-            assert!(!stores.is_empty() || !has("a=1"), "write {at}: {opened:?}");
-        } else {
+        {
             assert_eq!(stores.len(), 1, "write {at} after {said:?}: {opened:?}");
             let store = stores[0];
             while store.reseal().unwrap() {}
             let (a, b, c) = (get(store, "a"), get(store, "b"), get(store, "c"));
-            match (has("a=2"), a.as_deref()) {
-                (true, Some("2")) | (false, Some("1" | "2")) => {}
+            match (has("a=1"), has("a=2"), a.as_deref()) {
+                (_, true, Some("2")) | (true, false, Some("1" | "2")) | (false, false, None | Some("1")) => {}
                 other => panic!("write {at} after {said:?}: {other:?}"),
             }
             assert!(!has("b=1") || has("rotated") || b.is_some(), "write {at} after {said:?}");
@@ -383,4 +438,48 @@ fn killed_at_any_write_every_secret_is_readable_under_exactly_one_key() {
         at += 1;
     }
     assert!(at > 50, "{at}");
+}
+
+#[test]
+fn a_counter_that_was_removed_is_noticed_and_one_that_is_new_is_not() {
+    let scene = Scene::new();
+    let without = Location { counter: None, ..scene.location() };
+    let store = SealedStore::open(&without, scene.master.clone(), NOW).unwrap();
+    set(&store, "a", "x");
+    drop(store);
+    // From its first start on it follows.
+    drop(scene.open().unwrap());
+    let counter = scene.location().counter.unwrap();
+    assert!(counter.exists());
+    std::fs::remove_file(&counter).unwrap();
+    assert!(matches!(scene.open().unwrap_err(), StoreError::CounterMissing { .. }));
+    let accepted = Options { accept_rollback: true, ..NOW };
+    drop(SealedStore::open(&scene.location(), scene.master.clone(), accepted).unwrap());
+    assert_eq!(get(&scene.open().unwrap(), "a").as_deref(), Some("x"));
+}
+
+#[test]
+fn a_counter_that_cannot_be_written_stops_nothing_and_is_told() {
+    let scene = Scene::new();
+    let store = scene.open().unwrap();
+    let counter = scene.location().counter.unwrap();
+    std::fs::remove_file(&counter).unwrap();
+    std::fs::create_dir(&counter).unwrap();
+    set(&store, "a", "x");
+    assert!(store.counter_problem().unwrap().contains("older copy"));
+    std::fs::remove_dir(&counter).unwrap();
+    store.save_audit(store.audit()).unwrap();
+    assert_eq!(store.counter_problem(), None);
+    drop(store);
+    assert_eq!(get(&scene.open().unwrap(), "a").as_deref(), Some("x"));
+}
+
+#[test]
+fn a_store_that_was_half_made_is_made_anew() {
+    let scene = Scene::new();
+    let half = scene.dir.path().join("vault.redb.new");
+    std::fs::write(&half, b"half").unwrap();
+    set(&scene.open().unwrap(), "a", "x");
+    assert!(!half.exists());
+    assert_eq!(get(&scene.open().unwrap(), "a").as_deref(), Some("x"));
 }
