@@ -26,6 +26,8 @@ pub(crate) fn cases() -> Vec<Case> {
 async fn stage(grace: &str) -> Result<(Stage, Arc<Edge>, Tunnel)> {
     let mut stage = Stage::with_image(Protocol::V2, testkit::images().stand_in().await?).await?;
     stage.set("CLOUDFLARED_GRACE_PERIOD", grace);
+    // The end of the agent is the end of its tunnel: that drain is looked at.
+    stage.set("TUNNEL_LEASE_SECONDS", "0");
     let edge = visitors::edge(&stage).await?;
     let tunnel = Tunnel::new(&stage, &format!("edge={}", edge.address()));
     Ok((stage, edge, tunnel))

@@ -69,6 +69,8 @@ impl Way {
             }
         };
         stage.set("DOCKER_HOST", url);
+        // Whoever leaves takes the tunnel along, behind any proxy.
+        stage.set("TUNNEL_LEASE_SECONDS", "0");
         Ok(way)
     }
 
