@@ -186,7 +186,7 @@ impl Cause {
                 Degraded,
                 Wait,
                 "reaches Cloudflare, which refuses its registration without a reason",
-                "cloudflared keeps asking; over QUIC it does not say whether its token is at fault; if this lasts, redeploy or enrol the agent on the master's Agents page",
+                "cloudflared keeps asking; over QUIC it does not say whether its token is at fault, so a second one asks over HTTP/2; if this lasts, redeploy or enrol the agent on the master's Agents page",
             ),
             Self::EdgeError => (
                 "edge_error",

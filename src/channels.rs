@@ -28,6 +28,8 @@ pub struct Wanted {
     pub redeploys: u64,
     /// The ids that this agent has had, the present one last: its containers carry one of them.
     pub owners: Vec<AgentId>,
+    /// The master does not assign this tunnel to this host any more, as far as it has said.
+    pub unclaimed: bool,
     /// The last tunnel command, when it was not carried out.
     pub refusal: Option<Refusal>,
     /// Set from the first phase of a decommission on: no tunnel, no events.
@@ -46,6 +48,7 @@ impl Wanted {
             state: state.desired_state,
             redeploys: state.redeploys,
             owners: state.owners.clone(),
+            unclaimed: state.unclaimed,
             decommission: tombstone.map(|tombstone| tombstone.phase),
             ..Self::default()
         }

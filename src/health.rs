@@ -15,13 +15,14 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
+use tracing::info;
 
 use crate::cause::{Cause, Status};
 use crate::channels::{View, Wanted, Ways};
 use crate::config::TunnelConfig;
 use crate::docker::{Docker, DockerError, RunState};
 use crate::metrics::Metrics;
-use crate::retry::{Backoff, Trouble};
+use crate::retry::{Backoff, Lasts, Trouble};
 
 mod act;
 pub mod classify;
@@ -38,17 +39,19 @@ mod probe;
 mod problem;
 mod scene;
 mod stray;
+mod trial;
 use act::Came;
 pub(crate) use glance::{Glance, glance};
 use host::{Host, Machine};
 use look::{EAGER, Known, Sight};
 use outage::Outage;
 pub(crate) use own::{is_own, own_container};
-use plan::{Goal, Progress, Slot, Step};
+use plan::{Goal, Make, Progress, Slot, Step};
 pub(crate) use plan::{Owner, Whose, another_agent, owner};
 pub(crate) use probe::Readiness;
 use problem::Problem;
 use stray::Strays;
+use trial::Trial;
 
 /// Between two passes while all is well; events wake it at once.
 const CALM: Duration = Duration::from_secs(15);
@@ -91,6 +94,8 @@ pub(crate) struct Supervisor<H = Machine> {
     rests_until: Option<Instant>,
     /// While the connector serves nobody.
     outage: Option<Outage>,
+    /// What trials over HTTP/2 have told.
+    trial: Trial,
     /// The start of the connector that ended, and when that was seen.
     ended: Option<(String, Instant)>,
     /// Docker did not answer at the last look.
@@ -182,6 +187,7 @@ impl<H: Host> Supervisor<H> {
             replacing: pauses(),
             rests_until: None,
             outage: None,
+            trial: Trial::new(),
             ended: None,
             was_silent: false,
             draining: watch::channel(false).0,
@@ -280,7 +286,10 @@ impl<H: Host> Supervisor<H> {
             self.settled(&sight, &goal, is_replacing).await;
         } else if self.not_before.is_none_or(|at| Instant::now() >= at) {
             // A further attempt after a failed one is no news: the status stays what it is until it succeeds.
-            if is_round {
+            let is_trial = steps.contains(&Step::Create(Slot::Next, Make::Trial));
+            if is_trial && self.asks_why(&goal) {
+                self.announce_trial();
+            } else if is_round {
                 self.announce_fresh();
             } else if self.problem.is_none() {
                 let lost = self.lost_network(&sight, &goal);
@@ -290,13 +299,19 @@ impl<H: Host> Supervisor<H> {
             // Beside one that is made as it should be, a fresh one that is thrown away has failed nobody.
             let is_other =
                 sight.main.as_ref().is_some_and(|main| goal.order().is_none_or(|order| order.made(main).is_none()));
+            let is_return = self.main.is_ready() && self.is_over_http2(&sight, &goal);
             let is_removed = steps.last() == Some(&Step::Remove(Slot::Next));
-            let failed = is_other && is_removed && scene.progress == Progress::Failed;
-            let failure = self.next.failure().filter(|_| failed);
+            let failed = (is_other || is_return) && is_removed && scene.progress == Progress::Failed;
+            let failure = self.next_failure(&sight, &goal).filter(|_| failed);
             let spec = self.spec(&wanted);
-            match self.act(&steps, &sight, spec.as_ref(), stop).await {
+            let came = self.act(&steps, &sight, spec.as_ref(), stop).await;
+            if is_trial && let Some(order) = goal.order() {
+                self.trial.asked(order.hash, Instant::now());
+            }
+            match came {
                 _ if is_round => self.round_made(),
                 Ok(Came::ToTheEnd) => match failure {
+                    Some(cause) if is_return => self.return_failed(cause),
                     Some(cause) => self.successor_failed(cause, &goal),
                     None if is_takeover(&goal, &steps) => {
                         self.metrics.replacement(true);
@@ -389,6 +404,12 @@ impl<H: Host> Supervisor<H> {
             outage.made(Instant::now());
             self.metrics.fresh_connector();
         }
+    }
+
+    /// It serves over HTTP/2 and cannot do so yet as it is wanted.
+    fn return_failed(&mut self, cause: Cause) {
+        let pause = self.trial.returns_later(Instant::now());
+        info!(reason = cause.reason(), next_try = %Lasts(pause), "the tunnel stays on HTTP/2");
     }
 
     /// A successor was taken back: the one before it stays.

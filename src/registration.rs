@@ -30,7 +30,7 @@ pub struct Session {
     pub number: u64,
     /// The tunnel that a v1 master says is this agent's: the way back to one whose command was lost.
     pub assignment: Option<Assignment>,
-    /// The master has just met this agent: on v1 it is pending there and has no tunnel, on v2 it got another id.
+    /// The master has just met this agent or has let go of it: on v1 it has no tunnel there, on v2 it got another id.
     pub is_new: bool,
     /// The master made this agent with this registration, so that it has taken nothing of it before.
     pub is_first: bool,
@@ -218,9 +218,9 @@ impl Registrar {
         let another = work.agent_id.as_ref().is_some_and(|known| *known != reply.agent_id);
         self.keep(work, &reply.agent_id).await;
         info!(id = %reply.agent_id, protocol = protocol.version(), name = display_name, "registered at the master");
-        let pending = reply.agent.as_ref().is_some_and(|agent| agent.status.as_deref() == Some("pending"));
+        let is_unassigned = reply.agent.as_ref().is_some_and(|agent| !agent.has_tunnel());
         let assignment = reply.agent.and_then(|agent| agent.assignment());
-        let is_new = if protocol == Protocol::V1 { pending && assignment.is_none() } else { another };
+        let is_new = if protocol == Protocol::V1 { is_unassigned } else { another };
         Ok(Session { agent_id: reply.agent_id, protocol, number, assignment, is_new, is_first })
     }
 

@@ -90,6 +90,8 @@ struct Timers {
     pushing: Retry,
     ack: Instant,
     acking: Retry,
+    /// When a v1 master may be asked again whether the tunnel is still this host's.
+    claim: Instant,
     disk: Trouble,
     no_route: bool,
 }
@@ -118,6 +120,7 @@ impl Poller {
             pushing: retry("ingress", "handing on ingress rules:"),
             ack: now,
             acking: retry("acknowledgement", "acknowledging a decommission:"),
+            claim: now,
             disk: Trouble::new("the data folder"),
             no_route: false,
         };
@@ -151,6 +154,7 @@ impl Poller {
             if let Some(session) = session.as_deref() {
                 self.recover(session, &shutdown).await;
             }
+            self.ask_whose(session.as_deref(), &shutdown).await;
             self.forget_if_removed(&shutdown).await;
             let now = Instant::now();
             if self.ack.is_some() && now >= self.timers.ack && self.acknowledge(&shutdown).await {
@@ -174,12 +178,18 @@ impl Poller {
                 () = sleep_until(next.unwrap_or(self.timers.poll)) => {}
                 // The acknowledgement waits for the supervisor to stop the container, and a removed host for its word
                 // on the token.
-                Ok(()) = self.links.view.changed(), if self.ack.is_some() || self.disk.state.unclaimed => {
+                Ok(()) = self.links.view.changed(), if self.awaits_view(session.as_deref()) => {
                     self.timers.ack = Instant::now();
                 }
                 Ok(()) = sessions.changed(), if session.is_some() => {}
             }
         }
+    }
+
+    /// Whether a change of the view may be what is waited for.
+    fn awaits_view(&self, session: Option<&Session>) -> bool {
+        let by_registration = session.is_some_and(|session| session.protocol == Protocol::V1);
+        self.ack.is_some() || self.disk.state.unclaimed || by_registration && self.disk.state.token.is_some()
     }
 
     fn is_finalized(&self) -> bool {
@@ -338,6 +348,7 @@ impl Poller {
         self.recovered = session.number;
         if session.is_new {
             self.unclaim(shutdown).await;
+            self.say_unassigned();
         } else if self.disk.state.unclaimed && session.protocol != Protocol::V1 {
             // A v2 master takes an agent under its id only while it knows it; a v1 master names its tunnel as well.
             let state = TunnelState { unclaimed: false, ..self.disk.state.clone() };

@@ -64,6 +64,15 @@ fn assigned<'a>(folder: &'a Folder, to: &mut Section) -> Option<&'a TunnelState>
             return None;
         }
         (DesiredState::Running, Some(token)) => match token.claims() {
+            Ok(_) if state.unclaimed => {
+                let remedy = "enrol the agent on the master's Agents page, or delete the tunnel to end it";
+                to.warn(
+                    id,
+                    title,
+                    format!("{name}, but the master no longer assigns this tunnel to this host"),
+                    remedy,
+                );
+            }
             Ok(_) => to.pass(id, title, format!("{name}, and it should run")),
             Err(problem) => {
                 let remedy = "enrol the agent again on the master's Agents page";

@@ -95,6 +95,12 @@ impl<H: Host> Supervisor<H> {
         }
     }
 
+    /// Says that a trial asks why a registration is refused.
+    pub(super) fn announce_trial(&self) {
+        let container = &self.config.container_name;
+        info!(container, "asking over HTTP/2 why Cloudflare refuses the registration");
+    }
+
     /// Carries out a plan, up to the first failure, a shutdown or new orders: the next pass plans anew.
     pub(super) async fn act(
         &mut self,

@@ -17,7 +17,8 @@ use super::{CALM, Supervisor, WELL_AFTER};
 use crate::cause::{Cause, Status};
 use crate::channels::{Connector, Departure, View, Wanted, WantedTunnel};
 use crate::docker::{
-    DockerError, Endpoint, Health, Inspected, LastCheck, METRICS_LABEL, RunState, TUNNEL_LABEL, TUNNEL_NAME_LABEL,
+    DockerError, Endpoint, Health, Inspected, LastCheck, METRICS_LABEL, RunState, SPEC_LABEL, TUNNEL_LABEL,
+    TUNNEL_NAME_LABEL,
 };
 use crate::retry::Lasts;
 use crate::state::{AgentId, Token, TunnelId};
@@ -130,6 +131,11 @@ impl Known {
 
     pub(super) fn is_dark(&self, now: Instant) -> bool {
         self.dark_since.is_some_and(|since| now - since >= DARK_LASTS)
+    }
+
+    /// Time since its last start.
+    pub(super) fn age(&self, now: Instant) -> Option<Duration> {
+        self.course.as_ref().map(|course| course.age(now))
     }
 
     pub(super) fn was_ready(&self) -> bool {
@@ -459,12 +465,17 @@ impl<H: Host> Supervisor<H> {
             known.start_read = !first.is_empty();
             known.version = probe::version_in_log(&first);
         }
+        let hash = found.labels.get(SPEC_LABEL).map(String::as_str);
+        let verdict = match self.known(slot).verdict() {
+            Verdict::Sick(cause) => Verdict::Sick(self.certain(slot, cause, hash)),
+            verdict => verdict,
+        };
         let by_agent = if self.restarts.done.0 == found.id { self.restarts.done.1 } else { 0 };
         let known = self.known(slot);
         view.version.clone_from(&known.version);
         view.connector = known.connector.clone();
         view.restarts = found.restarts + by_agent;
-        match known.verdict() {
+        match verdict {
             Verdict::Starting => view.status = Status::Starting,
             Verdict::Ready => {
                 view.status = Status::Running;

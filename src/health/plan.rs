@@ -291,7 +291,7 @@ fn run(scene: &Scene<'_>, order: Order<'_>) -> Vec<Step> {
             }
             // Nobody is served, so nobody need wait for it to be ready.
             Some(Make::Wanted) if scene.dark && !scene.given_up && next.state == RunState::Running => take_over(scene),
-            Some(Make::Trial) if scene.next_over && scene.next_dark => away(next),
+            Some(Make::Trial) if scene.dark && scene.next_over && scene.next_dark => away(next),
             // It is thrown away for another one or not at all.
             Some(_) if scene.dark => {
                 scene.fresh.filter(|_| scene.next_dark).map(|make| anew(next, make)).unwrap_or_default()

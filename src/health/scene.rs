@@ -6,15 +6,16 @@ use std::collections::BTreeMap;
 use tokio::time::Instant;
 
 use super::host::Host;
-use super::look::Sight;
+use super::look::{Known, Sight};
 use super::outage::{self, Outage};
-use super::plan::{Goal, Make, Order, Progress, Scene};
+use super::plan::{Goal, Make, Order, Progress, Scene, Slot};
 use super::problem::Problem;
-use super::{COMES_BACK, Supervisor};
+use super::{COMES_BACK, Supervisor, trial};
 use crate::cause::Cause;
 use crate::channels::Wanted;
 use crate::docker::{
-    MetricsPlace, NAME_LABEL, OWNER_LABEL, REDEPLOY_LABEL, RunState, Spec, TUNNEL_LABEL, TUNNEL_NAME_LABEL, label_text,
+    Inspected, MetricsPlace, NAME_LABEL, OWNER_LABEL, REDEPLOY_LABEL, RunState, Spec, TUNNEL_LABEL, TUNNEL_NAME_LABEL,
+    label_text,
 };
 use crate::state::{AgentId, DesiredState};
 
@@ -83,6 +84,7 @@ impl<H: Host> Supervisor<H> {
             self.restarts.not_before = None;
             self.restarts.pauses.reset();
         }
+        self.note_trials(sight, goal, now);
         let ended = main.filter(|main| main.state == RunState::Exited && goal.order().is_some());
         self.ended = ended.map(|main| {
             let start = format!("{} {}", main.id, main.started_at);
@@ -125,12 +127,13 @@ impl<H: Host> Supervisor<H> {
         let next = sight.next.as_ref().and_then(made);
         let given_up = self.given_up.as_deref() == Some(hash);
         let is_due = self.outage.as_ref().is_some_and(|outage| outage.is_due(now));
-        let fresh = order.and_then(|order| self.fresh(sight, order, given_up, now));
+        let asked = order.filter(|order| self.asks_about_main(sight, *order, now)).map(|_| Make::Trial);
+        let fresh = asked.or_else(|| order.and_then(|order| self.fresh(sight, order, given_up, now)));
         Scene {
             whose: sight.whose(),
             main: sight.main.as_ref(),
             next: sight.next.as_ref(),
-            progress: if next.is_some() { self.progress(now) } else { Progress::Waiting },
+            progress: if next.is_some() { self.progress(sight, goal, now) } else { Progress::Waiting },
             main_ready: self.main.serves(now) || self.main.is_surely_ready() && !self.next.is_ready(),
             // One that drains still answers what it has.
             dark: runs && self.is_dark(now) && !self.main.left_draining,
@@ -138,9 +141,10 @@ impl<H: Host> Supervisor<H> {
             next_ready: self.next.is_surely_ready(),
             next_dark: self.next.dark_since().is_some(),
             fresh,
-            ask_why: false,
-            next_over: is_due && fresh.is_none(),
-            go_back: false,
+            ask_why: next == Some(Make::Wanted) && order.is_some_and(|order| self.may_ask(order, &self.next, now)),
+            next_over: next == Some(Make::Trial) && self.is_over(now)
+                || is_due && fresh.is_none() && !self.asks(next, now),
+            go_back: self.trial.may_return(now),
             resting: self.rests_until.is_some_and(|at| now < at) && !self.main.is_sick(),
             restart: self.main.needs_restart(now) && self.restarts.not_before.is_none_or(|at| now >= at),
             draining: self.main.left_draining,
@@ -159,16 +163,97 @@ impl<H: Host> Supervisor<H> {
             .outage
             .as_ref()
             .filter(|outage| outage.is_due(now) && self.is_dark(now) && !self.main.left_draining)?;
+        // A trial is not disturbed, and where the token is known to be refused, nothing is tried.
+        let next = sight.next.as_ref().and_then(|next| order.made(next));
+        let is_refused = self.main.is_sick_of(Cause::RegistrationRefused)
+            && (self.trial.is_certain(order.hash) || order.trial.is_some() && !self.trial.was_asked(order.hash));
+        if self.asks(next, now) || is_refused {
+            return None;
+        }
         let may_differ = order.trial.is_some() && (like == Make::Trial || !self.config.only_quic());
         outage::may_help(self.main.cause()).then(|| outage.make(like, may_differ))
     }
 
+    /// A trial is under way.
+    fn asks(&self, next: Option<Make>, now: Instant) -> bool {
+        next == Some(Make::Trial) && !self.is_over(now)
+    }
+
+    /// A trial has said why, or will not.
+    fn is_over(&self, now: Instant) -> bool {
+        let is_told = self.next.is_sick_of(Cause::TokenRefused);
+        !self.next.is_ready() && (is_told || self.next.age(now) >= Some(trial::LIMIT))
+    }
+
+    /// Whether it is time for a trial beside the present connector, which is refused without a word.
+    fn asks_about_main(&self, sight: &Sight, order: Order<'_>, now: Instant) -> bool {
+        let main = sight.main.as_ref().and_then(|main| order.fits(main));
+        main == Some(Make::Wanted) && self.is_dark(now) && self.may_ask(order, &self.main, now)
+    }
+
+    fn may_ask(&self, order: Order<'_>, refused: &Known, now: Instant) -> bool {
+        order.trial.is_some() && refused.is_sick_of(Cause::RegistrationRefused) && self.trial.is_due(order.hash, now)
+    }
+
+    /// Whether the trial that is about to be made asks why a registration is refused.
+    pub(super) fn asks_why(&self, goal: &Goal) -> bool {
+        let is_new = goal.order().is_some_and(|order| !self.trial.was_asked(order.hash));
+        let is_refused = [&self.main, &self.next].iter().any(|known| known.is_sick_of(Cause::RegistrationRefused));
+        is_new && is_refused
+    }
+
+    /// The connector with the name serves over HTTP/2 only.
+    pub(super) fn is_over_http2(&self, sight: &Sight, goal: &Goal) -> bool {
+        let made = |main| goal.order().and_then(|order| order.made(main));
+        sight.main.as_ref().and_then(made) == Some(Make::Trial)
+    }
+
+    /// Takes note of what trials have told.
+    fn note_trials(&mut self, sight: &Sight, goal: &Goal, now: Instant) {
+        let Some(order) = goal.order() else { return self.trial.forget() };
+        let made = |container: &Option<Inspected>| container.as_ref().and_then(|found| order.made(found));
+        let (main, next) = (made(&sight.main), made(&sight.next));
+        match main {
+            Some(Make::Wanted) if self.main.is_surely_ready() => {
+                self.trial.forget();
+                self.trial.is_back(self.main.is_well(now));
+            }
+            Some(Make::Trial) if self.main.is_surely_ready() => self.trial.serves_otherwise(now),
+            _ => {}
+        }
+        if next.is_some() && self.next.is_sick_of(Cause::TokenRefused) {
+            self.trial.told(order.hash, true, now);
+        } else if next.is_some() && self.next.is_surely_ready() {
+            self.trial.told(order.hash, false, now);
+        }
+    }
+
+    /// Why the successor does not become ready, or not in time.
+    pub(super) fn next_failure(&self, sight: &Sight, goal: &Goal) -> Option<Cause> {
+        let now = Instant::now();
+        let order = goal.order()?;
+        let made = sight.next.as_ref().and_then(|next| order.made(next));
+        // The edge may refuse a token that is seconds old: its words count once they have lasted.
+        let is_over = made == Some(Make::Trial) && self.is_over(now) && !self.next.is_sick_of(Cause::TokenRefused);
+        // Whether it can go back is answered with the first refusal.
+        let is_return = self.is_over_http2(sight, goal) && self.next.is_sick_of(Cause::RegistrationRefused);
+        let failure = self.next.failure().or_else(|| is_over.then_some(Cause::RegistrationRefused));
+        failure.or_else(|| is_return.then_some(Cause::RegistrationRefused))
+    }
+
+    /// What is told of a cause: a refusal of which a trial has said why.
+    pub(super) fn certain(&self, slot: Slot, cause: Cause, hash: Option<&str>) -> Cause {
+        let is_certain = slot == Slot::Main && hash.is_some_and(|hash| self.trial.is_certain(hash));
+        if cause == Cause::RegistrationRefused && is_certain { Cause::TokenRefused } else { cause }
+    }
+
     /// How far the successor has come. Where the one before it serves nobody, nobody need wait for the edge.
-    fn progress(&self, now: Instant) -> Progress {
-        let is_refused = matches!(self.next.failure(), Some(Cause::TokenMalformed | Cause::TokenRefused));
+    fn progress(&self, sight: &Sight, goal: &Goal, now: Instant) -> Progress {
+        let failure = self.next_failure(sight, goal);
+        let is_refused = matches!(failure, Some(Cause::TokenMalformed | Cause::TokenRefused));
         if self.next.serves(now) || self.next.is_surely_ready() && (self.main.is_sick() || self.is_dark(now)) {
             Progress::Serves
-        } else if is_refused || self.next.failure().is_some() && !self.main.is_sick() {
+        } else if is_refused || failure.is_some() && !self.main.is_sick() {
             Progress::Failed
         } else {
             Progress::Waiting

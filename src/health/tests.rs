@@ -354,6 +354,120 @@ async fn a_restart_by_hand_is_waited_for() {
     assert_eq!(bench.calls(), ["remove tunnel", "create tunnel", "start tunnel"]);
 }
 
+/// Refused over QUIC, where cloudflared does not say why; over HTTP/2 it is as `other` says.
+fn refused_over_quic(other: Behaviour) -> Behaviour {
+    let tries = Tries { failed: 5, registered: 0, seconds: 0.1 };
+    Behaviour { tries, over_http2: Some(Box::new(other)), ..never_ready(&[CONTROL]) }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_trial_over_http2_says_why_a_registration_is_refused_and_is_taken_back() {
+    let mut bench = running().await;
+    sleep(MINUTE).await;
+    let before = bench.host.world().containers[MAIN].seen.id.clone();
+    let began = Instant::now();
+    bench.host.behave(&key('a'), refused_over_quic(never_ready(&[REFUSED])));
+    bench.until(Status::Degraded, Some("registration_refused")).await;
+    assert!(began.elapsed() <= Duration::from_secs(30), "{:?}", began.elapsed());
+    let view = bench.until(Status::Error, Some("token_refused")).await;
+    assert_eq!(view.connections, Some(0));
+    assert!(began.elapsed() <= Duration::from_secs(45), "{:?}", began.elapsed());
+    sleep(MINUTE).await;
+    assert_eq!(bench.names(), [MAIN]);
+    assert_eq!(bench.host.world().containers[MAIN].seen.id, before);
+    assert_eq!(bench.calls(), ["create tunnel-next", "start tunnel-next", "stop tunnel-next", "remove tunnel-next"]);
+    // It stays certain, is asked again now and then, and is over with a connection.
+    sleep(60 * MINUTE).await;
+    assert_eq!(bench.view.borrow().reason, Some("token_refused"));
+    let asked = bench.host.world().count("create");
+    assert!((1..=12).contains(&asked), "{asked} in an hour");
+    bench.host.behave(&key('a'), Behaviour::default());
+    bench.until(Status::Running, None).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_only_quic_is_refused_the_trial_serves_and_goes_back_without_an_outage() {
+    let mut bench = running().await;
+    sleep(MINUTE).await;
+    let before = bench.host.world().containers[MAIN].seen.id.clone();
+    bench.host.behave(&key('a'), refused_over_quic(Behaviour::default()));
+    bench.until(Status::Degraded, Some("registration_refused")).await;
+    let took = until_served(&bench.host).await;
+    assert!(took <= Duration::from_secs(10), "{took:?}");
+    bench.until(Status::Running, None).await;
+    sleep(2 * MINUTE).await;
+    let trial = bench.host.world().containers[MAIN].seen.id.clone();
+    assert!(trial != before && bench.host.world().containers[MAIN].http2);
+    // An agent that is started anew knows it.
+    let host = bench.host.clone();
+    bench.kill().await;
+    let mut bench = Bench::start(&host, wants(&key('a')));
+    sleep(5 * MINUTE).await;
+    bench.until(Status::Running, None).await;
+    assert_eq!(host.world().containers[MAIN].seen.id, trial);
+    // It looks rarely whether it can go back, and stays while it cannot.
+    bench.calls();
+    sleep(4 * 60 * MINUTE).await;
+    let looked = host.world().count("create");
+    assert!((1..=4).contains(&looked), "{looked} in four hours");
+    {
+        let world = host.world();
+        assert_eq!((&world.containers[MAIN].seen.id, world.gaps), (&trial, 0));
+    }
+    assert_eq!((bench.view.borrow().status, bench.view.borrow().reason), (Status::Running, None));
+    host.behave(&key('a'), Behaviour::default());
+    sleep(7 * 60 * MINUTE).await;
+    assert!(!host.world().containers[MAIN].http2, "{:#?}", host.world().calls);
+    assert_eq!((bench.names(), host.world().gaps), (vec![MAIN.to_owned()], 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_successor_that_is_refused_without_a_word_is_asked_over_http2_and_the_one_before_it_serves() {
+    let mut bench = running().await;
+    sleep(MINUTE).await;
+    bench.host.behave(&key('b'), refused_over_quic(never_ready(&[REFUSED])));
+    let began = Instant::now();
+    bench.order(&key('b'));
+    bench.until(Status::Running, Some("token_refused")).await;
+    assert!(began.elapsed() <= MINUTE, "{:?}", began.elapsed());
+    sleep(60 * MINUTE).await;
+    assert_eq!((bench.names(), bench.host.world().gaps), (vec![MAIN.to_owned()], 0));
+    assert_eq!(bench.host.world().containers[MAIN].token, key('a'));
+    assert_eq!(bench.host.world().count("create"), 2, "it waits for another token");
+    // Where only QUIC is at fault the trial takes over.
+    bench.host.behave(&key('c'), refused_over_quic(Behaviour::default()));
+    bench.order(&key('c'));
+    bench.until_served_with('c').await;
+    assert_eq!(bench.host.world().gaps, 0);
+}
+
+/// Killed before and after each call of a trial, the next agent knows what the first would have known.
+#[tokio::test(start_paused = true)]
+async fn a_trial_that_is_cut_off_anywhere_is_made_or_taken_back_by_the_next_agent() {
+    for serves in [false, true] {
+        for at in 0..5 {
+            for moment in [Moment::Before, Moment::After] {
+                let bench = running().await;
+                sleep(MINUTE).await;
+                let host = bench.host.clone();
+                let other = if serves { Behaviour::default() } else { never_ready(&[REFUSED]) };
+                host.behave(&key('a'), refused_over_quic(other));
+                host.world().dies_at = Some((at, moment));
+                let _ = timeout(2 * MINUTE, host.death()).await;
+                bench.kill().await;
+                host.world().dies_at = None;
+                let mut bench = Bench::start(&host, wants(&key('a')));
+                let expected = if serves { (Status::Running, None) } else { (Status::Error, Some("token_refused")) };
+                bench.until(expected.0, expected.1).await;
+                sleep(2 * MINUTE).await;
+                assert_eq!(bench.names(), [MAIN], "{moment:?} call {at}");
+                let world = host.world();
+                assert_eq!((world.gaps, world.containers[MAIN].http2), (0, serves), "{moment:?} call {at}");
+            }
+        }
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn one_that_hangs_is_restarted_once() {
     let mut bench = running().await;
@@ -468,33 +582,37 @@ async fn a_token_that_cloudflared_does_not_take_stops_the_connector_until_anothe
 
 #[tokio::test(start_paused = true)]
 async fn a_token_that_cloudflare_refuses_is_told_within_three_seconds_of_the_words() {
-    let host = Double::default();
+    // The trial over HTTP/2 cannot tell: only the present one's own words do.
+    let silent = || Some(Box::new(never_ready(&[])));
     let refused = |log: &[&'static str]| {
         let tries = Tries { failed: 5, registered: 0, seconds: 0.1 };
-        Behaviour { tries, ..never_ready(log) }
+        Behaviour { tries, over_http2: silent(), ..never_ready(log) }
     };
-    host.behave(&key('a'), refused(&[CONTROL]));
-    let mut bench = Bench::start(&host, wants(&key('a')));
-    bench.until(Status::Degraded, Some("registration_refused")).await;
     // Under auto the words come with the fallback to HTTP/2.
     for pause in 0..20 {
+        let host = Double::default();
         host.behave(&key('a'), refused(&[CONTROL]));
+        let mut bench = Bench::start(&host, wants(&key('a')));
         bench.until(Status::Degraded, Some("registration_refused")).await;
         sleep(Duration::from_secs(40) + Duration::from_millis(100 * pause)).await;
+        assert_eq!(bench.view.borrow().reason, Some("registration_refused"));
         host.behave(&key('a'), refused(&[CONTROL, FALLBACK, REFUSED]));
         let words = Instant::now();
         let view = bench.until(Status::Error, Some("token_refused")).await;
         assert!(words.elapsed() <= Duration::from_secs(3), "{:?}", words.elapsed());
         assert_eq!((view.connections, view.connector.protocol), (Some(0), Some("http2")));
+        if pause > 0 {
+            continue;
+        }
+        // Others may be tried while it is not certain, and none after that.
+        sleep(MINUTE).await;
+        assert_eq!(bench.names(), [MAIN]);
+        bench.calls();
+        sleep(30 * MINUTE).await;
+        assert_eq!(bench.calls(), Vec::<String>::new(), "cloudflared itself keeps asking");
+        host.behave(&key('a'), Behaviour::default());
+        bench.until(Status::Running, None).await;
     }
-    // Others may be tried while it is not certain, and none after that.
-    sleep(MINUTE).await;
-    assert_eq!(bench.names(), [MAIN]);
-    bench.calls();
-    sleep(30 * MINUTE).await;
-    assert_eq!(bench.calls(), Vec::<String>::new(), "cloudflared itself keeps asking");
-    host.behave(&key('a'), Behaviour::default());
-    bench.until(Status::Running, None).await;
 }
 
 #[tokio::test(start_paused = true)]

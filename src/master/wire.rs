@@ -39,13 +39,17 @@ pub(crate) struct Registered {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(crate) struct AgentRecord {
-    pub(crate) status: Option<String>,
     pub(crate) assigned_tunnel_id: Option<String>,
     pub(crate) assigned_tunnel_name: Option<String>,
     assigned_tunnel_token: Option<String>,
 }
 
 impl AgentRecord {
+    /// Whether it names a tunnel, with its token or without.
+    pub(crate) fn has_tunnel(&self) -> bool {
+        self.assigned_tunnel_id.as_ref().is_some_and(|id| !id.is_empty())
+    }
+
     /// The tunnel that was assigned, when the reply names id and token of it.
     pub(crate) fn assignment(self) -> Option<Assignment> {
         let given = |text: Option<String>| text.filter(|text| !text.is_empty());

@@ -73,6 +73,9 @@ impl Sources {
         if matches!(view.status, Status::Error | Status::Degraded | Status::Restarting) {
             problems.push(format!("the tunnel is {}: {}", view.status.as_str(), view.reason.unwrap_or("-")));
         }
+        if wanted.unclaimed && wanted.token.is_some() {
+            problems.push("the master no longer assigns this tunnel to this host".to_owned());
+        }
         problems.extend(unreachable_sentence(&ways));
         let concerns = self.concerns.all();
         for of_a_kind in concerns.chunk_by(|one, other| one.id == other.id) {
@@ -264,6 +267,20 @@ mod tests {
         let _ = task.await;
         assert_eq!(sources.live().await.1["problems"], json!(["the task events has ended"]));
         assert!(sources.metrics().contains("dockflare_agent_task_up{task=\"events\"} 0\n"), "{}", sources.metrics());
+    }
+
+    #[tokio::test]
+    async fn a_tunnel_that_the_master_no_longer_assigns_to_this_host_is_a_problem() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut sources = sources(dir.path());
+        let problem = "the master no longer assigns this tunnel to this host";
+        for (unclaimed, has_token) in [(true, true), (true, false), (false, true)] {
+            let token = has_token.then(|| crate::state::Token::new("t"));
+            sources.wanted = watch::channel(Wanted { unclaimed, token, ..Wanted::default() }).1;
+            let (_, health) = sources.health().await;
+            let is_said = health["problems"].as_array().unwrap().iter().any(|said| said == problem);
+            assert_eq!(is_said, unclaimed && has_token, "{health}");
+        }
     }
 
     #[tokio::test]

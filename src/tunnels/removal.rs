@@ -2,15 +2,20 @@
 //! it. Either sign alone may be a mistake, a restored backup or an outage, and changes nothing.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::Poller;
 use crate::cause::{Cause, Status};
 use crate::channels::View;
-use crate::registration::Session;
+use crate::registration::{Protocol, Session};
 use crate::state::TunnelState;
+
+/// How often a v1 master is asked whose the tunnel is, while the edge refuses its token.
+const ASK_EVERY: Duration = Duration::from_secs(600);
 
 impl Poller {
     /// A session other than `stale`, however long that takes; `None` at a shutdown. A master that has removed this
@@ -55,14 +60,45 @@ impl Poller {
         self.commit(state, refusal, shutdown).await;
     }
 
+    /// Whether the edge certainly refuses the token of the tunnel.
+    fn is_refused(&self) -> bool {
+        let view: &View = &self.links.view.borrow();
+        let refused = view.status == Status::Error && view.reason == Some(Cause::TokenRefused.reason());
+        refused && view.tunnel_id == self.disk.state.id
+    }
+
+    /// A v1 master tells only at registration whose the tunnel is, so it is asked again when the edge refuses the
+    /// token: it may name another token, or no tunnel.
+    pub(super) async fn ask_whose(&mut self, session: Option<&Session>, shutdown: &CancellationToken) {
+        let Some(session) = session.filter(|session| session.protocol == Protocol::V1) else { return };
+        let state = &self.disk.state;
+        if state.unclaimed || state.token.is_none() || self.disk.tombstone.is_some() || !self.is_refused() {
+            return;
+        }
+        if Instant::now() < self.timers.claim {
+            return;
+        }
+        self.timers.claim = Instant::now() + ASK_EVERY;
+        if let Some(session) = self.registered(Some(session), shutdown).await {
+            self.recover(&session, shutdown).await;
+        }
+    }
+
+    /// Says that the master does not assign the tunnel to this host any more, where the edge accepts it all the same.
+    pub(super) fn say_unassigned(&self) {
+        let state = &self.disk.state;
+        if state.unclaimed && state.token.is_some() && !self.is_refused() {
+            warn!(
+                name = state.name.as_deref().unwrap_or("-"),
+                "the master no longer assigns this tunnel to this host; the connector goes on while Cloudflare accepts it, enrol the agent on the master's Agents page, or delete the tunnel to end it"
+            );
+        }
+    }
+
     /// Forgets the tunnel when the other sign is there as well; the supervisor then removes its container.
     pub(super) async fn forget_if_removed(&mut self, shutdown: &CancellationToken) {
         let state = &self.disk.state;
-        let is_refused = |view: &View| {
-            let refused = view.status == Status::Error && view.reason == Some(Cause::TokenRefused.reason());
-            refused && view.tunnel_id == state.id
-        };
-        if !state.unclaimed || self.disk.tombstone.is_some() || !is_refused(&self.links.view.borrow()) {
+        if !state.unclaimed || self.disk.tombstone.is_some() || !self.is_refused() {
             return;
         }
         warn!(
