@@ -185,7 +185,7 @@ async fn fresh_connectors_are_counted_and_come_ever_less_often_and_the_one_that_
     let more = bench.host.world().count("create tunnel-next") - first;
     assert!((50..=70).contains(&more), "{more} in half an hour");
     assert_eq!(bench.host.world().containers[MAIN].seen.id, before);
-    assert_eq!(bench.host.world().containers.len(), 2);
+    assert!(bench.host.world().containers.len() <= 2);
     let counted = format!("tunnel_fresh_connectors_total {}", first + more);
     assert_eq!(bench.metrics.lines(&["tunnel_fresh_connectors_total"]), [counted]);
 }
