@@ -236,7 +236,7 @@ impl Known {
 
     /// Takes note of its log: its first lines, where they were asked for, and its last.
     fn take_log(&mut self, first: &[String], last: &[String], token: Option<&Token>) {
-        let parse = |lines: &[String]| lines.iter().map(|line| Line::parse(line)).collect::<Vec<_>>();
+        let parse = |lines: &[String]| of_this_start(lines).iter().map(|line| Line::parse(line)).collect::<Vec<_>>();
         let (first, mut lines) = (parse(first), parse(last));
         let is_check = |line: &&Line| matches!(line.said, Said::Precheck { .. });
         if !lines.iter().any(|line| is_check(&line)) {
@@ -300,7 +300,9 @@ impl<H: Host> Supervisor<H> {
         if let Readiness::Ready { connections, connector } = &readiness {
             let known = self.known(slot);
             (known.connections, known.connector.id) = (Some(*connections), connector.clone());
-        } else {
+        }
+        // What makes it look stopped may be the end of the start before.
+        if !matches!(readiness, Readiness::Ready { .. }) || self.known(slot).verdict() == Verdict::Stopped {
             self.read_log(slot, found).await;
         }
         let only_quic = self.config.only_quic();
@@ -580,6 +582,12 @@ pub(super) fn started(found: &Inspected) -> i64 {
     found.started_at.parse::<Timestamp>().map(|at| at.as_second()).unwrap_or_default()
 }
 
+/// Docker tells a log from a whole second on, so that the end of the start before may stand before this one's lines.
+fn of_this_start(lines: &[String]) -> &[String] {
+    let begins = lines.iter().rposition(|line| line.contains("Starting tunnel")).unwrap_or_default();
+    lines.get(begins..).unwrap_or(lines)
+}
+
 /// The last line that the container wrote, without the token, should a version of cloudflared print it.
 fn last_words(lines: &[String], token: Option<&Token>) -> String {
     let last = lines.last().map(String::as_str).unwrap_or("(none)");
@@ -591,5 +599,25 @@ fn last_words(lines: &[String], token: Option<&Token>) -> String {
     match token {
         Some(token) => last.replace(token.expose(), "<token>"),
         None => last.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_one_start_is_no_word_of_the_next_one_in_the_same_second() {
+        let lines = |lines: &[&str]| lines.iter().map(|line| (*line).to_owned()).collect::<Vec<_>>();
+        let end = "2026-01-31T10:00:56Z INF Initiating graceful shutdown due to signal terminated ...";
+        let start = "2026-01-31T10:00:56Z INF Starting tunnel tunnelID=t1";
+        let mut known = Known::default();
+        let stops = |known: &Known| known.log.iter().any(|line| line.said == Said::ShuttingDown);
+        known.take_log(&[], &lines(&[end]), None);
+        assert!(stops(&known), "the next one has written nothing yet");
+        known.take_log(&[], &lines(&[end, start]), None);
+        assert!(!stops(&known));
+        known.take_log(&[], &lines(&[start, end]), None);
+        assert!(stops(&known));
     }
 }
