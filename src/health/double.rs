@@ -462,9 +462,10 @@ impl Double {
         self.world().outage = Some((Instant::now(), None));
     }
 
+    /// Once only: said again later, it would have been away all the time, and who is served would be dark at once.
     pub(super) fn edge_returns(&self) {
         if let Some((_, back)) = &mut self.world().outage {
-            *back = Some(Instant::now());
+            back.get_or_insert_with(Instant::now);
         }
     }
 
