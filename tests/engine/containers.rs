@@ -39,7 +39,8 @@ pub(crate) fn cases() -> Vec<Case> {
             }));
     }
     for (what, deed) in Deed::ALL {
-        cases.push(case(format!("a_tunnel_{what}_while_the_agent_runs_is_made_anew"), move || {
+        let answer = if deed.takes_the_network() { "connected_again" } else { "made_anew" };
+        cases.push(case(format!("a_tunnel_{what}_while_the_agent_runs_is_{answer}"), move || {
             done_by_hand_is_put_right(deed)
         }));
     }
@@ -302,6 +303,11 @@ impl Deed {
         ("whose_network_is_made_anew", Self::NetworkMadeAnew),
     ];
 
+    /// Its container runs on, and what it lacks can be given back to it.
+    fn takes_the_network(self) -> bool {
+        matches!(self, Self::CutOff | Self::NetworkMadeAnew)
+    }
+
     async fn is_done(self, stage: &Stage) -> Result<()> {
         let (scope, name) = (&stage.scope, &stage.tunnel);
         match self {
@@ -334,16 +340,21 @@ async fn done_by_hand_is_put_right(deed: Deed) -> Result<()> {
     agent.signal(Signal::STOP)?;
     deed.is_done(&stage).await?;
     agent.signal(Signal::CONT)?;
-    agent.wait_for_log_after(mark, "tunnel ready", SOON).await?;
+    let answer = if deed.takes_the_network() { "is connected to it again container=" } else { "tunnel ready" };
+    agent.wait_for_log_after(mark, answer, SOON).await?;
     let after = tunnel.container(&stage).await?;
-    assert_ne!(after.id, before.id);
-    assert_eq!(stage.scope.status(&before.id).await?, "gone");
+    if deed.takes_the_network() {
+        assert_eq!(after, before, "neither made anew nor restarted");
+    } else {
+        assert_ne!(after.id, before.id);
+        assert_eq!(stage.scope.status(&before.id).await?, "gone");
+    }
     let network = stage.scope.docker().inspect_network(&stage.network, None).await?;
     let members = network.containers.unwrap_or_default();
     assert!(members.contains_key(&after.id), "it is on the network as that is now: {members:#?}");
     told(&stage, "running", None).await?;
     two_more_polls(&stage).await?;
-    assert_eq!(tunnel.container(&stage).await?, after, "made anew once");
+    assert_eq!(tunnel.container(&stage).await?, after, "put right once");
     stage.assert_no_violations();
     Ok(())
 }
