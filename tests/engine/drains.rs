@@ -75,7 +75,8 @@ async fn a_download_that_is_longer_than_the_drain_does_not() -> Result<()> {
 /// An agent that was killed while it waited for a drain, and what a visitor still waits for. How long the drain is
 /// says the stand-in's own word.
 async fn killed_in_a_drain() -> Result<(Stage, Arc<Edge>, Tunnel, JoinHandle<Result<String>>, Story, String)> {
-    let stage = Stage::with_image(Protocol::V2, testkit::images().stand_in().await?).await?;
+    let mut stage = Stage::with_image(Protocol::V2, testkit::images().stand_in().await?).await?;
+    stage.set("TUNNEL_LEASE_SECONDS", "0");
     let edge = visitors::edge(&stage).await?;
     let tunnel = Tunnel::new(&stage, &format!("edge={} drain=14000", edge.address()));
     let mut agent = tunnel.agent_with_ready_tunnel(&stage).await?;
