@@ -1,7 +1,7 @@
 //! What is wrong around the agent at this moment: one list, to which each task adds what it tries again, leaves out or
 //! waits for, and from which `/health` and `check` read.
 //!
-//! A [`Retry`] is how a task waits before it asks a master again. It gives the wait only to whoever says why, so that
+//! A `Retry` is how a task waits before it asks a master again. It gives the wait only to whoever says why, so that
 //! nothing is tried for ever without a line in the log and one on `/health`. Nothing is on disk.
 
 use std::collections::BTreeMap;

@@ -326,7 +326,7 @@ impl Docker {
     }
 
     /// Connects a container to one more network, so that it can be told that it was the agent who did
-    /// ([`Endpoint::is_joined`]); its being there already is a success, and stays whose it is.
+    /// (`Endpoint::is_joined`); its being there already is a success, and stays whose it is.
     ///
     /// # Errors
     /// [`DockerError::NotFound`] when one of the two is gone.
