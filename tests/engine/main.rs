@@ -19,6 +19,7 @@ mod host_name;
 mod metrics_network;
 mod neighbours;
 mod newcomer;
+mod outage;
 mod payloads;
 mod podman;
 mod proxy;
@@ -48,6 +49,7 @@ fn main() -> std::process::ExitCode {
         metrics_network::cases(),
         neighbours::cases(),
         newcomer::cases(),
+        outage::cases(),
         payloads::cases(),
         podman::cases(),
         proxy::cases(),

@@ -88,6 +88,12 @@ impl Visitors {
         wait_until(&what, SOON, async || (self.edge.connectors(&self.tunnel).len() == count).then_some(())).await
     }
 
+    /// How many failed so far, and how many were served.
+    pub(crate) fn counted(&self) -> (usize, usize) {
+        let seen = self.seen.borrow();
+        (seen.failed.len(), seen.served)
+    }
+
     /// How many were served so far.
     pub(crate) fn served(&self) -> usize {
         self.seen.borrow().served
