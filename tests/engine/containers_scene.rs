@@ -63,6 +63,13 @@ impl Tunnel {
         Ok(agent)
     }
 
+    /// Starts an agent and gives it this tunnel as the master does, so that the master knows it as the agent's.
+    pub(crate) async fn enrolled_agent(&self, stage: &Stage) -> Result<AgentProcess> {
+        let agent = self.agent(stage)?;
+        self.enrol(stage, &agent).await?;
+        Ok(agent)
+    }
+
     /// Waits for an agent to register, gives it this tunnel and waits until that is ready.
     pub(crate) async fn enrol(&self, stage: &Stage, agent: &AgentProcess) -> Result<Agent> {
         let known = registered(stage).await?;

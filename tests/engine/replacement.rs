@@ -39,7 +39,7 @@ fn successor(stage: &Stage) -> String {
 async fn visited(stage: &Stage) -> Result<(AgentProcess, Tunnel, Visitors)> {
     let edge = visitors::edge(stage).await?;
     let tunnel = visitors::tunnel(stage, &edge, "");
-    let agent = tunnel.agent_with_ready_tunnel(stage).await?;
+    let agent = tunnel.enrolled_agent(stage).await?;
     let visitors = Visitors::come(&edge, &tunnel).await?;
     Ok((agent, tunnel, visitors))
 }

@@ -296,7 +296,7 @@ async fn two_agents_with_containers_of_their_own_do_not_disturb_each_other() -> 
     let one = at_once(Protocol::V1).await?;
     let mut other = at_once(Protocol::V2).await?;
     let (tunnel, other_tunnel) = (Tunnel::new(&one, ""), Tunnel::new(&other, ""));
-    let agent = tunnel.agent_with_ready_tunnel(&one).await?;
+    let agent = tunnel.enrolled_agent(&one).await?;
     let before = tunnel.container(&one).await?;
     // On the same network, as on one host with the same settings but for the name.
     other.set("CLOUDFLARED_NETWORK_NAME", setting(&one, "CLOUDFLARED_NETWORK_NAME"));
