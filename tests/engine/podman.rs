@@ -144,6 +144,8 @@ async fn inside(socket: String, behind_its_proxy: bool) -> Result<()> {
     // A change must be told by an event: a listing would come too late.
     stage.set("REPORT_INTERVAL_SECONDS", "60");
     let host = format!("unix://{socket}");
+    // Long enough to see that it is a lease, which the proxy then ends.
+    stage.set("TUNNEL_LEASE_SECONDS", "3");
     let _proxy = if behind_its_proxy {
         stage.set("SOCKET_PROXY_DOCKER_HOST", &host);
         let proxy = testkit::SocketProxy::start(&crate::support::agent_binary(), &stage.env)?;
@@ -192,7 +194,10 @@ async fn inside(socket: String, behind_its_proxy: bool) -> Result<()> {
 
     agent.sigterm()?;
     ensure!(agent.wait_exit(2 * SOON).await?.code() == Some(0), "{}", agent.log());
-    ensure!(stage.scope.status(&stage.tunnel).await? == "gone");
+    wait_until("the end of the tunnel", SOON, async || {
+        (stage.scope.status(&stage.tunnel).await.ok()? == "gone").then_some(())
+    })
+    .await?;
     stage.assert_no_violations();
     Ok(())
 }
