@@ -7,10 +7,12 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use crate::audit::AuditConfig;
+use crate::delivery::Delivery;
 use crate::grant::{Grant, Grants, NamePattern, Operation};
 use crate::principal::PrincipalPattern;
 use crate::store::Location;
 
+mod deliveries;
 mod reader;
 use reader::{Reader, Section};
 
@@ -36,6 +38,8 @@ pub struct Config {
     pub admin_socket: PathBuf,
     /// Address and port of the pages, `None` for none.
     pub health: Option<(IpAddr, u16)>,
+    /// Which workload is to have which files, sorted by their names.
+    pub deliveries: Vec<Delivery>,
     /// What connects to a NATS server, where the file has such a section.
     pub nats: Option<Nats>,
 }
@@ -144,6 +148,7 @@ impl Config {
 
         let nats = Self::nats(&mut reader, &mut top);
         let grants = Self::grants(&mut reader, &mut top);
+        let deliveries = deliveries::read(&mut reader, &mut top);
         reader.end(top);
         let errors = reader.finish();
         match (address, errors.is_empty()) {
@@ -154,6 +159,7 @@ impl Config {
                 audit: audit_config,
                 admin_socket,
                 health: (port != 0).then_some((address, port)),
+                deliveries,
                 nats,
             }),
             _ => Err(ConfigErrors(errors)),

@@ -34,6 +34,7 @@ pub mod check;
 pub mod cli;
 pub mod client;
 pub mod config;
+pub mod delivery;
 pub mod doors;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]

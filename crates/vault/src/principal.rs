@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use crate::delivery::{Workload, WorkloadError};
+
 /// Longest identity behind the colon, in bytes: a NATS subject or a fingerprint is far shorter.
 const MAX_ID_BYTES: usize = 255;
 
@@ -13,6 +15,9 @@ pub enum Principal {
     Operator,
     /// Whoever the NATS server lets publish to this subject.
     Nats(String),
+    /// Whoever holds the directory that the workload's files are delivered to. Who may mount it could make containers
+    /// anyway.
+    Workload(Workload),
 }
 
 /// Which principals a grant is for.
@@ -29,8 +34,11 @@ pub enum PrincipalPattern {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PrincipalError {
     /// Another kind than those that exist.
-    #[error("{0:?} is no principal: write operator, or nats:SUBJECT")]
+    #[error("{0:?} is no principal: write operator, nats:SUBJECT, or workload:NAME")]
     Kind(String),
+    /// What is behind `workload:` is no name of one.
+    #[error(transparent)]
+    Workload(#[from] WorkloadError),
     /// A subject that a NATS server would not take.
     #[error(
         "{0:?} is no NATS subject: tokens between single dots, without white space; '*' and a last '>' stand alone"
@@ -54,6 +62,7 @@ impl fmt::Display for Principal {
         match self {
             Self::Operator => f.write_str("operator"),
             Self::Nats(subject) => write!(f, "nats:{subject}"),
+            Self::Workload(name) => write!(f, "workload:{name}"),
         }
     }
 }
@@ -64,7 +73,7 @@ impl PrincipalPattern {
         match (self, principal) {
             (Self::Exactly(one), principal) => one == principal,
             (Self::NatsSubjects(pattern), Principal::Nats(subject)) => subject_covers(pattern, subject),
-            (Self::NatsSubjects(_), Principal::Operator) => false,
+            (Self::NatsSubjects(_), Principal::Operator | Principal::Workload(_)) => false,
         }
     }
 
@@ -88,6 +97,7 @@ impl FromStr for PrincipalPattern {
         match text.split_once(':') {
             None if text == "operator" => Ok(Self::Exactly(Principal::Operator)),
             Some(("nats", subject)) => Self::nats(subject),
+            Some(("workload", name)) => Ok(Self::Exactly(Principal::Workload(name.parse()?))),
             _ => Err(PrincipalError::Kind(text.to_owned())),
         }
     }
@@ -158,7 +168,18 @@ mod tests {
 
     #[test]
     fn what_proves_nothing_is_no_principal() {
-        for text in ["", "root", "nats", "ip:10.0.0.1", "label:app", "Operator", "operator ", "nats:$SYS.x"] {
+        for text in [
+            "",
+            "root",
+            "nats",
+            "ip:10.0.0.1",
+            "label:app",
+            "Operator",
+            "operator ",
+            "nats:$SYS.x",
+            "workload:",
+            "workload:*",
+        ] {
             assert!(text.parse::<PrincipalPattern>().is_err(), "{text:?}");
         }
         for subject in ["", "a.", ".a", "a..b", "a b", "a.>.b", "a*", "a.b>", "$JS.API"] {

@@ -8,14 +8,15 @@ use std::time::{Duration, SystemTime};
 
 use dockflare_host::{error_chain, page};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::{MissedTickBehavior, interval, sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::config::Config;
-use crate::doors::admin;
+use crate::delivery::Delivery;
+use crate::doors::{admin, deliver};
 use crate::pages::{Health, VaultPages};
 use crate::start::{Opened, StartError, open};
 use crate::vault::Vault;
@@ -119,11 +120,16 @@ pub async fn run(
     tasks.spawn(named("admin", admin::serve(socket, vault.clone(), rotated.clone())));
     tasks.spawn(named("rotation", reseal(vault.clone(), rotated.clone(), health.clone())));
     tasks.spawn(named("audit", save(vault.clone(), health.clone())));
-    tasks.spawn(named("configuration", follow(source, config.clone(), hangup, vault.clone(), health.clone())));
+    let (wanted, deliveries) = watch::channel(Arc::new(config.deliveries.clone()));
+    let (desk, inside) = deliver::desk();
+    tasks.spawn(named("deliveries", deliver::serve(vault.clone(), deliveries, inside)));
+    let following = follow(source, config.clone(), hangup, vault.clone(), health.clone(), wanted);
+    tasks.spawn(named("configuration", following));
     if let Some(listener) = listener {
         let pages = VaultPages::new(vault.clone(), health.clone());
         tasks.spawn(named("pages", async move { match page::serve(listener, pages).await {} }));
     }
+    let _desk = desk;
     let ended = tokio::select! {
         () = shutdown.cancelled() => None,
         ended = tasks.join_next() => Some(ended),
@@ -228,8 +234,15 @@ async fn save(vault: Arc<Vault>, health: Arc<Health>) {
     }
 }
 
-/// Takes another table of grants when the file changes or on SIGHUP: the whole of it, or nothing of it.
-async fn follow(source: Source, mut present: Config, mut hangup: Signal, vault: Arc<Vault>, health: Arc<Health>) {
+/// Takes another table of grants and other deliveries when the file changes or on SIGHUP: all of it, or nothing of it.
+async fn follow(
+    source: Source,
+    mut present: Config,
+    mut hangup: Signal,
+    vault: Arc<Vault>,
+    health: Arc<Health>,
+    wanted: watch::Sender<Arc<Vec<Delivery>>>,
+) {
     let mut seen = modified(&source).await;
     let mut last = seen;
     loop {
@@ -255,16 +268,20 @@ async fn follow(source: Source, mut present: Config, mut hangup: Signal, vault: 
                     info!(grants = config.grants.rows().len(), "took the new table of grants");
                     vault.replace_grants(config.grants.clone());
                 }
+                if config.deliveries != present.deliveries {
+                    info!(deliveries = config.deliveries.len(), "took the new deliveries");
+                    wanted.send_replace(Arc::new(config.deliveries.clone()));
+                }
                 let fixed = |config: &Config| {
                     let Config { storage, master_key_file, audit, admin_socket, health, .. } = config;
                     format!("{storage:?}{master_key_file:?}{audit:?}{admin_socket:?}{health:?}")
                 };
                 if fixed(&config) != fixed(&present) {
                     warn!(
-                        "took the grants only: storage, encryption, audit, admin and health count from the next start"
+                        "took grants and deliveries only: storage, encryption, audit, admin and health count from the next start"
                     );
                 }
-                present.grants = config.grants;
+                (present.grants, present.deliveries) = (config.grants, config.deliveries);
             }
             Ok(Err(problems)) => {
                 health.config_refused.store(true, Ordering::Relaxed);

@@ -154,6 +154,54 @@ impl<'a> Reader<'a> {
         number
     }
 
+    pub(super) fn flag(&mut self, section: &mut Section, key: &'static str) -> Option<bool> {
+        let text = self.scalar(section, key)?;
+        let flag = text.parse().ok();
+        if flag.is_none() {
+            self.problem(&format!("{}: {text:?} is neither true nor false", section.at(key)));
+        }
+        flag
+    }
+
+    /// A single value or a mapping, whichever there is.
+    pub(super) fn text_or_section(
+        &mut self,
+        section: &mut Section,
+        key: &'static str,
+    ) -> (Option<String>, Option<Section>) {
+        match section.values.get(key) {
+            Some(Value::Object(_)) => (None, Some(self.section(section, key))),
+            _ => (self.scalar(section, key), None),
+        }
+    }
+
+    /// Words and what stands behind each, in the mapping under a key.
+    pub(super) fn pairs(&mut self, section: &mut Section, key: &'static str) -> Vec<(String, String)> {
+        let inner = self.section(section, key);
+        let mut pairs = vec![];
+        for (word, value) in &inner.values {
+            match value {
+                Value::String(text) => pairs.push((word.clone(), text.clone())),
+                _ => self.problem(&format!("{} is no word", inner.at(word))),
+            }
+        }
+        pairs
+    }
+
+    /// The list of words under a key, empty where there is none.
+    pub(super) fn words_if_any(&mut self, section: &mut Section, key: &'static str) -> Vec<String> {
+        match section.values.get(key) {
+            Some(value) if !value.is_null() && value.as_array().is_none_or(|words| !words.is_empty()) => {
+                self.words(section, key)
+            }
+            _ => {
+                section.known.push(key);
+                section.values.remove(key);
+                vec![]
+            }
+        }
+    }
+
     /// The list of words under a key, which must not be empty.
     pub(super) fn words(&mut self, section: &mut Section, key: &'static str) -> Vec<String> {
         section.known.push(key);
@@ -202,7 +250,7 @@ impl<'a> Reader<'a> {
 }
 
 impl Section {
-    fn at(&self, key: &str) -> String {
+    pub(super) fn at(&self, key: &str) -> String {
         if self.path.is_empty() { key.to_owned() } else { format!("{}.{key}", self.path) }
     }
 }
@@ -212,7 +260,7 @@ fn variable(path: &str) -> String {
 }
 
 /// The known word that is so near that it must be meant.
-fn nearest<'w>(word: &str, known: impl Iterator<Item = &'w str>) -> Option<&'w str> {
+pub(super) fn nearest<'w>(word: &str, known: impl Iterator<Item = &'w str>) -> Option<&'w str> {
     known
         .map(|near| (strsim::damerau_levenshtein(word, near), near))
         .filter(|(distance, near)| *distance <= near.len().div_ceil(3))
