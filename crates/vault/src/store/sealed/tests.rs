@@ -1,6 +1,12 @@
+#![expect(clippy::disallowed_methods, reason = "a test may wait for its disk")]
 use std::collections::BTreeMap;
+use std::io::{self, ErrorKind};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use redb::{Builder, ReadableDatabase, StorageBackend};
+
+use super::open::look;
 use super::*;
 
 const NOW: Options = Options { accept_rollback: false, now: 1000 };
