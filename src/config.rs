@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use dockflare_host::disk;
+use dockflare_host::logging;
 pub use dockflare_host::logging::{LogConfig, LogFormat};
 pub use dockflare_host::page::PageAddress;
-use jiff::tz::TimeZone;
 use reqwest::Url;
 use reqwest::header::HeaderValue;
 use secrecy::{ExposeSecret, SecretString};
@@ -400,17 +400,11 @@ fn tunnel(check: &mut Check, raw: &mut Raw) -> Option<TunnelConfig> {
 }
 
 fn log(check: &mut Check, raw: &Raw) -> LogConfig {
-    let filter = check.log_filter(raw.log_level.as_deref().unwrap_or("INFO"));
-    let format =
-        check.one_of("LOG_FORMAT", raw.log_format.as_deref(), &[("text", LogFormat::Text), ("json", LogFormat::Json)]);
-    let time_zone = match raw.tz.as_deref() {
-        None => TimeZone::UTC,
-        Some(name) => TimeZone::get(name.trim_start_matches(':')).unwrap_or_else(|_| {
-            check.error(format!("TZ={name}: is no IANA time zone; use a name like Europe/Berlin or UTC"));
-            TimeZone::UTC
-        }),
-    };
-    LogConfig { filter, format, time_zone }
+    let asked =
+        logging::Asked { level: raw.log_level.as_deref(), format: raw.log_format.as_deref(), zone: raw.tz.as_deref() };
+    let (config, problems) = logging::read(asked, "dockflare_agent");
+    problems.into_iter().for_each(|problem| check.error(problem));
+    config
 }
 
 /// The image that a fresh installation runs.

@@ -8,8 +8,6 @@ use std::time::Duration;
 use dockflare_host::{disk, words};
 use reqwest::Url;
 use reqwest::header::HeaderValue;
-use tracing::level_filters::LevelFilter;
-use tracing_subscriber::filter::Targets;
 
 use super::tls::Certificates;
 use super::{DEFAULT_IMAGE, DockerHost, DockerTls, ImageRef, PageAddress, Raw, Secret, read_secret_file, shown_file};
@@ -308,46 +306,6 @@ impl Check {
         let words = [("false", false), ("true", true), ("0", false), ("1", true), ("no", false), ("yes", true)];
         self.one_of(name, value, &words)
     }
-
-    /// Python's level names and numbers, for people who come from the Python agent, or `tracing` directives.
-    pub(super) fn log_filter(&mut self, value: &str) -> Targets {
-        let mut asked = Targets::new().with_default(LevelFilter::INFO);
-        for part in value.split(',').map(str::trim).filter(|part| !part.is_empty()) {
-            let (target, level) = match part.split_once('=') {
-                Some((target, level)) => (Some(target.trim()), level.trim()),
-                None if is_target(part) => (Some(part), "TRACE"),
-                None => (None, part),
-            };
-            match (target, level_of(level)) {
-                (None, Some(level)) => asked = asked.with_default(level),
-                (Some(target), Some(level)) if !target.is_empty() => asked = asked.with_target(target, level),
-                _ => self.error(format!(
-                    "LOG_LEVEL={value}: {level} is no level{}; use DEBUG, INFO, WARNING, ERROR or CRITICAL, or a list of directives like info,dockflare_agent::events=debug",
-                    meant(level).map(|level| format!(", do you mean {level}?")).unwrap_or_default()
-                )),
-            }
-        }
-        let is_loud =
-            |target: &str| LOUD.iter().any(|loud| target == *loud || target.starts_with(&format!("{loud}::")));
-        let mut filter = Targets::new();
-        // What the agent shares with other programs logs for it here.
-        let ours = asked.iter().find(|(target, _)| *target == "dockflare_agent").map(|(_, level)| level);
-        filter = filter.with_targets(ours.map(|level| ("dockflare_host", level)));
-        if let Some(default) = asked.default_level() {
-            filter = filter.with_default(default);
-        }
-        for (target, level) in asked.iter() {
-            let level = if is_loud(target) { level.min(LevelFilter::INFO) } else { level };
-            filter = filter.with_target(target, level);
-        }
-        for target in LOUD {
-            if asked.iter().all(|(named, _)| named != target) {
-                let level = asked.default_level().unwrap_or(LevelFilter::INFO).min(LevelFilter::INFO);
-                filter = filter.with_target(target, level);
-            }
-        }
-        filter
-    }
 }
 
 /// Where the page listens; none with port 0. All that is wrong with it, at once.
@@ -388,54 +346,4 @@ fn is_private(url: &Url) -> bool {
                     .any(|zone| host.ends_with(&format!(".{zone}")))
         }
     }
-}
-
-/// A part of a list without a level names what logs: a module of ours, or a library.
-fn is_target(part: &str) -> bool {
-    part.contains("::") || part.starts_with("dockflare_") || LOUD.contains(&part)
-}
-
-/// Below `info` these print addresses, headers and bodies, the tunnel token among them.
-const LOUD: [&str; 6] = ["bollard", "h2", "hyper", "hyper_util", "reqwest", "rustls"];
-
-/// Names of both worlds. Python shows what is at or above a number, and its levels have those of 10, 20 and so on.
-const LEVELS: [(&str, LevelFilter); 11] = [
-    ("DEBUG", LevelFilter::DEBUG),
-    ("INFO", LevelFilter::INFO),
-    ("WARNING", LevelFilter::WARN),
-    ("ERROR", LevelFilter::ERROR),
-    ("CRITICAL", LevelFilter::ERROR),
-    ("WARN", LevelFilter::WARN),
-    ("FATAL", LevelFilter::ERROR),
-    ("TRACE", LevelFilter::TRACE),
-    ("NOTSET", LevelFilter::TRACE),
-    ("ALL", LevelFilter::TRACE),
-    ("OFF", LevelFilter::OFF),
-];
-
-fn level_of(word: &str) -> Option<LevelFilter> {
-    if let Ok(number) = word.parse::<u8>() {
-        return match number {
-            0..10 => Some(LevelFilter::TRACE),
-            10 => Some(LevelFilter::DEBUG),
-            11..=20 => Some(LevelFilter::INFO),
-            21..=30 => Some(LevelFilter::WARN),
-            31..=50 => Some(LevelFilter::ERROR),
-            _ => None,
-        };
-    }
-    LEVELS.iter().find(|(name, _)| name.eq_ignore_ascii_case(word)).map(|(_, level)| *level)
-}
-
-/// The level that a word is nearest to, in letters or in what other programs mean by it.
-fn meant(word: &str) -> Option<&'static str> {
-    const OTHERS: [(&str, &[&str]); 4] = [
-        ("DEBUG", &["VERBOSE", "V", "VV", "FINE", "SILLY"]),
-        ("INFO", &["NOTICE", "NORMAL", "DEFAULT", "INFORMATION", "INFORMATIONAL"]),
-        ("ERROR", &["QUIET", "ERR", "SEVERE", "MINIMAL", "SILENT", "NONE"]),
-        ("CRITICAL", &["PANIC", "ALERT", "EMERGENCY"]),
-    ];
-    let upper = word.to_ascii_uppercase();
-    let other = OTHERS.into_iter().find(|(_, words)| words.contains(&upper.as_str())).map(|(level, _)| level);
-    other.or_else(|| words::nearest(word, LEVELS.map(|(name, _)| name)))
 }

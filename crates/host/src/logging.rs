@@ -26,6 +26,10 @@ use tracing_subscriber::{Layer, Registry, registry};
 
 use crate::outlet::{self, Outlet};
 
+mod asked;
+
+pub use asked::{Asked, read};
+
 /// What is logged, how, and in which time zone.
 #[derive(Debug, Clone)]
 pub struct LogConfig {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+pub(super) use dockflare_host::words::nearest;
 use serde_json::{Map, Value};
 use zeroize::Zeroizing;
 
@@ -257,13 +258,4 @@ impl Section {
 
 fn variable(path: &str) -> String {
     format!("{ENV_PREFIX}{}", path.replace('.', "_").to_uppercase())
-}
-
-/// The known word that is so near that it must be meant.
-pub(super) fn nearest<'w>(word: &str, known: impl Iterator<Item = &'w str>) -> Option<&'w str> {
-    known
-        .map(|near| (strsim::damerau_levenshtein(word, near), near))
-        .filter(|(distance, near)| *distance <= near.len().div_ceil(3))
-        .min()
-        .map(|(_, near)| near)
 }

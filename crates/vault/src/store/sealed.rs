@@ -44,7 +44,6 @@ use open::Opener;
 pub use open::{Location, Options};
 use problem::{damaged, refused};
 pub use state::AuditHead;
-use state::State;
 use transaction::{Inner, Keys};
 
 /// A secret's value and which version it is.
@@ -304,7 +303,7 @@ pub struct Change {
 
 #[cfg(feature = "fuzzing")]
 pub(super) fn fuzz(bytes: &[u8]) {
-    if let Some(state) = State::parse(bytes) {
+    if let Some(state) = state::State::parse(bytes) {
         assert_eq!(state.to_bytes(), bytes);
     }
 }
