@@ -39,7 +39,8 @@ ENTRYPOINT ["/dockflare-agent"]
 FROM source AS build-vault
 RUN cargo build --release --locked --package dockflare-vault --bin dockflare-vault \
     && install -D -m 0755 target/*/release/dockflare-vault /out/dockflare-vault \
-    && install -d -m 0700 /out/data
+    && install -d -m 0700 /out/data \
+    && install -d -m 0755 /out/launcher
 
 FROM scratch AS vault
 # A user that nobody else is: not the agent's, and not the one that distroless images have.
@@ -51,6 +52,8 @@ COPY --from=build-vault --chown=${VAULT_UID}:${VAULT_GID} /out/data /app/data
 COPY --from=build-vault --chown=${VAULT_UID}:${VAULT_GID} /out/data /app/state
 COPY --from=build-vault --chown=${VAULT_UID}:${VAULT_GID} /out/data /app/config
 COPY --from=build-vault --chown=${VAULT_UID}:${VAULT_GID} /out/data /run/dockflare-vault
+# Shared with the containers whose programs the launcher starts.
+COPY --from=build-vault --chown=${VAULT_UID}:${VAULT_GID} /out/launcher /app/launcher
 WORKDIR /app
 USER ${VAULT_UID}:${VAULT_GID}
 HEALTHCHECK --interval=30s --timeout=5s --start-period=10s --retries=3 CMD ["/dockflare-vault", "healthcheck"]

@@ -155,8 +155,10 @@ impl Images {
     /// When the stage copies something else than a program and empty folders.
     pub async fn vault(&self, program: &Path) -> Result<String> {
         self.once(&format!("vault {}", program.display()), async || {
-            let empty = tempfile::tempdir()?;
-            let sources: [(&str, &Path); 2] = [("dockflare-vault", program), ("data", empty.path())];
+            let (empty, open) = (tempfile::tempdir()?, tempfile::tempdir()?);
+            std::fs::set_permissions(open.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+            let sources: [(&str, &Path); 3] =
+                [("dockflare-vault", program), ("data", empty.path()), ("launcher", open.path())];
             self.from_stage("vault", &workspace_root().join("Dockerfile"), Some("vault"), &sources).await
         })
         .await

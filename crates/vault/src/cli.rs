@@ -5,9 +5,11 @@
 #![allow(clippy::disallowed_macros, reason = "a command ends with what it prints; the running vault logs")]
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::io::{self, IsTerminal, Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -22,7 +24,7 @@ use crate::doors::admin::{Answer, Request, wipe};
 use crate::run::{Source, run};
 use crate::seal::Key;
 use crate::secret::MAX_VALUE_BYTES;
-use crate::{bundle, check, client, keyfile, pages, settings};
+use crate::{bundle, check, client, keyfile, launcher, pages, settings};
 
 /// Keeps credentials sealed, and hands them out by one table of grants.
 ///
@@ -92,6 +94,35 @@ enum Command {
     Healthcheck,
     /// Print one JSON document without secrets or names that helps to find out what is wrong.
     SupportBundle,
+    /// In another container: wait for files, put them into the environment, and become the program after --.
+    ///
+    /// Exit codes before the program runs: 64 a name or a text that cannot be used, 73 a file that may not be read, 75
+    /// time-out, 126 a program that cannot be run, 127 one that is not there, 143 SIGTERM while it waited.
+    Exec {
+        /// A folder with a file for each variable, called like it; /run/secrets unless another option names files.
+        #[arg(long, value_name = "FOLDER")]
+        dir: Vec<PathBuf>,
+        /// A file with lines of NAME=VALUE.
+        #[arg(long, value_name = "FILE")]
+        env_file: Vec<PathBuf>,
+        /// A variable and the file with its value.
+        #[arg(long, value_name = "NAME=FILE", value_parser = launcher::variable)]
+        file: Vec<(String, PathBuf)>,
+        /// Seconds to wait for the files; without it there is no end.
+        #[arg(long, value_name = "SECONDS")]
+        timeout: Option<u64>,
+        /// The program and its arguments.
+        #[arg(last = true, required = true, value_name = "PROGRAM")]
+        command: Vec<OsString>,
+    },
+    /// Wait until a workload has its files: exit 0 when it has, 75 when not in time.
+    Wait {
+        /// Its name in the configuration, or its folder, from the root, where there is none.
+        workload: String,
+        /// Seconds; 0 to look once.
+        #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+        timeout: u64,
+    },
 }
 
 #[derive(Subcommand)]
@@ -112,16 +143,35 @@ pub fn main() -> ExitCode {
             return ExitCode::from(if error.use_stderr() { 64 } else { 0 });
         }
     };
+    let arguments = match launched(arguments) {
+        Ok(arguments) => arguments,
+        Err((line, code)) => return end(&line, code),
+    };
     keep_to_itself();
     match perform(arguments) {
         Ok(()) => ExitCode::SUCCESS,
-        Err((line, code)) => {
-            if !line.is_empty() {
-                let _ = writeln!(io::stderr(), "{line}");
-            }
-            ExitCode::from(code)
-        }
+        Err((line, code)) => end(&line, code),
     }
+}
+
+fn end(line: &str, code: u8) -> ExitCode {
+    if !line.is_empty() {
+        let _ = writeln!(io::stderr(), "{line}");
+    }
+    ExitCode::from(code)
+}
+
+/// Becomes another program if that is asked for: before anything of this process is changed, which that one would
+/// inherit, and without a configuration, which is not there.
+fn launched(arguments: Arguments) -> Result<Arguments, (String, u8)> {
+    let Some(Command::Exec { mut dir, env_file, file, timeout, command }) = arguments.command else {
+        return Ok(arguments);
+    };
+    if dir.is_empty() && env_file.is_empty() && file.is_empty() {
+        dir.push(launcher::DEFAULT_FOLDER.into());
+    }
+    let limit = timeout.map(Duration::from_secs);
+    Err(launcher::Launch { folders: dir, env_files: env_file, variables: file, limit, command }.run())
 }
 
 /// No core dump and no debugger of the same user sees what is in memory.
@@ -138,13 +188,18 @@ fn perform(arguments: Arguments) -> Outcome {
     let named = arguments.config.or_else(|| env.get("CONFIG_FILE").filter(|f| !f.is_empty()).map(PathBuf::from));
     let source = Source { is_named: named.is_some(), file: named.unwrap_or_else(|| DEFAULT_FILE.into()), env };
     let command = arguments.command.unwrap_or(Command::Run { accept_rollback: false });
-    if let Command::GenerateKey = command {
-        return generate_key();
+    match &command {
+        Command::GenerateKey => return generate_key(),
+        Command::Wait { workload, timeout } if workload.starts_with('/') => {
+            return launcher::wait(Path::new(workload), Duration::from_secs(*timeout));
+        }
+        _ => {}
     }
     let config = source.load().map_err(|errors| (errors.to_string(), 64))?;
     let ask = |request| asked(client::ask(&config, request));
     match command {
-        Command::GenerateKey => Ok(()),
+        Command::GenerateKey | Command::Exec { .. } => Ok(()),
+        Command::Wait { workload, .. } => Err((format!("{workload} is no folder: begin it with a slash"), 64)),
         Command::Run { accept_rollback } => serve(source, config, accept_rollback),
         Command::Get { key, version } => {
             let data = ask(Request::Get { name: key, version })?;

@@ -40,6 +40,8 @@ pub struct Config {
     pub health: Option<(IpAddr, u16)>,
     /// Which workload is to have which files, sorted by their names.
     pub deliveries: Vec<Delivery>,
+    /// A folder that other containers share, into which the launcher is put, where there is one.
+    pub launcher: Option<PathBuf>,
     /// What connects to a NATS server, where the file has such a section.
     pub nats: Option<Nats>,
 }
@@ -137,6 +139,10 @@ impl Config {
             reader.path(&mut admin, "socket").unwrap_or_else(|| "/run/dockflare-vault/admin.sock".into());
         reader.end(admin);
 
+        let mut launcher = reader.section(&mut top, "launcher");
+        let launcher_folder = reader.path(&mut launcher, "folder");
+        reader.end(launcher);
+
         let mut health = reader.section(&mut top, "health");
         let bind = reader.text(&mut health, "bind").unwrap_or_else(|| "127.0.0.1".to_owned());
         let port = reader.number(&mut health, "port", 0, 65535).unwrap_or(8231) as u16;
@@ -160,6 +166,7 @@ impl Config {
                 admin_socket,
                 health: (port != 0).then_some((address, port)),
                 deliveries,
+                launcher: launcher_folder,
                 nats,
             }),
             _ => Err(ConfigErrors(errors)),

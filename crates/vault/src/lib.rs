@@ -20,6 +20,7 @@
 //! | [`audit`] | the chained lines | hold a value |
 //! | [`vault`] | the order of all that: decide, do, write down, answer | speak to anybody outside |
 //! | [`doors`] | how it is asked | decide |
+//! | [`launcher`] | files into the environment of a program, in its container | know the store |
 //!
 //! Around them: [`config`] (one YAML file), [`keyfile`] (the master key), [`start`] (lock, key, store, audit), [`run`] (the
 //! running vault and its tasks), [`cli`] and [`client`] (the command line over the admin socket), [`pages`], [`check`],
@@ -41,6 +42,7 @@ pub mod doors;
 pub mod fuzzing;
 pub mod grant;
 pub mod keyfile;
+pub mod launcher;
 pub mod pages;
 pub mod principal;
 pub mod run;

@@ -24,6 +24,8 @@ pub struct Health {
     pub rotation_failed: AtomicBool,
     /// The audit was changed from outside.
     pub audit_broken: AtomicBool,
+    /// The launcher is not in the folder that it is to be in.
+    pub launcher_missing: AtomicBool,
     /// The configuration that is there now is not the one that counts.
     pub config_refused: AtomicBool,
 }
@@ -41,6 +43,11 @@ impl Health {
             &self.audit_broken,
             "audit_broken",
             "the audit was changed from outside; see audit verify",
+        ));
+        problems.extend(set(
+            &self.launcher_missing,
+            "launcher_missing",
+            "the launcher is not in launcher.folder; see the log",
         ));
         problems.extend(set(
             &self.config_refused,

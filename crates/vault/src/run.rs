@@ -17,6 +17,7 @@ use tracing::{error, info, warn};
 use crate::config::Config;
 use crate::delivery::Delivery;
 use crate::doors::{admin, deliver};
+use crate::launcher;
 use crate::pages::{Health, VaultPages};
 use crate::start::{Opened, StartError, open};
 use crate::vault::Vault;
@@ -113,6 +114,9 @@ pub async fn run(
     let health = Arc::new(Health::default());
     // Before anybody knows that it runs: without it the signal ends the process.
     let hangup = signal(SignalKind::hangup()).map_err(|_| RunError::Task("configuration"))?;
+    if let Some(folder) = config.launcher.clone() {
+        put_launcher(folder, &health).await;
+    }
     greet(&config, &vault, &broken, &health);
 
     let rotated = Arc::new(Notify::new());
@@ -153,6 +157,22 @@ pub async fn run(
 async fn named(name: &'static str, work: impl Future<Output = ()>) -> &'static str {
     work.await;
     name
+}
+
+/// Without the launcher the vault does all else.
+async fn put_launcher(folder: PathBuf, health: &Health) {
+    let shown = folder.display().to_string();
+    match spawn_blocking(move || launcher::install(&folder)).await {
+        Ok(Ok(path)) => info!(path = %path.display(), "the launcher is in its place"),
+        Ok(Err(problem)) => {
+            error!(
+                "launcher.folder: {shown} cannot be written ({problem}): mount a volume there that belongs to uid {}, and start the vault again",
+                nix::unistd::geteuid()
+            );
+            health.launcher_missing.store(true, Ordering::Relaxed);
+        }
+        Err(problem) => error!("the launcher was not put in its place: {}", error_chain(&problem)),
+    }
 }
 
 fn greet(config: &Config, vault: &Vault, broken: &[crate::audit::Broken], health: &Health) {
@@ -273,12 +293,12 @@ async fn follow(
                     wanted.send_replace(Arc::new(config.deliveries.clone()));
                 }
                 let fixed = |config: &Config| {
-                    let Config { storage, master_key_file, audit, admin_socket, health, .. } = config;
-                    format!("{storage:?}{master_key_file:?}{audit:?}{admin_socket:?}{health:?}")
+                    let Config { storage, master_key_file, audit, admin_socket, health, launcher, .. } = config;
+                    format!("{storage:?}{master_key_file:?}{audit:?}{admin_socket:?}{health:?}{launcher:?}")
                 };
                 if fixed(&config) != fixed(&present) {
                     warn!(
-                        "took grants and deliveries only: storage, encryption, audit, admin and health count from the next start"
+                        "took grants and deliveries only: storage, encryption, audit, admin, launcher and health count from the next start"
                     );
                 }
                 (present.grants, present.deliveries) = (config.grants, config.deliveries);
