@@ -26,6 +26,7 @@ use tokio::time::timeout;
 
 use crate::config::{Config, ConfigErrors, Loaded};
 use crate::docker::DockerError;
+use crate::docker::Remedy as _;
 use crate::{logging, state};
 
 mod docker;

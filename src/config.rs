@@ -5,10 +5,10 @@
 //! Every mistake is reported at once ([`ConfigErrors`]); nothing has been started or written by then.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use dockflare_engine::{DockerHost, DockerTls};
 use dockflare_host::disk;
 use dockflare_host::logging;
 pub use dockflare_host::logging::{LogConfig, LogFormat};
@@ -32,7 +32,6 @@ use environment::environment;
 pub use image::ImageRef;
 pub(crate) use shown::Settings;
 pub use socket_proxy::{Listen, SocketProxyConfig};
-pub use tls::DockerTls;
 
 /// The agent's whole configuration, valid by construction.
 #[derive(Debug, Clone)]
@@ -141,27 +140,6 @@ pub enum OnExit {
     Remove,
     /// Left as it is.
     Keep,
-}
-
-/// Where the Docker Engine API is reached.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum DockerHost {
-    /// Path of a unix socket.
-    Unix(String),
-    /// `host:port` for plain HTTP.
-    Http(String),
-    /// TLS with a certificate on both sides.
-    Tls(DockerTls),
-}
-
-impl fmt::Display for DockerHost {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Unix(path) => write!(f, "unix://{path}"),
-            Self::Http(address) => write!(f, "tcp://{address}"),
-            Self::Tls(tls) => write!(f, "tcp://{} (TLS)", tls.address),
-        }
-    }
 }
 
 /// A configuration that can be used, and what the operator should know about it.

@@ -8,14 +8,12 @@
 //! without end, as labels, is read into little memory (`sieve`).
 
 use std::collections::{BTreeMap, HashMap};
-use std::future::Future;
-use std::path::Path;
-use std::sync::{Mutex, OnceLock};
+use std::sync::Mutex;
 use std::time::Duration;
 
-use bollard::errors::Error as EngineError;
 use bollard::models;
 use bollard::query_parameters as query;
+use dockflare_engine::{CHANGE_LIMIT, Client, READ_LIMIT, absent_is_none, limited};
 use futures_util::{Stream, StreamExt, TryStreamExt};
 use tokio::time::timeout;
 
@@ -28,15 +26,16 @@ mod goodbye;
 #[cfg(test)]
 mod hostile;
 mod permissions;
-mod read;
-mod sieve;
 mod spec;
-mod transport;
 mod types;
 pub(crate) use dialect::EVENT_ACTIONS;
 pub use error::DockerError;
+#[cfg(test)]
 pub(crate) use error::OWN_REFUSAL;
+#[cfg(test)]
+pub(crate) use error::Samples;
 use error::*;
+pub(crate) use error::{Remedy, silent};
 pub(crate) use goodbye::Parting;
 pub(crate) use permissions::{Engine, Gate, OWN_PROXY, Registry, Surplus};
 pub(crate) use spec::{
@@ -50,35 +49,27 @@ pub(crate) use types::{JOINED, Placed};
 /// A Docker Engine, or the part of it that a socket proxy lets through.
 #[derive(Debug)]
 pub struct Docker {
-    host: DockerHost,
-    /// Made at the first use, since the client library refuses a socket that is not there yet.
-    client: OnceLock<bollard::Docker>,
+    client: Client,
     /// Whether this project's own socket proxy answered last, where that was seen. No await happens under it.
     own_proxy: Mutex<Option<bool>>,
 }
 
 type Result<T> = std::result::Result<T, DockerError>;
 
-/// For calls that read.
-const READ_LIMIT: Duration = Duration::from_secs(20);
-/// For calls that change something: a busy Engine takes its time to set up a container.
-const CHANGE_LIMIT: Duration = Duration::from_secs(60);
 /// Longest silence of a pull before it counts as stuck.
 const PULL_SILENCE: Duration = Duration::from_secs(120);
 /// The kinds of things whose events are asked for.
 pub(crate) const EVENT_TYPES: [&str; 2] = ["container", "network"];
-/// Longer than any limit above, so that ours is the one that counts: theirs covers the headers only.
-const CLIENT_TIMEOUT_SECONDS: u64 = 3600;
 
 impl Docker {
     /// Nothing is asked of Docker yet.
     pub fn new(host: DockerHost) -> Self {
-        Self { host, client: OnceLock::new(), own_proxy: Mutex::new(None) }
+        Self { client: Client::new(host), own_proxy: Mutex::new(None) }
     }
 
     /// The address, for the log.
     pub fn host(&self) -> &DockerHost {
-        &self.host
+        self.client.host()
     }
 
     /// Running containers that carry one of the two keys, whatever its value: the filter compares exactly.
@@ -89,7 +80,7 @@ impl Docker {
         let mut found = BTreeMap::new();
         // Filters of one kind must all hold, so each key is a listing of its own.
         for key in keys {
-            for container in self.listed(false, Some(key)).await? {
+            for container in self.client.listed(LIST, false, Some(key)).await? {
                 let container = Container::from(container);
                 found.insert(container.id.clone(), container);
             }
@@ -102,7 +93,7 @@ impl Docker {
     /// # Errors
     /// As all calls.
     pub(crate) async fn list_made(&self) -> Result<Vec<Container>> {
-        Ok(self.listed(true, Some(OWNER_LABEL.0)).await?.into_iter().map(Container::from).collect())
+        Ok(self.client.listed(LIST, true, Some(OWNER_LABEL.0)).await?.into_iter().map(Container::from).collect())
     }
 
     /// All running containers, whosever they are.
@@ -110,7 +101,7 @@ impl Docker {
     /// # Errors
     /// An answer that is not whole is an error, never a short list.
     pub async fn list_running(&self) -> Result<Vec<Container>> {
-        Ok(self.listed(false, None).await?.into_iter().map(Container::from).collect())
+        Ok(self.client.listed(LIST, false, None).await?.into_iter().map(Container::from).collect())
     }
 
     /// Where the running containers are that carry one of the two keys.
@@ -120,7 +111,7 @@ impl Docker {
     pub(crate) async fn placed_with_label_keys(&self, keys: &[&str]) -> Result<Vec<Placed>> {
         let mut found = Vec::new();
         for key in keys {
-            found.extend(self.listed(false, Some(key)).await?.into_iter().map(Placed::from));
+            found.extend(self.client.listed(LIST, false, Some(key)).await?.into_iter().map(Placed::from));
         }
         Ok(found)
     }
@@ -130,8 +121,7 @@ impl Docker {
     /// # Errors
     /// When it does not.
     pub async fn ping(&self) -> Result<()> {
-        let docker = self.client(PING)?;
-        limited(PING, READ_LIMIT, docker.ping()).await.map(drop)
+        self.client.ping(PING).await
     }
 
     /// What Engine this is.
@@ -139,7 +129,7 @@ impl Docker {
     /// # Errors
     /// As all calls.
     pub async fn version(&self) -> Result<Version> {
-        let docker = self.client(VERSION)?;
+        let docker = self.client.library(VERSION)?;
         limited(VERSION, READ_LIMIT, docker.version()).await.map(Version::from)
     }
 
@@ -149,7 +139,8 @@ impl Docker {
     /// # Errors
     /// When Docker cannot be called at all; what happens to the stream comes out of the stream.
     pub fn events(&self, since: Option<String>) -> Result<impl Stream<Item = Result<Event>> + use<>> {
-        self.told(since.as_deref(), &EVENT_TYPES, &EVENT_ACTIONS)
+        let told = self.client.told(EVENTS, since.as_deref(), &EVENT_TYPES, &EVENT_ACTIONS)?;
+        Ok(told.map_ok(Event::from))
     }
 
     /// A container by name or id; `None` when there is none.
@@ -157,7 +148,7 @@ impl Docker {
     /// # Errors
     /// As all calls.
     pub async fn inspect(&self, name: &str) -> Result<Option<Inspected>> {
-        Ok(absent_is_none(self.inspected(name).await)?.map(Inspected::from))
+        Ok(absent_is_none(self.client.inspected(INSPECT, name).await)?.map(Inspected::from))
     }
 
     /// The first lines that a container wrote from this second of 1970 on, both streams, at most `lines`.
@@ -179,7 +170,7 @@ impl Docker {
     async fn log(&self, id: &str, since: i64, tail: String, most: usize) -> Result<Vec<String>> {
         let since = i32::try_from(since).unwrap_or_default();
         let options = query::LogsOptions { stdout: true, stderr: true, since, tail, ..Default::default() };
-        let lines = self.client(LOGS)?.logs(id, Some(options)).take(most);
+        let lines = self.client.library(LOGS)?.logs(id, Some(options)).take(most);
         let lines = lines.map_ok(|line| one_line(&String::from_utf8_lossy(&line.into_bytes())));
         limited(LOGS, READ_LIMIT, lines.try_collect()).await
     }
@@ -189,7 +180,7 @@ impl Docker {
     /// # Errors
     /// As all calls.
     pub async fn has_network(&self, name: &str) -> Result<bool> {
-        let docker = self.client(NETWORK)?;
+        let docker = self.client.library(NETWORK)?;
         let found = limited(NETWORK, READ_LIMIT, docker.inspect_network(name, None)).await;
         Ok(absent_is_none(found)?.is_some())
     }
@@ -199,7 +190,7 @@ impl Docker {
     /// # Errors
     /// As all calls.
     pub async fn create_network(&self, name: &str, internal: bool, labels: &BTreeMap<String, String>) -> Result<()> {
-        let docker = self.client(NEW_NETWORK)?;
+        let docker = self.client.library(NEW_NETWORK)?;
         let request = models::NetworkCreateRequest {
             name: name.to_owned(),
             driver: Some("bridge".to_owned()),
@@ -218,7 +209,7 @@ impl Docker {
     /// # Errors
     /// As all calls.
     pub async fn has_image(&self, image: &ImageRef) -> Result<bool> {
-        let docker = self.client(IMAGE)?;
+        let docker = self.client.library(IMAGE)?;
         let found = limited(IMAGE, READ_LIMIT, docker.inspect_image(&image.to_string())).await;
         Ok(absent_is_none(found)?.is_some())
     }
@@ -228,7 +219,7 @@ impl Docker {
     /// # Errors
     /// As all calls; [`DockerError::TimedOut`] when nothing moves for two minutes.
     pub async fn pull(&self, image: &ImageRef, mut progress: impl FnMut(u64, u64)) -> Result<()> {
-        let docker = self.client(PULL)?;
+        let docker = self.client.library(PULL)?;
         let options = query::CreateImageOptions {
             from_image: Some(image.repository().to_owned()),
             tag: Some(image.tag_or_digest().to_owned()),
@@ -257,7 +248,7 @@ impl Docker {
     /// # Errors
     /// [`DockerError::Conflict`] when the name is taken, [`DockerError::NotFound`] when the image is missing.
     pub async fn create(&self, name: &str, spec: &Spec) -> Result<String> {
-        let docker = self.client(CREATE)?;
+        let docker = self.client.library(CREATE)?;
         let options = query::CreateContainerOptions { name: Some(name.to_owned()), ..Default::default() };
         limited(CREATE, CHANGE_LIMIT, docker.create_container(Some(options), spec.body())).await.map(|made| made.id)
     }
@@ -267,8 +258,7 @@ impl Docker {
     /// # Errors
     /// [`DockerError::NotFound`] also when its network is gone.
     pub async fn start(&self, id: &str) -> Result<()> {
-        let docker = self.client(START)?;
-        limited(START, CHANGE_LIMIT, docker.start_container(id, None)).await
+        self.client.start(START, id).await
     }
 
     /// Stops a container, with SIGKILL after `grace`; its not running is a success, as is its not being there.
@@ -276,7 +266,7 @@ impl Docker {
     /// # Errors
     /// As all calls.
     pub async fn stop(&self, id: &str, grace: Duration) -> Result<()> {
-        self.stop_as(STOP, id, Some(grace)).await
+        self.client.stop(STOP, id, Some(grace), Duration::ZERO).await
     }
 
     /// Stops the agent's own container with the time-out it was created with. Rarely returns.
@@ -284,15 +274,7 @@ impl Docker {
     /// # Errors
     /// As all calls.
     pub async fn stop_self(&self, id: &str) -> Result<()> {
-        self.stop_as(SELF_STOP, id, None).await
-    }
-
-    async fn stop_as(&self, call: Call, id: &str, grace: Option<Duration>) -> Result<()> {
-        let docker = self.client(call)?;
-        let seconds = grace.and_then(|grace| i32::try_from(grace.as_secs()).ok());
-        let options = query::StopContainerOptions { t: seconds, ..Default::default() };
-        let limit = CHANGE_LIMIT + grace.unwrap_or_default();
-        absent_is_none(limited(call, limit, docker.stop_container(id, Some(options))).await).map(drop)
+        self.client.stop(SELF_STOP, id, None, Duration::ZERO).await
     }
 
     /// Stops a container as it was made to be stopped: with SIGKILL after its own time-out.
@@ -300,9 +282,7 @@ impl Docker {
     /// # Errors
     /// As all calls.
     pub(crate) async fn stop_as_made(&self, id: &str) -> Result<()> {
-        let docker = self.client(STOP)?;
-        let stopped = docker.stop_container(id, Some(query::StopContainerOptions::default()));
-        absent_is_none(limited(STOP, CHANGE_LIMIT + Duration::from_secs(MOST_PATIENCE), stopped).await).map(drop)
+        self.client.stop(STOP, id, None, Duration::from_secs(MOST_PATIENCE)).await
     }
 
     /// Restarts a container, with SIGKILL after `grace`.
@@ -310,9 +290,7 @@ impl Docker {
     /// # Errors
     /// As all calls.
     pub async fn restart(&self, id: &str, grace: Duration) -> Result<()> {
-        let docker = self.client(RESTART)?;
-        let options = query::RestartContainerOptions { t: i32::try_from(grace.as_secs()).ok(), ..Default::default() };
-        limited(RESTART, CHANGE_LIMIT + grace, docker.restart_container(id, Some(options))).await
+        self.client.restart(RESTART, id, Some(grace), Duration::ZERO).await
     }
 
     /// Gives a container another name.
@@ -320,7 +298,7 @@ impl Docker {
     /// # Errors
     /// [`DockerError::Conflict`] when the name is taken.
     pub async fn rename(&self, id: &str, to: &str) -> Result<()> {
-        let docker = self.client(RENAME)?;
+        let docker = self.client.library(RENAME)?;
         let options = query::RenameContainerOptions { name: to.to_owned() };
         limited(RENAME, CHANGE_LIMIT, docker.rename_container(id, options)).await
     }
@@ -343,7 +321,7 @@ impl Docker {
     }
 
     async fn connect_as(&self, alias: &str, network: &str, id: &str) -> Result<()> {
-        let docker = self.client(CONNECT)?;
+        let docker = self.client.library(CONNECT)?;
         let endpoint = models::EndpointSettings { aliases: Some(vec![alias.to_owned()]), ..Default::default() };
         let request = models::NetworkConnectRequest { container: id.to_owned(), endpoint_config: Some(endpoint) };
         match limited(CONNECT, CHANGE_LIMIT, docker.connect_network(network, request)).await {
@@ -358,7 +336,7 @@ impl Docker {
     /// # Errors
     /// As all calls.
     pub async fn disconnect(&self, network: &str, id: &str) -> Result<()> {
-        let docker = self.client(DISCONNECT)?;
+        let docker = self.client.library(DISCONNECT)?;
         let request = models::NetworkDisconnectRequest { container: id.to_owned(), ..Default::default() };
         match limited(DISCONNECT, CHANGE_LIMIT, docker.disconnect_network(network, request)).await {
             Ok(()) | Err(DockerError::NotFound { .. }) => Ok(()),
@@ -376,55 +354,9 @@ impl Docker {
     /// # Errors
     /// As all calls.
     pub async fn remove(&self, id: &str) -> Result<()> {
-        let docker = self.client(REMOVE)?;
+        let docker = self.client.library(REMOVE)?;
         let options = query::RemoveContainerOptions { force: true, ..Default::default() };
         absent_is_none(limited(REMOVE, CHANGE_LIMIT, docker.remove_container(id, Some(options))).await).map(drop)
-    }
-
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "a socket's folder is of this host, and the client library looks itself"
-    )]
-    fn client(&self, call: Call) -> Result<&bollard::Docker> {
-        if let Some(client) = self.client.get() {
-            return Ok(client);
-        }
-        let version = bollard::API_DEFAULT_VERSION;
-        let made = match &self.host {
-            DockerHost::Unix(path) if !Path::new(path).exists() => {
-                return Err(DockerError::Unreachable { call, problem: format!("there is no socket at {path}") });
-            }
-            DockerHost::Unix(path) => bollard::Docker::connect_with_unix(path, CLIENT_TIMEOUT_SECONDS, version),
-            DockerHost::Http(address) => bollard::Docker::connect_with_http(address, CLIENT_TIMEOUT_SECONDS, version),
-            DockerHost::Tls(tls) => bollard::Docker::connect_with_custom_transport(
-                transport::custom(tls.clone()),
-                Some(format!("http://{}", tls.address)),
-                CLIENT_TIMEOUT_SECONDS,
-                version,
-            ),
-        };
-        let made = made.map_err(|error| sort(call, error))?;
-        Ok(self.client.get_or_init(|| made))
-    }
-}
-
-/// Waits for a whole answer, up to a limit.
-async fn limited<T>(
-    call: Call,
-    limit: Duration,
-    answer: impl Future<Output = std::result::Result<T, EngineError>>,
-) -> Result<T> {
-    match timeout(limit, answer).await {
-        Ok(answer) => answer.map_err(|error| sort(call, error)),
-        Err(_) => Err(DockerError::TimedOut { call, limit }),
-    }
-}
-
-fn absent_is_none<T>(answer: Result<T>) -> Result<Option<T>> {
-    match answer {
-        Ok(found) => Ok(Some(found)),
-        Err(DockerError::NotFound { .. }) => Ok(None),
-        Err(error) => Err(error),
     }
 }
 

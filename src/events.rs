@@ -28,6 +28,7 @@ use tracing::{debug, info, warn};
 
 use crate::channels::{Change, Inventory};
 use crate::concerns::Concerns;
+use crate::docker::Remedy as _;
 use crate::docker::{self, Action, Container, Docker, DockerError, Event};
 use crate::labels::{self, ENABLE_KEYS, Excess, REPORT_BYTES, is_enabled, may_leave};
 use crate::metrics::Metrics;

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 
-/// A container counts when one of these says yes.
-pub(crate) const ENABLE_KEYS: [&str; 2] = ["dockflare.enable", "cloudflare.tunnel.enable"];
+/// Where the bounds are, since what is beyond them is not even read.
+pub(crate) use dockflare_engine::sieve::{CONTAINER_BYTES, ENABLE_KEYS, KEY_BYTES, LABELS, REPORT_BYTES, VALUE_BYTES};
+
 const YES: [&str; 4] = ["true", "1", "t", "yes"];
 
 /// What may leave the host of a container's labels.
@@ -61,15 +62,6 @@ pub(crate) fn nearly(labels: &BTreeMap<String, String>) -> Option<Nearly<'_>> {
 fn plain(text: &str) -> String {
     text.trim_matches(|c: char| c.is_whitespace() || c == '"' || c == '\'').to_ascii_lowercase()
 }
-
-/// Bytes of a label's key, and of its value: what masters are known to take.
-pub(crate) const KEY_BYTES: usize = 256;
-pub(crate) const VALUE_BYTES: usize = 4096;
-/// Of one container: how many of its labels are looked at, and their bytes.
-pub(crate) const LABELS: usize = 256;
-pub(crate) const CONTAINER_BYTES: usize = 64 << 10;
-/// Of all containers together.
-pub(crate) const REPORT_BYTES: usize = 2 << 20;
 
 /// Labels that are beyond a bound and left out.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -75,7 +75,6 @@ mod labels;
 pub mod master;
 pub mod metrics;
 pub mod neighbours;
-mod orphan;
 pub mod page;
 pub mod registration;
 pub mod reports;
@@ -297,7 +296,7 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
         ended = &mut tunnel => return Err(broken("tunnel", ended)),
         ended = &mut events => return Err(broken("events", ended)),
         ended = &mut neighbours => return Err(broken("neighbours", ended)),
-        path = orphan::orphaned(docker.host().clone()) => return Err(RunError::Orphaned(path)),
+        path = dockflare_engine::orphaned(docker.host().clone()) => return Err(RunError::Orphaned(path)),
         ended = async { match &mut page { Some(page) => page.await, None => std::future::pending().await } } => {
             return Err(broken("page", ended));
         }

@@ -22,6 +22,7 @@ use tracing::{info, warn};
 
 use crate::channels::{Inventory, View, Wanted, Ways};
 use crate::config::TunnelConfig;
+use crate::docker::Remedy as _;
 use crate::docker::{Container, Docker, DockerError, Inspected};
 use crate::labels::{Nearly, nearly};
 use crate::pulse::rest;
@@ -365,7 +366,7 @@ mod tests {
     fn a_failure_about_one_container_is_set_aside_and_silence_ends_the_look() {
         let mut failures = Failures::default();
         assert_eq!(failures.set_aside(Ok(1)), Ok(Some(1)));
-        let away = DockerError::silent();
+        let away = crate::docker::silent();
         assert_eq!(failures.set_aside::<()>(Err(away.clone())), Err(away));
         assert_eq!(failures.first, None);
     }

@@ -2,6 +2,7 @@
 
 use super::{CONTAINERS, DOCKER, Section, TUNNEL, tunnel};
 use crate::config::{Config, DockerHost};
+use crate::docker::Remedy as _;
 use crate::docker::{Docker, Engine, Gate, Registry, Surplus};
 use crate::state::Folder;
 

@@ -10,7 +10,7 @@ use reqwest::Url;
 use reqwest::header::HeaderValue;
 
 use super::tls::Certificates;
-use super::{DEFAULT_IMAGE, DockerHost, DockerTls, ImageRef, PageAddress, Raw, Secret, read_secret_file, shown_file};
+use super::{DEFAULT_IMAGE, DockerHost, ImageRef, PageAddress, Raw, Secret, read_secret_file, shown_file};
 
 /// Collects what is wrong or odd while the variables are read.
 #[derive(Default)]
@@ -174,7 +174,7 @@ impl Check {
                         }
                         return (self.errors.len() == errors).then(|| DockerHost::Http(format!("{host}:{port}")));
                     };
-                    return match DockerTls::new(host, port, certificates?) {
+                    return match certificates?.with(host, port) {
                         Ok(tls) => Some(DockerHost::Tls(tls)),
                         Err(problem) => {
                             self.error(format!("DOCKER_CERT_PATH: {problem}"));

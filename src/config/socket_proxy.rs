@@ -1,8 +1,9 @@
 //! The settings of the socket proxy: where it listens and which Docker it opens. Its policy comes from the same
 //! variables as the agent's tunnel; it needs neither master nor key.
 
-use std::fmt;
 use std::net::SocketAddr;
+
+pub use dockflare_engine::proxy::listen::Listen;
 
 use super::check::{Check, without_secrets};
 use super::{ConfigErrors, DockerHost, LogConfig, Raw, TunnelConfig, from_environment, log, tunnel};
@@ -18,24 +19,6 @@ pub struct SocketProxyConfig {
     pub tunnel: TunnelConfig,
     /// What is logged, how, and in which time zone.
     pub log: LogConfig,
-}
-
-/// Where the socket proxy listens.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Listen {
-    /// Path of a unix socket that it makes.
-    Unix(String),
-    /// An address of this host, plain HTTP.
-    Tcp(SocketAddr),
-}
-
-impl fmt::Display for Listen {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Unix(path) => write!(f, "unix://{path}"),
-            Self::Tcp(address) => write!(f, "tcp://{address}"),
-        }
-    }
 }
 
 /// In a folder of its own, which is what a volume shares between the two containers.

@@ -2,10 +2,10 @@
 //! has signed Docker's certificate, and with `cert.pem` and `key.pem`, by which Docker knows us. Only that authority
 //! counts: not those of the system.
 
-use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
+use dockflare_engine::DockerTls;
 use dockflare_host::disk;
 use rustls::crypto::ring;
 use rustls::pki_types::pem::PemObject;
@@ -14,15 +14,6 @@ use rustls::{ClientConfig, RootCertStore};
 
 /// A chain of certificates has some kilobytes.
 const MOST_BYTES: u64 = 1 << 20;
-
-/// Where Docker is, and how the two know each other.
-#[derive(Clone)]
-pub struct DockerTls {
-    /// `host:port`.
-    pub address: String,
-    pub(crate) name: ServerName<'static>,
-    pub(crate) config: Arc<ClientConfig>,
-}
 
 /// What the folder holds.
 pub(super) struct Certificates {
@@ -58,31 +49,18 @@ impl Certificates {
     }
 }
 
-impl DockerTls {
-    pub(super) fn new(host: &str, port: u16, certificates: Certificates) -> Result<Self, String> {
+impl Certificates {
+    /// What a connection to this address needs.
+    pub(super) fn with(self, host: &str, port: u16) -> Result<DockerTls, String> {
         let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned())
             .map_err(|_| format!("{host} is no name that a certificate could be for"))?;
-        let Certificates { roots, chain, key } = certificates;
+        let Self { roots, chain, key } = self;
         let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
             .with_safe_default_protocol_versions()
             .map_err(|error| error.to_string())?
             .with_root_certificates(roots)
             .with_client_auth_cert(chain, key)
             .map_err(|error| format!("cert.pem and key.pem cannot be used together: {error}"))?;
-        Ok(Self { address: format!("{host}:{port}"), name, config: Arc::new(config) })
+        Ok(DockerTls { address: format!("{host}:{port}"), name, config: Arc::new(config) })
     }
 }
-
-impl fmt::Debug for DockerTls {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DockerTls").field("address", &self.address).finish_non_exhaustive()
-    }
-}
-
-impl PartialEq for DockerTls {
-    fn eq(&self, other: &Self) -> bool {
-        self.address == other.address && Arc::ptr_eq(&self.config, &other.config)
-    }
-}
-
-impl Eq for DockerTls {}

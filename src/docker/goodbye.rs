@@ -4,6 +4,7 @@ use std::pin::Pin;
 use std::sync::PoisonError;
 use std::time::Duration;
 
+use dockflare_engine::transport;
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Bytes;
 use hyper::header::{HOST, SERVER};
@@ -71,7 +72,7 @@ impl Docker {
             path = format!("{path}&agents={}", ids.join(","));
         }
         let said = async {
-            match &self.host {
+            match self.host() {
                 DockerHost::Unix(socket) => {
                     let stream = UnixStream::connect(socket).await.map_err(|error| last_cause(&error))?;
                     say(stream, "docker", &path).await
@@ -81,7 +82,7 @@ impl Docker {
                     say(stream, address, &path).await
                 }
                 DockerHost::Tls(tls) => {
-                    let stream = super::transport::shaken(tls).await.map_err(|error| last_cause(&error))?;
+                    let stream = transport::shaken(tls).await.map_err(|error| last_cause(&error))?;
                     say(stream, &tls.address, &path).await
                 }
             }

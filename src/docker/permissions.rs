@@ -9,6 +9,7 @@
 use std::time::Duration;
 
 use bollard::models;
+use dockflare_engine::transport;
 use futures_util::{StreamExt, stream};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
@@ -18,7 +19,7 @@ use serde::Deserialize;
 use tokio::time::timeout;
 
 use super::error::*;
-use super::{Docker, DockerError, Result, Version, transport};
+use super::{Docker, DockerError, Result, Version};
 use crate::config::{DockerHost, ImageRef};
 
 /// For one of these requests: Docker refuses most of them without looking anything up.
@@ -245,7 +246,7 @@ impl Docker {
     /// One request on a connection of its own.
     async fn ask(&self, call: Call, limit: Duration, method: Method, path: &str, body: &str) -> Result<Answer> {
         let answered = timeout(limit, async {
-            let asked = exchange(&self.host, method, path, body).await;
+            let asked = exchange(self.host(), method, path, body).await;
             asked.map_err(|problem| DockerError::Unreachable { call, problem })
         });
         let answer = answered.await.unwrap_or(Err(DockerError::TimedOut { call, limit }))?;

@@ -14,6 +14,7 @@ use super::host::Host;
 use super::probe::{Facts, Readiness};
 use crate::channels::{OwnContainer, Traffic};
 use crate::config::ImageRef;
+use crate::docker::Samples as _;
 use crate::docker::{
     Container, DockerError, Endpoint, Health, Inspected, JOINED, LastCheck, METRICS_LABEL, MetricsPlace, Parting,
     RunState, SPEC_LABEL, Spec,

@@ -84,7 +84,7 @@ impl<H: Host> Supervisor<H> {
     async fn leave_one(&self, slot: Slot, whose: Whose<'_>, keep: bool) {
         let name = self.name(slot);
         let looked = timeout(LAST_STEP_LIMIT, self.host.inspect(&name)).await;
-        let found = match looked.unwrap_or_else(|_| Err(DockerError::silent())) {
+        let found = match looked.unwrap_or_else(|_| Err(crate::docker::silent())) {
             Ok(Some(found)) if plan::owner(&found, whose) == Owner::Agent => found,
             Ok(_) => return,
             Err(error) => {

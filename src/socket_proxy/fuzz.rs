@@ -1,8 +1,9 @@
 //! For the fuzz targets, see [`crate::fuzzing`]: whatever comes in, what is let through is what was written here.
 
+use dockflare_engine::proxy::Head;
+
 use super::create;
 use super::plan::{Call, Policy, plan};
-use super::request::Head;
 use crate::config::SocketProxyConfig;
 use crate::docker::Spec;
 

@@ -2,12 +2,12 @@
 //! and then means it by the id that was seen, so that nothing can be put under its name in between.
 
 use std::collections::BTreeSet;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::{Stream, StreamExt, future, stream};
-use serde_json::{Value, json};
+use dockflare_engine::proxy::{Answer, Failure};
+use futures_util::{StreamExt, future, stream};
+use serde_json::json;
 use tokio::sync::{Mutex, watch};
 use tokio::time::timeout;
 
@@ -17,35 +17,8 @@ use crate::docker::{Docker, DockerError, Endpoint, Inspected, RunState, owner_la
 use crate::health::{Owner, Whose, is_own, owner};
 use crate::labels::{ENABLE_KEYS, is_enabled};
 
-/// What goes back.
-pub(super) enum Answer {
-    /// Status and a JSON body.
-    Json(u16, Value),
-    /// 204.
-    Done,
-    /// 200 with these bytes.
-    Bytes(&'static str, Vec<u8>),
-    /// 200 and one JSON value after another. An error ends it as a cut would.
-    Stream(Pin<Box<dyn Stream<Item = Result<Value, DockerError>> + Send>>),
-}
-
 /// Docker refuses a subscription at once, or not at all.
 const REFUSAL_LIMIT: Duration = Duration::from_millis(50);
-
-/// Why a call was not made, or what became of it.
-pub(super) enum Failure {
-    /// By the rule of this name, which needs a look at Docker.
-    Refused(&'static str),
-    /// There is no such container.
-    Absent(String),
-    Docker(DockerError),
-}
-
-impl From<DockerError> for Failure {
-    fn from(error: DockerError) -> Self {
-        Self::Docker(error)
-    }
-}
 
 /// Held by whoever makes a network.
 static MAKING_A_NETWORK: Mutex<()> = Mutex::const_new(());
@@ -70,7 +43,7 @@ async fn new_network(docker: &Arc<Docker>, policy: &Policy, name: String) -> Res
         Ok(Ok(None)) => Ok(there),
         Ok(Err(error)) => Err(error.into()),
         // Only the end of the runtime ends it.
-        Err(_) => Err(Failure::Docker(DockerError::silent())),
+        Err(_) => Err(Failure::Docker(crate::docker::silent())),
     }
 }
 

@@ -7,11 +7,11 @@
 
 use std::collections::BTreeMap;
 
+use dockflare_engine::proxy::{Head, Method, Planned, Refusal};
 use serde::Deserialize;
 
 use super::create;
 use super::lease::{LONGEST, MOST_AGENTS};
-use super::request::{Head, Method, Refusal};
 use crate::config::{MOST_PATIENCE, TunnelConfig};
 use crate::docker::{EVENT_ACTIONS, EVENT_TYPES, Inspected, MetricsPlace, NAME_LABEL, OWNER_LABEL, Spec};
 use crate::labels::ENABLE_KEYS;
@@ -124,13 +124,6 @@ pub(super) enum Call {
     },
 }
 
-/// A call and the template of the route that it came by, for the log.
-#[derive(Debug)]
-pub(super) struct Planned {
-    pub(super) route: &'static str,
-    pub(super) call: Call,
-}
-
 /// A route, with what its path names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Route<'a> {
@@ -226,7 +219,7 @@ pub(super) fn admits(head: &Head) -> Result<Route<'_>, Refusal> {
 }
 
 /// The call that a request may be. Its body is as long as its head says.
-pub(super) fn plan(policy: &Policy, head: &Head, body: &[u8]) -> Result<Planned, Refusal> {
+pub(super) fn plan(policy: &Policy, head: &Head, body: &[u8]) -> Result<Planned<Call>, Refusal> {
     let route = admits(head)?;
     let refused = |rule| Refusal { status: 403, route: route.template(), rule };
     let call = call(policy, route, head, body).map_err(refused)?;

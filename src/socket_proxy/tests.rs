@@ -9,10 +9,7 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 use tokio::net::TcpListener;
 
-use super::plan::{Call, Planned, Policy, Subject, plan};
-use super::refusals::Refusals;
-use super::request::Head;
-use super::server::Service;
+use super::plan::{Call, Policy, Subject, plan};
 use super::*;
 use crate::config::SocketProxyConfig;
 use crate::docker::{METRICS_LABEL, MetricsPlace, REDEPLOY_LABEL, Spec, TUNNEL_LABEL, owner_labels};
@@ -262,7 +259,7 @@ fn all_attacks() -> Vec<attacks::Attack> {
 }
 
 /// Sends these bytes to the service and gives all that it answers.
-async fn answer_to(service: &Service, bytes: &[u8]) -> String {
+async fn answer_to(service: &Service<AgentProxy>, bytes: &[u8]) -> String {
     let (mut client, server) = duplex(1 << 20);
     client.write_all(bytes).await.unwrap();
     let talk = async {
@@ -278,13 +275,9 @@ async fn answer_to(service: &Service, bytes: &[u8]) -> String {
     answer
 }
 
-fn service(docker: crate::docker::Docker) -> Service {
-    Service {
-        docker: Arc::new(docker),
-        policy: policy(),
-        refusals: Refusals::new(),
-        leases: Leases::open("dockflare-agent-tunnel", None),
-    }
+fn service(docker: crate::docker::Docker) -> Service<AgentProxy> {
+    let leases = Leases::open("dockflare-agent-tunnel", None);
+    Service { proxy: AgentProxy { docker: Arc::new(docker), policy: policy(), leases }, refusals: Refusals::default() }
 }
 
 #[tokio::test]
@@ -389,7 +382,8 @@ async fn a_goodbye_is_answered_when_it_is_on_disk_lasts_until_the_agent_goes_and
     let (docker, requests) = recorder().await;
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("docker.sock.lease");
-    let service = Service { leases: Leases::open("dockflare-agent-tunnel", Some(path.clone())), ..service(docker) };
+    let mut service = service(docker);
+    service.proxy.leases = Leases::open("dockflare-agent-tunnel", Some(path.clone()));
     let (mut client, server) = duplex(1 << 16);
     client.write_all(b"POST /dockflare/goodbye?lease=60 HTTP/1.1\r\nHost: d\r\n\r\n").await.unwrap();
     let talk = async {

@@ -1,12 +1,16 @@
-//! The calls that read what people have written, labels above all: made without the client library, which holds a
-//! whole answer in memory, however large. A connection each, and the answer through a [`Sieve`].
+//! The calls. Those that read what people have written, labels above all, are made without the client library, which
+//! holds a whole answer in memory, however large: a connection each, and the answer through a [`Sieve`].
 
 use std::collections::HashMap;
+use std::future::Future;
 use std::io;
+use std::path::Path;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use bollard::errors::Error as EngineError;
 use bollard::models;
+use bollard::query_parameters as query;
 use futures_util::{Stream, StreamExt, stream};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::body::{Bytes, Incoming};
@@ -21,10 +25,25 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use super::error::*;
-use super::sieve::Sieve;
-use super::{Docker, DockerError, Event, READ_LIMIT, Result, transport};
-use crate::config::DockerHost;
+use crate::address::DockerHost;
+use crate::error::{Call, last_cause, sort};
+use crate::sieve::Sieve;
+use crate::{DockerError, Result, transport};
+
+/// For calls that read.
+pub const READ_LIMIT: Duration = Duration::from_secs(20);
+/// For calls that change something: a busy Engine takes its time to set up a container.
+pub const CHANGE_LIMIT: Duration = Duration::from_secs(60);
+/// Longer than any limit above, so that ours is the one that counts: theirs covers the headers only.
+const CLIENT_TIMEOUT_SECONDS: u64 = 3600;
+
+/// A Docker Engine, or the part of it that a socket proxy lets through. Each call is given the words for its errors.
+#[derive(Debug)]
+pub struct Client {
+    host: DockerHost,
+    /// Made at the first use, since the client library refuses a socket that is not there yet.
+    library: OnceLock<bollard::Docker>,
+}
 
 /// What Docker says of a call that it does not carry out.
 const MESSAGE_BYTES: usize = 64 << 10;
@@ -43,43 +62,115 @@ impl Drop for Answer {
     }
 }
 
-impl Docker {
+impl Client {
+    /// Nothing is asked of Docker yet.
+    pub fn new(host: DockerHost) -> Self {
+        Self { host, library: OnceLock::new() }
+    }
+
+    /// The address, for the log.
+    pub fn host(&self) -> &DockerHost {
+        &self.host
+    }
+
+    /// Whether Docker answers.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub async fn ping(&self, call: Call) -> Result<()> {
+        let docker = self.library(call)?;
+        limited(call, READ_LIMIT, docker.ping()).await.map(drop)
+    }
+
+    /// Starts a container; its running already is a success.
+    ///
+    /// # Errors
+    /// [`DockerError::NotFound`] also when its network is gone.
+    pub async fn start(&self, call: Call, id: &str) -> Result<()> {
+        let docker = self.library(call)?;
+        limited(call, CHANGE_LIMIT, docker.start_container(id, None)).await
+    }
+
+    /// Stops a container, with SIGKILL after `grace`, or after its own time-out, for which `most` is waited besides;
+    /// its not running is a success, as is its not being there.
+    ///
+    /// # Errors
+    /// As all calls.
+    pub async fn stop(&self, call: Call, id: &str, grace: Option<Duration>, most: Duration) -> Result<()> {
+        let docker = self.library(call)?;
+        let seconds = grace.and_then(|grace| i32::try_from(grace.as_secs()).ok());
+        let options = query::StopContainerOptions { t: seconds, ..Default::default() };
+        let limit = CHANGE_LIMIT + grace.unwrap_or(most);
+        absent_is_none(limited(call, limit, docker.stop_container(id, Some(options))).await).map(drop)
+    }
+
+    /// Restarts a container, with SIGKILL after `grace`, or after its own time-out, for which `most` is waited besides.
+    ///
+    /// # Errors
+    /// As all calls.
+    pub async fn restart(&self, call: Call, id: &str, grace: Option<Duration>, most: Duration) -> Result<()> {
+        let docker = self.library(call)?;
+        let seconds = grace.and_then(|grace| i32::try_from(grace.as_secs()).ok());
+        let options = query::RestartContainerOptions { t: seconds, ..Default::default() };
+        limited(call, CHANGE_LIMIT + grace.unwrap_or(most), docker.restart_container(id, Some(options))).await
+    }
+
+    /// Sends a signal such as `SIGHUP` to a container's first process.
+    ///
+    /// # Errors
+    /// [`DockerError::Conflict`] when it does not run.
+    pub async fn kill(&self, call: Call, id: &str, signal: &str) -> Result<()> {
+        let docker = self.library(call)?;
+        let options = query::KillContainerOptions { signal: signal.to_owned() };
+        limited(call, CHANGE_LIMIT, docker.kill_container(id, Some(options))).await
+    }
+
     /// `GET /containers/json`, whole or not at all.
-    pub(super) async fn listed(&self, all: bool, label: Option<&str>) -> Result<Vec<models::ContainerSummary>> {
+    ///
+    /// # Errors
+    /// An answer that is not whole is an error, never a short list.
+    pub async fn listed(&self, call: Call, all: bool, label: Option<&str>) -> Result<Vec<models::ContainerSummary>> {
         let filters = label.map(|label| HashMap::from([("label", vec![label])]));
-        let mut url = address(LIST, &["containers", "json"])?;
+        let mut url = address(call, &["containers", "json"])?;
         url.query_pairs_mut().append_pair("all", if all { "true" } else { "false" });
-        self.document(LIST, with_filters(url, filters)).await
+        self.document(call, with_filters(url, filters)).await
     }
 
     /// `GET /containers/{name}/json`.
-    pub(super) async fn inspected(&self, name: &str) -> Result<models::ContainerInspectResponse> {
-        self.document(INSPECT, address(INSPECT, &["containers", name, "json"])?).await
+    ///
+    /// # Errors
+    /// [`DockerError::NotFound`] when there is none.
+    pub async fn inspected(&self, call: Call, name: &str) -> Result<models::ContainerInspectResponse> {
+        self.document(call, address(call, &["containers", name, "json"])?).await
     }
 
     /// `GET /events`; connects when it is first read.
-    pub(super) fn told(
+    ///
+    /// # Errors
+    /// When Docker cannot be called at all; what happens to the stream comes out of the stream.
+    pub fn told(
         &self,
+        call: Call,
         since: Option<&str>,
         types: &[&str],
         actions: &[&str],
-    ) -> Result<impl Stream<Item = Result<Event>> + use<>> {
-        let mut url = address(EVENTS, &["events"])?;
+    ) -> Result<impl Stream<Item = Result<models::EventMessage>> + use<>> {
+        let mut url = address(call, &["events"])?;
         if let Some(since) = since {
             url.query_pairs_mut().append_pair("since", since);
         }
         let filters = HashMap::from([("type", types.to_vec()), ("event", actions.to_vec())]);
         let (host, url) = (self.host.clone(), with_filters(url, Some(filters)));
-        let messages = stream::unfold(Some(Reading::Begins(host, url)), |reading| async {
+        let messages = stream::unfold(Some(Reading::Begins(host, url)), move |reading| async move {
             let mut answer = match reading? {
-                Reading::Begins(host, url) => match Answer::begin(&host, EVENTS, url).await {
+                Reading::Begins(host, url) => match Answer::begin(&host, call, url).await {
                     Ok(answer) => answer,
                     Err(error) => return Some((Err(error), None)),
                 },
                 Reading::Goes(answer) => answer,
             };
             match answer.next::<models::EventMessage>().await {
-                Ok(Some(message)) => Some((Ok(Event::from(message)), Some(Reading::Goes(answer)))),
+                Ok(Some(message)) => Some((Ok(message), Some(Reading::Goes(answer)))),
                 Ok(None) => None,
                 Err(error) => Some((Err(error), None)),
             }
@@ -95,6 +186,63 @@ impl Docker {
             read.ok_or_else(|| DockerError::Unreachable { call, problem: NOT_WHOLE.to_owned() })
         };
         timeout(limit, read).await.unwrap_or(Err(DockerError::TimedOut { call, limit }))
+    }
+
+    /// The client library, for the calls that only one program makes.
+    ///
+    /// # Errors
+    /// [`DockerError::Unreachable`] while there is no socket.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "a socket's folder is of this host, and the client library looks itself"
+    )]
+    pub fn library(&self, call: Call) -> Result<&bollard::Docker> {
+        if let Some(client) = self.library.get() {
+            return Ok(client);
+        }
+        let version = bollard::API_DEFAULT_VERSION;
+        let made = match &self.host {
+            DockerHost::Unix(path) if !Path::new(path).exists() => {
+                return Err(DockerError::Unreachable { call, problem: format!("there is no socket at {path}") });
+            }
+            DockerHost::Unix(path) => bollard::Docker::connect_with_unix(path, CLIENT_TIMEOUT_SECONDS, version),
+            DockerHost::Http(address) => bollard::Docker::connect_with_http(address, CLIENT_TIMEOUT_SECONDS, version),
+            DockerHost::Tls(tls) => bollard::Docker::connect_with_custom_transport(
+                transport::custom(tls.clone()),
+                Some(format!("http://{}", tls.address)),
+                CLIENT_TIMEOUT_SECONDS,
+                version,
+            ),
+        };
+        let made = made.map_err(|error| sort(call, error))?;
+        Ok(self.library.get_or_init(|| made))
+    }
+}
+
+/// Waits for a whole answer, up to a limit.
+///
+/// # Errors
+/// [`DockerError::TimedOut`], or what the answer says.
+pub async fn limited<T>(
+    call: Call,
+    limit: Duration,
+    answer: impl Future<Output = std::result::Result<T, EngineError>>,
+) -> Result<T> {
+    match timeout(limit, answer).await {
+        Ok(answer) => answer.map_err(|error| sort(call, error)),
+        Err(_) => Err(DockerError::TimedOut { call, limit }),
+    }
+}
+
+/// That a thing is not there is an answer.
+///
+/// # Errors
+/// All others.
+pub fn absent_is_none<T>(answer: Result<T>) -> Result<Option<T>> {
+    match answer {
+        Ok(found) => Ok(Some(found)),
+        Err(DockerError::NotFound { .. }) => Ok(None),
+        Err(error) => Err(error),
     }
 }
 

@@ -2,7 +2,7 @@
 //! that made a new one under the same name, as one with `live-restore` does that systemd gives no socket to. Who mounts
 //! the folder sees the new one; who mounts the file keeps the old one for as long as the container runs.
 //!
-//! Used by the socket proxy, and by an agent that has the socket itself. Both end by it, so that their restart policy
+//! Used by the socket proxies, and by an agent that has the socket itself. Both end by it, so that their restart policy
 //! mounts what is there now. Changes nothing and keeps nothing.
 
 use std::io::ErrorKind;
@@ -13,7 +13,7 @@ use dockflare_host::aside::Aside;
 use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::config::DockerHost;
+use crate::address::DockerHost;
 
 /// How often it looks: one call of the system while all is well.
 const EVERY: Duration = Duration::from_secs(5);
@@ -24,7 +24,7 @@ const LIMIT: Duration = Duration::from_secs(5);
 
 /// Returns when Docker's socket is orphaned and nobody has listened on it for half a minute; its path. Never for
 /// anything but a socket. Cancel-safe.
-pub(crate) async fn orphaned(host: DockerHost) -> String {
+pub async fn orphaned(host: DockerHost) -> String {
     let DockerHost::Unix(path) = host else { return std::future::pending().await };
     let (looks, mut since) = (Aside::default(), None);
     loop {

@@ -1,17 +1,28 @@
 //! JSON of any size, read into little memory: what Docker answers holds whatever somebody wrote into a label.
 //!
 //! Bytes go in as they come, and what comes out is JSON of the same shape in which texts that are too long are cut
-//! short, and of maps of labels only so much is left as anybody here looks at. What is still beyond a bound of
-//! `labels` afterwards is left out and said there: a text that was cut is longer than any that is taken. No I/O.
+//! short, and of maps of labels only so much is left as anybody here looks at. What is still beyond a bound
+//! afterwards is left out and said there: a text that was cut is longer than any that is taken. No I/O.
 
-use crate::labels::{CONTAINER_BYTES, ENABLE_KEYS, KEY_BYTES, LABELS, REPORT_BYTES, VALUE_BYTES};
+/// A container counts for the agent when one of these says yes; never left out.
+pub const ENABLE_KEYS: [&str; 2] = ["dockflare.enable", "cloudflare.tunnel.enable"];
+/// Bytes of a label's key: what masters are known to take.
+pub const KEY_BYTES: usize = 256;
+/// The same of its value.
+pub const VALUE_BYTES: usize = 4096;
+/// Of one container: how many of its labels are looked at.
+pub const LABELS: usize = 256;
+/// And their bytes.
+pub const CONTAINER_BYTES: usize = 64 << 10;
+/// Of all containers together.
+pub const REPORT_BYTES: usize = 2 << 20;
 
 /// Longest text outside of labels: a name, a path, an argument, a variable with a token in it.
 const TEXT_BYTES: usize = 8 << 10;
 /// Of labels that are none of ours.
 const OTHER_LABELS_BYTES: usize = 16 << 10;
 /// Of a whole document, when all that may be cut was.
-pub(super) const DOCUMENT_BYTES: usize = 8 << 20;
+pub const DOCUMENT_BYTES: usize = 8 << 20;
 /// Docker's documents have about ten.
 const DEPTH: usize = 64;
 /// What stands among them in an event, and matters as much as what enables a container.
@@ -21,16 +32,18 @@ const MAPS: [&[u8]; 2] = [b"Labels", b"Attributes"];
 
 /// Why a document is not read on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Clogged {
+pub enum Clogged {
+    /// See [`DOCUMENT_BYTES`].
     #[error("has more than {} MiB also without its long texts", DOCUMENT_BYTES >> 20)]
     TooLarge,
+    /// More than a document of Docker's ever is.
     #[error("is nested more than {DEPTH} deep")]
     TooDeep,
 }
 
 /// See the module.
 #[derive(Debug, Default)]
-pub(super) struct Sieve {
+pub struct Sieve {
     out: Vec<u8>,
     /// Where in `out` documents end.
     ends: Vec<usize>,
@@ -80,7 +93,10 @@ struct Text {
 
 impl Sieve {
     /// Takes what came.
-    pub(super) fn feed(&mut self, chunk: &[u8]) -> Result<(), Clogged> {
+    ///
+    /// # Errors
+    /// [`Clogged`]; the document is lost.
+    pub fn feed(&mut self, chunk: &[u8]) -> Result<(), Clogged> {
         let mut rest = chunk;
         while let Some((&byte, after)) = rest.split_first() {
             // Most of a text that is too long is passed over in one step.
@@ -99,7 +115,7 @@ impl Sieve {
     }
 
     /// The first document that is whole.
-    pub(super) fn document(&mut self) -> Option<Vec<u8>> {
+    pub fn document(&mut self) -> Option<Vec<u8>> {
         if self.ends.is_empty() {
             return None;
         }
@@ -110,7 +126,7 @@ impl Sieve {
     }
 
     /// Whether no document is under way.
-    pub(super) fn is_between(&self) -> bool {
+    pub fn is_between(&self) -> bool {
         self.stack.is_empty() && self.text.is_none()
     }
 

@@ -14,19 +14,21 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use super::error::last_cause;
-use crate::config::{DockerHost, DockerTls};
+use crate::address::{DockerHost, DockerTls};
+use crate::error::last_cause;
 
 /// Why there was no answer.
 #[derive(Debug)]
-pub(super) enum Failed {
+pub enum Failed {
+    /// No connection.
     Io(io::Error),
+    /// No answer on it.
     Http(hyper::Error),
 }
 
 impl Failed {
     /// One line.
-    pub(super) fn words(&self) -> String {
+    pub fn words(&self) -> String {
         let error: &(dyn std::error::Error + 'static) = match self {
             Self::Io(error) => error,
             Self::Http(error) => error,
@@ -39,7 +41,7 @@ impl Failed {
 type Answering = Pin<Box<dyn Future<Output = Result<Response<Incoming>, bollard::errors::Error>> + Send>>;
 
 /// What the client library makes its requests by, where it has no way of its own.
-pub(super) fn custom(tls: DockerTls) -> impl Fn(BollardRequest) -> Answering + Send + Sync {
+pub fn custom(tls: DockerTls) -> impl Fn(BollardRequest) -> Answering + Send + Sync {
     let host = DockerHost::Tls(tls);
     move |request: BollardRequest| {
         let host = host.clone();
@@ -53,7 +55,10 @@ pub(super) fn custom(tls: DockerTls) -> impl Fn(BollardRequest) -> Answering + S
 }
 
 /// One request on a connection of its own, which ends with the answer's body.
-pub(super) async fn send<B>(host: &DockerHost, mut request: Request<B>) -> Result<Response<Incoming>, Failed>
+///
+/// # Errors
+/// [`Failed`].
+pub async fn send<B>(host: &DockerHost, mut request: Request<B>) -> Result<Response<Incoming>, Failed>
 where
     B: Body<Data: Send, Error: Into<Box<dyn std::error::Error + Send + Sync>>> + Send + 'static,
 {
@@ -78,7 +83,10 @@ where
 }
 
 /// A connection on which the two have shown their certificates.
-pub(super) async fn shaken(tls: &DockerTls) -> io::Result<TlsStream<TcpStream>> {
+///
+/// # Errors
+/// When there is none, or one does not accept the other.
+pub async fn shaken(tls: &DockerTls) -> io::Result<TlsStream<TcpStream>> {
     let stream = TcpStream::connect(tls.address.as_str()).await?;
     TlsConnector::from(tls.config.clone()).connect(tls.name.clone(), stream).await
 }
@@ -97,7 +105,7 @@ where
 }
 
 /// What TLS has against the other side, or the other side against us, for people.
-pub(super) fn tls_words(error: &(dyn std::error::Error + 'static)) -> Option<String> {
+pub fn tls_words(error: &(dyn std::error::Error + 'static)) -> Option<String> {
     use rustls::{AlertDescription as Alert, CertificateError, Error, InvalidMessage};
     let mut next = Some(error);
     let refused = loop {

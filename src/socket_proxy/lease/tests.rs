@@ -128,7 +128,7 @@ impl Hands for Double {
         }
         if self.failing.load(Ordering::Relaxed) > 0 {
             self.failing.fetch_sub(1, Ordering::Relaxed);
-            return Err(DockerError::silent());
+            return Err(crate::docker::silent());
         }
         sleep(Duration::from_secs(3)).await;
         if !is_back() {

@@ -3,12 +3,12 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use dockflare_host::retry::Trouble;
 use tokio::time::Instant;
 use tracing::warn;
 
 use super::request::Refusal;
-use crate::docker::DockerError;
-use crate::retry::Trouble;
+use crate::DockerError;
 
 /// Lines in a row before the rest of a minute is only counted.
 const MOST_LINES: u32 = 30;
@@ -16,7 +16,7 @@ const WINDOW: Duration = Duration::from_secs(60);
 
 /// What was told, and how much was not.
 #[derive(Debug)]
-pub(super) struct Refusals {
+pub struct Refusals {
     // Std mutexes: no await happens under them.
     window: Mutex<Window>,
     docker: Mutex<Trouble>,
@@ -29,14 +29,16 @@ struct Window {
     untold: u64,
 }
 
-impl Refusals {
-    pub(super) fn new() -> Self {
+impl Default for Refusals {
+    fn default() -> Self {
         let window = Window { began: Instant::now(), told: 0, untold: 0 };
         Self { window: Mutex::new(window), docker: Mutex::new(Trouble::new("Docker")) }
     }
+}
 
+impl Refusals {
     /// Notes a refusal.
-    pub(super) fn tell(&self, refusal: Refusal) {
+    pub fn tell(&self, refusal: Refusal) {
         self.turn();
         let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
         if window.told >= MOST_LINES {
@@ -51,7 +53,7 @@ impl Refusals {
     }
 
     /// Ends a window that is over, and tells what was not told in it. Called now and then.
-    pub(super) fn turn(&self) {
+    pub fn turn(&self) {
         let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
         if window.began.elapsed() < WINDOW {
             return;
@@ -63,12 +65,12 @@ impl Refusals {
     }
 
     /// How long [`Refusals::turn`] has nothing to do.
-    pub(super) fn next_turn(&self) -> Instant {
+    pub fn next_turn(&self) -> Instant {
         self.window.lock().unwrap_or_else(PoisonError::into_inner).began + WINDOW
     }
 
     /// Notes that Docker did not answer, or that it answered with an error.
-    pub(super) fn docker_failed(&self, error: &DockerError) {
+    pub fn docker_failed(&self, error: &DockerError) {
         if error.is_away() {
             self.docker.lock().unwrap_or_else(PoisonError::into_inner).failed(error, "trying again at the next call");
         } else {
@@ -77,7 +79,7 @@ impl Refusals {
     }
 
     /// Notes that Docker answered.
-    pub(super) fn docker_answered(&self) {
+    pub fn docker_answered(&self) {
         self.docker.lock().unwrap_or_else(PoisonError::into_inner).ended();
     }
 }
@@ -88,7 +90,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_flood_is_counted_and_each_minute_begins_anew() {
-        let refusals = Refusals::new();
+        let refusals = Refusals::default();
         let untold = || refusals.window.lock().unwrap().untold;
         for _ in 0..MOST_LINES {
             refusals.tell(Refusal::http("method"));

@@ -7,47 +7,52 @@ use std::collections::BTreeMap;
 
 /// Why a request is not served. The names are stable; none holds anything that the client sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Refusal {
+pub struct Refusal {
     /// HTTP status of the answer.
-    pub(super) status: u16,
+    pub status: u16,
     /// Template of the route, `-` while it is not known.
-    pub(super) route: &'static str,
+    pub route: &'static str,
     /// Name of the rule.
-    pub(super) rule: &'static str,
+    pub rule: &'static str,
 }
 
 impl Refusal {
     /// Of a request that is no proper HTTP.
-    pub(super) const fn http(rule: &'static str) -> Self {
+    pub const fn http(rule: &'static str) -> Self {
         Self { status: 400, route: "-", rule }
     }
 }
 
 /// What is asked to be done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Method {
+pub enum Method {
+    /// `GET`
     Get,
+    /// `HEAD`
     Head,
+    /// `POST`
     Post,
+    /// `DELETE`
     Delete,
 }
 
 /// A request without its body.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Head {
-    pub(super) method: Method,
+pub struct Head {
+    /// What is asked to be done.
+    pub method: Method,
     /// The path without its version: at least one segment, none empty, plain bytes only.
-    pub(super) path: Vec<String>,
+    pub path: Vec<String>,
     /// The query, decoded; no key twice.
-    pub(super) query: BTreeMap<String, String>,
+    pub query: BTreeMap<String, String>,
     /// Length of the body that follows.
-    pub(super) length: usize,
+    pub length: usize,
 }
 
 /// A head with a listing's filters has some hundred bytes.
-pub(super) const MOST_HEAD: usize = 16 << 10;
+pub const MOST_HEAD: usize = 16 << 10;
 /// A create call with a token has some two thousand.
-pub(super) const MOST_BODY: usize = 64 << 10;
+pub const MOST_BODY: usize = 64 << 10;
 const MOST_HEADERS: usize = 32;
 
 /// Headers that would change what the request is, or how it is to be read.
@@ -67,7 +72,10 @@ const REFUSED_HEADERS: [(&str, &str); 11] = [
 
 impl Head {
     /// Reads a head, from its first byte to the empty line that ends it.
-    pub(super) fn read(bytes: &[u8]) -> Result<Self, Refusal> {
+    ///
+    /// # Errors
+    /// The rule that it breaks.
+    pub fn read(bytes: &[u8]) -> Result<Self, Refusal> {
         plain(bytes)?;
         let mut headers = [httparse::EMPTY_HEADER; MOST_HEADERS];
         let mut request = httparse::Request::new(&mut headers);

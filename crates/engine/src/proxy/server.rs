@@ -4,7 +4,6 @@
 //! The client's end of the connection is read all the while, so that a stream, or a call that takes long, ends when
 //! the client goes.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -12,20 +11,17 @@ use serde_json::json;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf, split};
 use tokio::time::timeout;
 
-use super::lease::Leases;
-use super::perform::{Answer, Failure, perform};
-use super::plan::{Call, Planned, Policy, admits, plan};
 use super::refusals::Refusals;
 use super::request::{Head, MOST_HEAD, Method, Refusal};
-use crate::docker::{Docker, OWN_PROXY, OWN_REFUSAL};
+use super::{Answer, Failure, Planned, Proxy, REFUSES};
 
 /// What serves the connections.
 #[derive(Debug)]
-pub(super) struct Service {
-    pub(super) docker: Arc<Docker>,
-    pub(super) policy: Policy,
-    pub(super) refusals: Refusals,
-    pub(super) leases: Arc<Leases>,
+pub struct Service<P> {
+    /// What is let through.
+    pub proxy: P,
+    /// What was refused.
+    pub refusals: Refusals,
 }
 
 /// The head, and then the body, must have come within this time.
@@ -49,28 +45,27 @@ impl From<Refusal> for Unread {
     }
 }
 
-impl Service {
-    /// Serves the one request of a connection. An error is the client's going.
-    pub(super) async fn serve(&self, stream: impl AsyncRead + AsyncWrite + Send) -> std::io::Result<()> {
+impl<P: Proxy> Service<P> {
+    /// Serves the one request of a connection.
+    ///
+    /// # Errors
+    /// The client's going.
+    pub async fn serve(&self, stream: impl AsyncRead + AsyncWrite + Send) -> std::io::Result<()> {
         let (mut from, mut to) = split(stream);
-        let (head, body) = match read(&mut from).await {
+        let (head, body) = match read(&self.proxy, &mut from).await {
             Ok(read) => read,
             Err(Unread::Gone) => return Ok(()),
             Err(Unread::Refused(refusal)) => return self.refuse(&mut from, &mut to, refusal).await,
         };
-        let Planned { route, call } = match plan(&self.policy, &head, &body) {
+        let Planned { route, call } = match self.proxy.plan(&head, &body) {
             Ok(planned) => planned,
             Err(refusal) => return self.refuse(&mut from, &mut to, refusal).await,
         };
         drop(body);
         // Until this connection ends.
-        let _presence = match &call {
-            Call::Events(_) => Some(self.leases.agent().await),
-            Call::Goodbye { seconds, agents } => Some(self.leases.goodbye(*seconds, agents.clone()).await),
-            _ => None,
-        };
+        let _held = self.proxy.hold(&call).await;
         let answer = tokio::select! {
-            answer = perform(&self.docker, &self.policy, call) => answer,
+            answer = self.proxy.perform(call) => answer,
             () = gone(&mut from) => return Ok(()),
         };
         let answer = match answer {
@@ -92,7 +87,7 @@ impl Service {
             }
         };
         tokio::select! {
-            written = write(&mut to, answer, head.method == Method::Head) => written,
+            written = write::<P, _>(&mut to, answer, head.method == Method::Head) => written,
             () = gone(&mut from) => Ok(()),
         }
     }
@@ -104,8 +99,8 @@ impl Service {
         refusal: Refusal,
     ) -> std::io::Result<()> {
         self.refusals.tell(refusal);
-        let message = format!("{OWN_REFUSAL}: {}", refusal.rule);
-        write(to, Answer::Json(refusal.status, json!({ "message": message })), false).await?;
+        let message = format!("{}{REFUSES}: {}", P::PROGRAM, refusal.rule);
+        write::<P, _>(to, Answer::Json(refusal.status, json!({ "message": message })), false).await?;
         // Closed with bytes that were not read, the answer would be lost on its way.
         let rest = async { while from.read(&mut [0; 4096]).await.is_ok_and(|read| read > 0) {} };
         let _ = timeout(REST_LIMIT, rest).await;
@@ -114,10 +109,10 @@ impl Service {
 }
 
 /// Reads head and body.
-async fn read<S: AsyncRead>(from: &mut ReadHalf<S>) -> Result<(Head, Vec<u8>), Unread> {
+async fn read<S: AsyncRead>(proxy: &impl Proxy, from: &mut ReadHalf<S>) -> Result<(Head, Vec<u8>), Unread> {
     let slow = |rule| Unread::Refused(Refusal { status: 408, ..Refusal::http(rule) });
     let (head, mut body) = timeout(READ_LIMIT, read_head(from)).await.map_err(|_| slow("head_slow"))??;
-    admits(&head)?;
+    proxy.admits(&head)?;
     let rest = async {
         while body.len() < head.length {
             if from.read_buf(&mut body).await.unwrap_or_default() == 0 {
@@ -161,13 +156,13 @@ async fn gone<S: AsyncRead>(from: &mut ReadHalf<S>) {
     let _ = from.read(&mut [0]).await;
 }
 
-async fn write<S: AsyncWrite>(to: &mut WriteHalf<S>, answer: Answer, head_only: bool) -> std::io::Result<()> {
+async fn write<P: Proxy, S: AsyncWrite>(to: &mut WriteHalf<S>, answer: Answer, head_only: bool) -> std::io::Result<()> {
     let (status, kind, body) = match answer {
         Answer::Json(status, body) => (status, "application/json", body.to_string().into_bytes()),
         Answer::Done => (204, "", vec![]),
         Answer::Bytes(kind, body) => (200, kind, body),
         Answer::Stream(mut values) => {
-            in_time(to, head(200, "application/json", "Transfer-Encoding: chunked\r\n").as_bytes()).await?;
+            in_time(to, head::<P>(200, "application/json", "Transfer-Encoding: chunked\r\n").as_bytes()).await?;
             while let Some(value) = values.next().await {
                 // Without the last chunk the client sees that it was cut.
                 let Ok(value) = value else { return Ok(()) };
@@ -181,7 +176,7 @@ async fn write<S: AsyncWrite>(to: &mut WriteHalf<S>, answer: Answer, head_only: 
     };
     // A 204 has no body and says nothing of one.
     let length = if status == 204 { String::new() } else { format!("Content-Length: {}\r\n", body.len()) };
-    let mut bytes = head(status, kind, &length).into_bytes();
+    let mut bytes = head::<P>(status, kind, &length).into_bytes();
     if !head_only {
         bytes.extend(body);
     }
@@ -197,7 +192,7 @@ async fn in_time<S: AsyncWrite>(to: &mut WriteHalf<S>, bytes: &[u8]) -> std::io:
     timeout(WRITE_LIMIT, written).await.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
 }
 
-fn head(status: u16, kind: &str, more: &str) -> String {
+fn head<P: Proxy>(status: u16, kind: &str, more: &str) -> String {
     let reason = match status {
         200 => "OK",
         201 => "Created",
@@ -212,7 +207,7 @@ fn head(status: u16, kind: &str, more: &str) -> String {
     };
     let kind = if kind.is_empty() { String::new() } else { format!("Content-Type: {kind}\r\n") };
     // By this `check` knows that it need not try each call.
-    format!("HTTP/1.1 {status} {reason}\r\nServer: {OWN_PROXY}\r\n{kind}{more}Connection: close\r\n\r\n")
+    format!("HTTP/1.1 {status} {reason}\r\nServer: {}\r\n{kind}{more}Connection: close\r\n\r\n", P::SERVER)
 }
 
 #[cfg(test)]
@@ -222,12 +217,35 @@ mod tests {
 
     use super::*;
 
+    struct Nothing;
+
+    impl Proxy for Nothing {
+        const PROGRAM: &str = "nothing";
+        const SERVER: &str = "nothing";
+        type Call = ();
+        type Held = ();
+
+        fn admits(&self, _: &Head) -> Result<(), Refusal> {
+            Err(Refusal::http("route"))
+        }
+
+        fn plan(&self, _: &Head, _: &[u8]) -> Result<Planned<()>, Refusal> {
+            Err(Refusal::http("route"))
+        }
+
+        async fn hold(&self, (): &()) {}
+
+        async fn perform(&self, (): ()) -> Result<Answer, Failure> {
+            Err(Failure::Refused("route"))
+        }
+    }
+
     #[tokio::test(start_paused = true)]
     async fn who_does_not_read_a_stream_is_not_waited_for() {
         let (_client, server) = duplex(64);
         let (_from, mut to) = split(server);
         let endless = Answer::Stream(Box::pin(stream::repeat_with(|| Ok(json!({ "status": "more" })))));
-        let error = write(&mut to, endless, false).await.unwrap_err();
+        let error = write::<Nothing, _>(&mut to, endless, false).await.unwrap_err();
         assert_eq!(error.kind(), std::io::ErrorKind::TimedOut);
     }
 }

@@ -1,0 +1,53 @@
+//! Where Docker is reached.
+
+use std::fmt;
+use std::sync::Arc;
+
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
+
+/// Where the Docker Engine API is reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DockerHost {
+    /// Path of a unix socket.
+    Unix(String),
+    /// `host:port` for plain HTTP.
+    Http(String),
+    /// TLS with a certificate on both sides.
+    Tls(DockerTls),
+}
+
+impl fmt::Display for DockerHost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) => write!(f, "unix://{path}"),
+            Self::Http(address) => write!(f, "tcp://{address}"),
+            Self::Tls(tls) => write!(f, "tcp://{} (TLS)", tls.address),
+        }
+    }
+}
+
+/// Where Docker is, and how the two know each other.
+#[derive(Clone)]
+pub struct DockerTls {
+    /// `host:port`.
+    pub address: String,
+    /// The name that Docker's certificate must be for.
+    pub name: ServerName<'static>,
+    /// With our certificate and the only authority that counts.
+    pub config: Arc<ClientConfig>,
+}
+
+impl fmt::Debug for DockerTls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DockerTls").field("address", &self.address).finish_non_exhaustive()
+    }
+}
+
+impl PartialEq for DockerTls {
+    fn eq(&self, other: &Self) -> bool {
+        self.address == other.address && Arc::ptr_eq(&self.config, &other.config)
+    }
+}
+
+impl Eq for DockerTls {}
