@@ -133,6 +133,14 @@ impl Docker {
         limited(VERSION, READ_LIMIT, docker.version()).await.map(Version::from)
     }
 
+    /// What the host is called.
+    ///
+    /// # Errors
+    /// As all calls.
+    pub(crate) async fn host_name(&self) -> Result<String> {
+        self.client.host_name(INFO).await
+    }
+
     /// Events of containers and networks from now on, or from `since` (seconds and nanoseconds of the Engine's
     /// clock) to bridge a gap. The stream may be silent for hours; its end and its errors mean "connect again".
     ///

@@ -55,6 +55,7 @@ use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
+mod arrival;
 mod banner;
 pub mod bundle;
 pub mod cause;
@@ -71,11 +72,13 @@ pub mod fuzzing;
 pub mod health;
 #[cfg(test)]
 mod hostile;
+pub mod introduction;
 mod labels;
 pub mod master;
 pub mod metrics;
 pub mod neighbours;
 pub mod page;
+mod pending;
 pub mod registration;
 pub mod reports;
 pub mod socket_proxy;
@@ -176,13 +179,9 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
     let master = Arc::new(master::Master::new(config.master, metrics.clone()).map_err(|error| refused(&error))?);
     let docker = Arc::new(docker::Docker::new(config.docker_host));
     let known_id = agent_id.clone();
-    let registrar = Arc::new(registration::Registrar::new(
-        master.clone(),
-        store.clone(),
-        agent_id,
-        config.display_name,
-        concerns.clone(),
-    ));
+    let (introduction_tx, introduction) = watch::channel(None);
+    let registrar =
+        Arc::new(registration::Registrar::new(master.clone(), store.clone(), agent_id, introduction, concerns.clone()));
     let listener = match config.health_page {
         None => None,
         Some(address) => Some(page::bind(address).await.map_err(|error| {
@@ -214,6 +213,8 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
         shutdown.cancelled().await;
         return Ok(());
     }
+    tokio::spawn(arrival::introduce(docker.clone(), config.display_name, introduction_tx));
+    tokio::spawn(pending::remind(master.url().clone(), registrar.watch(), wanted.clone()));
     tokio::spawn(banner::show(
         docker.clone(),
         master.url().clone(),

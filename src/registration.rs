@@ -13,7 +13,8 @@ use tokio::time::sleep;
 use tracing::{info, warn};
 
 use crate::concerns::{Concerns, Retry};
-use crate::master::wire::{Assignment, CAPABILITIES, PROTOCOLS, Register};
+use crate::introduction::Introduction;
+use crate::master::wire::{Assignment, CAPABILITIES, PROTOCOLS, Register, Registered};
 use crate::master::{Master, MasterError};
 use crate::pulse::{rest, rest_until};
 use crate::retry::{Backoff, Trouble};
@@ -71,7 +72,8 @@ impl Protocol {
 pub struct Registrar {
     master: Arc<Master>,
     store: Store,
-    display_name: Option<String>,
+    /// Known once the agent has arrived where it can speak to its master: nothing is sent before.
+    introduction: watch::Receiver<Option<Introduction>>,
     /// Held while registering: at most one registration is under way.
     work: Mutex<Work>,
     session: watch::Sender<Option<Arc<Session>>>,
@@ -84,6 +86,8 @@ pub struct Registrar {
 #[derive(Debug)]
 struct Work {
     agent_id: Option<AgentId>,
+    /// The master has made the agent, in a registration that another one had to follow.
+    is_first: bool,
     retry: Retry,
     unsaved: Trouble,
 }
@@ -95,23 +99,24 @@ const FIRST_WAIT: Duration = Duration::from_secs(1);
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
 
 impl Registrar {
-    /// `agent_id` is the one on disk.
+    /// `agent_id` is the one on disk; nobody registers before it is known how the agent introduces itself.
     pub fn new(
         master: Arc<Master>,
         store: Store,
         agent_id: Option<AgentId>,
-        display_name: Option<String>,
+        introduction: watch::Receiver<Option<Introduction>>,
         concerns: Concerns,
     ) -> Self {
         let work = Work {
             agent_id,
+            is_first: false,
             retry: Retry::new("registration", "registration:", FIRST_WAIT, LONGEST_WAIT, concerns),
             unsaved: Trouble::new("the agent id"),
         };
         Self {
             master,
             store,
-            display_name,
+            introduction,
             work: Mutex::new(work),
             session: watch::channel(None).0,
             removed: watch::channel(false).0,
@@ -180,29 +185,29 @@ impl Registrar {
         self.session.borrow().clone()
     }
 
-    /// One registration, and on v2 a second one without the id when the first was refused because of the id.
+    /// How the agent introduces itself, once that is known. Nobody is left who could tell after the end.
+    async fn introduction(&self) -> Introduction {
+        let mut told = self.introduction.clone();
+        let told = rest_until(Box::pin(told.wait_for(Option::is_some))).await;
+        told.ok().and_then(|told| told.clone()).unwrap_or(Introduction::ById)
+    }
+
+    /// One registration. On v2 a second one without the id when the first was refused because of the id, and of a new
+    /// agent whose name needs its id a second one with both.
     async fn register(&self, work: &mut Work, number: u64) -> Result<Session, MasterError> {
-        let display_name = match (&self.display_name, &work.agent_id) {
-            (Some(name), _) => name.clone(),
-            (None, Some(id)) => format!("agent-{}", id.as_str().chars().take(8).collect::<String>()),
-            (None, None) => "dockflare-agent".to_owned(),
-        };
-        let mut request = Register {
-            display_name: &display_name,
-            version: env!("CARGO_PKG_VERSION"),
-            agent_version: env!("CARGO_PKG_VERSION"),
-            supported_protocol_versions: PROTOCOLS,
-            capabilities: CAPABILITIES,
-            agent_id: work.agent_id.as_ref(),
-        };
-        let (reply, is_first) = match self.master.register(&request).await {
-            // The key is bound to another id: asking without one brings the right one back.
-            Err(error) if error.code() == KEY_OF_ANOTHER && request.agent_id.is_some() => {
-                request.agent_id = None;
-                self.master.register(&request).await?
-            }
-            reply => reply?,
-        };
+        let introduction = self.introduction().await;
+        let (display_name, is_whole) = introduction.name(work.agent_id.as_ref());
+        let (mut reply, is_first) = self.ask(work.agent_id.as_ref(), &display_name).await?;
+        let mut another = work.agent_id.as_ref().is_some_and(|known| *known != reply.agent_id);
+        self.keep(work, &reply.agent_id).await;
+        work.is_first |= is_first;
+        let mut name = display_name;
+        if !is_whole {
+            name = introduction.name(work.agent_id.as_ref()).0;
+            (reply, _) = self.ask(work.agent_id.as_ref(), &name).await?;
+            another |= work.agent_id.as_ref().is_some_and(|known| *known != reply.agent_id);
+            self.keep(work, &reply.agent_id).await;
+        }
         let protocol = match (reply.protocol_version, reply.agent_session_id) {
             (Some(2), Some(session)) if !session.is_empty() => Protocol::V2 { session },
             (None | Some(1), _) => Protocol::V1,
@@ -215,13 +220,33 @@ impl Registrar {
                 return Err(MasterError::Unusable { problem });
             }
         };
-        let another = work.agent_id.as_ref().is_some_and(|known| *known != reply.agent_id);
-        self.keep(work, &reply.agent_id).await;
-        info!(id = %reply.agent_id, protocol = protocol.version(), name = display_name, "registered at the master");
+        info!(id = %reply.agent_id, protocol = protocol.version(), name, "registered at the master");
+        let is_first = std::mem::take(&mut work.is_first);
         let is_unassigned = reply.agent.as_ref().is_some_and(|agent| !agent.has_tunnel());
         let assignment = reply.agent.and_then(|agent| agent.assignment());
         let is_new = if protocol == Protocol::V1 { is_unassigned } else { another };
         Ok(Session { agent_id: reply.agent_id, protocol, number, assignment, is_new, is_first })
+    }
+
+    /// One request, and a second one without the id when that is another key's. Gives also whether the master has made
+    /// the agent just now.
+    async fn ask(&self, id: Option<&AgentId>, display_name: &str) -> Result<(Registered, bool), MasterError> {
+        let mut request = Register {
+            display_name,
+            version: env!("CARGO_PKG_VERSION"),
+            agent_version: env!("CARGO_PKG_VERSION"),
+            supported_protocol_versions: PROTOCOLS,
+            capabilities: CAPABILITIES,
+            agent_id: id,
+        };
+        match self.master.register(&request).await {
+            // The key is bound to another id: asking without one brings the right one back.
+            Err(error) if error.code() == KEY_OF_ANOTHER && id.is_some() => {
+                request.agent_id = None;
+                self.master.register(&request).await
+            }
+            reply => reply,
+        }
     }
 
     /// Puts the id on disk before it is used: an id that is forgotten shows as a second agent in the master.
@@ -260,4 +285,10 @@ impl Registrar {
             _ => error.remedy(),
         }
     }
+}
+
+/// For tests of those who need a session.
+#[cfg(test)]
+pub(crate) fn introduced() -> watch::Receiver<Option<Introduction>> {
+    watch::channel(Some(Introduction::Named("test".to_owned()))).1
 }

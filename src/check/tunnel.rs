@@ -9,6 +9,7 @@ use crate::events::counted_with;
 use crate::health::{self, Glance, Readiness, Whose};
 use crate::labels::{ENABLE_KEYS, Excess};
 use crate::neighbours::{self, Verdict};
+use crate::pending::agents_page;
 use crate::state::{AgentId, DesiredState, Folder, TunnelId, TunnelState};
 
 /// So many that are well are shown: more would be no list that a person can read. All that are not are.
@@ -16,7 +17,7 @@ const MOST_WELL: usize = 200;
 
 pub(super) async fn look(docker: &Docker, config: &Config, folder: &Folder, to: &mut Section) {
     to.begin(TUNNEL);
-    let wanted = assigned(folder, to);
+    let wanted = assigned(config, folder, to);
     let ids = own_ids(folder);
     let glance = health::glance(docker, &config.tunnel, Whose::Of(&ids)).await;
     match &glance {
@@ -39,7 +40,7 @@ fn own_ids(folder: &Folder) -> Vec<AgentId> {
 }
 
 /// The tunnel that should run, by what the agent has stored.
-fn assigned<'a>(folder: &'a Folder, to: &mut Section) -> Option<&'a TunnelState> {
+fn assigned<'a>(config: &Config, folder: &'a Folder, to: &mut Section) -> Option<&'a TunnelState> {
     let (id, title) = ("tunnel.assigned", "assigned");
     let state = match (&folder.tombstone, &folder.tunnel) {
         (Ok(Some(_)), _) => {
@@ -51,7 +52,7 @@ fn assigned<'a>(folder: &'a Folder, to: &mut Section) -> Option<&'a TunnelState>
             return None;
         }
         (_, Ok(None)) => {
-            to.skip(id, title, "no tunnel is assigned: enrol the agent on the master's Agents page");
+            pending(config, folder, to);
             return None;
         }
         (_, Ok(Some(state))) => state,
@@ -84,11 +85,24 @@ fn assigned<'a>(folder: &'a Folder, to: &mut Section) -> Option<&'a TunnelState>
             return None;
         }
         (DesiredState::Unknown, _) => {
-            to.skip(id, title, "no tunnel is assigned: enrol the agent on the master's Agents page");
+            pending(config, folder, to);
             return None;
         }
     }
     Some(state)
+}
+
+/// No tunnel was ever assigned: the next thing to do, once the master knows the agent.
+fn pending(config: &Config, folder: &Folder, to: &mut Section) {
+    let (id, title) = ("tunnel.assigned", "assigned");
+    match &folder.agent_id {
+        Ok(Some(_)) => {
+            let page = agents_page(&config.master.url);
+            let remedy = format!("choose a tunnel for this agent on the master's Agents page: {page}");
+            to.fail(id, title, "no tunnel; the agent waits to be enrolled", remedy);
+        }
+        _ => to.skip(id, title, "not registered yet; once it is, enrol the agent on the master's Agents page"),
+    }
 }
 
 fn container(config: &Config, glance: Option<&Glance>, wanted: bool, to: &mut Section) {

@@ -20,6 +20,7 @@ pub(super) const RENAME: Call = call("rename the tunnel container", "CONTAINERS=
 pub(super) const CONNECT: Call = call("connect the tunnel container to a network", "NETWORKS=1 and POST=1");
 pub(super) const DISCONNECT: Call = call("disconnect the tunnel container from a network", "NETWORKS=1 and POST=1");
 pub(super) const VERSION: Call = call("tell its version", "VERSION=1");
+pub(super) const INFO: Call = call("tell the name of its host", "INFO=1");
 pub(super) const PING: Call = call("say that it is there", "PING=1");
 pub(super) const SELF_STOP: Call = call("stop the agent's own container", "CONTAINERS=1 and POST=1");
 pub(super) const NETWORK: Call = call("look for the tunnel network", "NETWORKS=1");

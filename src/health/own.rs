@@ -1,16 +1,42 @@
-//! Which container the agent itself runs in, for the end of a decommission.
+//! Which container the agent itself runs in.
+
+use dockflare_host::container;
 
 use crate::channels::OwnContainer;
-use crate::docker::{Docker, Inspected};
+use crate::docker::{Docker, DockerError, Inspected};
 use crate::labels::COMPOSE_SERVICE;
 
-/// Finds the agent's own container: `HOSTNAME` is the start of its id, and it is the compose service or carries
-/// the name `dockflare-agent`. Anything less certain is nothing.
+/// Finds the agent's own container for the end of a decommission: it is the one that [`this_container`] finds, and is
+/// the compose service or carries the name `dockflare-agent`. Anything less certain is nothing.
 pub(crate) async fn own_container(docker: &Docker, hostname: Option<&str>) -> Option<OwnContainer> {
-    let hostname = hostname?;
-    let is_id = (12..=64).contains(&hostname.len()) && hostname.chars().all(|c| matches!(c, '0'..='9' | 'a'..='f'));
-    let found = if is_id { docker.inspect(hostname).await.ok().flatten()? } else { return None };
-    (found.id.starts_with(hostname) && is_own(&found)).then_some(OwnContainer { id: found.id, image: found.image })
+    let found = this_container(docker, hostname).await.ok().flatten()?;
+    is_own(&found).then_some(OwnContainer { id: found.id, image: found.image })
+}
+
+/// Finds the container that this program runs in: `HOSTNAME` is the start of its id unless somebody has set another,
+/// and the list of mounts tells the whole id. `None` where neither is a container of this Docker.
+///
+/// # Errors
+/// When Docker does not answer, or does not show it.
+pub(crate) async fn this_container(docker: &Docker, hostname: Option<&str>) -> Result<Option<Inspected>, DockerError> {
+    let is_id = |name: &&str| {
+        (12..=64).contains(&name.len()) && name.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+    };
+    let names = [hostname.filter(is_id).map(str::to_owned), container::own_id()];
+    let mut refused = None;
+    for name in names.into_iter().flatten() {
+        match docker.inspect(&name).await {
+            Ok(found) => {
+                if let Some(found) = found.filter(|found| found.id.starts_with(&name)) {
+                    return Ok(Some(found));
+                }
+            }
+            Err(error) if error.is_away() => return Err(error),
+            // The other name may be another container's, and may be shown.
+            Err(error) => refused = Some(error),
+        }
+    }
+    refused.map_or(Ok(None), Err)
 }
 
 /// Whether it is the compose service or carries the name `dockflare-agent`.

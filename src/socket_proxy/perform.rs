@@ -65,6 +65,7 @@ pub(super) async fn perform(docker: &Arc<Docker>, policy: &Policy, call: Call) -
                 }),
             )
         }
+        Call::HostName => Answer::Json(200, json!({ "Name": docker.host_name().await? })),
         Call::List(label) => {
             let listed = match label {
                 Some(key) => docker.list_with_label_keys(&[key]).await?,

@@ -68,6 +68,8 @@ pub(super) enum Subject {
 pub(super) enum Call {
     Ping,
     Version,
+    /// The host's name, and nothing else of what Docker tells of itself.
+    HostName,
     /// Running containers, all or those with this label.
     List(Option<&'static str>),
     /// The containers that agents have made, running or not.
@@ -129,6 +131,7 @@ pub(super) enum Call {
 pub(super) enum Route<'a> {
     Ping,
     Version,
+    Info,
     List,
     Events,
     Inspect(&'a str),
@@ -157,6 +160,7 @@ impl<'a> Route<'a> {
         Some(match (head.method, &path[..]) {
             (Method::Get | Method::Head, ["_ping"]) => Self::Ping,
             (Method::Get, ["version"]) => Self::Version,
+            (Method::Get, ["info"]) => Self::Info,
             (Method::Get, ["events"]) => Self::Events,
             (Method::Get, ["containers", "json"]) => Self::List,
             (Method::Get, ["containers", name, "json"]) => Self::Inspect(name),
@@ -183,6 +187,7 @@ impl<'a> Route<'a> {
         match self {
             Self::Ping => "GET /_ping",
             Self::Version => "GET /version",
+            Self::Info => "GET /info",
             Self::List => "GET /containers/json",
             Self::Events => "GET /events",
             Self::Inspect(_) => "GET /containers/{name}/json",
@@ -234,6 +239,7 @@ fn call(policy: &Policy, route: Route<'_>, head: &Head, body: &[u8]) -> Result<C
     let call = match route {
         Route::Ping => Call::Ping,
         Route::Version => Call::Version,
+        Route::Info => Call::HostName,
         Route::List => {
             query.is("size", "false")?;
             match query.take("filters").map(|filters| label_filter(&filters)).transpose()? {

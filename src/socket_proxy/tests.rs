@@ -94,6 +94,7 @@ async fn each_call_that_the_agent_makes_is_planned_as_what_it_is() {
     let grace = Duration::from_secs(35);
     let _ = docker.ping().await;
     let _ = docker.version().await;
+    let _ = docker.host_name().await;
     let _ = docker.list_with_label_keys(&ENABLE_KEYS[..1]).await;
     let _ = docker.list_running().await;
     let _ = docker.list_made().await;
@@ -122,6 +123,7 @@ async fn each_call_that_the_agent_makes_is_planned_as_what_it_is() {
     let expected = [
         Call::Ping,
         Call::Version,
+        Call::HostName,
         Call::List(Some("dockflare.enable")),
         Call::List(None),
         Call::Made,

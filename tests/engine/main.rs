@@ -14,6 +14,7 @@ mod containers_status;
 mod daemon;
 mod decommission;
 mod drains;
+mod enrolment;
 mod events;
 mod host_name;
 mod metrics_network;
@@ -42,6 +43,7 @@ fn main() -> std::process::ExitCode {
         containers_commands::cases(),
         containers_status::cases(),
         daemon::cases(),
+        enrolment::cases(),
         events::cases(),
         decommission::cases(),
         drains::cases(),

@@ -35,6 +35,8 @@ impl Desk {
             ("REPORT_INTERVAL_SECONDS", "5".to_owned()),
             ("HEALTH_CHECK_PORT", "0".to_owned()),
             ("LOG_LEVEL", "DEBUG".to_owned()),
+            // As on any host, whatever it is called.
+            ("AGENT_DISPLAY_NAME", "kitchen".to_owned()),
         ];
         let env = env.map(|(name, value)| (name.to_owned(), value)).to_vec();
         Ok(Self { master, data, key, env })

@@ -77,7 +77,9 @@ fn create_path(target: &Target<'_>) -> String {
 fn routes(attacks: &mut Attacks, target: &Target<'_>) {
     let Target { tunnel, victim, .. } = target;
     for line in [
-        "GET /info",
+        "POST /info",
+        "HEAD /info",
+        "GET /info/x",
         "GET /system/df",
         "POST /auth",
         "POST /build",
@@ -378,6 +380,7 @@ fn queries(attacks: &mut Attacks, target: &Target<'_>) {
         (format!("POST {pull}&fromImage=evil"), "query_duplicate"),
         (format!("POST {pull}&FromImage=evil"), "query_key"),
         ("GET /version?x=1".to_owned(), "query_key"),
+        ("GET /info?x=1".to_owned(), "query_key"),
         ("GET /_ping?x=1".to_owned(), "query_key"),
     ] {
         // A double quote is a byte that hosts of requests do send unencoded.

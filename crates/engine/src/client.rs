@@ -144,6 +144,15 @@ impl Client {
         self.document(call, address(call, &["containers", name, "json"])?).await
     }
 
+    /// What the host is called, by `GET /info`.
+    ///
+    /// # Errors
+    /// As all calls.
+    pub async fn host_name(&self, call: Call) -> Result<String> {
+        let info: Info = self.document(call, address(call, &["info"])?).await?;
+        Ok(info.name)
+    }
+
     /// `GET /events`; connects when it is first read.
     ///
     /// # Errors
@@ -348,6 +357,14 @@ impl Answer {
             }
         }
     }
+}
+
+/// Of all that Docker tells of itself.
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Info {
+    #[serde(default)]
+    name: String,
 }
 
 #[derive(Deserialize)]

@@ -7,6 +7,17 @@ pub fn has_own_network() -> bool {
     own_network(Path::new("/"))
 }
 
+/// Whether this is a container at all.
+pub fn is_inside() -> bool {
+    is_container(Path::new("/"))
+}
+
+/// The full id of the container, as its list of mounts tells it, whatever its host name is: Docker and Podman mount
+/// files of their own into it from a folder that is named by the id.
+pub fn own_id() -> Option<String> {
+    mounts().and_then(|mounts| id_in(&mounts).map(str::to_owned))
+}
+
 /// Whether what is written under this path is lost with the container: it is on none of its mounts, or in memory.
 /// Of a folder for temporary files nobody expects anything else.
 pub fn dies_with_container(path: &Path) -> bool {
@@ -53,6 +64,19 @@ fn is_lost(mounts: &str, path: &Path) -> bool {
     innermost.is_some_and(|(length, kind)| length == 1 || kind == "tmpfs" || kind == "ramfs")
 }
 
+/// Files that are mounted into each container, and not by whoever made it.
+const RUNTIMES_OWN: [&str; 3] = ["/etc/hostname", "/etc/hosts", "/etc/resolv.conf"];
+
+/// By the list of mounts, proc(5): the fourth field is the path on the host's file system, the fifth the place here.
+fn id_in(mounts: &str) -> Option<&str> {
+    let is_id = |part: &&str| part.len() == 64 && part.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    mounts.lines().find_map(|line| {
+        let mut fields = line.split(' ').skip(3);
+        let (root, at) = (fields.next()?, fields.next()?);
+        RUNTIMES_OWN.contains(&at).then(|| root.split('/').rev().find(is_id)).flatten()
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -75,6 +99,29 @@ mod tests {
             assert_eq!(is_lost(mounts, Path::new(path)), lost, "{path}");
         }
         assert!(!is_lost("", Path::new("/app/data")), "what is not known is not said");
+    }
+
+    #[test]
+    fn the_id_of_a_container_is_read_from_where_its_runtime_mounts_its_own_files_from() {
+        let id = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08";
+        let docker = format!(
+            "600 500 0:50 / / rw,relatime - overlay overlay rw,lowerdir=/var/lib/docker/overlay2/{0}/diff\n\
+            601 600 254:1 /var/lib/docker/volumes/{0}/_data /app/data rw - ext4 /dev/vda1 rw\n\
+            602 600 254:1 /srv/hostname /etc/hostname ro - ext4 /dev/vda1 rw\n\
+            603 600 254:1 /var/lib/docker/containers/{id}/hosts /etc/hosts rw - ext4 /dev/vda1 rw\n",
+            "0".repeat(64)
+        );
+        let podman = format!(
+            "603 600 0:25 /containers/overlay-containers/{id}/userdata/resolv.conf /etc/resolv.conf rw - tmpfs tmpfs rw\n"
+        );
+        for mounts in [docker, podman] {
+            assert_eq!(id_in(&mounts), Some(id), "{mounts}");
+        }
+        for mounts in
+            ["", "25 1 254:1 / / rw - ext4 /dev/vda1 rw\n", "603 600 254:1 /etc/hosts /etc/hosts rw - ext4 x rw"]
+        {
+            assert_eq!(id_in(mounts), None, "{mounts}");
+        }
     }
 
     #[test]

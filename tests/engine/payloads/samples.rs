@@ -18,12 +18,11 @@ pub(super) const TUNNEL: &str = "7d3f1a52-0c8e-4b6d-9a71-5e2c40f8b913";
 const TIME: &str = "2026-01-02T03:04:05.678901234Z";
 
 /// What stands for an id, by the member it is in. It takes the place of what has the same form and of nothing else.
-const IDS: [(&str, &str); 8] = [
+const IDS: [(&str, &str); 7] = [
     ("agent_id", "3f2504e0-4f89-41d3-9a0c-0305e82c3301"),
     ("agent_session_id", "9b2d7c66-1e0f-4a53-8d24-6c1b0a97e5f4"),
     ("command_id", "c56a4180-65aa-42ec-a945-5fd21dec0538"),
     ("connector_id", "e4eaaaf2-d142-11e1-b3e4-080027620cdd"),
-    ("display_name", "agent-3f2504e0"),
     ("id", "4a6f0c1d2e3b5a798877665544332211ffeeddccbbaa00998877665544332211"),
     ("operation_id", "1b4e28ba-2fa1-41d2-883f-0016d3cca427"),
     ("tunnel_id", TUNNEL),
