@@ -69,8 +69,13 @@ enum Command {
         #[arg(long)]
         if_version: Option<u64>,
     },
-    /// Delete a secret and all its values.
-    Delete { key: String },
+    /// Delete a secret and all its values. Workloads that have it keep their files, unless it is revoked.
+    Delete {
+        key: String,
+        /// Take the files that were made of it from all workloads, at once; also when it was deleted before.
+        #[arg(long)]
+        revoke: bool,
+    },
     /// Print the names, one a line.
     List { prefix: Option<String> },
     /// Seal everything with a new data key, or, with --master, wrap the keys for a new master key.
@@ -223,9 +228,10 @@ fn perform(arguments: Arguments) -> Outcome {
             let data = ask(Request::Set { name: key, value_base64, expires_in, if_version })?;
             print(format!("version {}\n", data["version"]).as_bytes())
         }
-        Command::Delete { key } => {
-            let data = ask(Request::Delete { name: key })?;
-            print(format!("deleted; the last version was {}\n", data["version"]).as_bytes())
+        Command::Delete { key, revoke } => {
+            let data = ask(Request::Delete { name: key, revoke })?;
+            let word = if revoke { "revoked" } else { "deleted" };
+            print(format!("{word}; the last version was {}\n", data["version"]).as_bytes())
         }
         Command::List { prefix } => {
             let data = ask(Request::List { prefix })?;
@@ -300,7 +306,8 @@ fn serve(source: Source, config: Config, accept_rollback: bool) -> Outcome {
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, (String, u8)> {
-    let built = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    // A thousand directories on one file system that hangs cost a thread each, and stop nothing else.
+    let built = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(4096).build();
     built.map_err(|error| (format!("the system gives no runtime: {error}"), 70))
 }
 

@@ -1,10 +1,12 @@
 //! The middle of it: a principal asks for an operation on a secret, the table of grants answers, the store does it, and
 //! one line of audit remains. Every door ends here, and none has a way around it.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use jiff::Timestamp;
 use serde::Serialize;
+use tokio::sync::Notify;
 
 use crate::audit::{Audit, AuditConfig, AuditError, Broken, Entry, Verified};
 use crate::grant::{Decision, Grants, Operation, authorize};
@@ -20,6 +22,54 @@ pub struct Vault {
     audit: Audit,
     /// Replaced as a whole when the configuration changes.
     grants: Mutex<Arc<Grants>>,
+    changes: Changes,
+}
+
+/// Most names that wait to be taken; beyond it any name may have changed.
+const MAX_CHANGES: usize = 10_000;
+
+/// What has changed, for the one task that makes something of it.
+#[derive(Debug, Default)]
+pub struct Changes {
+    bell: Notify,
+    /// `None`: any of them.
+    names: Mutex<Option<BTreeSet<SecretName>>>,
+}
+
+impl Changes {
+    fn add(&self, name: Option<&SecretName>) {
+        let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        let few = names.take().filter(|names| names.len() < MAX_CHANGES).zip(name);
+        *names = few.map(|(mut names, name)| {
+            names.insert(name.clone());
+            names
+        });
+        self.bell.notify_one();
+    }
+
+    /// Waits until a secret or a right has changed. The names of the secrets, `None` for any. Cancel-safe.
+    pub async fn next(&self) -> Option<BTreeSet<SecretName>> {
+        self.bell.notified().await;
+        self.names.lock().unwrap_or_else(PoisonError::into_inner).replace(BTreeSet::new())
+    }
+}
+
+/// How a secret stands for somebody, without its value.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Standing {
+    /// No grant lets him read it; the row that is missing.
+    Denied(String),
+    /// It is not there, or not any more.
+    Absent,
+    /// It was deleted as a credential that nobody may go on using.
+    Revoked,
+    /// It is there.
+    Here {
+        /// Its newest version.
+        version: u64,
+        /// Seconds since 1970.
+        expires: Option<i64>,
+    },
 }
 
 /// Why there is no answer.
@@ -72,13 +122,16 @@ pub struct History {
     pub name: String,
     /// Seconds since 1970, when it was deleted and not set again.
     pub deleted: Option<i64>,
+    /// Whether it was revoked then.
+    pub revoked: bool,
     /// Oldest first.
     pub versions: Vec<crate::store::VersionInfo>,
 }
 
 impl From<Versions> for History {
     fn from(versions: Versions) -> Self {
-        Self { name: versions.name().to_owned(), deleted: versions.deleted, versions: versions.kept }
+        let (name, deleted, revoked) = (versions.name().to_owned(), versions.deleted, versions.revoked);
+        Self { name, deleted, revoked, versions: versions.kept }
     }
 }
 
@@ -103,7 +156,7 @@ impl Vault {
         let store = SealedStore::open(location, master, options)?;
         let (audit, broken) = store.with_audit(|head| Audit::open(audit, store.audit_key(), head))?;
         let grants = Mutex::new(Arc::new(grants));
-        Ok((Self { store, audit, grants }, broken))
+        Ok((Self { store, audit, grants, changes: Changes::default() }, broken))
     }
 
     /// The table that counts now.
@@ -114,6 +167,34 @@ impl Vault {
     /// Another table, from the next question on.
     pub fn replace_grants(&self, grants: Grants) {
         *self.grants.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(grants);
+        self.changes.add(None);
+    }
+
+    /// What has changed since it was last asked, for one task.
+    pub fn changes(&self) -> &Changes {
+        &self.changes
+    }
+
+    /// How a secret stands for a principal: what [`Vault::get`] would find, for a task that only wants to know whether
+    /// there is something new. It leaves no line, since nobody gets anything by it.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn standing(&self, who: &Principal, name: &SecretName) -> Result<Standing, StoreError> {
+        if let Decision::Denied { missing } = authorize(&self.grants(), who, Operation::Get, Some(name)) {
+            return Ok(Standing::Denied(missing));
+        }
+        let Some(versions) = self.store.history(name)? else { return Ok(Standing::Absent) };
+        Ok(match versions.newest().filter(|newest| !newest.is_expired(now())) {
+            Some(newest) => Standing::Here { version: newest.version, expires: newest.expires },
+            None if versions.revoked => Standing::Revoked,
+            None => Standing::Absent,
+        })
+    }
+
+    /// A keyed hash of what was handed out, which tells nothing of it and changes with each byte of it.
+    pub fn fingerprint(&self, parts: &[&[u8]]) -> [u8; 32] {
+        self.store.audit_key().mac(b"dockflare-vault delivered", parts)
     }
 
     /// The newest value, or that of a version that is kept.
@@ -138,17 +219,22 @@ impl Vault {
         if let Err(StoreError::Version { .. }) = &set {
             self.note(who, Operation::Set, Some(name), None)?;
         }
+        // Also where the disk left it open whether it is in.
+        self.changes.add(Some(name));
         Ok(set?)
     }
 
-    /// The end of a secret; the number of its last version.
+    /// The end of a secret; the number of its last version. With `revoke` nobody keeps what he was given of it, also where
+    /// it was deleted before.
     ///
     /// # Errors
     /// [`Refusal`].
-    pub fn delete(&self, who: &Principal, name: &SecretName) -> Result<u64, Refusal> {
+    pub fn delete(&self, who: &Principal, name: &SecretName, revoke: bool) -> Result<u64, Refusal> {
         self.allow(who, Operation::Delete, Some(name))?;
         let write = |version| self.write(who, Operation::Delete, Some(name), Some(version), None);
-        match self.store.delete(name, now(), write)? {
+        let deleted = self.store.delete(name, now(), revoke, write);
+        self.changes.add(Some(name));
+        match deleted? {
             Some(version) => Ok(version),
             None => {
                 self.note(who, Operation::Delete, Some(name), None)?;
@@ -362,7 +448,7 @@ mod tests {
         assert_eq!(vault.list(&operator, None).unwrap().len(), 2);
         for refusal in [
             vault.set(&user, &app, &value("z"), &change).unwrap_err(),
-            vault.delete(&user, &app).unwrap_err(),
+            vault.delete(&user, &app, false).unwrap_err(),
             vault.status(&user).unwrap_err(),
             vault.rotate(&stranger).unwrap_err(),
             vault.history(&stranger, &app).unwrap_err(),

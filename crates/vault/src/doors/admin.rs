@@ -61,6 +61,9 @@ pub enum Request {
     Delete {
         /// The secret.
         name: String,
+        /// Take it from the workloads that have it, too.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        revoke: bool,
     },
     /// Names.
     List {
@@ -149,7 +152,7 @@ fn perform(vault: &Vault, request: Request, rotated: &Notify) -> Result<Json, An
             let expires = expires_in.map(|seconds| now.saturating_add_unsigned(seconds));
             json!({ "version": vault.set(who, &name, &value, &Change { now, expires, if_version })? })
         }
-        Request::Delete { name: text } => json!({ "version": vault.delete(who, &name(&text)?)? }),
+        Request::Delete { name: text, revoke } => json!({ "version": vault.delete(who, &name(&text)?, revoke)? }),
         Request::List { prefix } => {
             let prefix = prefix.map(|text| name(&text)).transpose()?;
             json!(vault.list(who, prefix.as_ref())?.iter().map(SecretName::as_str).collect::<Vec<_>>())

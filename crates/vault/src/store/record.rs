@@ -36,13 +36,16 @@ pub struct Versions {
     /// Seconds since 1970, when it was deleted; a later version takes that back.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deleted: Option<i64>,
+    /// It was deleted as a credential that nobody may go on using.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub revoked: bool,
     /// Those whose values are kept, oldest first; none when it is deleted.
     pub kept: Vec<VersionInfo>,
 }
 
 impl Versions {
     pub(super) fn new(name: &SecretName) -> Self {
-        Self { name: name.to_string(), last: 0, deleted: None, kept: vec![] }
+        Self { name: name.to_string(), last: 0, deleted: None, revoked: false, kept: vec![] }
     }
 
     /// The name.
@@ -58,15 +61,16 @@ impl Versions {
     /// Adds a version. Returns those whose values go.
     pub(super) fn add(&mut self, created: i64, expires: Option<i64>, bytes: u32) -> Vec<u64> {
         self.last += 1;
-        self.deleted = None;
+        (self.deleted, self.revoked) = (None, false);
         self.kept.push(VersionInfo { version: self.last, created, expires, bytes });
         let gone = self.kept.len().saturating_sub(KEPT_VERSIONS);
         self.kept.drain(..gone).map(|info| info.version).collect()
     }
 
     /// Deletes the secret. Returns the versions whose values go.
-    pub(super) fn delete(&mut self, now: i64) -> Vec<u64> {
-        self.deleted = Some(now);
+    pub(super) fn delete(&mut self, now: i64, revoke: bool) -> Vec<u64> {
+        self.deleted.get_or_insert(now);
+        self.revoked |= revoke;
         self.kept.drain(..).map(|info| info.version).collect()
     }
 
@@ -103,10 +107,12 @@ mod tests {
             (versions.newest().unwrap().is_expired(19), versions.newest().unwrap().is_expired(20)),
             (false, true)
         );
-        assert_eq!(versions.delete(12), (2..=11).collect::<Vec<_>>());
+        assert_eq!(versions.delete(12, false), (2..=11).collect::<Vec<_>>());
+        assert!(versions.delete(12, true).is_empty());
+        assert!(Versions::parse(&versions.to_bytes()).unwrap().revoked);
         assert_eq!(Versions::parse(&versions.to_bytes()).unwrap(), versions);
         versions.add(13, None, 1);
-        assert_eq!((versions.last, versions.deleted, versions.kept.len()), (12, None, 1));
+        assert_eq!((versions.last, versions.deleted, versions.revoked, versions.kept.len()), (12, None, false, 1));
         assert_eq!(Versions::parse(&versions.to_bytes()).unwrap(), versions);
     }
 

@@ -155,7 +155,8 @@ impl SealedStore {
     }
 
     /// Deletes a secret with all its values, and returns its last version; `None` where there was nothing. The name and
-    /// the number of its last version stay, sealed.
+    /// the number of its last version stay, sealed. With `revoke` one that was deleted before is found, too, unless it was
+    /// revoked already.
     ///
     /// # Errors
     /// As for [`SealedStore::set`].
@@ -163,22 +164,24 @@ impl SealedStore {
         &self,
         name: &SecretName,
         now: i64,
+        revoke: bool,
         before_commit: impl FnOnce(u64) -> Result<AuditHead, StoreError>,
     ) -> Result<Option<u64>, StoreError> {
         let mut inner = self.settled()?;
         let (ring, txn) = self.read()?;
         let place = hashed(&ring, name);
-        let is_there = |versions: &Versions| versions.newest().is_some();
+        let is_there = |versions: &Versions| versions.newest().is_some() || (revoke && !versions.revoked);
         if !self.head(&ring, &txn, &place)?.as_ref().is_some_and(is_there) {
             return Ok(None);
         }
         self.transact(&mut inner, Keys::default(), |state, txn, _| {
             let Some(mut versions) = self.head_in(&ring, txn, &place)? else { return Ok(None) };
-            for gone in versions.delete(now) {
+            let was_there = versions.newest().is_some();
+            for gone in versions.delete(now, revoke) {
                 self.put(&ring, state, txn, Kind::Value, &value_place(&place, gone), None)?;
             }
             self.put(&ring, state, txn, Kind::Head, &place, Some(&versions.to_bytes()))?;
-            state.secrets -= 1;
+            state.secrets -= u64::from(was_there);
             state.audit = before_commit(versions.last)?;
             Ok(Some(versions.last))
         })

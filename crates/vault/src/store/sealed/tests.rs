@@ -89,8 +89,11 @@ fn a_version_number_is_never_given_twice_and_if_version_holds_or_nothing_changes
     assert_eq!(set_at("one", 0).unwrap(), 1);
     assert!(matches!(set_at("two", 0), Err(StoreError::Version { found: 1, wanted: 0, .. })));
     assert_eq!(set_at("two", 1).unwrap(), 2);
-    assert_eq!(store.delete(&name("a"), 1001, |_| Ok(AuditHead::default())).unwrap(), Some(2));
-    assert_eq!(store.delete(&name("a"), 1001, |_| Ok(AuditHead::default())).unwrap(), None);
+    assert_eq!(store.delete(&name("a"), 1001, false, |_| Ok(AuditHead::default())).unwrap(), Some(2));
+    assert_eq!(store.delete(&name("a"), 1001, false, |_| Ok(AuditHead::default())).unwrap(), None);
+    // What was deleted can still be revoked, once, and is no secret less by it.
+    assert_eq!(store.delete(&name("a"), 1002, true, |_| Ok(AuditHead::default())).unwrap(), Some(2));
+    assert_eq!(store.delete(&name("a"), 1003, true, |_| Ok(AuditHead::default())).unwrap(), None);
     assert_eq!(get(&store, "a"), None);
     assert_eq!(store.get(&name("a"), Some(1), 1000).unwrap(), None);
     assert_eq!(store.list(1000, |_| true).unwrap(), []);
@@ -117,7 +120,7 @@ fn what_is_refused_before_the_commit_is_not_stored() {
     let refuse = |_| Err(StoreError::TooManyKeys);
     let change = Change { now: 1000, ..Change::default() };
     assert!(store.set(&name("a"), &value("new"), &change, refuse).is_err());
-    assert!(store.delete(&name("a"), 1000, refuse).is_err());
+    assert!(store.delete(&name("a"), 1000, false, refuse).is_err());
     assert_eq!(get(&store, "a").as_deref(), Some("old"));
     drop(store);
     assert_eq!(get(&scene.open().unwrap(), "a").as_deref(), Some("old"));
@@ -405,7 +408,7 @@ fn killed_at_any_write_every_secret_is_readable_under_exactly_one_key() {
         store.rotate(2, || Ok(AuditHead::default()))?;
         while store.reseal()? {}
         said.push("rotated");
-        store.delete(&name("b"), 3, |_| Ok(AuditHead::default()))?;
+        store.delete(&name("b"), 3, false, |_| Ok(AuditHead::default()))?;
         said.push("b gone");
         store.rotate_master(new.clone(), || Ok(AuditHead::default()))?;
         said.push("new master");
