@@ -2,15 +2,24 @@
 
 use serde_json::{Value as Json, json};
 
+use crate::check::{self, Names};
+use crate::client;
 use crate::config::{Config, Pass};
 use crate::doors::admin::Request;
 use crate::run::Source;
-use crate::{check, client};
 
 /// One document.
 pub fn bundle(source: &Source, config: &Config) -> Json {
-    let status = client::ask(config, Request::Status);
-    let (checked, _) = check::check(source, config);
+    let mut status = client::ask(config, Request::Status);
+    for state in status.data["deliveries"].as_object_mut().into_iter().flat_map(|states| states.values_mut()) {
+        for lines in ["missing", "denied"] {
+            // Each has the name of a secret in it.
+            if let Some(count) = state[lines].as_array().map(Vec::len) {
+                state[lines] = json!(count);
+            }
+        }
+    }
+    let (checked, _) = check::check(source, config, Names::Hidden);
     let nats = config.nats.as_ref().map(|nats| {
         let pass = match nats.pass {
             None => "none",
@@ -37,6 +46,16 @@ pub fn bundle(source: &Source, config: &Config) -> Json {
                 "operations": row.operations.iter().map(|operation| operation.as_str()).collect::<Vec<_>>(),
             })).collect::<Vec<_>>(),
             "nats": nats,
+            // Without the names of files and secrets.
+            "deliveries": config.deliveries.iter().map(|delivery| json!({
+                "workload": delivery.workload.as_str(),
+                "directory": delivery.directory,
+                "allow_disk": delivery.allow_disk,
+                "uid": delivery.uid,
+                "gid": delivery.gid,
+                "files": delivery.files.len(),
+                "on_change": format!("{:?}", delivery.on_change),
+            })).collect::<Vec<_>>(),
         },
         "status": status.data,
         "problem": status.message,

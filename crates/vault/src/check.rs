@@ -9,7 +9,9 @@ use serde_json::Value as Json;
 
 use crate::client;
 use crate::config::{Config, Pass};
+use crate::delivery::Delivery;
 use crate::doors::admin::Request;
+use crate::doors::deliver::try_directory;
 use crate::keyfile;
 use crate::run::Source;
 
@@ -35,9 +37,19 @@ impl Findings {
     }
 }
 
+/// Whether the names of secrets are shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Names {
+    /// To the operator.
+    Shown,
+    /// To whoever helps him.
+    Hidden,
+}
+
 /// The lines, and whether nothing fails. The configuration was read already.
-pub fn check(source: &Source, config: &Config) -> (String, bool) {
+pub fn check(source: &Source, config: &Config, names: Names) -> (String, bool) {
     let mut found = Findings::default();
+    let mut states = None;
     match source.file.exists() {
         true => found.good(&format!("configuration {}: {} grants", source.file.display(), config.grants.rows().len())),
         false => {
@@ -76,8 +88,12 @@ pub fn check(source: &Source, config: &Config) -> (String, bool) {
                     found.bad(&format!("the store was sealed with the master key {wanted}, and {} holds {}: put the new key there before the next start", config.master_key_file.display(), key.id()));
                 }
                 audit(&mut found, config);
+                states = answer.data.get("deliveries").cloned();
             }
         }
+    }
+    for delivery in &config.deliveries {
+        deliver(&mut found, delivery, states.as_ref(), names);
     }
     match &config.storage.counter {
         Some(counter) if same_folder(counter, &config.storage.file) => found.note(
@@ -92,6 +108,44 @@ pub fn check(source: &Source, config: &Config) -> (String, bool) {
         found.note("nats.pass stands in the configuration: nats.pass_file keeps it out");
     }
     (found.text, !found.fails)
+}
+
+/// What the running vault says of a workload, or, where none runs, whether its directory can be used.
+fn deliver(found: &mut Findings, delivery: &Delivery, states: Option<&Json>, names: Names) {
+    let workload = &delivery.workload;
+    let Some(states) = states else {
+        return match try_directory(delivery) {
+            Ok(()) => found.good(&format!("workload {workload}: {} can be used", delivery.directory.display())),
+            Err(problem) => found.bad(&format!("workload {workload}: {problem}")),
+        };
+    };
+    let state = &states[workload.as_str()];
+    let version = match state["version"].as_u64() {
+        Some(version) => format!("version {version} of its files is in place"),
+        None => "it has no files".to_owned(),
+    };
+    let lines = |key: &str| {
+        let lines: Vec<_> = state[key].as_array().into_iter().flatten().filter_map(Json::as_str).collect();
+        match names {
+            Names::Shown => lines.join("; "),
+            Names::Hidden => format!("{} secrets", lines.len()),
+        }
+    };
+    match state["condition"].as_str() {
+        Some("delivered") => found.good(&format!("workload {workload}: {version}")),
+        Some("pending") => found.note(&format!("workload {workload}: not looked at yet")),
+        Some("missing") => found.bad(&format!("workload {workload}: {version}; missing: {}", lines("missing"))),
+        Some("denied") => found.bad(&format!("workload {workload}: {version}; denied: {}", lines("denied"))),
+        Some("put_back") => found.bad(&format!(
+            "workload {workload}: {version}; version {} was put back: set its secrets again",
+            state["refused"]
+        )),
+        Some(_) => found.bad(&format!(
+            "workload {workload}: {version}; {}",
+            state["problem"].as_str().unwrap_or("something is wrong with it")
+        )),
+        None => found.bad(&format!("workload {workload}: the running vault does not know it: see its log for what is wrong with the configuration")),
+    }
 }
 
 fn audit(found: &mut Findings, config: &Config) {

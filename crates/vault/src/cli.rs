@@ -268,7 +268,7 @@ fn perform(arguments: Arguments) -> Outcome {
             Err((broken.join("\n"), 1))
         }
         Command::Check => {
-            let (text, is_well) = check::check(&source, &config);
+            let (text, is_well) = check::check(&source, &config, check::Names::Shown);
             print(text.as_bytes())?;
             if is_well { Ok(()) } else { Err((String::new(), 1)) }
         }

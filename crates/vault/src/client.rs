@@ -10,11 +10,10 @@ use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use tokio::sync::Notify;
 use zeroize::Zeroizing;
 
 use crate::config::Config;
-use crate::doors::admin::{Answer, Request, answer};
+use crate::doors::admin::{Answer, Around, Request, answer};
 use crate::start;
 
 /// A rotation of a large store may hold an answer up for a moment.
@@ -61,7 +60,7 @@ fn directly(config: &Config, request: Request) -> Answer {
         Ok(opened) => opened,
         Err(error) => return Answer::error("unavailable", &error.to_string(), error.exit_code()),
     };
-    let answer = answer(&opened.vault, request, &Notify::new());
+    let answer = answer(&opened.vault, request, &Around::default());
     // Nobody else would go on with a rotation that was begun.
     while let Ok(true) = opened.vault.reseal() {}
     answer

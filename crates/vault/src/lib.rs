@@ -4,8 +4,8 @@
 //! > sealed; a **door** carries it; one line of **audit** remains.
 //!
 //! ```text
-//!   doors/admin ──Request──> vault ──authorize──> grant        nothing is decided anywhere else
-//!                              │
+//!   doors/admin ────Request──> vault ──authorize──> grant      nothing is decided anywhere else
+//!   doors/deliver ──get──────>   │
 //!                              ├──> store/sealed ──seal──> one file, one transaction for what belongs together
 //!                              └──> audit ──────────────> one chained line, on disk before a change takes effect
 //! ```
@@ -19,10 +19,10 @@
 //! | [`store`] | the file, its keys, versions, rotations, what was tampered with | decide who may |
 //! | [`audit`] | the chained lines | hold a value |
 //! | [`vault`] | the order of all that: decide, do, write down, answer | speak to anybody outside |
-//! | [`doors`] | how it is asked | decide |
+//! | [`doors`] | how it is asked, and files into the directories of workloads | decide |
 //! | [`launcher`] | files into the environment of a program, in its container | know the store |
 //!
-//! Around them: [`config`] (one YAML file), [`keyfile`] (the master key), [`start`] (lock, key, store, audit), [`run`] (the
+//! Around them: [`config`] (one YAML file), [`delivery`] (what a workload is to have), [`keyfile`] (the master key), [`start`] (lock, key, store, audit), [`run`] (the
 //! running vault and its tasks), [`cli`] and [`client`] (the command line over the admin socket), [`pages`], [`check`],
 //! [`bundle`]. A new door is a file below `doors/` that makes a [`principal::Principal`] and calls [`vault::Vault`]; a new
 //! operation is a row of [`grant::Operation`].

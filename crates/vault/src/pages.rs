@@ -1,4 +1,4 @@
-//! `/live`, `/ready`, `/health` and `/metrics`. No name and no value is on any of them.
+//! `/live`, `/ready`, `/health` and `/metrics`. No name of a secret and no value is on any of them.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -6,9 +6,11 @@ use std::time::Duration;
 
 use dockflare_host::page::{Page, PageAddress, Pages, ask};
 use hyper::StatusCode;
-use serde_json::json;
+use serde_json::{Value as Json, json};
 use tokio::task::spawn_blocking;
 
+use crate::delivery::Workload;
+use crate::doors::deliver::{Condition, Desk, State, States};
 use crate::store::Status;
 use crate::vault::Vault;
 
@@ -63,11 +65,42 @@ impl Health {
 pub struct VaultPages {
     vault: Arc<Vault>,
     health: Arc<Health>,
+    desk: Desk,
 }
 
+/// Workloads with something wrong that are named one by one.
+const MAX_NAMED: usize = 20;
+
 impl VaultPages {
-    pub(crate) fn new(vault: Arc<Vault>, health: Arc<Health>) -> Self {
-        Self { vault, health }
+    pub(crate) fn new(vault: Arc<Vault>, health: Arc<Health>, desk: Desk) -> Self {
+        Self { vault, health, desk }
+    }
+
+    /// What is wrong with the vault, and then with its deliveries.
+    fn problems(&self) -> Vec<(&'static str, String)> {
+        let mut problems = self.health.problems(&self.vault);
+        let states = self.desk.states();
+        let states = states.borrow();
+        let wrong: Vec<_> = states.iter().filter_map(|(name, state)| Some((name, state.problem()?))).collect();
+        for (name, (word, what)) in wrong.iter().take(MAX_NAMED) {
+            problems.push((word, format!("workload {name}: {what}; see dockflare-vault status")));
+        }
+        if let Some(more) = wrong.len().checked_sub(MAX_NAMED).filter(|more| *more > 0) {
+            problems.push(("delivery_failed", format!("{more} more workloads; see dockflare-vault status")));
+        }
+        problems
+    }
+
+    /// Workloads and what they have.
+    fn deliveries(&self) -> Json {
+        let states = self.desk.states();
+        let states = states.borrow();
+        let show = |(name, state): (&Workload, &State)| {
+            let word = state.problem().map_or("delivered", |(word, _)| word.trim_start_matches("delivery_"));
+            let word = if state.condition == Condition::Pending { "pending" } else { word };
+            (name.to_string(), json!({ "version": state.version, "settled": state.settled, "condition": word }))
+        };
+        states.iter().map(show).collect::<serde_json::Map<_, _>>().into()
     }
 
     async fn status(&self) -> Option<Status> {
@@ -78,7 +111,7 @@ impl VaultPages {
 
 impl Pages for VaultPages {
     async fn page(&self, path: &str, _is_near: bool) -> Page {
-        let problems = self.health.problems(&self.vault);
+        let problems = self.problems();
         let cannot_serve = problems.iter().any(|(word, _)| matches!(*word, "store_unavailable" | "audit_unavailable"));
         match path {
             "/live" => Page::json(StatusCode::OK, &json!({ "status": "alive" })),
@@ -92,11 +125,15 @@ impl Pages for VaultPages {
                 };
                 let problems: Vec<_> =
                     problems.iter().map(|(word, sentence)| json!({ "problem": word, "what": sentence })).collect();
-                let body = json!({ "status": word, "problems": problems, "store": self.status().await });
+                let deliveries = self.deliveries();
+                let body = json!({ "status": word, "problems": problems, "deliveries": deliveries, "store": self.status().await });
                 Page::json(code, &body)
             }
             "/metrics" => match self.status().await {
-                Some(status) => Page::text("text/plain; version=0.0.4; charset=utf-8", metrics(&status, &problems)),
+                Some(status) => {
+                    let text = metrics(&status, &problems) + &delivered(&self.desk.states().borrow());
+                    Page::text("text/plain; version=0.0.4; charset=utf-8", text)
+                }
                 None => Page::json(StatusCode::INTERNAL_SERVER_ERROR, &json!({ "error": "no status" })),
             },
             _ => Page::json(StatusCode::NOT_FOUND, &json!({ "error": "there are /live, /ready, /health, /metrics" })),
@@ -120,6 +157,31 @@ fn metrics(status: &Status, problems: &[(&'static str, String)]) -> String {
     );
     gauge("rotating", "1 while records are sealed anew.", u8::from(status.is_rotating).to_string());
     gauge("problems", "Things that are wrong, see /health.", problems.len().to_string());
+    text
+}
+
+/// For each workload. Its name has no character that would have to be written in another way.
+fn delivered(states: &States) -> String {
+    if states.is_empty() {
+        return String::new();
+    }
+    let mut text = String::new();
+    let mut gauge = |name: &str, help: &str, value: &dyn Fn(&State) -> i64| {
+        let name = format!("dockflare_vault_delivery_{name}");
+        text += &format!("# HELP {name} {help}\n# TYPE {name} gauge\n");
+        for (workload, state) in states {
+            text += &format!("{name}{{workload=\"{workload}\"}} {}\n", value(state));
+        }
+    };
+    let version = |version: Option<u64>| version.and_then(|version| i64::try_from(version).ok()).unwrap_or(0);
+    gauge("version", "Number of the set of files in place, 0 for none.", &|state| version(state.version));
+    gauge("settled_version", "Number of the set that was dealt with, 0 for none.", &|state| version(state.settled));
+    gauge("since_seconds", "When the set was put in place, in seconds since 1970, 0 for none.", &|state| {
+        state.since.unwrap_or(0)
+    });
+    gauge("up_to_date", "1 if the files are what they are to be, 0 if they are missing or stale.", &|state| {
+        i64::from(state.condition == Condition::Delivered)
+    });
     text
 }
 

@@ -16,7 +16,8 @@ use tracing::{error, info, warn};
 
 use crate::config::Config;
 use crate::delivery::Delivery;
-use crate::doors::{admin, deliver};
+use crate::doors::admin::{self, Around};
+use crate::doors::deliver;
 use crate::launcher;
 use crate::pages::{Health, VaultPages};
 use crate::start::{Opened, StartError, open};
@@ -121,19 +122,19 @@ pub async fn run(
 
     let rotated = Arc::new(Notify::new());
     let mut tasks = JoinSet::new();
-    tasks.spawn(named("admin", admin::serve(socket, vault.clone(), rotated.clone())));
+    let (desk, inside) = deliver::desk();
+    let around = Arc::new(Around { rotated: rotated.clone(), deliveries: Some(desk.clone()) });
+    tasks.spawn(named("admin", admin::serve(socket, vault.clone(), around)));
     tasks.spawn(named("rotation", reseal(vault.clone(), rotated.clone(), health.clone())));
     tasks.spawn(named("audit", save(vault.clone(), health.clone())));
     let (wanted, deliveries) = watch::channel(Arc::new(config.deliveries.clone()));
-    let (desk, inside) = deliver::desk();
     tasks.spawn(named("deliveries", deliver::serve(vault.clone(), deliveries, inside)));
     let following = follow(source, config.clone(), hangup, vault.clone(), health.clone(), wanted);
     tasks.spawn(named("configuration", following));
     if let Some(listener) = listener {
-        let pages = VaultPages::new(vault.clone(), health.clone());
+        let pages = VaultPages::new(vault.clone(), health.clone(), desk.clone());
         tasks.spawn(named("pages", async move { match page::serve(listener, pages).await {} }));
     }
-    let _desk = desk;
     let ended = tokio::select! {
         () = shutdown.cancelled() => None,
         ended = tasks.join_next() => Some(ended),

@@ -19,6 +19,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 use zeroize::{Zeroize, Zeroizing};
 
+use crate::doors::deliver::Desk;
 use crate::keyfile;
 use crate::principal::Principal;
 use crate::secret::{MAX_VALUE_BYTES, SecretName, Value};
@@ -125,12 +126,21 @@ impl From<Refusal> for Answer {
     }
 }
 
-/// Answers one request as the operator. Blocks on the disk. `rotated` is rung when there is something to seal anew.
-pub fn answer(vault: &Vault, request: Request, rotated: &Notify) -> Answer {
-    perform(vault, request, rotated).map_or_else(|answer| answer, Answer::success)
+/// What the running vault has besides the store.
+#[derive(Debug, Default)]
+pub struct Around {
+    /// Rung when there is something to seal anew.
+    pub rotated: Arc<Notify>,
+    /// What the workloads have; `None` where no vault runs.
+    pub deliveries: Option<Desk>,
 }
 
-fn perform(vault: &Vault, request: Request, rotated: &Notify) -> Result<Json, Answer> {
+/// Answers one request as the operator. Blocks on the disk.
+pub fn answer(vault: &Vault, request: Request, around: &Around) -> Answer {
+    perform(vault, request, around).map_or_else(|answer| answer, Answer::success)
+}
+
+fn perform(vault: &Vault, request: Request, around: &Around) -> Result<Json, Answer> {
     let who = &Principal::Operator;
     let name =
         |text: &str| text.parse::<SecretName>().map_err(|error| Answer::error("bad_name", &error.to_string(), 64));
@@ -160,7 +170,7 @@ fn perform(vault: &Vault, request: Request, rotated: &Notify) -> Result<Json, An
         Request::History { name: text } => json!(vault.history(who, &name(&text)?)?),
         Request::Rotate { master_key_file: None } => {
             let data_key = vault.rotate(who)?;
-            rotated.notify_one();
+            around.rotated.notify_one();
             json!({ "data_key": data_key })
         }
         Request::Rotate { master_key_file: Some(file) } if file.is_relative() => {
@@ -173,7 +183,13 @@ fn perform(vault: &Vault, request: Request, rotated: &Notify) -> Result<Json, An
             let new = new.map_err(|error| Answer::error("bad_key", &error.to_string(), 64))?;
             json!({ "master_key": vault.rotate_master(who, new)? })
         }
-        Request::Status => json!(vault.status(who)?),
+        Request::Status => {
+            let mut status = json!(vault.status(who)?);
+            if let Some(desk) = &around.deliveries {
+                status["deliveries"] = desk.show();
+            }
+            status
+        }
         Request::AuditVerify => {
             let verified = vault.verify_audit(who)?;
             let broken: Vec<_> = verified.broken.iter().map(ToString::to_string).collect();
@@ -205,7 +221,7 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
 }
 
 /// Serves the door until it is dropped.
-pub async fn serve(listener: UnixListener, vault: Arc<Vault>, rotated: Arc<Notify>) {
+pub async fn serve(listener: UnixListener, vault: Arc<Vault>, around: Arc<Around>) {
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         // It is never closed.
@@ -218,16 +234,16 @@ pub async fn serve(listener: UnixListener, vault: Arc<Vault>, rotated: Arc<Notif
                 continue;
             }
         };
-        let (vault, rotated) = (vault.clone(), rotated.clone());
+        let (vault, around) = (vault.clone(), around.clone());
         tokio::spawn(async move {
             // Who breaks off or dawdles is answered with silence.
-            let _ = timeout(LIMIT, converse(stream, vault, rotated)).await;
+            let _ = timeout(LIMIT, converse(stream, vault, around)).await;
             drop(place);
         });
     }
 }
 
-async fn converse(mut stream: UnixStream, vault: Arc<Vault>, rotated: Arc<Notify>) -> io::Result<()> {
+async fn converse(mut stream: UnixStream, vault: Arc<Vault>, around: Arc<Around>) -> io::Result<()> {
     // With all the room that it may need: a buffer that grows leaves copies of the value behind.
     let mut line = Zeroizing::new(Vec::with_capacity(MAX_LINE_BYTES));
     let (mut reading, mut writing) = stream.split();
@@ -243,7 +259,7 @@ async fn converse(mut stream: UnixStream, vault: Arc<Vault>, rotated: Arc<Notify
         // The text of the error may show a piece of the value.
         Err(_) if !is_whole => Answer::error("too_large", "the request is cut off or too large", 64),
         Err(_) => Answer::error("bad_request", "the request is none of this version's", 64),
-        Ok(request) => spawn_blocking(move || answer(&vault, request, &rotated))
+        Ok(request) => spawn_blocking(move || answer(&vault, request, &around))
             .await
             .map_err(|error| io::Error::other(error.to_string()))?,
     };

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use dockflare_host::aside::Aside;
 use serde::Serialize;
+use serde_json::{Value as Json, json};
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::{sleep, timeout};
@@ -93,6 +94,29 @@ pub enum Condition {
 impl State {
     const PENDING: Self = Self { version: None, settled: None, since: None, condition: Condition::Pending };
 
+    /// A word for what is wrong, and a sentence without the name of a secret; `None` where nothing is.
+    pub fn problem(&self) -> Option<(&'static str, String)> {
+        let stays = match self.version {
+            Some(version) => format!("version {version} of its files stays in place"),
+            None => "it has no files".to_owned(),
+        };
+        Some(match &self.condition {
+            Condition::Delivered | Condition::Pending => return None,
+            Condition::Missing { missing } => {
+                ("delivery_missing", format!("{} of its secrets are not there; {stays}", missing.len()))
+            }
+            Condition::Denied { denied } => {
+                ("delivery_denied", format!("{} of its secrets were revoked or may not be read; {stays}", denied.len()))
+            }
+            Condition::PutBack { refused } => {
+                ("delivery_put_back", format!("version {refused} of its files was put back; {stays}"))
+            }
+            Condition::Failed { .. } => {
+                ("delivery_failed", format!("its files cannot be made or its directory cannot be used; {stays}"))
+            }
+        })
+    }
+
     /// Whether somebody who acts on changes has something to do.
     pub fn is_unsettled(&self) -> bool {
         self.version.is_some() && self.version != self.settled
@@ -141,6 +165,16 @@ impl Desk {
         self.states.clone()
     }
 
+    /// All of it for the operator, the names of secrets included.
+    pub(crate) fn show(&self) -> Json {
+        let states = self.states.borrow();
+        states
+            .iter()
+            .map(|(workload, state)| (workload.to_string(), json!(state)))
+            .collect::<serde_json::Map<_, _>>()
+            .into()
+    }
+
     /// The containers of this workload have this version: it is settled, and the set before it goes. Returns the number
     /// that is in place, which is a later one when the files have changed meanwhile.
     ///
@@ -167,6 +201,14 @@ impl Desk {
         self.orders.send(order).await.map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?
     }
+}
+
+/// Whether the directory of a delivery can be used, for a check while no vault runs. Blocks.
+///
+/// # Errors
+/// One line with the remedy.
+pub fn try_directory(delivery: &Delivery) -> Result<(), String> {
+    folder::Folder::open(delivery).map(|_| ()).map_err(|error| error.to_string())
 }
 
 /// What all workloads have in common.

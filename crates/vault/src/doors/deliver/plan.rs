@@ -99,7 +99,9 @@ fn bytes(content: &Content, secrets: &BTreeMap<SecretName, Standing>) -> Result<
             for (word, name) in secrets {
                 let text = std::str::from_utf8(value(name)?);
                 let text = text.map_err(|_| {
-                    format!("{name} is no text, which a template takes only: give it a file of its own")
+                    format!(
+                        "the secret behind {word:?} is no text, which a template takes only: give it a file of its own"
+                    )
                 })?;
                 words.insert(word.as_str(), text);
             }
@@ -162,7 +164,12 @@ mod tests {
         let Plan::Wrong(line) = plan(&delivery(), &secrets(here(b"hunter2\xff"), here(b"u"))) else {
             panic!("no plan")
         };
-        assert!(line.contains("db.ini") && line.contains("app/key is no text") && !line.contains("hunter2"), "{line}");
+        assert!(
+            line.contains("db.ini")
+                && line.contains("the secret behind \"key\" is no text")
+                && !line.contains("hunter2"),
+            "{line}"
+        );
     }
 
     proptest! {
