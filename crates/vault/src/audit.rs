@@ -20,6 +20,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::grant::{Decision, Operation};
+use crate::place::plain;
 use crate::principal::Principal;
 use crate::seal::Key;
 use crate::secret::SecretName;
@@ -28,6 +29,8 @@ use crate::store::{AuditHead, advice};
 /// Longest line that is read: a principal, a name and a missing row have 255 bytes each.
 const MAX_LINE_BYTES: u64 = 4096;
 const MAC_HEX: usize = 64;
+/// Of the number behind a file's name: some thousand files are beyond what anybody may keep.
+const MAX_DIGITS: usize = 5;
 const MAC_KEY: &str = ",\"mac\":\"";
 
 /// Where the audit is and how much of it is kept.
@@ -100,6 +103,14 @@ pub struct Verified {
     pub broken: Vec<Broken>,
 }
 
+/// The files as they were at one instant, oldest first, and the end that the store knew then.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// Name, size, and the file.
+    files: Vec<(String, u64, File)>,
+    head: AuditHead,
+}
+
 /// The audit of a store. All methods block on the disk.
 #[derive(Debug)]
 pub struct Audit {
@@ -137,7 +148,7 @@ impl Audit {
     pub fn open(config: AuditConfig, key: Key, head: &mut AuditHead) -> Result<(Self, Vec<Broken>), AuditError> {
         let audit = Self { config, key, open: Mutex::new(None), problem: Mutex::new(None) };
         audit.cut_torn_line().map_err(|error| audit.error("read", error))?;
-        let (end, mut broken, _) = audit.follow_all(head).map_err(|error| audit.error("read", error))?;
+        let (end, mut broken) = audit.follow(audit.snapshot(head)?).map_err(|error| audit.error("read", error))?;
         if end.lines < head.lines {
             broken.push(Broken::Cut { found: end.lines, known: head.lines });
         }
@@ -215,77 +226,116 @@ impl Audit {
         }
     }
 
-    /// Where the newest of the files ends that are beyond what is kept, if there are any.
+    /// Where the newest of the files ends that are beyond what is kept, if there are any. Reads the end of one file.
     ///
     /// # Errors
     /// [`AuditError`].
     pub fn surplus(&self) -> Result<Option<(u64, [u8; 32])>, AuditError> {
-        let mut end = None;
-        let read = self.each_line(self.config.keep + 1, |_, parsed| {
-            end = parsed.map(|parsed| (parsed.line, parsed.mac)).or(end);
-        });
-        match read {
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-            read => read.map(|()| end).map_err(|error| self.error("read", error)),
-        }
+        let read = || -> io::Result<_> {
+            let newest = self.numbers()?.into_iter().find(|number| *number > self.config.keep);
+            newest.map_or(Ok(None), |number| last_line(&self.path(number)))
+        };
+        let last = read().map_err(|error| self.error("read", error))?;
+        Ok(last.map(|parsed| (parsed.line, parsed.mac)))
     }
 
-    /// Removes the files beyond what is kept, after the store remembers where they ended.
+    /// Removes the files beyond what is kept, as far as the store remembers where they ended: one that became too old
+    /// meanwhile waits for the next time.
     ///
     /// # Errors
     /// [`AuditError`].
-    pub fn remove_surplus(&self) -> Result<(), AuditError> {
-        for number in (self.config.keep + 1..=self.newest_number()).rev() {
-            match fs::remove_file(self.path(number)) {
-                Err(error) if error.kind() != ErrorKind::NotFound => return Err(self.error("removed", error)),
-                _ => {}
+    pub fn remove_surplus(&self, head: &AuditHead) -> Result<(), AuditError> {
+        let remove = || -> io::Result<()> {
+            for number in self.numbers()?.into_iter().rev().filter(|number| *number > self.config.keep) {
+                let path = self.path(number);
+                if last_line(&path)?.is_none_or(|last| last.line <= head.removed.0) {
+                    fs::remove_file(path)?;
+                }
             }
-        }
-        Ok(())
+            Ok(())
+        };
+        remove().map_err(|error| self.error("removed", error))
     }
 
-    /// Reads all that is there and follows the chain from one line to the next.
+    /// What is there now, to be followed while others write on. A file that is renamed or removed meanwhile stays
+    /// readable.
+    ///
+    /// # Errors
+    /// [`AuditError`] when a file cannot be opened.
+    pub fn snapshot(&self, head: &AuditHead) -> Result<Snapshot, AuditError> {
+        let opened = || -> io::Result<_> {
+            let mut files = vec![];
+            for number in self.numbers()?.into_iter().rev() {
+                let (path, file) = (self.path(number), plain(File::options().read(true), &self.path(number))?);
+                files.push((file_name(&path), file.metadata()?.len(), file));
+            }
+            Ok(files)
+        };
+        let files = opened().map_err(|error| self.error("read", error))?;
+        Ok(Snapshot { files, head: *head })
+    }
+
+    /// Reads all of it and follows the chain from one line to the next. Nobody waits for it.
     ///
     /// # Errors
     /// [`AuditError`] when a file cannot be read.
-    pub fn verify(&self, head: &AuditHead) -> Result<Verified, AuditError> {
-        let (end, mut broken, files) = self.follow_all(head).map_err(|error| self.error("read", error))?;
+    pub fn verify(&self, snapshot: Snapshot) -> Result<Verified, AuditError> {
+        let (head, files) = (snapshot.head, snapshot.files.len());
+        let (end, mut broken) = self.follow(snapshot).map_err(|error| self.error("read", error))?;
         if end.lines < head.lines {
             broken.push(Broken::Cut { found: end.lines, known: head.lines });
         }
         Ok(Verified { lines: end.lines.saturating_sub(head.removed.0), files, broken })
     }
 
-    /// From the line after those that were removed to the last one; what is wrong on the way, and how many files there
-    /// are. The line that the store knows must be the one that is there.
-    fn follow_all(&self, head: &AuditHead) -> io::Result<(AuditHead, Vec<Broken>, usize)> {
+    /// From the line after those that were removed to the last one, and what is wrong on the way. The line that the
+    /// store knows must be the one that is there.
+    fn follow(&self, snapshot: Snapshot) -> io::Result<(AuditHead, Vec<Broken>)> {
+        let head = snapshot.head;
         let mut end = AuditHead { lines: head.removed.0, mac: head.removed.1, removed: head.removed };
-        let (mut broken, mut files) = (vec![], 0);
-        for number in (0..=self.newest_number()).rev() {
-            let file = || file_name(&self.path(number));
-            let read = self.each_line(number, |line, parsed| match parsed {
+        let mut broken = vec![];
+        for (name, bytes, file) in snapshot.files {
+            each_line(file.take(bytes), |line, parsed| match parsed {
                 // Told by the store to be gone, and not removed yet.
                 Some(parsed) if parsed.line <= head.removed.0 => {}
                 Some(parsed) => {
                     let is_known = parsed.line != head.lines || parsed.mac == head.mac;
                     if !self.follows(&parsed, end.lines, &end.mac) || !is_known {
-                        broken.push(Broken::Chain { file: file(), line });
+                        broken.push(Broken::Chain { file: name.clone(), line });
                     }
                     (end.lines, end.mac) = (parsed.line, parsed.mac);
                 }
-                None => broken.push(Broken::Chain { file: file(), line }),
-            });
-            match read {
-                Err(error) if error.kind() == ErrorKind::NotFound => {}
-                read => read.map(|()| files += 1)?,
-            }
+                None => broken.push(Broken::Chain { file: name.clone(), line }),
+            })?;
         }
-        Ok((end, broken, files))
+        Ok((end, broken))
     }
 
-    /// The highest number of a file; 0 is the newest file.
-    fn newest_number(&self) -> usize {
-        (1..).take_while(|number| self.path(*number).exists()).last().unwrap_or(0)
+    /// The numbers of the files that are there, newest first; 0 is the newest file. A crash while they were renamed
+    /// leaves a gap.
+    fn numbers(&self) -> io::Result<Vec<usize>> {
+        let Some(name) = self.config.file.file_name() else { return Ok(vec![]) };
+        let folder = self.config.file.parent().filter(|folder| !folder.as_os_str().is_empty());
+        let mut numbers = vec![];
+        let entries = match fs::read_dir(folder.unwrap_or(Path::new("."))) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(vec![]),
+            entries => entries?,
+        };
+        for entry in entries {
+            let entry = entry?.file_name();
+            let Some(rest) = entry.as_encoded_bytes().strip_prefix(name.as_encoded_bytes()) else { continue };
+            let number = match rest {
+                [] => Some(0),
+                // Nothing else than we write: no sign, no zero in front.
+                [b'.', digits @ ..] if digits.len() <= MAX_DIGITS && digits.first() != Some(&b'0') => {
+                    std::str::from_utf8(digits).ok().and_then(|digits| digits.parse().ok())
+                }
+                _ => None,
+            };
+            numbers.extend(number);
+        }
+        numbers.sort_unstable();
+        Ok(numbers)
     }
 
     fn opened<'a>(&self, open: &'a mut Option<(File, u64)>) -> Result<&'a mut (File, u64), AuditError> {
@@ -336,7 +386,7 @@ impl Audit {
 
     fn open_newest(&self) -> io::Result<(File, u64)> {
         let is_new = !self.path(0).exists();
-        let file = File::options().create(true).append(true).mode(0o600).open(self.path(0))?;
+        let file = plain(File::options().create(true).append(true).mode(0o600), &self.path(0))?;
         let bytes = file.metadata()?.len();
         if is_new {
             self.sync_folder()?;
@@ -344,13 +394,13 @@ impl Audit {
         Ok((file, bytes))
     }
 
-    /// Renames from the oldest on, so that a crash in between leaves a gap in the numbers and loses nothing.
+    /// Makes room for a new file by renaming, up to the first number that is free: a crash in between leaves a gap,
+    /// which the next time closes, and loses nothing.
     fn begin_new_file(&self) -> io::Result<()> {
-        for number in (0..=self.newest_number()).rev() {
-            match fs::rename(self.path(number), self.path(number + 1)) {
-                Err(error) if error.kind() == ErrorKind::NotFound => {}
-                renamed => renamed?,
-            }
+        let numbers = self.numbers()?;
+        let free = (1..).find(|number| !numbers.contains(number)).unwrap_or_default();
+        for number in numbers.into_iter().rev().filter(|number| *number < free) {
+            fs::rename(self.path(number), self.path(number + 1))?;
         }
         self.sync_folder()
     }
@@ -365,7 +415,7 @@ impl Audit {
 
     /// Cuts off what is behind the last end of a line.
     fn cut_torn_line(&self) -> io::Result<()> {
-        let mut file = match File::options().read(true).write(true).open(self.path(0)) {
+        let mut file = match plain(File::options().read(true).write(true), &self.path(0)) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
             file => file?,
         };
@@ -388,19 +438,29 @@ impl Audit {
     fn follows(&self, parsed: &Parsed, lines: u64, mac: &[u8; 32]) -> bool {
         parsed.line == lines + 1 && self.key.mac(b"audit", &[mac, parsed.text.as_bytes()]) == parsed.mac
     }
+}
 
-    fn each_line(&self, number: usize, mut each: impl FnMut(u64, Option<Parsed>)) -> io::Result<()> {
-        let mut reader = BufReader::new(File::open(self.path(number))?);
-        let (mut bytes, mut at) = (vec![], 0);
-        loop {
-            bytes.clear();
-            if reader.by_ref().take(MAX_LINE_BYTES).read_until(b'\n', &mut bytes)? == 0 {
-                return Ok(());
-            }
-            at += 1;
-            each(at, Parsed::read(&bytes));
+fn each_line(text: impl Read, mut each: impl FnMut(u64, Option<Parsed>)) -> io::Result<()> {
+    let mut reader = BufReader::new(text);
+    let (mut bytes, mut at) = (vec![], 0);
+    loop {
+        bytes.clear();
+        if reader.by_ref().take(MAX_LINE_BYTES).read_until(b'\n', &mut bytes)? == 0 {
+            return Ok(());
         }
+        at += 1;
+        each(at, Parsed::read(&bytes));
     }
+}
+
+/// The last whole line of a file, `None` where there is none.
+fn last_line(path: &Path) -> io::Result<Option<Parsed>> {
+    let mut file = plain(File::options().read(true), path)?;
+    // One line and the end of the one before.
+    file.seek(SeekFrom::Start(file.metadata()?.len().saturating_sub(MAX_LINE_BYTES + 1)))?;
+    let mut last = None;
+    each_line(file.take(MAX_LINE_BYTES + 1), |_, parsed| last = parsed.or(last.take()))?;
+    Ok(last)
 }
 
 fn file_name(path: &Path) -> String {

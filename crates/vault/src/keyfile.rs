@@ -28,6 +28,14 @@ pub enum KeyFileError {
         /// The user that this process runs as.
         uid: u32,
     },
+    /// Others may write it.
+    #[error("the master key {} may be changed by others (mode {mode:04o}): chmod 600 {}", path.display(), path.display())]
+    Writable {
+        /// The file.
+        path: PathBuf,
+        /// Its permissions.
+        mode: u32,
+    },
     /// Others may read it.
     #[error("the master key {} may be read by others (mode {mode:04o}): chmod 600 {}", path.display(), path.display())]
     Open {
@@ -77,6 +85,9 @@ pub fn read(path: &Path, is_alone: bool) -> Result<Key, KeyFileError> {
         return Err(KeyFileError::Kind(named()));
     }
     let mode = meta.mode() & 0o777;
+    if mode & 0o022 != 0 {
+        return Err(KeyFileError::Writable { path: named(), mode });
+    }
     if mode & 0o077 != 0 && !is_alone {
         return Err(KeyFileError::Open { path: named(), mode });
     }
@@ -85,11 +96,33 @@ pub fn read(path: &Path, is_alone: bool) -> Result<Key, KeyFileError> {
     Key::read(&bytes).map_err(|error| KeyFileError::Content { path: named(), error })
 }
 
-/// Whether this is a container with nobody else in it: the first process of its own process namespace is this one, or
-/// one that this one was started beside by `docker exec`.
+/// Whether this is a container with nobody else in it: all processes that can be seen are this user's, or root's, who
+/// could read the file anyway.
 pub fn is_alone() -> bool {
-    // Docker's and Podman's own marks.
-    ["/.dockerenv", "/run/.containerenv"].iter().any(|mark| Path::new(mark).exists())
+    // Docker's and Podman's own marks: outside of a container others come and go.
+    let is_container = ["/.dockerenv", "/run/.containerenv"].iter().any(|mark| Path::new(mark).exists());
+    is_container && users(Path::new("/proc")).is_ok_and(|users| are_alone(&users, nix::unistd::geteuid().as_raw()))
+}
+
+fn are_alone(users: &[u32], own: u32) -> bool {
+    !users.is_empty() && users.iter().all(|user| *user == own || *user == 0)
+}
+
+/// The users of all processes. The folder of one that lets nobody look at it, such as ours, is root's: its status tells
+/// whose it is.
+fn users(proc: &Path) -> io::Result<Vec<u32>> {
+    let mut users = vec![];
+    for entry in fs::read_dir(proc)? {
+        let entry = entry?;
+        if !entry.file_name().as_encoded_bytes().iter().all(u8::is_ascii_digit) {
+            continue;
+        }
+        // One that has ended meanwhile is nobody.
+        let Ok(status) = fs::read_to_string(entry.path().join("status")) else { continue };
+        let of = status.lines().find_map(|line| line.strip_prefix("Uid:"));
+        users.extend(of.into_iter().flat_map(str::split_whitespace).filter_map(|id| id.parse::<u32>().ok()));
+    }
+    Ok(users)
 }
 
 /// Sets a regular file on standard output to 0600, for `generate-key > master.key`.
@@ -114,6 +147,13 @@ mod tests {
     use super::*;
 
     #[test]
+    fn who_shares_its_container_with_another_user_is_not_alone() {
+        assert!(are_alone(&[65431, 65431, 0], 65431));
+        assert!(!are_alone(&[65431, 1000], 65431) && !are_alone(&[], 65431));
+        assert!(users(Path::new("/proc")).unwrap().contains(&nix::unistd::geteuid().as_raw()));
+    }
+
+    #[test]
     fn a_key_file_is_read_and_each_fault_is_named_without_its_content() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("master.key");
@@ -127,6 +167,10 @@ mod tests {
         assert_eq!(with(key.to_text().as_bytes(), 0o600).unwrap(), key);
         assert!(matches!(with(key.to_text().as_bytes(), 0o444), Err(KeyFileError::Open { mode: 0o444, .. })));
         assert_eq!(read(&path, true).unwrap(), key, "a Docker secret");
+        for mode in [0o666, 0o620, 0o602] {
+            with(key.to_text().as_bytes(), mode).unwrap_err();
+            assert!(matches!(read(&path, true), Err(KeyFileError::Writable { .. })), "{mode:o}");
+        }
         let short = with(b"PLANTED", 0o600).unwrap_err();
         assert!(matches!(short, KeyFileError::Content { .. }) && !format!("{short} {short:?}").contains("PLANTED"));
         assert!(matches!(with(&[b'a'; 5000], 0o600), Err(KeyFileError::Kind(_))));

@@ -44,6 +44,7 @@ pub mod grant;
 pub mod keyfile;
 pub mod launcher;
 pub mod pages;
+mod place;
 pub mod principal;
 pub mod run;
 pub mod seal;

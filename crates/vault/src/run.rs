@@ -21,12 +21,16 @@ use crate::doors::deliver;
 use crate::launcher;
 use crate::pages::{Health, VaultPages};
 use crate::start::{Opened, StartError, open};
+use crate::store::{Removed, Sweep};
 use crate::vault::Vault;
 
 /// How far the store's memory of the audit may be behind the audit's file.
 const SAVE_EVERY: Duration = Duration::from_secs(1);
 /// How often the configuration is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// Pause between two passes over all names that remove what time has ended, and between two steps of one.
+const SWEEP_EVERY: Duration = Duration::from_secs(600);
+const SWEEP_PAUSE: Duration = Duration::from_millis(100);
 /// Pause after a step of a rotation that the disk refused.
 const RESEAL_PAUSE: Duration = Duration::from_secs(10);
 
@@ -126,6 +130,7 @@ pub async fn run(
     let around = Arc::new(Around { rotated: rotated.clone(), deliveries: Some(desk.clone()) });
     tasks.spawn(named("admin", admin::serve(socket, vault.clone(), around)));
     tasks.spawn(named("rotation", reseal(vault.clone(), rotated.clone(), health.clone())));
+    tasks.spawn(named("sweep", sweep(vault.clone())));
     tasks.spawn(named("audit", save(vault.clone(), health.clone())));
     let (wanted, deliveries) = watch::channel(Arc::new(config.deliveries.clone()));
     tasks.spawn(named("deliveries", deliver::serve(vault.clone(), deliveries, inside)));
@@ -227,6 +232,42 @@ async fn reseal(vault: Arc<Vault>, rotated: Arc<Notify>, health: Arc<Health>) {
                 sleep(RESEAL_PAUSE).await;
             }
             Err(_) => return,
+        }
+    }
+}
+
+/// Removes what time has ended, a little at a time.
+async fn sweep(vault: Arc<Vault>) {
+    let (mut state, mut is_said) = (Sweep::default(), false);
+    loop {
+        let step = {
+            let vault = vault.clone();
+            spawn_blocking(move || {
+                let step = vault.sweep(&mut state);
+                (state, step)
+            })
+            .await
+        };
+        let Ok((after, step)) = step else { return };
+        state = after;
+        match step {
+            Ok(has_more) => {
+                let Removed { values, names } = state.removed;
+                if !has_more && (values, names) != (0, 0) {
+                    info!(
+                        values,
+                        names, "removed values that were over for a day and names that were deleted long ago"
+                    );
+                }
+                is_said = false;
+                sleep(if has_more { SWEEP_PAUSE } else { SWEEP_EVERY }).await;
+            }
+            Err(problem) => {
+                if !std::mem::replace(&mut is_said, true) {
+                    error!("what is over cannot be removed: {problem}; trying again");
+                }
+                sleep(SWEEP_EVERY).await;
+            }
         }
     }
 }

@@ -59,6 +59,8 @@ fn lock(file: &Path) -> Result<dockflare_host::lock::Lock, StartError> {
     let mut path = file.as_os_str().to_owned();
     path.push(".lock");
     let path = PathBuf::from(path);
+    let refuse = |error| StoreError::Io { what: "the lock of the store", path: path.clone(), verb: "taken", error };
+    crate::place::look(&path).map_err(|error| StartError::Store(Refusal::Store(refuse(error))))?;
     dockflare_host::lock::take(&path).map_err(|refused| {
         let path = file.to_owned();
         StartError::Store(Refusal::Store(match refused {

@@ -14,7 +14,7 @@ mod ring;
 mod sealed;
 
 pub use record::{VersionInfo, Versions};
-pub use sealed::{AuditHead, Change, Found, Location, Options, SealedStore, Status};
+pub use sealed::{AuditHead, Change, Found, Location, Options, Removed, SealedStore, Status, Sweep};
 
 /// Versions of a secret that are kept, the newest ones.
 pub const KEPT_VERSIONS: usize = 10;
@@ -99,7 +99,9 @@ pub enum StoreError {
         wanted: u64,
     },
     /// No further rotation can begin.
-    #[error("64 rotations are unfinished: wait until the store has sealed everything anew")]
+    #[error(
+        "no further rotation can begin: 63 of them wait for the store to seal everything anew, which status shows as is_rotating; nothing was changed, ask again when it is done"
+    )]
     TooManyKeys,
     /// No key can be made.
     #[error(transparent)]

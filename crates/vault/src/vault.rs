@@ -13,7 +13,7 @@ use crate::grant::{Decision, Grants, Operation, authorize};
 use crate::principal::Principal;
 use crate::seal::Key;
 use crate::secret::{SecretName, Value};
-use crate::store::{AuditHead, Change, Found, Location, Options, SealedStore, Status, StoreError, Versions};
+use crate::store::{AuditHead, Change, Found, Location, Options, SealedStore, Status, StoreError, Sweep, Versions};
 
 /// Store, grants and audit. Its methods block on the disk: call them where blocking is allowed.
 #[derive(Debug)]
@@ -99,16 +99,19 @@ impl Refusal {
             Self::Denied { .. } => "denied",
             Self::NotFound(_) => "not_found",
             Self::Store(StoreError::Version { .. }) => "version_mismatch",
+            Self::Store(StoreError::TooManyKeys) => "too_many_rotations",
             Self::Store(StoreError::Audit(_)) => "audit_unavailable",
             Self::Store(_) => "store_unavailable",
             Self::Audit(_) => "audit_unavailable",
         }
     }
 
-    /// For a command line: 1 denied, not found or another version; otherwise that of the store.
+    /// For a command line: 1 denied, not found, another version or too many rotations; otherwise that of the store.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Denied { .. } | Self::NotFound(_) | Self::Store(StoreError::Version { .. }) => 1,
+            Self::Denied { .. }
+            | Self::NotFound(_)
+            | Self::Store(StoreError::Version { .. } | StoreError::TooManyKeys) => 1,
             Self::Store(error) => error.exit_code(),
             Self::Audit(_) => 74,
         }
@@ -329,13 +332,16 @@ impl Vault {
         self.audit.probe();
         let head = self.store.with_audit(|head| self.audit.sync(head))?;
         self.store.save_audit(head)?;
-        if let Some(end) = self.audit.surplus()? {
-            let head = self.store.with_audit(|head| {
-                head.removed = end;
-                self.audit.sync(head)
-            })?;
+        // Nobody renames a file meanwhile; the end of one is read.
+        let surplus = self.store.with_audit(|head| {
+            let Some(end) = self.audit.surplus()? else { return Ok(None) };
+            head.removed = end;
+            self.audit.sync(head).map(Some)
+        });
+        if let Some(head) = surplus.map_err(Refusal::Audit)? {
             self.store.save_audit(head)?;
-            self.store.with_audit(|_| self.audit.remove_surplus())?;
+            // As it is in the store, and not as it may have become since.
+            self.store.with_audit(|_| self.audit.remove_surplus(&head))?;
         }
         Ok(())
     }
@@ -347,8 +353,17 @@ impl Vault {
     pub fn verify_audit(&self, who: &Principal) -> Result<Verified, Refusal> {
         self.allow(who, Operation::Audit, None)?;
         self.note(who, Operation::Audit, None, None)?;
-        // Nobody writes meanwhile: what is read is what the head says.
-        Ok(self.store.with_audit(|head| self.audit.verify(head))?)
+        // Opened while nobody writes, and read while everybody may.
+        let snapshot = self.store.with_audit(|head| self.audit.snapshot(head))?;
+        Ok(self.audit.verify(snapshot)?)
+    }
+
+    /// One step of a pass that removes what time has ended; whether there is more to do.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn sweep(&self, sweep: &mut Sweep) -> Result<bool, StoreError> {
+        self.store.sweep(sweep, now())
     }
 
     /// Why the counter of changes is behind, where it is.
@@ -476,15 +491,15 @@ mod tests {
         let (operator, name) = (Principal::Operator, "app/password".parse().unwrap());
         let change = Change { now: now(), ..Change::default() };
         let (vault, _) = open(dir.path(), &master, grants());
-        // A device that takes nothing stands for a full disk. The file is opened with its first line.
+        // The file is opened with its first line.
         let file = dir.path().join("audit.log");
-        std::os::unix::fs::symlink("/dev/full", &file).unwrap();
+        std::fs::create_dir(&file).unwrap();
         assert_eq!(vault.set(&operator, &name, &value("x"), &change).unwrap_err().code(), "audit_unavailable");
         assert_eq!(vault.get(&operator, &name, None).unwrap_err().code(), "audit_unavailable");
         assert_eq!(vault.list(&operator, None).unwrap_err().code(), "audit_unavailable");
         assert_eq!(vault.rotate(&operator).unwrap_err().code(), "audit_unavailable");
         drop(vault);
-        std::fs::remove_file(&file).unwrap();
+        std::fs::remove_dir(&file).unwrap();
         let (vault, _) = open(dir.path(), &master, grants());
         assert_eq!(vault.get(&operator, &name, None).unwrap_err().code(), "not_found");
         assert_eq!(vault.store.status().data_key, 1);

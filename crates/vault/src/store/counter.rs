@@ -26,7 +26,7 @@ impl Counter {
 
     /// The highest change that was seen; `None` where there is no file.
     pub(super) fn read(&self) -> io::Result<Option<u64>> {
-        match fs::metadata(&self.0) {
+        match fs::symlink_metadata(&self.0) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error),
             Ok(meta) if !meta.is_file() || meta.len() > MAX_BYTES => return Err(io::Error::other("it is no counter")),

@@ -8,7 +8,7 @@ use crate::secret::SecretName;
 /// What is known of one version.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VersionInfo {
-    /// From 1, rising by one, never used twice for a name.
+    /// Rising by one, never used twice for a name.
     pub version: u64,
     /// Seconds since 1970.
     pub created: i64,
@@ -44,8 +44,9 @@ pub struct Versions {
 }
 
 impl Versions {
-    pub(super) fn new(name: &SecretName) -> Self {
-        Self { name: name.to_string(), last: 0, deleted: None, revoked: false, kept: vec![] }
+    /// `last`: the highest number that may have been given before.
+    pub(super) fn new(name: &SecretName, last: u64) -> Self {
+        Self { name: name.to_string(), last, deleted: None, revoked: false, kept: vec![] }
     }
 
     /// The name.
@@ -74,6 +75,20 @@ impl Versions {
         self.kept.drain(..).map(|info| info.version).collect()
     }
 
+    /// Whether a version ended at `before` or earlier.
+    pub(super) fn has_ended(&self, before: i64) -> bool {
+        self.kept.iter().any(|info| info.is_expired(before))
+    }
+
+    /// Takes out what ended at `before` or earlier: with the newest version the whole secret ends, so that no older one
+    /// comes back. Returns the versions whose values go.
+    pub(super) fn end(&mut self, before: i64, now: i64) -> Vec<u64> {
+        if self.newest().is_some_and(|newest| newest.is_expired(before)) {
+            return self.delete(now);
+        }
+        self.kept.extract_if(.., |info| info.is_expired(before)).map(|info| info.version).collect()
+    }
+
     pub(super) fn to_bytes(&self) -> Vec<u8> {
         // Numbers and a name: there is nothing that JSON cannot hold.
         serde_json::to_vec(self).unwrap_or_default()
@@ -97,7 +112,7 @@ mod tests {
 
     #[test]
     fn the_newest_ten_are_kept_and_no_number_is_given_twice() {
-        let mut versions = Versions::new(&"a/b".parse().unwrap());
+        let mut versions = Versions::new(&"a/b".parse().unwrap(), 0);
         for number in 1..=10 {
             assert!(versions.add(number, None, 1).is_empty());
         }

@@ -18,6 +18,7 @@
 //! | `open` | making a store, looking at it as a whole, opening it |
 //! | `transaction` | one look or one change, and what an error of the disk left of it |
 //! | `rotation` | new keys |
+//! | `sweep` | what time ends |
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -37,6 +38,7 @@ mod open;
 mod problem;
 mod rotation;
 mod state;
+mod sweep;
 mod transaction;
 
 use layout::{HEADS, Kind, VALUES, hashed, value_place};
@@ -44,6 +46,7 @@ use open::Opener;
 pub use open::{Location, Options};
 use problem::{damaged, refused};
 pub use state::AuditHead;
+pub use sweep::{Removed, Sweep};
 use transaction::{Inner, Keys};
 
 /// A secret's value and which version it is.
@@ -135,7 +138,7 @@ impl SealedStore {
         self.transact(&mut inner, Keys::default(), |state, txn, _| {
             let old = self.head_in(&ring, txn, &place)?;
             let was_there = old.as_ref().is_some_and(|old| old.newest().is_some());
-            let mut versions = old.unwrap_or_else(|| Versions::new(name));
+            let mut versions = old.unwrap_or_else(|| Versions::new(name, state.floor));
             let found = versions.newest().filter(|newest| !newest.is_expired(change.now)).map_or(0, |n| n.version);
             if let Some(wanted) = change.if_version.filter(|wanted| *wanted != found) {
                 return Err(StoreError::Version { name: name.clone(), found, wanted });
@@ -155,8 +158,8 @@ impl SealedStore {
     }
 
     /// Deletes a secret with all its values, and returns its last version; `None` where there was nothing. The name and
-    /// the number of its last version stay, sealed. With `revoke` one that was deleted before is found, too, unless it was
-    /// revoked already.
+    /// the number of its last version stay, sealed, for a while: see [`SealedStore::sweep`]. With `revoke` one that was
+    /// deleted before is found, too, unless it was revoked already.
     ///
     /// # Errors
     /// As for [`SealedStore::set`].

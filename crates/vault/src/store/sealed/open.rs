@@ -16,6 +16,7 @@ use super::layout::{FORM, HEADS, Kind, META, VALUES, ring_place};
 use super::problem::{damaged, io_error, refused};
 use super::state::{State, read_state};
 use super::transaction::{Inner, Keys};
+use crate::place::plain;
 use crate::seal::Key;
 use crate::store::StoreError;
 use crate::store::backend::Overlay;
@@ -79,7 +80,7 @@ impl SealedStore {
                 error,
             })?,
         };
-        let file = match File::options().read(true).write(true).open(path) {
+        let file = match plain(File::options().read(true).write(true), path) {
             Err(error) if error.kind() == ErrorKind::NotFound => None,
             Ok(file) if file.metadata().map_err(unreadable)?.len() == 0 => None,
             file => Some(file.map_err(unreadable)?),
@@ -153,7 +154,9 @@ impl SealedStore {
         let mut id = [0; 16];
         crate::seal::fill(&mut id)?;
         let sound = Sound { id, ring: Ring::new(options.now)?, state: State::default() };
-        let opener = Opener(Box::new(|| Err(StoreError::TooManyKeys)));
+        let opener = Opener(Box::new(|| {
+            Err(io_error(Path::new("a store that is being made"), "opened", ErrorKind::NotFound.into()))
+        }));
         let store = Self::on(db, opener, path.to_owned(), None, sound, master.clone(), 0);
         let (mut inner, ring) = (store.inner(), store.ring());
         store.transact(&mut inner, Keys::default(), |_, txn, master| {

@@ -26,18 +26,20 @@ pub(super) struct State {
     pub(super) change: u64,
     pub(super) records: u64,
     pub(super) secrets: u64,
+    /// The highest number of a version among names that are forgotten.
+    pub(super) floor: u64,
     pub(super) sum: [u8; 32],
     pub(super) audit: AuditHead,
     /// A counter has followed this store: one that is missing was removed.
     pub(super) counted: bool,
 }
 
-const STATE_BYTES: usize = 8 * 3 + 32 + 8 + 32 + 8 + 32 + 1;
+const STATE_BYTES: usize = 8 * 4 + 32 + 8 + 32 + 8 + 32 + 1;
 
 impl State {
     pub(super) fn to_bytes(self) -> Vec<u8> {
         let (lines, removed) = (self.audit.lines.to_be_bytes(), self.audit.removed.0.to_be_bytes());
-        let counts = [self.change, self.records, self.secrets].map(u64::to_be_bytes).concat();
+        let counts = [self.change, self.records, self.secrets, self.floor].map(u64::to_be_bytes).concat();
         [&counts[..], &self.sum, &lines, &self.audit.mac, &removed, &self.audit.removed.1, &[self.counted.into()]]
             .concat()
     }
@@ -50,8 +52,8 @@ impl State {
             rest = behind;
             Some(u64::from_be_bytes(*number))
         };
-        let (change, records, secrets) = (number()?, number()?, number()?);
-        let mut rest = &bytes[24..];
+        let (change, records, secrets, floor) = (number()?, number()?, number()?, number()?);
+        let mut rest = &bytes[32..];
         let mut take = |length: usize| {
             let (taken, behind) = rest.split_at(length);
             rest = behind;
@@ -66,7 +68,7 @@ impl State {
             [1] => true,
             _ => return None,
         };
-        Some(Self { change, records, secrets, sum, audit: AuditHead { lines, mac, removed }, counted })
+        Some(Self { change, records, secrets, floor, sum, audit: AuditHead { lines, mac, removed }, counted })
     }
 
     pub(super) fn add(&mut self, ring: &Ring, kind: Kind, place: &[u8], record: &[u8]) {

@@ -11,21 +11,21 @@ use super::*;
 
 const NOW: Options = Options { accept_rollback: false, now: 1000 };
 
-fn name(text: &str) -> SecretName {
+pub(super) fn name(text: &str) -> SecretName {
     text.parse().unwrap()
 }
 
-fn value(text: &str) -> Value {
+pub(super) fn value(text: &str) -> Value {
     Value::new(text.as_bytes().to_vec()).unwrap()
 }
 
-struct Scene {
+pub(super) struct Scene {
     dir: tempfile::TempDir,
     master: Key,
 }
 
 impl Scene {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         // In memory where that can be: some tests open and close thousands of stores.
         let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
         Self { dir, master: Key::random().unwrap() }
@@ -35,7 +35,7 @@ impl Scene {
         Location { file: self.dir.path().join("vault.redb"), counter: Some(self.dir.path().join("change")) }
     }
 
-    fn open(&self) -> Result<SealedStore, StoreError> {
+    pub(super) fn open(&self) -> Result<SealedStore, StoreError> {
         SealedStore::open(&self.location(), self.master.clone(), NOW)
     }
 
@@ -44,13 +44,13 @@ impl Scene {
     }
 }
 
-fn set(store: &SealedStore, of: &str, text: &str) -> u64 {
+pub(super) fn set(store: &SealedStore, of: &str, text: &str) -> u64 {
     store
         .set(&name(of), &value(text), &Change { now: 1000, ..Change::default() }, |_| Ok(AuditHead::default()))
         .unwrap()
 }
 
-fn get(store: &SealedStore, of: &str) -> Option<String> {
+pub(super) fn get(store: &SealedStore, of: &str) -> Option<String> {
     let found = store.get(&name(of), None, 1000).unwrap()?;
     Some(String::from_utf8(found.value.expose().to_vec()).unwrap())
 }
@@ -490,5 +490,43 @@ fn a_store_that_was_half_made_is_made_anew() {
     std::fs::write(&half, b"half").unwrap();
     set(&scene.open().unwrap(), "a", "x");
     assert!(!half.exists());
+    assert_eq!(get(&scene.open().unwrap(), "a").as_deref(), Some("x"));
+}
+
+#[test]
+fn so_many_rotations_that_none_has_a_place_are_refused_and_the_store_goes_on() {
+    let scene = Scene::new();
+    let store = scene.open().unwrap();
+    for number in 0..300 {
+        set(&store, &format!("s/{number}"), "x");
+    }
+    let ask = |store: &SealedStore| store.rotate(1001, || Ok(AuditHead::default()));
+    for _ in 0..63 {
+        ask(&store).unwrap();
+    }
+    for _ in 0..3 {
+        let error = ask(&store).unwrap_err().to_string();
+        assert!(error.contains("ask again") && error.contains("nothing was changed"), "{error}");
+    }
+    set(&store, "s/0", "y");
+    drop(store);
+    let store = scene.open().unwrap();
+    assert!(ask(&store).is_err());
+    while store.reseal().unwrap() {}
+    assert_eq!(ask(&store).unwrap(), 65);
+    assert!((1..300).all(|number| get(&store, &format!("s/{number}")).as_deref() == Some("x")));
+}
+
+#[test]
+fn a_link_in_the_place_of_the_store_is_refused() {
+    let scene = Scene::new();
+    set(&scene.open().unwrap(), "a", "x");
+    let moved = scene.dir.path().join("moved.redb");
+    std::fs::rename(scene.location().file, &moved).unwrap();
+    std::os::unix::fs::symlink(&moved, scene.location().file).unwrap();
+    let error = scene.open().unwrap_err();
+    assert!(error.to_string().contains("name the file itself"), "{error}");
+    std::fs::remove_file(scene.location().file).unwrap();
+    std::fs::rename(&moved, scene.location().file).unwrap();
     assert_eq!(get(&scene.open().unwrap(), "a").as_deref(), Some("x"));
 }
