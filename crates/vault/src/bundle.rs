@@ -37,6 +37,7 @@ pub fn bundle(source: &Source, config: &Config) -> Json {
             "store": config.storage.file,
             "change_counter": config.storage.counter,
             "master_key_file": config.master_key_file,
+            "next_master_key_file": config.next_master_key_file,
             "audit": { "file": config.audit.file, "max_bytes": config.audit.max_bytes, "keep": config.audit.keep },
             "admin_socket": config.admin_socket,
             "health": config.health.map(|(ip, port)| format!("{ip}:{port}")),

@@ -84,7 +84,11 @@ pub fn check(source: &Source, config: &Config, names: Names) -> (String, bool) {
                 let wanted = answer.data["master_key"].as_str().unwrap_or_default();
                 let of = answer.data["secrets"].as_u64().unwrap_or_default();
                 found.good(&format!("store {}: {of} secrets", config.storage.file.display()));
-                if wanted != key.id() {
+                let next = config.next_master_key_file.as_ref();
+                let next = next.and_then(|file| keyfile::read(file, keyfile::is_alone()).ok()).map(|key| key.id());
+                if wanted != key.id() && next.as_deref() == Some(wanted) {
+                    found.note(&format!("the store was sealed with the master key {wanted} of encryption.next_master_key_file: put it in the place of {}", config.master_key_file.display()));
+                } else if wanted != key.id() {
                     found.bad(&format!("the store was sealed with the master key {wanted}, and {} holds {}: put the new key there before the next start", config.master_key_file.display(), key.id()));
                 }
                 audit(&mut found, config);

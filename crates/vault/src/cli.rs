@@ -80,9 +80,10 @@ enum Command {
     List { prefix: Option<String> },
     /// Seal everything with a new data key, or, with --master, wrap the keys for a new master key.
     Rotate {
-        /// A file with the new master key, which the vault itself can read.
+        /// A file with the new master key, which the vault itself can read; else encryption.next_master_key_file.
         #[arg(long, value_name = "NEW_KEY_FILE")]
-        master: Option<PathBuf>,
+        #[expect(clippy::option_option, reason = "not given, given without a file, given with one")]
+        master: Option<Option<PathBuf>>,
     },
     /// Print counts and ages, without names.
     Status,
@@ -249,6 +250,11 @@ fn perform(arguments: Arguments) -> Outcome {
             )
         }
         Command::Rotate { master: Some(file) } => {
+            let file = file.or_else(|| config.next_master_key_file.clone());
+            let file = file.ok_or_else(|| {
+                let line = "no new master key: rotate --master FILE, or set encryption.next_master_key_file";
+                (line.to_owned(), 64)
+            })?;
             let file =
                 file.canonicalize().map_err(|error| (format!("{} cannot be read: {error}", file.display()), 64))?;
             let data = ask(Request::Rotate { master_key_file: Some(file.clone()) })?;
@@ -331,7 +337,8 @@ fn print_json(data: &Json) -> Outcome {
 fn value_from_input(key: &str) -> Result<Zeroizing<Vec<u8>>, (String, u8)> {
     let failed = |error: io::Error| (format!("the value cannot be read: {error}"), 74);
     let mut input = io::stdin().lock();
-    let mut value = Zeroizing::new(Vec::new());
+    // With all the room that it may need: a buffer that grows leaves copies behind.
+    let mut value = Zeroizing::new(Vec::with_capacity(MAX_VALUE_BYTES + 64));
     if io::stdin().is_terminal() {
         let _ = write!(io::stderr(), "value of {key}: ");
         let _silence = Silence::begin().map_err(|error| failed(error.into()))?;

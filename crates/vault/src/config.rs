@@ -30,6 +30,8 @@ pub struct Config {
     pub storage: Location,
     /// The file that holds the master key.
     pub master_key_file: PathBuf,
+    /// The file with the key that comes after it, where one is ready.
+    pub next_master_key_file: Option<PathBuf>,
     /// Who may do what; the operator's own row is among them.
     pub grants: Grants,
     /// The audit.
@@ -124,6 +126,10 @@ impl Config {
                 .problem("encryption.master_key and encryption.master_key_file name two files: leave one of them out");
         }
         let master_key_file = also.or(named).unwrap_or_else(|| "/app/config/master.key".into());
+        let next_master_key_file = reader.path(&mut encryption, "next_master_key_file");
+        if next_master_key_file.as_ref() == Some(&master_key_file) {
+            reader.problem("encryption.next_master_key_file is the present key's file: name another one");
+        }
         reader.end(encryption);
 
         let mut audit = reader.section(&mut top, "audit");
@@ -161,6 +167,7 @@ impl Config {
             (Ok(address), true) => Ok(Self {
                 storage: location,
                 master_key_file,
+                next_master_key_file,
                 grants: Grants::new(grants),
                 audit: audit_config,
                 admin_socket,
@@ -242,6 +249,24 @@ impl Config {
         }
         grants
     }
+}
+
+/// The sections that differ and count only from a start.
+pub(crate) fn fixed_sections(one: &Config, other: &Config) -> Vec<&'static str> {
+    let sections = |config: &Config| {
+        let Config { storage, master_key_file, next_master_key_file, audit, admin_socket, health, launcher, .. } =
+            config;
+        [
+            ("storage", format!("{storage:?}")),
+            ("encryption", format!("{master_key_file:?}{next_master_key_file:?}")),
+            ("audit", format!("{audit:?}")),
+            ("admin", format!("{admin_socket:?}")),
+            ("health", format!("{health:?}")),
+            ("launcher", format!("{launcher:?}")),
+        ]
+    };
+    let pairs = sections(one).into_iter().zip(sections(other));
+    pairs.filter(|(one, other)| one != other).map(|((name, _), _)| name).collect()
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use crate::config::Config;
+use crate::config::{Config, fixed_sections};
 use crate::delivery::Delivery;
 use crate::doors::admin::{self, Around};
 use crate::doors::deliver;
@@ -324,8 +324,17 @@ async fn follow(
             spawn_blocking(move || source.load()).await
         };
         match read {
+            Ok(Ok(config)) if !fixed_sections(&config, &present).is_empty() => {
+                health.config_refused.store(true, Ordering::Relaxed);
+                let sections = fixed_sections(&config, &present).join(", ");
+                error!(
+                    "the new configuration is not taken, the present one goes on: {sections} count from a start, so restart the vault for it"
+                );
+            }
             Ok(Ok(config)) => {
-                health.config_refused.store(false, Ordering::Relaxed);
+                if health.config_refused.swap(false, Ordering::Relaxed) {
+                    info!("the configuration is right again");
+                }
                 if config.grants != present.grants {
                     info!(grants = config.grants.rows().len(), "took the new table of grants");
                     vault.replace_grants(config.grants.clone());
@@ -333,15 +342,6 @@ async fn follow(
                 if config.deliveries != present.deliveries {
                     info!(deliveries = config.deliveries.len(), "took the new deliveries");
                     wanted.send_replace(Arc::new(config.deliveries.clone()));
-                }
-                let fixed = |config: &Config| {
-                    let Config { storage, master_key_file, audit, admin_socket, health, launcher, .. } = config;
-                    format!("{storage:?}{master_key_file:?}{audit:?}{admin_socket:?}{health:?}{launcher:?}")
-                };
-                if fixed(&config) != fixed(&present) {
-                    warn!(
-                        "took grants and deliveries only: storage, encryption, audit, admin, launcher and health count from the next start"
-                    );
                 }
                 (present.grants, present.deliveries) = (config.grants, config.deliveries);
             }

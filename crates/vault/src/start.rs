@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::audit::Broken;
 use crate::config::Config;
 use crate::keyfile::{self, KeyFileError};
+use crate::seal::Key;
 use crate::store::{Options, StoreError};
 use crate::vault::{Refusal, Vault, now};
 
@@ -49,8 +50,27 @@ pub fn open(config: &Config, accept_rollback: bool) -> Result<Opened, StartError
     let lock = lock(file)?;
     let key = keyfile::read(&config.master_key_file, keyfile::is_alone())?;
     let options = Options { accept_rollback, now: now() };
-    let (vault, broken) = Vault::open(&config.storage, key, options, config.audit.clone(), config.grants.clone())?;
+    let opened = |key| Vault::open(&config.storage, key, options, config.audit.clone(), config.grants.clone());
+    let (vault, broken) = match opened(key) {
+        Err(Refusal::Store(StoreError::WrongKey { path, given, wanted })) => match next_key(config, &wanted) {
+            Some(next) => opened(next)?,
+            None => return Err(Refusal::Store(StoreError::WrongKey { path, given, wanted }).into()),
+        },
+        opened => opened?,
+    };
     Ok(Opened { vault, broken, lock })
+}
+
+/// The next master key, where the store was sealed with it already and nobody has put it in the place of the old one.
+fn next_key(config: &Config, wanted: &str) -> Option<Key> {
+    let file = config.next_master_key_file.as_ref()?;
+    let next = keyfile::read(file, keyfile::is_alone()).ok().filter(|next| next.id() == wanted)?;
+    tracing::warn!(
+        "the store opens with the master key {wanted} of encryption.next_master_key_file: put {} in the place of {}",
+        file.display(),
+        config.master_key_file.display()
+    );
+    Some(next)
 }
 
 /// The store's lock, in a file of its own beside it.

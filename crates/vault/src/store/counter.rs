@@ -29,6 +29,7 @@ impl Counter {
         match fs::symlink_metadata(&self.0) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error),
+            Ok(meta) if meta.is_symlink() => crate::place::look(&self.0)?,
             Ok(meta) if !meta.is_file() || meta.len() > MAX_BYTES => return Err(io::Error::other("it is no counter")),
             Ok(_) => {}
         }

@@ -84,7 +84,7 @@ impl Versions {
     /// comes back. Returns the versions whose values go.
     pub(super) fn end(&mut self, before: i64, now: i64) -> Vec<u64> {
         if self.newest().is_some_and(|newest| newest.is_expired(before)) {
-            return self.delete(now);
+            return self.delete(now, false);
         }
         self.kept.extract_if(.., |info| info.is_expired(before)).map(|info| info.version).collect()
     }

@@ -176,7 +176,7 @@ mod tests {
     }
 
     fn delete(store: &SealedStore, of: &str, now: i64) {
-        store.delete(&name(of), now, |_| Ok(AuditHead::default())).unwrap().unwrap();
+        store.delete(&name(of), now, false, |_| Ok(AuditHead::default())).unwrap().unwrap();
     }
 
     #[test]
