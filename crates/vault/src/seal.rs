@@ -128,6 +128,7 @@ impl Key {
             .cipher()
             .encrypt_inout_detached(&XNonce::from(nonce), place, sealed[NONCE_BYTES..].as_mut().into())
             .map_err(|_| KeyError::Shape(text.len()))?;
+        clear_stack();
         sealed.extend_from_slice(&tag);
         Ok(sealed)
     }
@@ -143,6 +144,7 @@ impl Key {
             text.as_mut_slice().into(),
             &Tag::from(*tag),
         );
+        clear_stack();
         opened.is_ok().then_some(text)
     }
 
@@ -150,6 +152,13 @@ impl Key {
         // The cipher wipes its own copy.
         XChaCha20Poly1305::new(&CipherKey::from(self.0))
     }
+}
+
+/// The cipher works on pieces of the text below its caller's frame: what it has left there is overwritten.
+#[inline(never)]
+fn clear_stack() {
+    let mut room = [0_u8; 8 << 10];
+    std::hint::black_box(&mut room);
 }
 
 /// Random bytes of the system.

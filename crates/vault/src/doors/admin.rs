@@ -147,11 +147,10 @@ fn perform(vault: &Vault, request: Request, around: &Around) -> Result<Json, Ans
     Ok(match request {
         Request::Get { name: text, version } => {
             let found = vault.get(who, &name(&text)?, version)?;
-            json!({
-                "value_base64": STANDARD.encode(found.value.expose()),
-                "version": found.info.version,
-                "expires_at": found.info.expires,
-            })
+            let mut data = json!({ "version": found.info.version, "expires_at": found.info.expires });
+            // `json!` would copy the text and leave it behind.
+            data["value_base64"] = Json::String(STANDARD.encode(found.value.expose()));
+            data
         }
         Request::Set { name: text, value_base64, expires_in, if_version } => {
             let name = name(&text)?;
