@@ -28,7 +28,7 @@ mod socket_proxy;
 mod tls;
 use check::{Check, health_page};
 pub(crate) use connector::{MOST_PATIENCE, connector_option, patience};
-use environment::environment;
+use environment::{Environment, environment};
 pub use image::ImageRef;
 pub(crate) use shown::Settings;
 pub use socket_proxy::{Listen, SocketProxyConfig};
@@ -202,7 +202,9 @@ impl Config {
     /// # Errors
     /// All that is wrong, at once.
     pub fn load() -> Result<Loaded, ConfigErrors> {
-        from_environment(Self::from_vars)
+        let (mut loaded, warnings) = from_environment(Self::from_vars)?;
+        loaded.warnings.splice(..0, warnings);
+        Ok(loaded)
     }
 
     /// Reads only where the health page is, for those who ask it.
@@ -210,7 +212,7 @@ impl Config {
     /// # Errors
     /// When port or address are none.
     pub fn load_health_page() -> Result<Option<PageAddress>, ConfigErrors> {
-        let (vars, _) = environment();
+        let vars = environment().vars;
         let value = |name: &str| vars.get(name).map(|value| value.trim());
         health_page(value("HEALTH_CHECK_PORT"), value("HEALTH_CHECK_BIND")).map_err(ConfigErrors)
     }
@@ -287,13 +289,14 @@ impl Config {
     }
 }
 
-/// What a reader of variables makes of the process environment, with all that is wrong in either.
+/// What a reader of variables makes of the process environment, with all that is wrong in either; and what the
+/// operator should know about the environment.
 fn from_environment<T>(
     read: impl FnOnce(BTreeMap<String, String>) -> Result<T, ConfigErrors>,
-) -> Result<T, ConfigErrors> {
-    let (vars, mut errors) = environment();
+) -> Result<(T, Vec<String>), ConfigErrors> {
+    let Environment { vars, mut errors, warnings } = environment();
     match read(vars) {
-        Ok(loaded) if errors.is_empty() => Ok(loaded),
+        Ok(loaded) if errors.is_empty() => Ok((loaded, warnings)),
         Ok(_) => Err(ConfigErrors(errors)),
         Err(ConfigErrors(more)) => {
             errors.extend(more);
@@ -400,35 +403,47 @@ fn shown_file(path: &str) -> &str {
     }
 }
 
-/// Reads a secret from its file; the text around it is trimmed. `read` is how, since it may block.
+/// Reads a secret from its file; the text around it is trimmed. `read` is how, since it may block. Gives also whether a
+/// byte order mark was before it.
 ///
 /// # Errors
 /// A sentence without the content, when the file cannot be read or holds nothing.
 fn read_secret_file(
     path: &Path,
     read: impl FnOnce(&Path, u64) -> Result<Vec<u8>, disk::Unread>,
-) -> Result<String, String> {
+) -> Result<(String, bool), String> {
     let bytes = read(path, MAX_SECRET_BYTES).map_err(|unread| match unread {
         disk::Unread::TooLong(most) => format!("is longer than {most} bytes, which is no secret"),
         other => other.to_string(),
     })?;
-    let text = text_of(bytes)?;
+    let (text, marked) = text_of(bytes)?;
     let text = text.trim();
     let text =
         ['"', '\''].into_iter().find_map(|quote| text.strip_prefix(quote)?.strip_suffix(quote)).unwrap_or(text).trim();
     if text.is_empty() {
         return Err("is empty; put the secret into it, alone on one line".to_owned());
     }
-    Ok(text.to_owned())
+    if text.contains(BYTE_ORDER_MARK) {
+        return Err("has a byte order mark within the secret; write the file anew".to_owned());
+    }
+    Ok((text.to_owned(), marked))
 }
 
-/// The text of a file that people write, without the mark that some editors put before it.
-fn text_of(bytes: Vec<u8>) -> Result<String, String> {
+/// Some editors begin a file with it. No eye sees it, and it is no white space.
+const BYTE_ORDER_MARK: char = '\u{feff}';
+/// What is said of one that was dropped.
+const MARK: &str = "a byte order mark (U+FEFF, which no editor shows), which was dropped";
+
+/// The text of a file that people write, without the mark that some editors put before it; and whether it was there.
+fn text_of(bytes: Vec<u8>) -> Result<(String, bool), String> {
     if bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff]) {
         return Err("is UTF-16, as Windows PowerShell writes it; save it as UTF-8".to_owned());
     }
     let text = String::from_utf8(bytes).map_err(|_| "is not UTF-8 text".to_owned())?;
-    Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))
+    Ok(match text.strip_prefix(BYTE_ORDER_MARK) {
+        Some(rest) => (rest.to_owned(), true),
+        None => (text, false),
+    })
 }
 
 impl Secret {
@@ -438,7 +453,8 @@ impl Secret {
     /// A sentence without the content, when the file is there but cannot be used.
     pub fn reread(&self) -> Result<Option<SecretString>, String> {
         let Some(path) = &self.file else { return Ok(None) };
-        let value = read_secret_file(path, disk::read)?;
+        // Of a mark before it was told at the start.
+        let (value, _) = read_secret_file(path, disk::read)?;
         if HeaderValue::from_str(&value).is_err() {
             return Err("holds characters that no HTTP header can carry".to_owned());
         }

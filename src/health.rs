@@ -108,7 +108,7 @@ pub(crate) struct Supervisor<H = Machine> {
     connecting: Trouble,
     leaving: Trouble,
     /// Networks that the agent has connected the container to and nobody needs any more, since when.
-    needless: BTreeMap<String, Instant>,
+    needless: BTreeMap<String, act::Leave>,
     metrics: Metrics,
 }
 

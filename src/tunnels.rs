@@ -5,6 +5,7 @@
 //! nothing more is fetched, and log and health say so. Ingress rules that were delivered stay in the file until
 //! Cloudflare has them. A tunnel is forgotten when both the master and the edge have let go of it. This task never touches Docker: the supervisor compares what is wanted with what is.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -96,8 +97,11 @@ struct Timers {
     no_route: bool,
 }
 
-/// A command poll that is under way when the shutdown comes may carry commands: it gets this long.
+/// A command poll that is under way when the shutdown comes may carry commands: it gets this long,
 const LAST_REPLY_LIMIT: Duration = Duration::from_secs(3);
+/// in pieces of this length: where the whole machine stands still for a while, as many do when they go down, what came
+/// meanwhile has its turn before the next piece begins.
+const LAST_REPLY_PIECE: Duration = Duration::from_millis(250);
 const FIRST_WAIT: Duration = Duration::from_secs(1);
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
 
@@ -209,7 +213,7 @@ impl Poller {
             tokio::select! {
                 reply = &mut reply => Some(reply),
                 // What is on its way would be lost with the connection.
-                () = shutdown.cancelled() => timeout(LAST_REPLY_LIMIT, &mut reply).await.ok(),
+                () = shutdown.cancelled() => last_reply(reply.as_mut()).await,
             }
         };
         let Some(reply) = reply else { return false };
@@ -436,6 +440,16 @@ impl Poller {
         }
         Ok(())
     }
+}
+
+/// Waits for a reply for [`LAST_REPLY_LIMIT`], in which this task has its turn.
+async fn last_reply<T>(mut reply: Pin<&mut impl Future<Output = T>>) -> Option<T> {
+    for _ in 0..LAST_REPLY_LIMIT.div_duration_f64(LAST_REPLY_PIECE) as u32 {
+        if let Ok(reply) = timeout(LAST_REPLY_PIECE, &mut reply).await {
+            return Some(reply);
+        }
+    }
+    None
 }
 
 /// See [`crate::fuzzing`].

@@ -10,7 +10,7 @@ use reqwest::Url;
 use reqwest::header::HeaderValue;
 
 use super::tls::Certificates;
-use super::{DEFAULT_IMAGE, DockerHost, ImageRef, PageAddress, Raw, Secret, read_secret_file, shown_file};
+use super::{DEFAULT_IMAGE, DockerHost, ImageRef, MARK, PageAddress, Raw, Secret, read_secret_file, shown_file};
 
 /// Collects what is wrong or odd while the variables are read.
 #[derive(Default)]
@@ -29,9 +29,8 @@ impl Check {
     /// A value without the quotes around it, which are part of it where nothing reads them: in `docker run -e`, in an
     /// `--env-file`, in a list of a compose file.
     pub(super) fn unquoted(&mut self, name: &str, value: &str) -> String {
-        const PAIRS: [(char, char); 4] = [('"', '"'), ('\'', '\''), ('“', '”'), ('‘', '’')];
         let mut bare = value;
-        for (opens, closes) in PAIRS {
+        for (opens, closes) in QUOTES {
             match (value.strip_prefix(opens), value.strip_suffix(closes)) {
                 (Some(rest), _) if rest.ends_with(closes) => {
                     bare = rest.strip_suffix(closes).unwrap_or(rest).trim();
@@ -131,7 +130,15 @@ impl Check {
             }
             (Some(value), None) => (value, None),
             (None, Some(path)) => match read_secret_file(Path::new(&path), disk::read_at_start) {
-                Ok(value) => (value, Some(PathBuf::from(path))),
+                Ok((value, marked)) => {
+                    if marked {
+                        self.warnings.push(format!(
+                            "{file_name}={}: begins with {MARK}; save it as UTF-8 without it",
+                            shown_file(&path)
+                        ));
+                    }
+                    (value, Some(PathBuf::from(path)))
+                }
                 Err(problem) => {
                     self.error(format!("{file_name}={}: {problem}", shown_file(&path)));
                     return None;
@@ -322,6 +329,15 @@ pub(super) fn health_page(port: Option<&str>, bind: Option<&str>) -> Result<Opti
         (Ok(number), Ok(ip)) => Ok((number != 0).then(|| PageAddress(SocketAddr::new(ip, number)))),
         (number, ip) => Err([number.err(), ip.err()].into_iter().flatten().collect()),
     }
+}
+
+/// Quotes that people put around values, and editors make of them.
+const QUOTES: [(char, char); 4] = [('"', '"'), ('\'', '\''), ('“', '”'), ('‘', '’')];
+
+/// A value without the quotes around it, if there are any.
+pub(super) fn without_quotes(value: &str) -> &str {
+    let bare = |(opens, closes)| value.strip_prefix(opens)?.strip_suffix(closes).map(str::trim);
+    QUOTES.into_iter().find_map(bare).unwrap_or(value)
 }
 
 /// An address as it may be shown when it is wrong: without what may be a password before an `@` or behind a `?`.

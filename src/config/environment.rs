@@ -7,23 +7,59 @@ use std::path::Path;
 
 use dockflare_host::disk;
 
-use super::text_of;
+use super::{BYTE_ORDER_MARK, MARK, text_of};
 
 /// Of a `.env`, which has some lines.
 const MOST_BYTES: u64 = 1 << 20;
 
-/// The variables of the process, before them those of `.env`, and what is wrong with either.
-pub(super) fn environment() -> (BTreeMap<String, String>, Vec<String>) {
-    const OURS: [&str; 3] = ["DOCKFLARE_", "CF_ACCESS_", "CLOUDFLARED_"];
-    let (mut vars, mut errors) = (BTreeMap::new(), Vec::new());
-    match disk::read_at_start(Path::new(".env"), MOST_BYTES) {
-        Ok(bytes) => match text_of(bytes) {
-            Ok(text) => errors.extend(read_lines(&text, &mut vars)),
-            Err(problem) => errors.push(format!(".env: {problem}")),
-        },
-        Err(unread) if unread.is_missing() => {}
-        Err(unread) => errors.push(format!(".env: {unread}")),
+/// What the process and `.env` set, and what is to be said of it.
+#[derive(Debug, Default)]
+pub(super) struct Environment {
+    /// The variables of the process, before them those of `.env`.
+    pub(super) vars: BTreeMap<String, String>,
+    /// What is wrong with either.
+    pub(super) errors: Vec<String>,
+    /// What is odd and was put right.
+    pub(super) warnings: Vec<String>,
+}
+
+impl Environment {
+    /// Takes the byte order marks away that names and values begin or end with, as `$(cat file)` and readers of
+    /// `--env-file` hand them on. A name that is there without one counts before one that has it.
+    fn drop_marks(&mut self) {
+        let is_marked = |text: &str| text.contains(BYTE_ORDER_MARK);
+        for (name, value) in std::mem::take(&mut self.vars) {
+            if !is_marked(&name) && !is_marked(&value) {
+                self.vars.insert(name, value);
+                continue;
+            }
+            let bare_name = name.trim_start_matches(BYTE_ORDER_MARK).to_owned();
+            let bare = value.trim().trim_matches(BYTE_ORDER_MARK);
+            let shown: String = bare_name.chars().filter(|c| !c.is_control()).take(100).collect();
+            if bare_name != name {
+                self.warnings.push(format!(
+                    "{shown}: the name of the variable begins with {MARK}; save the file that it comes from as UTF-8 without it"
+                ));
+            }
+            if bare != value.trim() {
+                self.warnings.push(format!(
+                    "{shown}: an end of the value has {MARK}; save the file that it comes from as UTF-8 without it"
+                ));
+            }
+            self.vars.entry(bare_name).or_insert_with(|| bare.to_owned());
+        }
     }
+}
+
+/// Reads both.
+pub(super) fn environment() -> Environment {
+    const OURS: [&str; 3] = ["DOCKFLARE_", "CF_ACCESS_", "CLOUDFLARED_"];
+    let mut environment = match disk::read_at_start(Path::new(".env"), MOST_BYTES) {
+        Ok(bytes) => of_file(bytes),
+        Err(unread) if unread.is_missing() => Environment::default(),
+        Err(unread) => Environment { errors: vec![format!(".env: {unread}")], ..Environment::default() },
+    };
+    let Environment { vars, errors, .. } = &mut environment;
     for (name, value) in std::env::vars_os() {
         let name = name.to_string_lossy().into_owned();
         match value.into_string() {
@@ -35,7 +71,26 @@ pub(super) fn environment() -> (BTreeMap<String, String>, Vec<String>) {
             Err(_) => {}
         }
     }
-    (vars, errors)
+    environment.drop_marks();
+    environment
+}
+
+/// What the content of a `.env` sets. A byte order mark before its first line is dropped and said: other programs that
+/// read the file may take it for a part of the first name.
+fn of_file(bytes: Vec<u8>) -> Environment {
+    let mut environment = Environment::default();
+    match text_of(bytes) {
+        Ok((text, marked)) => {
+            if marked {
+                environment
+                    .warnings
+                    .push(format!(".env line 1: begins with {MARK}; save the file as UTF-8 without it"));
+            }
+            environment.errors = read_lines(&text, &mut environment.vars);
+        }
+        Err(problem) => environment.errors.push(format!(".env: {problem}")),
+    }
+    environment
 }
 
 /// Gives a text line by line, and counts the lines that were taken.
@@ -76,6 +131,9 @@ fn read_lines(text: &str, vars: &mut BTreeMap<String, String>) -> Vec<String> {
 fn wrong_line(line: &str) -> &'static str {
     let name = line.split_once('=').map(|(name, _)| name.trim());
     match name.map(|name| name.strip_prefix("export ").unwrap_or(name)) {
+        _ if line.contains('\u{feff}') => {
+            "has a byte order mark in the middle of the file, as two files put together have it: write the line anew"
+        }
         None => "is not NAME=value; begin comments with '#'",
         Some(name) if name.trim().contains(char::is_whitespace) => {
             "the name before '=' has spaces in it: use the name of the variable, such as AGENT_DISPLAY_NAME"
@@ -101,5 +159,53 @@ mod tests {
         assert!(errors[0].contains("spaces") && errors[1].contains("quotes"), "{errors:#?}");
         assert!(!errors.join("").contains("s3cret"), "{errors:#?}");
         assert_eq!(vars["A"], "1");
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_dropped_where_it_is_first_and_named_with_its_line_everywhere() {
+        let of = |text: &str| of_file(text.as_bytes().to_vec());
+        let first = of("\u{feff}DOCKFLARE_API_KEY=s3cret\r\nB=2\r\n");
+        assert_eq!((first.vars["DOCKFLARE_API_KEY"].as_str(), first.vars["B"].as_str()), ("s3cret", "2"));
+        assert!(first.errors.is_empty(), "{first:?}");
+        assert!(first.warnings.len() == 1 && first.warnings[0].starts_with(".env line 1: "), "{first:?}");
+        assert!(first.warnings[0].contains("byte order mark") && !first.warnings[0].contains("s3cret"), "{first:?}");
+        let later = of("A=1\n\u{feff}DOCKFLARE_API_KEY=s3cret\n");
+        assert!(later.errors.len() == 1 && later.errors[0].starts_with(".env line 2: "), "{later:?}");
+        assert!(later.errors[0].contains("byte order mark") && !later.errors[0].contains("s3cret"), "{later:?}");
+        assert!(of("A=1\n").warnings.is_empty());
+        let value = of("DOCKFLARE_API_KEY=\u{feff}s3cret\n");
+        assert!(value.errors.is_empty(), "{value:?}");
+        let utf16 = of_file(b"\xff\xfeA\0=\x001\0".to_vec());
+        assert!(utf16.errors.len() == 1 && utf16.errors[0].contains("UTF-16"), "{utf16:?}");
+    }
+
+    #[test]
+    fn a_byte_order_mark_at_a_name_or_a_value_is_dropped_and_said_without_the_value() {
+        let set = [
+            ("A", "fine"),
+            ("CLOUDFLARED_REGION", "us"),
+            ("CLOUDFLARED_IMAGE", "cloudflare/cloudflared:1\u{feff} "),
+            ("DOCKFLARE_API_KEY", "\u{feff}s3cret-key"),
+            ("\u{feff}DOCKFLARE_MASTER_URL", "https://m"),
+            ("\u{feff}CLOUDFLARED_REGION", "other"),
+        ];
+        let vars = set.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+        let mut environment = Environment { vars, ..Environment::default() };
+        environment.drop_marks();
+        for (name, value) in [
+            ("A", "fine"),
+            ("CLOUDFLARED_REGION", "us"),
+            ("CLOUDFLARED_IMAGE", "cloudflare/cloudflared:1"),
+            ("DOCKFLARE_API_KEY", "s3cret-key"),
+            ("DOCKFLARE_MASTER_URL", "https://m"),
+        ] {
+            assert_eq!(environment.vars[name], value);
+        }
+        let said = &environment.warnings;
+        assert_eq!(said.len(), 4, "{said:?}");
+        for name in ["DOCKFLARE_MASTER_URL", "DOCKFLARE_API_KEY", "CLOUDFLARED_IMAGE", "CLOUDFLARED_REGION"] {
+            assert!(said.iter().any(|line| line.starts_with(name) && line.contains("byte order mark")), "{said:?}");
+        }
+        assert!(!said.join("").contains("s3cret"), "{said:?}");
     }
 }

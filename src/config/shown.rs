@@ -8,7 +8,7 @@ use dockflare_host::disk;
 use secrecy::SecretString;
 use serde_json::{Map, Value};
 
-use super::check::without_secrets;
+use super::check::{without_quotes, without_secrets};
 use super::environment::environment;
 use super::{DEFAULT_IMAGE, read_secret_file, shown_file};
 
@@ -80,7 +80,7 @@ pub(crate) struct Settings {
 impl Settings {
     /// Of this process, and of the `.env` in its working folder.
     pub(crate) fn of_environment() -> Self {
-        Self::of(&environment().0)
+        Self::of(&environment().vars)
     }
 
     fn of(vars: &BTreeMap<String, String>) -> Self {
@@ -92,11 +92,15 @@ impl Settings {
                 (Kind::Address(default), set) => set.map(without_secrets).or(default.map(str::to_owned)),
                 (Kind::Secret, Some(secret)) => {
                     secrets.push(secret.into());
+                    // As it is used, which is what leaves the agent.
+                    let bare = Some(without_quotes(secret)).filter(|bare| *bare != secret);
+                    secrets.extend(bare.map(Into::into));
                     Some("set".to_owned())
                 }
                 (Kind::Secret, None) => Some("unset".to_owned()),
                 (Kind::SecretFile, Some(path)) => {
-                    secrets.extend(read_secret_file(Path::new(path), disk::read_at_start).ok().map(Into::into));
+                    let read = read_secret_file(Path::new(without_quotes(path)), disk::read_at_start);
+                    secrets.extend(read.ok().map(|(secret, _)| secret.into()));
                     Some(shown_file(path).to_owned())
                 }
                 (Kind::SecretFile, None) => None,
@@ -160,15 +164,16 @@ mod tests {
             ("DOCKFLARE_MASTER_URL", "https://me:pass-word@m/x?token=1"),
             ("DOCKFLARE_API_KEY_FILE", file.to_str().unwrap()),
             ("CF_ACCESS_CLIENT_ID", "an-id"),
+            ("CF_ACCESS_CLIENT_SECRET", "'in-quotes'"),
             ("LOG_LEVEL", " DEBUG "),
         ];
         let settings = Settings::of(&vars.map(|(name, value)| (name.to_owned(), value.to_owned())).into());
         let text = Value::Object(settings.shown.clone()).to_string();
-        for secret in ["in-a-file", "pass-word", "an-id", "token=1"] {
+        for secret in ["in-a-file", "pass-word", "an-id", "in-quotes", "token=1"] {
             assert!(!text.contains(secret), "{text}");
         }
         let kept: Vec<_> = settings.secrets.iter().map(ExposeSecret::expose_secret).collect();
-        assert_eq!(kept, ["pass-word", "in-a-file", "an-id"]);
+        assert_eq!(kept, ["pass-word", "in-a-file", "an-id", "'in-quotes'", "in-quotes"]);
         assert_eq!(settings.shown["CF_ACCESS_CLIENT_ID"], "set");
         assert_eq!(settings.shown["DOCKFLARE_API_KEY"], "unset");
         assert_eq!(settings.shown["LOG_LEVEL"], "DEBUG");

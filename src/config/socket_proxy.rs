@@ -31,7 +31,9 @@ impl SocketProxyConfig {
     /// # Errors
     /// All that is wrong, at once.
     pub fn load() -> Result<(Self, Vec<String>), ConfigErrors> {
-        from_environment(Self::from_vars)
+        let ((config, mut warnings), of_environment) = from_environment(Self::from_vars)?;
+        warnings.splice(..0, of_environment);
+        Ok((config, warnings))
     }
 
     /// Checks a list of variables. An empty value counts as unset.

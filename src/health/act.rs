@@ -31,6 +31,8 @@ const RELEASE_TIME: Duration = Duration::from_secs(1);
 
 /// A network that nobody has needed for this long is left.
 const LEAVE_AFTER: Duration = Duration::from_secs(10);
+/// From then on, where Docker or what stands before it refuses that.
+const LEAVE_AGAIN: Duration = Duration::from_secs(3600);
 
 /// How far a plan was carried out without a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,6 +58,15 @@ impl Ids {
     fn set(&mut self, slot: Slot, id: Option<String>) {
         *(if slot == Slot::Main { &mut self.main } else { &mut self.next }) = id;
     }
+}
+
+/// A network that no labelled container needs.
+#[derive(Debug)]
+pub(super) struct Leave {
+    /// From when on it may be left.
+    at: Instant,
+    /// Whether that was refused.
+    refused: bool,
 }
 
 impl<H: Host> Supervisor<H> {
@@ -262,14 +273,18 @@ impl<H: Host> Supervisor<H> {
             joined.filter(|network| knows && is_needless(network)).cloned().collect()
         };
         self.needless.retain(|network, _| needless.contains(network));
-        let mut failed = false;
+        let (mut failed, mut left) = (false, false);
         for network in needless {
+            let now = Instant::now();
             // A container that is started again, or made anew, is about to need it.
-            if self.needless.entry(network.clone()).or_insert_with(Instant::now).elapsed() < LEAVE_AFTER {
+            let leave = self.needless.entry(network.clone()).or_insert(Leave { at: now + LEAVE_AFTER, refused: false });
+            if now < leave.at {
+                failed |= leave.refused;
                 continue;
             }
             match self.host.disconnect(&network, &main.id).await {
                 Ok(()) => {
+                    left = true;
                     self.needless.remove(&network);
                     info!(
                         container = main.name,
@@ -278,13 +293,23 @@ impl<H: Host> Supervisor<H> {
                 }
                 Err(error) => {
                     failed = true;
+                    let (container, mut next) = (&main.name, "trying again".to_owned());
+                    // Who refuses it once will refuse it until somebody changes that.
+                    if matches!(error, DockerError::Forbidden { .. }) {
+                        *leave = Leave { at: now + LEAVE_AGAIN, refused: true };
+                        next =
+                            format!("docker network disconnect {network} {container} does it; trying again in an hour");
+                    }
                     let problem = format!("{network}: Docker {error}");
-                    self.leaving.failed(&problem, "trying again, the tunnel itself is not affected");
+                    self.leaving.failed(&problem, &format!("{next}, the tunnel itself is not affected"));
                 }
             }
         }
-        if !failed {
-            self.leaving.ended();
+        match (failed, left) {
+            (true, _) => {}
+            (false, true) => drop(self.leaving.ended()),
+            // Left by hand, or needed again.
+            (false, false) => self.leaving.dropped(),
         }
     }
 

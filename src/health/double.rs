@@ -84,6 +84,8 @@ pub(super) struct World {
     pub(super) calls: Vec<String>,
     /// Calls that are refused with 403, by how they begin.
     pub(super) refused: Vec<&'static str>,
+    /// How many were.
+    pub(super) turned_away: usize,
     /// Calls that fail with 500, by how they begin.
     pub(super) failing: Vec<&'static str>,
     /// How often the last connector that visitors were led to was taken away.
@@ -221,6 +223,7 @@ impl Double {
         let (result, dies) = {
             let mut world = self.world();
             if world.refused.iter().any(|refused| call.starts_with(refused)) {
+                world.turned_away += 1;
                 return Err(DockerError::refusal());
             }
             if world.failing.iter().any(|failing| call.starts_with(failing)) {

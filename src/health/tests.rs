@@ -1203,3 +1203,23 @@ async fn a_network_that_it_joined_is_left_when_nobody_needs_it_and_one_connected
     let left = bench.host.world().containers[MAIN].seen.networks.keys().cloned().collect::<Vec<_>>();
     assert_eq!(left, ["by-hand", "net", "shop"]);
 }
+
+#[tokio::test(start_paused = true)]
+async fn who_may_connect_and_not_disconnect_says_so_once_with_what_does_it_and_asks_once_an_hour() {
+    let bench = running().await;
+    let host = bench.host.clone();
+    bench.ways.send_modify(|ways| (ways.networks, ways.all_known) = (["app".to_owned()].into(), true));
+    sleep(MINUTE).await;
+    assert_eq!(bench.calls(), ["connect tunnel app"]);
+    host.world().refused = vec!["disconnect"];
+    bench.ways.send_modify(|ways| ways.networks.clear());
+    sleep(30 * MINUTE).await;
+    assert_eq!(host.world().turned_away, 1, "no more than once");
+    sleep(3 * 60 * MINUTE).await;
+    assert_eq!(host.world().turned_away, 4, "and then each hour");
+    host.world().refused.clear();
+    sleep(61 * MINUTE).await;
+    assert_eq!(bench.calls(), ["disconnect tunnel app"]);
+    sleep(3 * 60 * MINUTE).await;
+    assert_eq!(bench.calls(), Vec::<String>::new(), "it has left");
+}

@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use dockflare_engine::proxy::listen::{MOST_CONNECTIONS, MOST_OF_ONE_PEER};
 use futures_util::StreamExt;
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 use tokio::net::TcpListener;
+use tokio::time::timeout;
 
 use super::plan::{Call, Policy, Subject, plan};
 use super::*;
@@ -245,19 +247,19 @@ fn what_differs_from_the_agents_own_place_for_the_metrics_is_refused() {
 #[path = "../../tests/support/attacks.rs"]
 mod attacks;
 
-fn all_attacks() -> Vec<attacks::Attack> {
+/// What this makes of a target with the policy's settings.
+fn of_target<T>(make: impl FnOnce(&attacks::Target<'_>) -> T) -> T {
     let tunnel = policy().tunnel;
     let image = tunnel.image.to_string();
     let body = spec().body_for_tests();
-    let target = attacks::Target {
+    make(&attacks::Target {
         tunnel: &tunnel.container_name,
         network: &tunnel.network,
         image: &image,
         victim: "victim",
         id: ID,
         body,
-    };
-    attacks::attacks(&target)
+    })
 }
 
 /// Sends these bytes to the service and gives all that it answers.
@@ -286,7 +288,7 @@ fn service(docker: crate::docker::Docker) -> Service<AgentProxy> {
 async fn every_attack_is_refused_by_its_rule_and_nothing_is_forwarded() {
     let (docker, requests) = recorder().await;
     let service = service(docker);
-    let attacks = all_attacks();
+    let attacks = of_target(attacks::attacks);
     let mut wrong = Vec::new();
     for attack in &attacks {
         let answer = answer_to(&service, &attack.bytes).await;
@@ -302,6 +304,93 @@ async fn every_attack_is_refused_by_its_rule_and_nothing_is_forwarded() {
     println!("{} attacks", attacks.len());
     let forwarded = requests.lock().unwrap();
     assert!(forwarded.is_empty(), "{:?}", String::from_utf8_lossy(&forwarded[0]));
+}
+
+/// `TEST_SEED` and `TEST_MUTATIONS` repeat it, or try others and more.
+#[tokio::test]
+async fn whatever_becomes_of_a_request_docker_is_asked_for_nothing_that_the_agent_may_not_ask() {
+    let seed = attacks::number("TEST_SEED", fastrand::u64(..));
+    let count = attacks::number("TEST_MUTATIONS", 3000) as usize;
+    println!("TEST_SEED={seed} TEST_MUTATIONS={count}");
+    let (docker, requests) = recorder().await;
+    let service = service(docker);
+    let own = ID.replace('0', "f");
+    let mut forwarded = 0;
+    for bytes in of_target(|target| attacks::mutated(target, &own, seed, count).collect::<Vec<_>>()) {
+        let sent = String::from_utf8_lossy(&bytes);
+        // Docker answers each with an error, so nothing lasts.
+        let answer = timeout(Duration::from_secs(20), cut_answer(&service, &bytes)).await.expect(&sent);
+        assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 "), "{sent:?}: {answer:?}");
+        for asked in requests.lock().unwrap().drain(..) {
+            forwarded += 1;
+            let (head, body) = taken_apart(&asked);
+            let allowed = Head::read(head).and_then(|head| plan(&policy(), &head, body));
+            assert!(allowed.is_ok(), "{sent:?} became {:?}: {allowed:?}", String::from_utf8_lossy(&asked));
+        }
+    }
+    println!("{forwarded} calls to Docker");
+    assert!(forwarded > count / 100, "the mutations get nowhere: {forwarded} of {count}");
+}
+
+/// As [`answer_to`], with nothing more to come from the client: what is cut off is waited for by nobody.
+async fn cut_answer(service: &Service, bytes: &[u8]) -> String {
+    let (mut client, server) = duplex(1 << 20);
+    client.write_all(bytes).await.unwrap();
+    let whole = bytes.windows(4).any(|four| four == b"\r\n\r\n");
+    let talk = async {
+        if !whole {
+            client.shutdown().await.unwrap();
+        }
+        let mut answer = Vec::new();
+        // A body that is shorter than was said ends with the client.
+        if timeout(Duration::from_millis(50), client.read_to_end(&mut answer)).await.is_err() {
+            client.shutdown().await.unwrap();
+            let _ = client.read_to_end(&mut answer).await;
+        }
+        drop(client);
+        String::from_utf8_lossy(&answer).into_owned()
+    };
+    let (_, answer) = tokio::join!(service.serve(server), talk);
+    answer
+}
+
+#[tokio::test]
+async fn on_a_network_idle_connections_of_one_peer_keep_no_other_from_an_answer() {
+    let (docker, _requests) = recorder().await;
+    let service = Arc::new(service(docker));
+    let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let at = tcp.local_addr().unwrap();
+    let shutdown = CancellationToken::new();
+    let (stop, served) = (shutdown.clone(), service.clone());
+    let server = tokio::spawn(async move {
+        let listener = Listener::Tcp(tcp);
+        accept_all(&listener, &served, std::future::pending(), &stop).await.1
+    });
+    let from = async |ip: &str| {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind(std::net::SocketAddr::new(ip.parse().unwrap(), 0)).unwrap();
+        socket.connect(at).await.unwrap()
+    };
+    let mut idle = Vec::new();
+    for _ in 0..2 * MOST_CONNECTIONS {
+        idle.push(from("127.0.0.2").await);
+    }
+    let mut other = from("127.0.0.1").await;
+    other.write_all(b"GET /nothing HTTP/1.1\r\nHost: d\r\n\r\n").await.unwrap();
+    let mut answer = String::new();
+    // Those that idle have five seconds for a head: who had to wait for them would wait as long.
+    timeout(Duration::from_secs(4), other.read_to_string(&mut answer)).await.expect("served at once").unwrap();
+    assert!(answer.starts_with("HTTP/1.1 403 ") && answer.contains("route"), "{answer}");
+    // Without a place a connection is closed at once and without a word; with one it is told that it was slow.
+    let mut told = 0;
+    for mut one in idle {
+        let mut answer = String::new();
+        let _ = one.read_to_string(&mut answer).await;
+        told += usize::from(answer.contains("head_slow"));
+    }
+    assert_eq!(told, MOST_OF_ONE_PEER);
+    shutdown.cancel();
+    assert_eq!(server.await.unwrap(), None);
 }
 
 #[tokio::test(start_paused = true)]

@@ -131,6 +131,10 @@ impl Token {
         if self.expose().len() > MOST_TOKEN {
             return Err("the token is longer than 4096 bytes");
         }
+        // No eye sees it, and it is no white space.
+        if self.expose().contains('\u{feff}') {
+            return Err("the token has a byte order mark (U+FEFF, which no editor shows) in it");
+        }
         let json = BASE64.decode(self.expose()).map_err(|_| "the token is not base64")?;
         let claims: Claims = serde_json::from_slice(&json)
             .map_err(|_| "the token does not hold the three strings a (account), t (tunnel) and s (secret)")?;

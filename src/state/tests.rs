@@ -151,6 +151,8 @@ fn a_token_tells_its_tunnel_and_hides_itself() {
 fn tokens_that_cloudflared_would_refuse_have_no_claims() {
     assert!(Token::new("%%%").claims().is_err());
     assert!(Token::new("").claims().is_err());
+    let marked = Token::new(format!("\u{feff}{}", super::testing::token("t1"))).claims().unwrap_err();
+    assert!(marked.contains("byte order mark"), "{marked}");
     for bad in [
         json!({"a": "x", "t": "y"}),
         json!({"a": "x", "t": 1, "s": "z"}),

@@ -7,12 +7,12 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use dockflare_dev_master::{Agent, Protocol};
+use dockflare_dev_master::{Agent, Protocol, Snapshot};
 use testkit::bollard::Docker;
 use testkit::bollard::query_parameters::ListContainersOptions;
 use testkit::{Case, case, wait_until};
 
-use crate::support::{SOON, Stage};
+use crate::support::{SOON, Stage, agent_binary};
 
 pub(crate) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
@@ -22,6 +22,8 @@ pub(crate) fn cases() -> Vec<Case> {
         cases.push(case(name("a_killed_docker_is_known_again_in_moments_and_stops_nothing"), move || killed(protocol)));
         cases.push(case(name("a_docker_that_hangs_is_known_again_in_moments"), move || hangs(protocol)));
     }
+    let name = "a_socket_that_a_live_restored_docker_made_anew_ends_the_proxy_that_mounts_the_old_one_and_nothing_else";
+    cases.push(case(name, live_restored).limit(Duration::from_secs(240)));
     cases.into_iter().map(|case| case.without(missing())).collect()
 }
 
@@ -162,6 +164,14 @@ impl Daemon {
         tar.append_path_with_name(testkit::binary("workload")?, "workload")?;
         tar.finish()?;
         self.docker(&["import", &archive.display().to_string(), IMAGE]).map(drop)
+    }
+
+    /// Brings images of the machine's own Engine here.
+    fn load(&self, images: &[&str]) -> Result<()> {
+        let archive = self.path("images.tar").display().to_string();
+        let saved = Command::new("docker").args(["save", "-o", &archive]).args(images).stdin(Stdio::null()).output()?;
+        ensure!(saved.status.success(), "docker save: {}", String::from_utf8_lossy(&saved.stderr));
+        self.docker(&["load", "-i", &archive]).map(drop)
     }
 
     /// Starts a labelled workload. It ends by itself after a while, should all else fail.
@@ -333,5 +343,66 @@ async fn hangs(protocol: Protocol) -> Result<()> {
     agent.wait_for_log_after(mark, "listening to Docker's events again", SOON).await?;
     let took = agreed(&stage, &daemon, MOMENTS).await?;
     eprintln!("{protocol}: the picture right {took:.1?} after the hung Docker answered again");
+    stage.assert_never_missed(&always)
+}
+
+/// The socket proxy mounts Docker's socket as a file, as most people do, and the daemon is not one that systemd gives
+/// its socket to: after its restart the containers go on, and the proxy's socket is dead for ever.
+async fn live_restored() -> Result<()> {
+    let mut daemon = Daemon::new()?;
+    daemon.start().await?;
+    daemon.import()?;
+    let mut stage = Stage::new(Protocol::V2).await?;
+    let agent_image = testkit::images().agent(&agent_binary()).await?;
+    let setting = |name: &str| {
+        let found = stage.env.iter().find(|(known, _)| known == name);
+        found.map(|(_, value)| value.clone()).with_context(|| format!("{name} is not set"))
+    };
+    let stand_in = setting("CLOUDFLARED_IMAGE")?;
+    daemon.load(&[&agent_image, &stand_in])?;
+    let api = daemon.path("api");
+    std::fs::create_dir(&api)?;
+    let mut args = ["run", "-d", "--name", "proxy", "--network", "none", "--user", "0:0", "--read-only"].to_vec();
+    args.extend(["--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--restart", "unless-stopped"]);
+    let binds = [
+        format!("{}:/var/run/docker.sock:ro", daemon.path("docker.sock").display()),
+        format!("{}:/run/dockflare", api.display()),
+    ];
+    let names = ["CLOUDFLARED_IMAGE", "CLOUDFLARED_NETWORK_NAME", "TUNNEL_CONTAINER_NAME"];
+    let settings = names.iter().map(|name| Ok(format!("{name}={}", setting(name)?))).collect::<Result<Vec<_>>>()?;
+    args.extend(binds.iter().flat_map(|bind| ["-v", bind]));
+    args.extend(settings.iter().flat_map(|setting| ["-e", setting]));
+    args.extend([agent_image.as_str(), "socket-proxy"]);
+    daemon.docker(&args)?;
+    stage.set("DOCKER_HOST", format!("unix://{}", api.join("docker.sock").display()));
+    let agent = stage.agent()?;
+    stage.enrolled_agent("edge").await?;
+    agent.wait_for_log("tunnel ready", 2 * SOON).await?;
+    let always = daemon.run()?;
+    let knows = async |id: &str| {
+        let known = |known: &Snapshot| known.only_agent().filter(|agent| agent.containers.contains_key(id)).map(drop);
+        stage.master.wait_for("the container to be known", 2 * SOON, known).await
+    };
+    knows(&always).await?;
+    let life = |name: &str| daemon.docker(&["inspect", "--format", "{{.Id}} {{.State.StartedAt}}", name]);
+    let (tunnel, proxy) = (life(&stage.tunnel)?, life("proxy")?);
+
+    let mark = agent.mark();
+    daemon.kill()?;
+    agent.wait_for_log_after(mark, "Docker cannot be reached", SOON).await?;
+    daemon.start().await?;
+    let back = std::time::Instant::now();
+    let life = |name: &str| daemon.docker(&["inspect", "--format", "{{.Id}} {{.State.StartedAt}}", name]);
+    ensure!(life("proxy")? == proxy && life(&stage.tunnel)? == tunnel, "both went on without their daemon");
+    agent.wait_for_log_after(mark, "listening to Docker's events again", 3 * SOON).await?;
+    eprintln!("the agent listens again {:.1?} after the daemon with a new socket was up", back.elapsed());
+    let log = Command::new("docker").arg("--host").arg(daemon.host_url()).args(["logs", "proxy"]).output()?;
+    let log = [log.stdout, log.stderr].concat();
+    let log = String::from_utf8_lossy(&log);
+    ensure!(log.contains("nobody listens any more on the Docker socket that is mounted here"), "{log}");
+    ensure!(daemon.docker(&["inspect", "--format", "{{.RestartCount}}", "proxy"])? == "1", "{log}");
+    ensure!(life(&stage.tunnel)? == tunnel, "the tunnel was touched");
+    let new = daemon.run()?;
+    knows(&new).await?;
     stage.assert_never_missed(&always)
 }

@@ -4,9 +4,9 @@ use std::net::TcpListener;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use dockflare_dev_master::Protocol;
+use dockflare_dev_master::{Protocol, Snapshot};
 use serde_json::{Value, json};
-use testkit::{AgentProcess, Case, Spec, models, wait_until};
+use testkit::{AgentProcess, Case, PROXY_OPENS, Scope, Spec, models, wait_until};
 
 use crate::containers_scene::{COMMAND, Tunnel, registered, setting};
 use crate::support::relay::{Relay, Way};
@@ -21,6 +21,7 @@ pub(crate) fn cases() -> Vec<Case> {
         labels_that_make_no_site_are_named_once_with_what_would,
         a_second_connector_is_told_by_its_token_or_by_the_tunnel_that_it_names,
         with_auto_connect_the_tunnel_joins_a_workloads_network_and_does_so_again_after_a_replacement,
+        behind_a_proxy_that_connects_and_does_not_disconnect_that_is_said_once_with_what_does_it,
     ]
 }
 
@@ -364,7 +365,7 @@ async fn with_auto_connect_the_tunnel_joins_a_workloads_network_and_does_so_agai
     scene.stage.set("AUTO_CONNECT_NETWORKS", "true");
     let app = scene.stage.scope.name("app");
     // The networks of others on this host are none of the test's business.
-    let relay = Relay::start(Way::OneNetwork(app.clone())).await?;
+    let relay = Relay::start(Way::OneNetwork(app.clone(), None)).await?;
     scene.stage.set("DOCKER_HOST", relay.host_url());
     scene.stage.scope.create_network(&app).await?;
     let tunnel = Tunnel::new(&scene.stage, "");
@@ -400,5 +401,40 @@ async fn with_auto_connect_the_tunnel_joins_a_workloads_network_and_does_so_agai
     let mut expected = [by_hand, scene.stage.network.clone()];
     expected.sort();
     ensure!(networks(&scene.stage).await? == expected, "{:?}", networks(&scene.stage).await?);
+    scene.stage.scope.remove_network(&app).await
+}
+
+async fn behind_a_proxy_that_connects_and_does_not_disconnect_that_is_said_once_with_what_does_it() -> Result<()> {
+    let mut scene = Scene::new().await?;
+    scene.stage.set("AUTO_CONNECT_NETWORKS", "true");
+    let scope = Scope::new(testkit::docker()?);
+    let proxy = scope.socket_proxy(&[&PROXY_OPENS[..], &[("KEEPS_CONNECTED", "1")]].concat()).await?;
+    let app = scene.stage.scope.name("app");
+    let relay = Relay::start(Way::OneNetwork(app.clone(), Some(proxy.address().to_owned()))).await?;
+    scene.stage.set("DOCKER_HOST", relay.host_url());
+    scene.stage.scope.create_network(&app).await?;
+    let tunnel = Tunnel::new(&scene.stage, "");
+    let agent = tunnel.agent_with_ready_tunnel(&scene.stage).await?;
+    let apart = scene.run("apart", "http://{}:8080", &app).await?;
+    agent.wait_for_log(&format!("the tunnel can reach the container name={apart}"), SOON).await?;
+    scene.stage.scope.rm(&apart).await?;
+    let refused = "disconnecting the tunnel from a network that nobody needs:";
+    let line = agent.wait_for_log(refused, 2 * SOON).await?;
+    let command = format!("docker network disconnect {app} {}", scene.stage.tunnel);
+    ensure!(line.contains("WARN") && line.contains("NETWORKS=1") && line.contains(&command), "{line}");
+
+    // The tunnel goes on, the next container of that network is served, and nothing is asked again and again.
+    let again = scene.run("again", "http://{}:8080", &app).await?;
+    agent.wait_for_log(&format!("the tunnel can reach the container name={again}"), SOON).await?;
+    scene.stage.scope.rm(&again).await?;
+    let known = registered(&scene.stage).await?;
+    let enough = known.complete_reports + 3;
+    let later = |known: &Snapshot| known.only_agent().filter(|agent| agent.complete_reports >= enough).map(drop);
+    scene.stage.master.wait_for("three more reports", 2 * SOON, later).await?;
+    scope.stop(proxy.container(), 5).await?;
+    let asked = scope.logs(proxy.container()).await?.lines().filter(|line| line.contains("/disconnect")).count();
+    ensure!((1..=2).contains(&asked), "asked {asked} times, once for each time that it was needless");
+    ensure!(scene.count(&agent, refused) == 1, "{}", agent.log());
+    scene.stage.scope.rm(&scene.stage.tunnel).await?;
     scene.stage.scope.remove_network(&app).await
 }

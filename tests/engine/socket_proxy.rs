@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use dockflare_dev_master::Protocol;
+use futures_util::StreamExt;
 use serde_json::{Value, json};
-use testkit::{AgentProcess, Case, Scope, SocketProxy, Spec, images};
+use testkit::{AgentProcess, Case, Scope, SocketProxy, Spec, images, models};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
@@ -22,6 +23,7 @@ mod upgrades;
 pub(crate) fn cases() -> Vec<Case> {
     let mut cases = testkit::cases![
         no_attack_changes_anything_on_the_engine,
+        no_mutated_request_changes_anything_but_the_tunnel_on_the_engine,
         what_is_somebody_elses_is_neither_shown_nor_touched,
         the_hardening_is_forced_whatever_the_client_sent,
         one_network_is_made_however_often_it_is_asked_for,
@@ -245,6 +247,82 @@ async fn no_attack_changes_anything_on_the_engine() -> Result<()> {
     ensure!((20..=60).contains(&lines), "{lines} lines for {} attacks", attacks.len());
     ensure!(!log.contains(&victim) && !log.contains("Privileged"), "{log}");
     Ok(())
+}
+
+/// `TEST_SEED` and `TEST_MUTATIONS` repeat it, or try others and more.
+async fn no_mutated_request_changes_anything_but_the_tunnel_on_the_engine() -> Result<()> {
+    let seed = attacks::number("TEST_SEED", fastrand::u64(..));
+    let count = usize::try_from(attacks::number("TEST_MUTATIONS", 600))?;
+    eprintln!("TEST_SEED={seed} TEST_MUTATIONS={count}");
+    let stage = Stage::new(Protocol::V2).await?;
+    let (_tunnel, proxy) = tunnel_and_proxy(&stage).await?;
+    let victim = stage.scope.name("victim");
+    let image = images().workload().await?;
+    let id = stage.scope.run(Spec { image: &image, name: &victim, ..Spec::default() }).await?;
+    let setting = |name: &str| stage.env.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone());
+    let own_image = setting("CLOUDFLARED_IMAGE").context("no image")?;
+    let target = attacks::Target {
+        tunnel: &stage.tunnel,
+        network: &stage.network,
+        image: &own_image,
+        victim: &victim,
+        id: &id,
+        body: create_body(&stage).await?,
+    };
+    let own = [stage.tunnel.clone(), format!("{}-next", stage.tunnel)];
+    let hardened = stage.scope.inspect(&stage.tunnel).await?.host_config;
+    let own_id = stage.scope.inspect(&stage.tunnel).await?.id.context("no id")?;
+    let is_own = |entry: &Value| own.iter().any(|own| entry[1] == *format!("/{own}"));
+    let others = async || -> Result<Vec<Value>> {
+        let Value::Array(all) = state(&stage.scope).await? else { bail!("no list") };
+        Ok(all.into_iter().filter(|entry| !is_own(entry)).collect())
+    };
+    let (before, began) = (others().await?, std::time::Instant::now());
+    let mut answers = std::collections::BTreeMap::<u16, usize>::new();
+    let requests = futures_util::stream::iter(attacks::mutated(&target, &own_id, seed, count));
+    // Some have no end, or one that is far away.
+    let mut answered = requests.map(|bytes| brief(&proxy, bytes)).buffer_unordered(8);
+    while let Some(status) = answered.next().await {
+        *answers.entry(status?).or_default() += 1;
+    }
+    drop(answered);
+    eprintln!("{count} requests in {:.1?}: {answers:?} (0: cut off by the client)", began.elapsed());
+    assert_eq!(others().await?, before);
+    // What may be there under the tunnel's names is as the agent would have made it.
+    for name in &own {
+        let Some(found) = stage.scope.find(name).await? else { continue };
+        let made = found.host_config.clone().map(|host| models::HostConfig { network_mode: None, ..host });
+        let expected = hardened.clone().map(|host| models::HostConfig { network_mode: None, ..host });
+        ensure!(made == expected, "{name}: {made:?} instead of {expected:?}");
+        ensure!(found.config.and_then(|config| config.image).as_ref() == Some(&own_image));
+    }
+    let (status, _) = line(&proxy.path(), "GET /_ping").await?;
+    ensure!(status == 200, "the proxy serves no more: {status}");
+    ensure!(
+        answers
+            .keys()
+            .all(|status| [0, 200, 201, 204, 304, 400, 403, 404, 405, 408, 409, 413, 431, 500, 502, 505]
+                .contains(status)),
+        "{answers:?}"
+    );
+    Ok(())
+}
+
+/// The status of the answer to this, 0 where none came within some seconds.
+async fn brief(proxy: &SocketProxy, bytes: Vec<u8>) -> Result<u16> {
+    let talk = async {
+        let mut stream = UnixStream::connect(proxy.path()).await?;
+        // It may answer before all is sent.
+        let _ = stream.write_all(&bytes).await;
+        if !bytes.windows(4).any(|four| four == b"\r\n\r\n") {
+            let _ = stream.shutdown().await;
+        }
+        let mut answer = vec![0; 16];
+        let read = stream.read(&mut answer).await.unwrap_or_default();
+        let head = String::from_utf8_lossy(&answer[..read]).into_owned();
+        Ok::<_, anyhow::Error>(head.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0))
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(3), talk).await.unwrap_or(Ok(0))
 }
 
 async fn what_is_somebody_elses_is_neither_shown_nor_touched() -> Result<()> {

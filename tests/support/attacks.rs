@@ -5,6 +5,9 @@ use serde_json::{Value, json};
 
 #[path = "attacks/create.rs"]
 mod create;
+#[path = "attacks/mutate.rs"]
+mod mutate;
+pub(crate) use mutate::mutated;
 
 /// One of them.
 pub(crate) struct Attack {
@@ -27,6 +30,14 @@ pub(crate) struct Target<'a> {
     pub(crate) id: &'a str,
     /// The body of the agent's own create call.
     pub(crate) body: Value,
+}
+
+/// A number from the environment, or this one: how often something is tried, or the seed of what is tried.
+pub(crate) fn number(variable: &str, otherwise: u64) -> u64 {
+    match std::env::var(variable) {
+        Ok(text) => text.parse().unwrap_or_else(|error| panic!("{variable}={text}: {error}")),
+        Err(_) => otherwise,
+    }
 }
 
 /// All of them.

@@ -18,8 +18,8 @@ pub(crate) enum Way {
     /// To the Engine; but a request whose first line has all that stands between the `*` of `line` is answered with
     /// these bytes.
     Answer { line: &'static str, with: &'static str },
-    /// To the Engine; but of the networks only this one may be connected to.
-    OneNetwork(String),
+    /// To the Engine, or to a socket proxy at this `host:port`; but of the networks only this one may be connected to.
+    OneNetwork(String, Option<String>),
 }
 
 /// What a socket proxy answers to what it does not let through.
@@ -104,11 +104,11 @@ async fn forward(client: &mut TcpStream, way: Way, answered: &watch::Sender<u64>
         Way::Engine => join(client, engine().await?, &[]).await,
         Way::Answer { line, with } => {
             let is_meant = |first: &str| line.split('*').all(|part| first.contains(part));
-            answer(client, is_meant, with, answered).await
+            answer(client, is_meant, with, answered, None).await
         }
-        Way::OneNetwork(name) => {
+        Way::OneNetwork(name, proxy) => {
             let is_meant = |first: &str| first.contains("/connect") && !first.contains(&name);
-            answer(client, is_meant, REFUSAL, answered).await
+            answer(client, is_meant, REFUSAL, answered, proxy).await
         }
     }
 }
@@ -119,6 +119,7 @@ async fn answer(
     is_meant: impl Fn(&str) -> bool,
     with: &str,
     answered: &watch::Sender<u64>,
+    proxy: Option<String>,
 ) -> Result<()> {
     let mut head = Vec::new();
     while !head.windows(2).any(|two| two == b"\r\n") {
@@ -133,7 +134,10 @@ async fn answer(
         answered.send_modify(|count| *count += 1);
         return Ok(());
     }
-    join(client, engine().await?, &head).await
+    match proxy {
+        Some(address) => join(client, TcpStream::connect(address).await?, &head).await,
+        None => join(client, engine().await?, &head).await,
+    }
 }
 
 async fn join(client: &mut TcpStream, mut other: impl AsyncRead + AsyncWrite + Unpin, first: &[u8]) -> Result<()> {

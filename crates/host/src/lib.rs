@@ -16,6 +16,7 @@ pub mod lock;
 pub mod logging;
 mod outlet;
 pub mod page;
+pub mod places;
 pub mod pulse;
 pub mod redact;
 pub mod retry;

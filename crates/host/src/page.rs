@@ -4,11 +4,10 @@
 //! Whoever shares a network with the program may ask, so nothing here waits for a client. Who holds connections open
 //! takes places from nobody but themselves: each peer has a few, and those on this machine have their own.
 
-use std::collections::HashMap;
 use std::convert::Infallible;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use http_body_util::Full;
@@ -22,6 +21,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 use tracing::warn;
 
+use crate::places::{Place, Places, is_near};
 use crate::{error_chain, http};
 
 /// Connections served at once from elsewhere, and as many from this machine; further ones are closed.
@@ -82,7 +82,7 @@ pub async fn bind(page: PageAddress) -> std::io::Result<TcpListener> {
 /// Serves the pages for ever. Cancel-safe.
 pub async fn serve(listener: TcpListener, pages: impl Pages) -> Infallible {
     let pages = Arc::new(pages);
-    let [near, far] = [(); 2].map(|()| Places::default());
+    let places = Places::new(MOST_CONNECTIONS, MOST_OF_ONE_PEER);
     loop {
         let (stream, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
@@ -93,66 +93,10 @@ pub async fn serve(listener: TcpListener, pages: impl Pages) -> Infallible {
                 continue;
             }
         };
-        let places = if is_near(peer) { &near } else { &far };
         // Who finds no place is closed at once, so that nobody waits behind those who dawdle.
         if let Some(place) = places.take(peer.ip()) {
             tokio::spawn(converse(stream, peer, pages.clone(), place));
         }
-    }
-}
-
-fn is_near(peer: SocketAddr) -> bool {
-    peer.ip().to_canonical().is_loopback()
-}
-
-/// The connections that are served, by the peer that they are of.
-#[derive(Debug, Clone, Default)]
-struct Places(Arc<Mutex<HashMap<IpAddr, usize>>>);
-
-/// One connection's place; dropping it gives it back.
-#[derive(Debug)]
-struct Place {
-    of: IpAddr,
-    places: Places,
-}
-
-impl Places {
-    /// A place for one more connection of this peer.
-    fn take(&self, peer: IpAddr) -> Option<Place> {
-        let of = one_peer(peer);
-        let mut taken = self.lock();
-        let all: usize = taken.values().sum();
-        let own = taken.get(&of).copied().unwrap_or_default();
-        if all >= MOST_CONNECTIONS || own >= MOST_OF_ONE_PEER {
-            return None;
-        }
-        taken.insert(of, own + 1);
-        Some(Place { of, places: self.clone() })
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut taken = self.places.lock();
-        match taken.get_mut(&self.of) {
-            Some(own) if *own > 1 => *own -= 1,
-            _ => drop(taken.remove(&self.of)),
-        }
-    }
-}
-
-/// Addresses that one host can choose among count as one.
-fn one_peer(ip: IpAddr) -> IpAddr {
-    match ip.to_canonical() {
-        IpAddr::V6(ip) if !ip.is_loopback() => {
-            let [a, b, c, d, ..] = ip.segments();
-            Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0).into()
-        }
-        ip => ip,
     }
 }
 
@@ -180,7 +124,7 @@ async fn answer(
         refusal.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
         return Ok(refusal);
     }
-    Ok(response(pages.page(request.uri().path(), is_near(peer)).await))
+    Ok(response(pages.page(request.uri().path(), is_near(peer.ip())).await))
 }
 
 fn response(page: Page) -> Response<Full<Bytes>> {
@@ -231,24 +175,6 @@ mod tests {
         ] {
             assert_eq!(reached_at(PageAddress(listens.parse().unwrap())).to_string(), asked);
         }
-    }
-
-    #[test]
-    fn a_peer_has_a_few_places_and_all_together_have_a_bound() {
-        let places = Places::default();
-        let peer = |number: u8| IpAddr::from([10, 0, 0, number]);
-        let mut of_one: Vec<_> = (0..MOST_OF_ONE_PEER).map(|_| places.take(peer(1)).unwrap()).collect();
-        assert!(places.take(peer(1)).is_none(), "one peer has its share");
-        assert!(places.take("::ffff:10.0.0.1".parse().unwrap()).is_none(), "by whatever name");
-        assert!(places.take(peer(2)).is_some(), "and another has its own");
-        of_one.pop();
-        assert!(places.take(peer(1)).is_some(), "what was given back can be taken");
-        let all: Vec<_> = (0..=u8::MAX).filter_map(|number| places.take(peer(number))).collect();
-        assert_eq!(all.len() + of_one.len(), MOST_CONNECTIONS);
-        drop((all, of_one));
-        assert!(places.lock().is_empty(), "nothing is kept of those who left");
-        let v6: Vec<_> = (0..20).filter_map(|n| places.take(format!("fd00::{n:x}").parse().unwrap())).collect();
-        assert_eq!(v6.len(), MOST_OF_ONE_PEER, "a host has as many addresses of its network as it likes");
     }
 
     struct Word;

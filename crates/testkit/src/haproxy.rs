@@ -45,6 +45,9 @@ const OPENS: [(&str, &str); 27] = [
     ("POST", ""),
 ];
 
+/// A variable of ours: what is connected to a network stays there, whatever else is open.
+pub(crate) const KEEPS_CONNECTED: &str = "KEEPS_CONNECTED";
+
 /// What is open unless a variable says otherwise.
 const OPEN_BY_DEFAULT: [&str; 3] = ["EVENTS", "PING", "VERSION"];
 
@@ -77,6 +80,7 @@ pub(crate) fn changes() -> Vec<String> {
         OPENS.iter().map(|(variable, _)| format!("ENV {variable}={}", u8::from(OPEN_BY_DEFAULT.contains(variable))));
     let fixed = [
         "ENV LOG_LEVEL=info".to_owned(),
+        format!("ENV {KEEPS_CONNECTED}=0"),
         format!("EXPOSE {PORT}"),
         format!(r#"ENTRYPOINT ["{PROGRAM}", "-db", "-f", "/etc/haproxy/haproxy.cfg"]"#),
     ];
@@ -124,6 +128,7 @@ defaults
 frontend clients
     bind :{PORT}
     http-request deny unless METH_GET || {{ env(POST) -m bool }}
+    http-request deny if {{ path,url_dec -m reg -i /networks/[^/]+/disconnect$ }} {{ env({KEEPS_CONNECTED}) -m bool }}
 {rules}    http-request deny
     use_backend events if {{ {events} }}
     default_backend engine

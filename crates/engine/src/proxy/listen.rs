@@ -2,13 +2,14 @@
 
 use std::fmt;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use dockflare_host::places::{Place, Places};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::task::JoinSet;
@@ -16,7 +17,7 @@ use tokio::time::{sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use super::{Proxy, Service};
+use super::{Proxy, Refusal, Service};
 
 /// Where the socket proxy listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,8 +37,11 @@ impl fmt::Display for Listen {
     }
 }
 
-/// A program needs no more than six at a time; who opens more waits.
-const MOST_CONNECTIONS: usize = 64;
+/// A program needs no more than six at a time. On a unix socket, which only it reaches, who opens more waits.
+pub const MOST_CONNECTIONS: usize = 64;
+/// Of these for each peer on a network: a program's, a `check` beside it, and some that are about to close. Further ones
+/// are closed, so that nobody waits behind those who dawdle.
+pub const MOST_OF_ONE_PEER: usize = 16;
 /// After the system could not accept a connection, for want of file handles as a rule.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -51,15 +55,19 @@ pub async fn accept_all<P: Proxy + 'static>(
 ) -> (JoinSet<()>, Option<String>) {
     let mut orphaned = pin!(orphaned);
     let mut connections = JoinSet::new();
+    let places = Places::new(MOST_CONNECTIONS, MOST_OF_ONE_PEER);
     loop {
         tokio::select! {
             () = shutdown.cancelled() => return (connections, None),
             path = &mut orphaned => return (connections, Some(path)),
             () = sleep_until(service.refusals.next_turn()) => service.refusals.turn(),
             Some(_) = connections.join_next() => {}
-            accepted = listener.accept(), if connections.len() < MOST_CONNECTIONS => match accepted {
-                Ok(Connection::Unix(stream)) => serve(&mut connections, service, stream),
-                Ok(Connection::Tcp(stream)) => serve(&mut connections, service, stream),
+            accepted = listener.accept(), if listener.may_accept(connections.len()) => match accepted {
+                Ok(Connection::Unix(stream)) => serve(&mut connections, service, stream, None),
+                Ok(Connection::Tcp(stream, peer)) => match places.take(peer) {
+                    Some(place) => serve(&mut connections, service, stream, Some(place)),
+                    None => service.refusals.tell(Refusal::http("connections")),
+                },
                 Err(error) => {
                     warn!("cannot accept a connection: {error}; trying again");
                     sleep(ACCEPT_PAUSE).await;
@@ -75,14 +83,17 @@ pub fn leave(path: &str) {
     let _ = std::fs::remove_file(path);
 }
 
-fn serve<P, S>(connections: &mut JoinSet<()>, service: &Arc<Service<P>>, stream: S)
+fn serve<P, S>(connections: &mut JoinSet<()>, service: &Arc<Service<P>>, stream: S, place: Option<Place>)
 where
     P: Proxy + 'static,
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + 'static,
 {
     let service = service.clone();
-    // That the client went is no news.
-    connections.spawn(async move { drop(service.serve(stream).await) });
+    connections.spawn(async move {
+        // That the client went is no news.
+        drop(service.serve(stream).await);
+        drop(place);
+    });
 }
 
 /// What is listened on.
@@ -95,7 +106,8 @@ pub enum Listener {
 
 enum Connection {
     Unix(UnixStream),
-    Tcp(TcpStream),
+    /// And whose it is.
+    Tcp(TcpStream, IpAddr),
 }
 
 impl Listener {
@@ -125,11 +137,20 @@ impl Listener {
         }
     }
 
+    /// Whether one more may come while so many are served.
+    fn may_accept(&self, served: usize) -> bool {
+        match self {
+            Self::Unix(_) => served < MOST_CONNECTIONS,
+            // Each peer has its bound, and all together.
+            Self::Tcp(_) => true,
+        }
+    }
+
     /// Cancel-safe.
     async fn accept(&self) -> io::Result<Connection> {
         match self {
             Self::Unix(listener) => listener.accept().await.map(|(stream, _)| Connection::Unix(stream)),
-            Self::Tcp(listener) => listener.accept().await.map(|(stream, _)| Connection::Tcp(stream)),
+            Self::Tcp(listener) => listener.accept().await.map(|(stream, peer)| Connection::Tcp(stream, peer.ip())),
         }
     }
 }
