@@ -272,7 +272,9 @@ impl<H: Host> Supervisor<H> {
             let knows = ways.all_known && self.config.auto_connect;
             joined.filter(|network| knows && is_needless(network)).cloned().collect()
         };
-        self.needless.retain(|network, _| needless.contains(network));
+        // A refusal counts also for a network that was needed again in between.
+        let refuses = |leave: &Leave| leave.refused && Instant::now() < leave.at;
+        self.needless.retain(|network, leave| needless.contains(network) || refuses(leave));
         let (mut failed, mut left) = (false, false);
         for network in needless {
             let now = Instant::now();

@@ -333,7 +333,7 @@ async fn whatever_becomes_of_a_request_docker_is_asked_for_nothing_that_the_agen
 }
 
 /// As [`answer_to`], with nothing more to come from the client: what is cut off is waited for by nobody.
-async fn cut_answer(service: &Service, bytes: &[u8]) -> String {
+async fn cut_answer(service: &Service<AgentProxy>, bytes: &[u8]) -> String {
     let (mut client, server) = duplex(1 << 20);
     client.write_all(bytes).await.unwrap();
     let whole = bytes.windows(4).any(|four| four == b"\r\n\r\n");

@@ -1,9 +1,10 @@
 //! What Docker says of labelled containers, and what the master hears of it.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
-use dockflare_dev_master::{Agent, Protocol};
+use anyhow::{Context, Result, bail, ensure};
+use dockflare_dev_master::{Agent, Protocol, Snapshot};
 use futures_util::future::try_join_all;
 use testkit::bollard::query_parameters::RenameContainerOptions;
 use testkit::{AgentProcess, Case};
@@ -240,12 +241,28 @@ async fn enable_is_read_in_all_spellings_and_under_both_prefixes(protocol: Proto
     Ok(())
 }
 
+/// Waits until a container that lives for a moment is told. Docker answers a subscription before it takes effect, long
+/// before on a busy machine: who starts and ends in between is told to nobody, and no listing shows it.
+async fn listens(stage: &Stage) -> Result<()> {
+    for _ in 0..10 {
+        let id = stage.scope.run_workload(ENABLED, &["sleep", "30"], None, true).await?;
+        let told = |known: &Snapshot| {
+            known.only_agent().filter(|agent| agent.starts_of(&id) > 0 && agent.stops_of(&id) > 0).map(drop)
+        };
+        if stage.master.wait_for("one of a moment", Duration::from_secs(5), told).await.is_ok() {
+            return Ok(());
+        }
+    }
+    bail!("none of ten containers that lived for a moment was told")
+}
+
 async fn a_burst_of_short_lived_containers_is_told_in_full(protocol: Protocol) -> Result<()> {
     // Fifty of them, or twenty where nothing is numbered.
     const AT_ONCE: usize = 10;
     let rounds = if protocol == Protocol::V2 { 5 } else { 2 };
     let stage = Stage::new(protocol).await?;
     let (_agent, _) = watched(&stage).await?;
+    listens(&stage).await?;
     let mut ids = Vec::new();
     for _ in 0..rounds {
         let burst = (0..AT_ONCE).map(|_| stage.scope.run_workload(ENABLED, &["sleep", "30"], None, true));
