@@ -40,7 +40,8 @@ FROM source AS build-vault
 RUN cargo build --release --locked --package dockflare-vault --bin dockflare-vault \
     && install -D -m 0755 target/*/release/dockflare-vault /out/dockflare-vault \
     && install -d -m 0700 /out/data \
-    && install -d -m 0755 /out/launcher
+    && install -d -m 0755 /out/launcher \
+    && install -d -m 0755 /out/run
 
 FROM scratch AS vault
 # A user that nobody else is: not the agent's, and not the one that distroless images have.
@@ -54,6 +55,8 @@ COPY --from=build-vault --chown=${VAULT_UID}:${VAULT_GID} /out/data /app/config
 COPY --from=build-vault --chown=${VAULT_UID}:${VAULT_GID} /out/data /run/dockflare-vault
 # Shared with the containers whose programs the launcher starts.
 COPY --from=build-vault --chown=${VAULT_UID}:${VAULT_GID} /out/launcher /app/launcher
+# Where its socket proxy makes its socket. Root's, since without a capability root writes to nobody else's folder.
+COPY --from=build-vault /out/run /run/dockflare
 WORKDIR /app
 USER ${VAULT_UID}:${VAULT_GID}
 HEALTHCHECK --interval=30s --timeout=5s --start-period=10s --retries=3 CMD ["/dockflare-vault", "healthcheck"]

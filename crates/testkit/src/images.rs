@@ -157,8 +157,8 @@ impl Images {
         self.once(&format!("vault {}", program.display()), async || {
             let (empty, open) = (tempfile::tempdir()?, tempfile::tempdir()?);
             std::fs::set_permissions(open.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
-            let sources: [(&str, &Path); 3] =
-                [("dockflare-vault", program), ("data", empty.path()), ("launcher", open.path())];
+            let sources: [(&str, &Path); 4] =
+                [("dockflare-vault", program), ("data", empty.path()), ("launcher", open.path()), ("run", open.path())];
             self.from_stage("vault", &workspace_root().join("Dockerfile"), Some("vault"), &sources).await
         })
         .await

@@ -24,7 +24,8 @@ use crate::doors::admin::{Answer, Request, wipe};
 use crate::run::{Source, run};
 use crate::seal::Key;
 use crate::secret::MAX_VALUE_BYTES;
-use crate::{bundle, check, client, keyfile, launcher, pages, settings};
+use crate::socket_proxy::ProxyConfig;
+use crate::{bundle, check, client, keyfile, launcher, pages, settings, socket_proxy};
 
 /// Keeps credentials sealed, and hands them out by one table of grants.
 ///
@@ -100,6 +101,13 @@ enum Command {
     Healthcheck,
     /// Print one JSON document without secrets or names that helps to find out what is wrong.
     SupportBundle,
+    /// Run the socket proxy: it alone holds the Docker socket, and lets the vault signal, restart and start the containers
+    /// of RELOAD_CONTAINERS, and nothing else.
+    SocketProxy {
+        /// Ask the one that runs in this container whether it reaches Docker; exit 0 if so, 1 if not.
+        #[arg(long)]
+        check: bool,
+    },
     /// In another container: wait for files, put them into the environment, and become the program after --.
     ///
     /// Exit codes before the program runs: 64 a name or a text that cannot be used, 73 a file that may not be read, 75
@@ -196,6 +204,7 @@ fn perform(arguments: Arguments) -> Outcome {
     let command = arguments.command.unwrap_or(Command::Run { accept_rollback: false });
     match &command {
         Command::GenerateKey => return generate_key(),
+        Command::SocketProxy { check } => return proxy(&source.env, *check),
         Command::Wait { workload, timeout } if workload.starts_with('/') => {
             return launcher::wait(Path::new(workload), Duration::from_secs(*timeout));
         }
@@ -204,7 +213,7 @@ fn perform(arguments: Arguments) -> Outcome {
     let config = source.load().map_err(|errors| (errors.to_string(), 64))?;
     let ask = |request| asked(client::ask(&config, request));
     match command {
-        Command::GenerateKey | Command::Exec { .. } => Ok(()),
+        Command::GenerateKey | Command::SocketProxy { .. } | Command::Exec { .. } => Ok(()),
         Command::Wait { workload, .. } => Err((format!("{workload} is no folder: begin it with a slash"), 64)),
         Command::Run { accept_rollback } => serve(source, config, accept_rollback),
         Command::Get { key, version } => {
@@ -302,6 +311,31 @@ fn serve(source: Source, config: Config, accept_rollback: bool) -> Outcome {
         logging::end_on_panic("this is a mistake in the vault, please report it".to_owned(), 70);
         let shutdown = signals::shutdown_on_signals().map_err(|error| failed(&error))?;
         run(source, config, accept_rollback, shutdown).await.map_err(|error| {
+            tracing::error!("{error}");
+            (String::new(), error.exit_code())
+        })
+    });
+    runtime.shutdown_background();
+    logging::flush();
+    code
+}
+
+/// The socket proxy, or the question whether it does its job.
+fn proxy(env: &BTreeMap<String, String>, is_check: bool) -> Outcome {
+    let settings = ProxyConfig::read(env).map_err(|problems| (problems.join("\n"), 64));
+    if is_check {
+        let asked = runtime()?.block_on(dockflare_engine::proxy::listen::check(&settings?.listen));
+        return asked.map_err(|line| (line, 1)).and_then(|line| print(format!("{line}\n").as_bytes()));
+    }
+    let log = settings::log(env).map_err(|problems| (problems.join("\n"), 64))?;
+    let config = settings?;
+    let failed = |error: &dyn std::fmt::Display| (format!("the socket proxy cannot begin: {error}"), 70);
+    let runtime = runtime()?;
+    let code = runtime.block_on(async {
+        logging::start(&log).map_err(|error| failed(&error))?;
+        logging::end_on_panic("this is a mistake in the vault, please report it".to_owned(), 70);
+        let shutdown = signals::shutdown_on_signals().map_err(|error| failed(&error))?;
+        socket_proxy::run(config, shutdown).await.map_err(|error| {
             tracing::error!("{error}");
             (String::new(), error.exit_code())
         })

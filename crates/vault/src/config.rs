@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
+use dockflare_engine::DockerHost;
+
 use crate::audit::AuditConfig;
 use crate::delivery::Delivery;
 use crate::grant::{Grant, Grants, NamePattern, Operation};
@@ -42,6 +44,8 @@ pub struct Config {
     pub health: Option<(IpAddr, u16)>,
     /// Which workload is to have which files, sorted by their names.
     pub deliveries: Vec<Delivery>,
+    /// Where the vault reaches its socket proxy, for containers whose files have changed.
+    pub docker: DockerHost,
     /// A folder that other containers share, into which the launcher is put, where there is one.
     pub launcher: Option<PathBuf>,
     /// What connects to a NATS server, where the file has such a section.
@@ -145,6 +149,14 @@ impl Config {
             reader.path(&mut admin, "socket").unwrap_or_else(|| "/run/dockflare-vault/admin.sock".into());
         reader.end(admin);
 
+        let mut docker = reader.section(&mut top, "docker");
+        let text = reader.text(&mut docker, "host").unwrap_or_else(|| crate::socket_proxy::DEFAULT_LISTEN.to_owned());
+        let docker_host = crate::docker::host(&text);
+        if let Err(error) = &docker_host {
+            reader.problem(&format!("docker.host: {error}"));
+        }
+        reader.end(docker);
+
         let mut launcher = reader.section(&mut top, "launcher");
         let launcher_folder = reader.path(&mut launcher, "folder");
         reader.end(launcher);
@@ -163,8 +175,8 @@ impl Config {
         let deliveries = deliveries::read(&mut reader, &mut top);
         reader.end(top);
         let errors = reader.finish();
-        match (address, errors.is_empty()) {
-            (Ok(address), true) => Ok(Self {
+        match (address, docker_host, errors.is_empty()) {
+            (Ok(address), Ok(docker), true) => Ok(Self {
                 storage: location,
                 master_key_file,
                 next_master_key_file,
@@ -173,6 +185,7 @@ impl Config {
                 admin_socket,
                 health: (port != 0).then_some((address, port)),
                 deliveries,
+                docker,
                 launcher: launcher_folder,
                 nats,
             }),

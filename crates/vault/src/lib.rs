@@ -20,6 +20,8 @@
 //! | [`audit`] | the chained lines | hold a value |
 //! | [`vault`] | the order of all that: decide, do, write down, answer | speak to anybody outside |
 //! | [`doors`] | how it is asked, and files into the directories of workloads | decide |
+//! | [`reload`] | what happens to containers when their files have changed | read a secret |
+//! | [`docker`] | the four calls of Docker, always through [`socket_proxy`], a second process | decide |
 //! | [`launcher`] | files into the environment of a program, in its container | know the store |
 //!
 //! Around them: [`config`] (one YAML file), [`delivery`] (what a workload is to have), [`keyfile`] (the master key), [`start`] (lock, key, store, audit), [`run`] (the
@@ -36,6 +38,7 @@ pub mod cli;
 pub mod client;
 pub mod config;
 pub mod delivery;
+pub mod docker;
 pub mod doors;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
@@ -46,10 +49,12 @@ pub mod launcher;
 pub mod pages;
 mod place;
 pub mod principal;
+pub mod reload;
 pub mod run;
 pub mod seal;
 pub mod secret;
 pub mod settings;
+pub mod socket_proxy;
 pub mod start;
 pub mod store;
 pub mod vault;

@@ -26,6 +26,8 @@ pub struct Health {
     pub rotation_failed: AtomicBool,
     /// The audit was changed from outside.
     pub audit_broken: AtomicBool,
+    /// Docker does not do what is to be done to containers whose files have changed.
+    pub docker_failed: AtomicBool,
     /// The launcher is not in the folder that it is to be in.
     pub launcher_missing: AtomicBool,
     /// The configuration that is there now is not the one that counts.
@@ -45,6 +47,11 @@ impl Health {
             &self.audit_broken,
             "audit_broken",
             "the audit was changed from outside; see audit verify",
+        ));
+        problems.extend(set(
+            &self.docker_failed,
+            "docker_unavailable",
+            "containers whose files have changed cannot be signalled or restarted; see the log",
         ));
         problems.extend(set(
             &self.launcher_missing,

@@ -16,13 +16,14 @@ use tracing::{error, info, warn};
 
 use crate::config::{Config, fixed_sections};
 use crate::delivery::Delivery;
+use crate::docker::Docker;
 use crate::doors::admin::{self, Around};
 use crate::doors::deliver;
-use crate::launcher;
 use crate::pages::{Health, VaultPages};
 use crate::start::{Opened, StartError, open};
 use crate::store::{Removed, Sweep};
 use crate::vault::Vault;
+use crate::{launcher, reload};
 
 /// How far the store's memory of the audit may be behind the audit's file.
 const SAVE_EVERY: Duration = Duration::from_secs(1);
@@ -133,6 +134,10 @@ pub async fn run(
     tasks.spawn(named("sweep", sweep(vault.clone())));
     tasks.spawn(named("audit", save(vault.clone(), health.clone())));
     let (wanted, deliveries) = watch::channel(Arc::new(config.deliveries.clone()));
+    let docker = Arc::new(Docker::new(config.docker.clone()));
+    let reloading = reload::serve(docker.clone(), desk.clone(), deliveries.clone(), health.clone());
+    tasks.spawn(named("reload", reloading));
+    tasks.spawn(named("gate", reload::gate(docker, desk.clone(), deliveries.clone())));
     tasks.spawn(named("deliveries", deliver::serve(vault.clone(), deliveries, inside)));
     let following = follow(source, config.clone(), hangup, vault.clone(), health.clone(), wanted);
     tasks.spawn(named("configuration", following));
