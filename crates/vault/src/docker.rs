@@ -28,8 +28,6 @@ const START: Call = call("start a container");
 
 /// Longest time-out of a container's own that a restart waits for.
 const MOST_GRACE: Duration = Duration::from_secs(600);
-/// What Docker says of a container whose bind mount leads to nothing.
-const NO_BIND_SOURCE: &str = "bind source path does not exist";
 
 /// A container, as far as the vault looks at it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,8 +46,8 @@ pub struct Seen {
     pub restarts: i64,
     /// Whether Docker is to keep it running: it has a restart policy.
     pub is_kept: bool,
-    /// Its last start was refused because a bind mount led to nothing.
-    pub lacks_bind_source: bool,
+    /// Whether a directory of the host is bound into it: Docker refuses its start while one of them is missing.
+    pub has_bind: bool,
 }
 
 /// What a container is doing.
@@ -102,7 +100,6 @@ impl Seen {
         let mut state = serde_json::json!({
             "Status": word(&STATES, &self.state),
             "StartedAt": self.started.map_or_else(|| "0001-01-01T00:00:00Z".to_owned(), |at| at.to_string()),
-            "Error": if self.lacks_bind_source { NO_BIND_SOURCE } else { "" },
         });
         if let Some(health) = self.health {
             state["Health"] = serde_json::json!({ "Status": word(&HEALTHS, &health) });
@@ -111,6 +108,7 @@ impl Seen {
         serde_json::json!({
             "Id": self.id, "Name": format!("/{}", self.name), "RestartCount": self.restarts, "State": state,
             "HostConfig": { "RestartPolicy": { "Name": policy } },
+            "Mounts": if self.has_bind { vec![serde_json::json!({ "Type": "bind" })] } else { vec![] },
         })
     }
 }
@@ -142,7 +140,7 @@ impl From<ContainerInspectResponse> for Seen {
             }),
             restarts: response.restart_count.unwrap_or_default(),
             is_kept: matches!(policy, Some(Policy::ALWAYS | Policy::UNLESS_STOPPED | Policy::ON_FAILURE)),
-            lacks_bind_source: state.error.is_some_and(|error| error.contains(NO_BIND_SOURCE)),
+            has_bind: response.mounts.into_iter().flatten().any(|mount| mount.typ.as_deref() == Some("bind")),
         }
     }
 }
@@ -229,29 +227,25 @@ mod tests {
 
     #[test]
     fn what_is_answered_is_read_as_the_same_and_holds_nothing_of_the_container_besides() {
-        for (status, health, policy, error) in [
-            ("running", json!({ "Status": "healthy" }), "unless-stopped", ""),
-            (
-                "exited",
-                json!(null),
-                "no",
-                "invalid mount config for type \"bind\": bind source path does not exist: /s3cret",
-            ),
-            ("restarting", json!({ "Status": "unhealthy" }), "always", "exec: s3cret"),
-            ("created", json!({ "Status": "starting" }), "on-failure", ""),
+        for (status, health, policy, mount) in [
+            ("running", json!({ "Status": "healthy" }), "unless-stopped", "volume"),
+            ("exited", json!(null), "no", "bind"),
+            ("restarting", json!({ "Status": "unhealthy" }), "always", "tmpfs"),
+            ("created", json!({ "Status": "starting" }), "on-failure", "bind"),
         ] {
             let one = seen(json!({
                 "Id": "c1", "Name": "/app", "RestartCount": 2,
                 "State": {
-                    "Status": status, "StartedAt": "2026-01-31T10:00:00.123456789Z", "Error": error, "Health": health,
+                    "Status": status, "StartedAt": "2026-01-31T10:00:00.123456789Z", "Error": "s3cret", "Health": health,
                 },
                 "HostConfig": { "RestartPolicy": { "Name": policy }, "Binds": ["/s3cret:/x"] },
+                "Mounts": [{ "Type": mount, "Source": "/s3cret", "Destination": "/x" }],
                 "Config": { "Env": ["A=s3cret"], "Cmd": ["s3cret"], "Labels": { "a": "s3cret" } },
             }));
             let answer = one.answer();
             assert!(!answer.to_string().contains("s3cret"), "{answer}");
             assert_eq!(seen(answer), one);
-            assert_eq!((one.is_kept, one.lacks_bind_source), (policy != "no", error.contains("/s3cret")), "{one:?}");
+            assert_eq!((one.is_kept, one.has_bind), (policy != "no", mount == "bind"), "{one:?}");
         }
         assert_eq!(seen(json!({ "State": { "StartedAt": "0001-01-01T00:00:00Z" } })).started, None);
     }

@@ -34,7 +34,9 @@ use crate::doors::deliver::{Condition, Desk, State, States};
 use crate::pages;
 
 mod gate;
+mod memory;
 pub use gate::gate;
+pub use memory::Memory;
 
 /// How often a container is looked at that was restarted.
 const LOOK_EVERY: Duration = Duration::from_millis(500);

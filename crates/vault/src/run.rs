@@ -137,7 +137,18 @@ pub async fn run(
     let docker = Arc::new(Docker::new(config.docker.clone()));
     let reloading = reload::serve(docker.clone(), desk.clone(), deliveries.clone(), health.clone());
     tasks.spawn(named("reload", reloading));
-    tasks.spawn(named("gate", reload::gate(docker, desk.clone(), deliveries.clone())));
+    let memory = reload::Memory::beside(&config.storage.file);
+    // Before the directories are made.
+    let noted = {
+        let (memory, deliveries) = (memory.clone(), config.deliveries.clone());
+        spawn_blocking(move || memory.note_missing(&deliveries)).await
+    };
+    if let Ok(Err(problem)) = noted {
+        error!(
+            "which containers are waited for cannot be noted: {problem}; start those by hand that Docker has refused"
+        );
+    }
+    tasks.spawn(named("gate", reload::gate(docker, desk.clone(), deliveries.clone(), memory)));
     tasks.spawn(named("deliveries", deliver::serve(vault.clone(), deliveries, inside)));
     let following = follow(source, config.clone(), hangup, vault.clone(), health.clone(), wanted);
     tasks.spawn(named("configuration", following));

@@ -25,7 +25,7 @@ struct One {
     with: Option<u64>,
     has_check: bool,
     is_kept: bool,
-    lacks: bool,
+    has_bind: bool,
     /// Ill whatever it has.
     is_sick: bool,
     /// Between the call that restarts it and its being well.
@@ -75,7 +75,7 @@ fn one(name: &'static str) -> One {
         with: Some(1),
         has_check: true,
         is_kept: true,
-        lacks: false,
+        has_bind: false,
         is_sick: false,
         is_away: false,
         is_down: false,
@@ -190,7 +190,7 @@ impl Containers for Double {
                 health: one.has_check.then_some(health),
                 restarts: i64::from(crashes),
                 is_kept: one.is_kept,
-                lacks_bind_source: one.lacks,
+                has_bind: one.has_bind,
             }
         }))
     }
@@ -229,7 +229,7 @@ impl Containers for Double {
         if !is_right {
             return Err(DockerError::Failed { call: CALL, message: "400 bind source path does not exist".to_owned() });
         }
-        self.0.change_one(id, |one| (one.state, one.lacks) = (RunState::Running, false));
+        self.0.change_one(id, |one| one.state = RunState::Running);
         Ok(())
     }
 }
@@ -426,27 +426,77 @@ async fn a_vault_that_is_killed_anywhere_is_followed_by_one_that_goes_on() {
     assert!(calls > 40, "{calls} calls were tried");
 }
 
+/// A gate at work for so long of simulated time.
+async fn gates(world: &Arc<World>, delivery: &Delivery, memory: &Memory, limit: Duration) {
+    let (_keep, wanted) = watch::channel(Arc::new(vec![delivery.clone()]));
+    let double = Double(world.clone());
+    let ended = timeout(limit, gate(Arc::new(double.clone()), double, wanted, memory.clone())).await;
+    assert!(ended.is_err(), "the task ended");
+}
+
+/// The host goes down and up: nothing runs, and the directory in memory is gone.
+fn reboots(world: &World, delivery: &Delivery, memory: &Memory) {
+    for one in world.containers.lock().unwrap().iter_mut() {
+        one.state = RunState::Exited;
+    }
+    world.change(|state| (state.version, state.settled) = (None, None));
+    std::fs::remove_dir_all(&delivery.directory).unwrap();
+    memory.note_missing(std::slice::from_ref(delivery)).unwrap();
+    std::fs::create_dir(&delivery.directory).unwrap();
+}
+
 #[tokio::test(start_paused = true)]
-async fn the_gate_starts_what_was_refused_for_want_of_its_directory_and_nothing_else() {
-    let refused = |name| One { state: RunState::Exited, lacks: true, with: None, ..one(name) };
+async fn the_gate_starts_what_ran_and_was_refused_for_want_of_its_directory_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let memory = Memory::beside(&dir.path().join("vault.redb"));
+    let bound = |name| One { has_bind: true, ..one(name) };
     let containers = vec![
-        refused("refused"),
-        One { state: RunState::Created, ..refused("new") },
-        One { is_kept: false, ..refused("unwanted") },
-        One { lacks: false, ..refused("stopped") },
-        one("running"),
+        bound("bound"),
+        bound("second"),
+        One { is_kept: false, ..bound("unkept") },
+        one("volume"),
+        bound("stopped"),
+        One { state: RunState::Exited, ..bound("never") },
     ];
     let world = Arc::new(World::new(containers));
-    world.change(|state| (state.version, state.settled) = (None, None));
-    let names = ["refused", "new", "unwanted", "stopped", "running"];
-    let (_keep, wanted) = watch::channel(Arc::new(vec![delivery(OnChange::None, &names)]));
-    let double = Double(world.clone());
-    let gating = timeout(LONG, gate(Arc::new(double.clone()), double, wanted));
-    let (ended, ()) = tokio::join!(gating, async {
-        sleep(Duration::from_secs(60)).await;
-        assert!(world.done().is_empty(), "there are no files yet");
+    let names = ["bound", "second", "unkept", "volume", "stopped", "never"];
+    let delivery = Delivery { directory: dir.path().join("app"), ..delivery(OnChange::None, &names) };
+    std::fs::create_dir(&delivery.directory).unwrap();
+    memory.note_missing(std::slice::from_ref(&delivery)).unwrap();
+    tokio::join!(gates(&world, &delivery, &memory, LONG), async {
+        sleep(Duration::from_secs(30)).await;
+        // By hand, and the files are there.
+        world.change_one("id-of-stopped", |one| one.state = RunState::Exited);
+    });
+    reboots(&world, &delivery, &memory);
+    // A vault that is killed before it has done anything, and one after it.
+    gates(&world, &delivery, &memory, Duration::from_secs(20)).await;
+    memory.note_missing(std::slice::from_ref(&delivery)).unwrap();
+    assert!(world.done().is_empty(), "there are no files yet");
+    tokio::join!(gates(&world, &delivery, &memory, LONG), async {
+        sleep(Duration::from_secs(20)).await;
         world.deliver(1);
     });
-    assert!(ended.is_err());
-    assert_eq!(world.done(), ["start id-of-refused", "start id-of-new"]);
+    assert_eq!(world.done(), ["start id-of-bound", "start id-of-second"]);
+    // Once is enough: whoever stops one now means it.
+    world.change_one("id-of-bound", |one| one.state = RunState::Exited);
+    gates(&world, &delivery, &memory, LONG).await;
+    assert_eq!(world.done().len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_goes_down_with_the_vault_is_wanted_when_both_come_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let memory = Memory::beside(&dir.path().join("vault.redb"));
+    let world = Arc::new(World::new(vec![One { has_bind: true, ..one("bound") }]));
+    let delivery = Delivery { directory: dir.path().join("app"), ..delivery(OnChange::None, &["bound"]) };
+    std::fs::create_dir(&delivery.directory).unwrap();
+    tokio::join!(gates(&world, &delivery, &memory, Duration::from_secs(40)), async {
+        sleep(Duration::from_secs(20)).await;
+        world.change_one("id-of-bound", |one| one.state = RunState::Exited);
+    });
+    reboots(&world, &delivery, &memory);
+    world.deliver(1);
+    gates(&world, &delivery, &memory, Duration::from_secs(20)).await;
+    assert_eq!(world.done(), ["start id-of-bound"]);
 }

@@ -39,7 +39,7 @@ impl Containers for Double {
             health: None,
             restarts: 0,
             is_kept: true,
-            lacks_bind_source: false,
+            has_bind: false,
         }))
     }
 
