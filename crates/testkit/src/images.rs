@@ -100,6 +100,14 @@ impl Images {
         self.program("workload", &["EXPOSE 8080"]).await
     }
 
+    /// The `credential-reader` program.
+    ///
+    /// # Errors
+    /// When it does not compile or the engine refuses.
+    pub async fn credential_reader(&self) -> Result<String> {
+        self.program("credential-reader", &[]).await
+    }
+
     /// The development master.
     ///
     /// # Errors

@@ -31,6 +31,11 @@
 //!
 //! After a crash at any instant the store is as it was before a change or after it; what was answered is kept.
 
+#![cfg_attr(
+    test,
+    allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::disallowed_macros, reason = "tests may block")
+)]
+
 pub mod audit;
 pub mod bundle;
 pub mod check;

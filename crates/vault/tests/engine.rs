@@ -12,6 +12,9 @@ use testkit::bollard::exec::{CreateExecOptions, StartExecResults};
 use testkit::models::{HostConfig, Mount, MountType, MountVolumeOptions};
 use testkit::{Scope, Spec, images, wait_until};
 
+#[path = "engine/reload.rs"]
+mod reload;
+
 const SOON: Duration = Duration::from_secs(30);
 /// What the image may weigh, and what an idle vault may hold in memory.
 const MAX_IMAGE_BYTES: i64 = 12 << 20;
@@ -20,6 +23,12 @@ fn main() -> ExitCode {
     testkit::main(testkit::cases![
         the_image_serves_read_only_without_rights_and_keeps_what_it_has_over_kill_and_restart,
         a_key_that_is_not_there_ends_it_with_64_and_says_what_to_do,
+        reload::a_rotated_credential_restarts_one_after_the_other_and_a_bad_one_is_put_back,
+        reload::a_vault_that_is_killed_between_the_steps_of_a_restart_goes_on_and_a_bad_one_is_still_put_back,
+        reload::a_signal_reaches_the_first_process_and_nothing_is_restarted,
+        reload::a_launched_program_has_its_credential_and_nobody_else_sees_it,
+        reload::after_a_reboot_in_the_worst_order_what_was_refused_is_started_and_what_was_stopped_is_not,
+        reload::the_socket_proxy_does_four_things_for_the_containers_of_its_list_by_id,
     ])
 }
 
@@ -76,6 +85,10 @@ async fn exec(scope: &Scope, container: &str, arguments: &[&str]) -> Result<(Str
 
 /// The image, with a key in the volume of its configuration.
 async fn prepared(scope: &Scope) -> Result<String> {
+    prepared_with(scope, "storage: {change_counter: /app/state/change}\n").await
+}
+
+async fn prepared_with(scope: &Scope, config: &str) -> Result<String> {
     let image = images().vault(Path::new(env!("CARGO_BIN_EXE_dockflare-vault"))).await?;
     let mounts = Some(vec![mount(scope, "config", "/app/config")]);
     let make = Spec {
@@ -90,8 +103,7 @@ async fn prepared(scope: &Scope) -> Result<String> {
     let key = scope.logs(&maker).await?;
     ensure!(key.trim().len() == 44, "no key was printed");
     let mut archive = tar::Builder::new(Vec::new());
-    for (name, text) in [("master.key", key.trim()), ("config.yaml", "storage: {change_counter: /app/state/change}\n")]
-    {
+    for (name, text) in [("master.key", key.trim()), ("config.yaml", config)] {
         let mut header = tar::Header::new_gnu();
         header.set_size(text.len() as u64);
         header.set_mode(0o600);
