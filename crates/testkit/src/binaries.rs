@@ -10,7 +10,11 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 /// The programs whose package is called otherwise.
-const PACKAGES: [(&str, &str); 2] = [("cloudflared", "cloudflared-stand-in"), ("workload", "cloudflared-stand-in")];
+const PACKAGES: [(&str, &str); 3] = [
+    ("cloudflared", "cloudflared-stand-in"),
+    ("workload", "cloudflared-stand-in"),
+    ("credential-reader", "cloudflared-stand-in"),
+];
 
 /// Built already, by this process; true is the release profile.
 static BUILT: Mutex<Option<HashMap<(String, bool), PathBuf>>> = Mutex::new(None);

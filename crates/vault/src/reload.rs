@@ -385,10 +385,8 @@ impl<C: Containers, F: Files> Job<C, F> {
     async fn go_back(&self, failed: Failed) {
         let (workload, version) = (&self.delivery.workload, self.version);
         let Failed { id, name, why } = failed;
-        let began: Vec<_> = {
-            let restarted = self.restarted.lock().unwrap_or_else(PoisonError::into_inner);
-            restarted.iter().filter(|(_, (with, _))| *with == version).map(|(id, _)| id.clone()).collect()
-        };
+        // With these files, or with ones between them and the settled ones.
+        let began: Vec<_> = self.restarted.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect();
         self.goes_back.store(true, Ordering::Relaxed);
         match self.files.put_back(workload, version).await {
             // There is a newer set already.

@@ -354,6 +354,22 @@ async fn a_newer_set_ends_the_work_on_the_older_one_and_all_end_with_the_newest(
 }
 
 #[tokio::test(start_paused = true)]
+async fn one_that_had_begun_with_a_set_between_goes_back_to_the_settled_one_as_well() {
+    let world = Arc::new(World { bad: BTreeSet::from([3]), ..World::new(vec![one("one"), one("two")]) });
+    let delivery = delivery(OnChange::Restart, &["one", "two"]);
+    tokio::join!(run(&world, &delivery, LONG), async {
+        sleep(CHECKED).await;
+        world.deliver(2);
+        // Both have it, and the second is not known to be well.
+        while world.with() != [Some(2); 2] {
+            sleep(Duration::from_millis(100)).await;
+        }
+        world.deliver(3);
+    });
+    assert_eq!((world.state().version, world.with()), (Some(1), vec![Some(1); 2]), "{:?}", world.done());
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_signal_goes_to_those_that_run_by_id() {
     let stopped = One { state: RunState::Exited, ..one("stopped") };
     let world = Arc::new(World::new(vec![one("one"), stopped, one("two")]));

@@ -8,10 +8,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use futures_util::TryStreamExt;
 use testkit::bollard::Docker;
 use testkit::bollard::query_parameters::{
-    CreateContainerOptions, InspectContainerOptions, KillContainerOptions, LogsOptions, RenameContainerOptions,
-    RestartContainerOptions, StartContainerOptions,
+    CreateContainerOptions, DownloadFromContainerOptions, InspectContainerOptions, KillContainerOptions, LogsOptions,
+    RenameContainerOptions, RestartContainerOptions, StartContainerOptions,
 };
 use testkit::models::{
     ContainerCreateBody, HealthConfig, HostConfig, Mount, MountBindOptions, MountType, MountVolumeOptions,
@@ -131,9 +132,16 @@ impl Stage {
         Ok(name)
     }
 
+    /// Waits for its word, and asks nothing before: a command would take the store itself.
     async fn vault_serves(&self) -> Result<()> {
-        let name = self.scope.name("vault");
-        let serves = async || (exec(&self.scope, &name, &["status"]).await.ok()?.1 == 0).then_some(());
+        let vault = self.scope.name("vault");
+        let serves = async || {
+            let began: jiff::Timestamp = self.scope.inspect(&vault).await.ok()?.state?.started_at?.parse().ok()?;
+            let logs = self.scope.logs(&vault).await.ok()?;
+            let said = logs.lines().rfind(|line| line.contains("dockflare-vault started"))?;
+            let at: jiff::Timestamp = said.split_whitespace().next()?.parse().ok()?;
+            (at >= began).then_some(())
+        };
         wait_until("the vault to serve", SOON, serves).await
     }
 
@@ -217,6 +225,31 @@ impl Stage {
             .map_err(|error| error.context("see the logs"))
     }
 
+    /// Waits until the files that are there were dealt with.
+    async fn is_settled(&self) -> Result<()> {
+        let vault = self.scope.name("vault");
+        let settled = async || {
+            let (said, _) = exec(&self.scope, &vault, &["status"]).await.ok()?;
+            let status: serde_json::Value = serde_json::from_str(&said).ok()?;
+            let state = &status["deliveries"]["app"];
+            (state["version"].is_u64() && state["version"] == state["settled"]).then_some(())
+        };
+        wait_until("the files to be settled", 2 * SOON, settled).await
+    }
+
+    /// Waits until the vault has noted that a container is to run, or is not any more.
+    async fn is_remembered(&self, container: &str, is_wanted: bool) -> Result<()> {
+        let vault = self.scope.name("vault");
+        let noted = async || {
+            let options = DownloadFromContainerOptions { path: "/app/data/containers.json".to_owned() };
+            let pieces = self.scope.docker().download_from_container(&vault, Some(options));
+            let archive: Vec<_> = pieces.try_collect().await.ok()?;
+            let is_there = String::from_utf8_lossy(&archive.concat()).contains(container);
+            (is_there == is_wanted).then_some(())
+        };
+        wait_until("the vault to note who runs", 4 * SOON, noted).await
+    }
+
     /// How often it has begun.
     async fn begun(&self, container: &str) -> Result<usize> {
         Ok(self.scope.logs(container).await?.lines().filter(|line| line.contains("begins with")).count())
@@ -246,6 +279,7 @@ pub(super) async fn a_rotated_credential_restarts_one_after_the_other_and_a_bad_
     for container in [&one, &two] {
         stage.is_well_with(container, "good-2").await?;
     }
+    stage.is_settled().await?;
     let before = (stage.begun(&one).await?, stage.begun(&two).await?);
     stage.set("bad-3").await?;
     let vault = stage.scope.name("vault");
@@ -289,11 +323,13 @@ pub(super) async fn a_vault_that_is_killed_between_the_steps_of_a_restart_goes_o
         for container in [&one, &two] {
             stage.is_well_with(container, &value).await?;
         }
+        stage.is_settled().await?;
         let now = (stage.begun(&one).await?, stage.begun(&two).await?);
         let times = (now.0 - before.0, now.1 - before.1);
         // The call that was under way may be made again, and no other.
         assert!(times.0 + times.1 <= 3, "killed after {after} ms: {times:?}");
     }
+    stage.is_settled().await?;
     // In the middle of a set that is put back.
     stage.set("bad").await?;
     let begun = stage.begun(&one).await?;
@@ -379,12 +415,12 @@ pub(super) async fn after_a_reboot_in_the_worst_order_what_was_refused_is_starte
     for container in [&one, &two] {
         stage.is_well_with(container, "good-1").await?;
     }
-    // The vault has seen them: it looks every few seconds.
-    let data = std::time::Duration::from_secs(7);
-    tokio::time::sleep(data).await;
+    for container in [&one, &two] {
+        stage.is_remembered(container, true).await?;
+    }
     // Stopped by hand, long before.
     stage.scope.stop(&two, 5).await?;
-    tokio::time::sleep(Duration::from_secs(75)).await;
+    stage.is_remembered(&two, false).await?;
 
     for container in [&one, &vault, &proxy] {
         stage.scope.stop(container, 5).await?;
@@ -433,6 +469,8 @@ pub(super) async fn the_socket_proxy_does_four_things_for_the_containers_of_its_
     assert_ne!(started(&app).await?, before);
     asked.start_container(&app, None::<StartContainerOptions>).await?;
     let kill = |signal: &str| Some(KillContainerOptions { signal: signal.to_owned() });
+    let begun = async || (scope.logs(&app).await.ok()?.matches("begins with").count() == 2).then_some(());
+    wait_until("the program to listen again", SOON, begun).await?;
     asked.kill_container(&app, kill("SIGHUP")).await?;
     wait_until("the signal", SOON, async || scope.logs(&app).await.ok()?.contains("read again").then_some(())).await?;
 
@@ -446,7 +484,6 @@ pub(super) async fn the_socket_proxy_does_four_things_for_the_containers_of_its_
     refused(asked.stop_container(&app, None).await, "route");
     refused(asked.remove_container(&app, None).await, "route");
     refused(asked.inspect_container(&foreign, None::<InspectContainerOptions>).await.map(drop), "container_name");
-    use futures_util::TryStreamExt;
     let logs = asked.logs(&app, Some(LogsOptions { stdout: true, ..LogsOptions::default() })).try_collect::<Vec<_>>();
     refused(logs.await.map(drop), "route");
 
