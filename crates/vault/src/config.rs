@@ -267,8 +267,17 @@ impl Config {
 /// The sections that differ and count only from a start.
 pub(crate) fn fixed_sections(one: &Config, other: &Config) -> Vec<&'static str> {
     let sections = |config: &Config| {
-        let Config { storage, master_key_file, next_master_key_file, audit, admin_socket, health, launcher, .. } =
-            config;
+        let Config {
+            storage,
+            master_key_file,
+            next_master_key_file,
+            audit,
+            admin_socket,
+            health,
+            launcher,
+            docker,
+            ..
+        } = config;
         [
             ("storage", format!("{storage:?}")),
             ("encryption", format!("{master_key_file:?}{next_master_key_file:?}")),
@@ -276,6 +285,7 @@ pub(crate) fn fixed_sections(one: &Config, other: &Config) -> Vec<&'static str> 
             ("admin", format!("{admin_socket:?}")),
             ("health", format!("{health:?}")),
             ("launcher", format!("{launcher:?}")),
+            ("docker", format!("{docker:?}")),
         ]
     };
     let pairs = sections(one).into_iter().zip(sections(other));
