@@ -495,7 +495,14 @@ impl Parsed {
 
 #[cfg(feature = "fuzzing")]
 pub(crate) fn fuzz(bytes: &[u8]) {
-    let _ = Parsed::read(bytes);
+    let mut whole = 0;
+    let read = each_line(bytes, |_, parsed| {
+        if let Some(parsed) = parsed {
+            assert!(parsed.text.starts_with('{') && parsed.text.ends_with('}'));
+            whole += parsed.text.len();
+        }
+    });
+    assert!(read.is_ok() && whole <= bytes.len());
 }
 
 #[cfg(test)]

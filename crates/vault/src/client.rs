@@ -8,38 +8,49 @@
 
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use zeroize::Zeroizing;
 
 use crate::config::Config;
 use crate::doors::admin::{Answer, Around, Request, answer};
-use crate::start;
+use crate::start::{self, Opened};
 
 /// A rotation of a large store may hold an answer up for a moment.
 const LIMIT: Duration = Duration::from_secs(60);
+/// How long a store that is taken and has no socket is waited for: one of 100,000 secrets starts in a second.
+const START_LIMIT: Duration = Duration::from_secs(10);
 /// A list of 100,000 names of the longest kind.
 const MAX_ANSWER_BYTES: u64 = 64 << 20;
 
-/// Asks whoever has the store.
+/// Asks whoever has the store. A vault that is starting has it, and opens its socket in a moment.
 pub fn ask(config: &Config, request: Request) -> Answer {
-    match UnixStream::connect(&config.admin_socket) {
-        Ok(stream) => over(stream, &request).unwrap_or_else(|error| {
-            Answer::error("unavailable", &format!("the vault that runs here does not answer: {error}"), 74)
-        }),
-        // Nobody listens: then nobody has the store either, or its lock says who.
-        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
-            directly(config, request)
-        }
-        Err(error) => {
-            let at = config.admin_socket.display();
-            Answer::error(
-                "unavailable",
-                &format!(
-                    "the admin socket {at} cannot be used: {error}; run this as the vault's own user, with docker exec"
-                ),
-                73,
-            )
+    let until = Instant::now() + START_LIMIT;
+    loop {
+        match UnixStream::connect(&config.admin_socket) {
+            Ok(stream) => {
+                return over(stream, &request).unwrap_or_else(|error| {
+                    Answer::error("unavailable", &format!("the vault that runs here does not answer: {error}"), 74)
+                });
+            }
+            // Nobody listens: then nobody has the store either, or its lock says who.
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
+                match start::open(config, false, Duration::ZERO) {
+                    Ok(opened) => return directly(&opened, request),
+                    Err(error) if error.is_taken() && Instant::now() < until => std::thread::sleep(start::PAUSE),
+                    Err(error) => return Answer::error("unavailable", &error.to_string(), error.exit_code()),
+                }
+            }
+            Err(error) => {
+                let at = config.admin_socket.display();
+                return Answer::error(
+                    "unavailable",
+                    &format!(
+                        "the admin socket {at} cannot be used: {error}; run this as the vault's own user, with docker exec"
+                    ),
+                    73,
+                );
+            }
         }
     }
 }
@@ -55,11 +66,7 @@ fn over(mut stream: UnixStream, request: &Request) -> io::Result<Answer> {
     serde_json::from_slice(&line).map_err(|_| io::Error::other("its answer is cut off"))
 }
 
-fn directly(config: &Config, request: Request) -> Answer {
-    let opened = match start::open(config, false) {
-        Ok(opened) => opened,
-        Err(error) => return Answer::error("unavailable", &error.to_string(), error.exit_code()),
-    };
+fn directly(opened: &Opened, request: Request) -> Answer {
     let answer = answer(&opened.vault, request, &Around::default());
     // Nobody else would go on with a rotation that was begun.
     while let Ok(true) = opened.vault.reseal() {}

@@ -2,10 +2,18 @@
 
 use std::collections::BTreeMap;
 
-/// A record of the store, the ring of its keys, its state, a line of the audit: read or refused, and what is read is
-/// written as it was.
-pub fn disk(bytes: &[u8]) {
-    crate::store::fuzz(bytes);
+/// A record of the store, and its state: read or refused, and what is read is written as it was.
+pub fn record(bytes: &[u8]) {
+    crate::store::fuzz_record(bytes);
+}
+
+/// The ring of the store's keys: as for a record.
+pub fn key_ring(bytes: &[u8]) {
+    crate::store::fuzz_ring(bytes);
+}
+
+/// Lines of the audit: each is read or refused.
+pub fn audit(bytes: &[u8]) {
     crate::audit::fuzz(bytes);
 }
 

@@ -27,6 +27,8 @@ use crate::{launcher, reload};
 
 /// How far the store's memory of the audit may be behind the audit's file.
 const SAVE_EVERY: Duration = Duration::from_secs(1);
+/// How long a command may have the store that this vault is started on.
+const COMMAND_LIMIT: Duration = Duration::from_secs(3);
 /// How often the configuration is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// Pause between two passes over all names that remove what time has ended, and between two steps of one.
@@ -106,7 +108,7 @@ pub async fn run(
 ) -> Result<(), RunError> {
     let opened = {
         let config = config.clone();
-        let opened = spawn_blocking(move || open(&config, accept_rollback)).await;
+        let opened = spawn_blocking(move || open(&config, accept_rollback, COMMAND_LIMIT)).await;
         opened.map_err(|_| RunError::Task("start"))??
     };
     let Opened { vault, broken, lock: _lock } = opened;

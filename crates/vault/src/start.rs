@@ -1,6 +1,7 @@
 //! What comes before anything is served or asked: the lock, the master key, the store, the audit.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use crate::audit::Broken;
 use crate::config::Config;
@@ -8,6 +9,9 @@ use crate::keyfile::{self, KeyFileError};
 use crate::seal::Key;
 use crate::store::{Options, StoreError};
 use crate::vault::{Refusal, Vault, now};
+
+/// Between two tries for a lock that somebody has.
+pub(crate) const PAUSE: Duration = Duration::from_millis(20);
 
 /// A vault, and the lock that keeps others from it.
 #[derive(Debug)]
@@ -32,6 +36,11 @@ pub enum StartError {
 }
 
 impl StartError {
+    /// Whether another process has the store.
+    pub fn is_taken(&self) -> bool {
+        matches!(self, Self::Store(Refusal::Store(StoreError::Taken { .. })))
+    }
+
     /// 64 for a key or a setting, 73 for a place that is taken, 74 for the disk.
     pub fn exit_code(&self) -> u8 {
         match self {
@@ -41,13 +50,14 @@ impl StartError {
     }
 }
 
-/// Opens what the configuration names.
+/// Opens what the configuration names. Another process that has the store is waited for as long as `patience`: a
+/// command has it for a moment only.
 ///
 /// # Errors
 /// [`StartError`]; nothing was changed then.
-pub fn open(config: &Config, accept_rollback: bool) -> Result<Opened, StartError> {
+pub fn open(config: &Config, accept_rollback: bool, patience: Duration) -> Result<Opened, StartError> {
     let file = &config.storage.file;
-    let lock = lock(file)?;
+    let lock = lock_within(file, patience)?;
     let key = keyfile::read(&config.master_key_file, keyfile::is_alone())?;
     let options = Options { accept_rollback, now: now() };
     let opened = |key| Vault::open(&config.storage, key, options, config.audit.clone(), config.grants.clone());
@@ -71,6 +81,17 @@ fn next_key(config: &Config, wanted: &str) -> Option<Key> {
         config.master_key_file.display()
     );
     Some(next)
+}
+
+#[expect(clippy::disallowed_methods, reason = "on a thread that may block")]
+fn lock_within(file: &Path, patience: Duration) -> Result<dockflare_host::lock::Lock, StartError> {
+    let until = Instant::now() + patience;
+    loop {
+        match lock(file) {
+            Err(error) if error.is_taken() && Instant::now() < until => std::thread::sleep(PAUSE),
+            taken => return taken,
+        }
+    }
 }
 
 /// The store's lock, in a file of its own beside it.

@@ -23,6 +23,7 @@ fn main() -> ExitCode {
     testkit::main(testkit::cases![
         the_image_serves_read_only_without_rights_and_keeps_what_it_has_over_kill_and_restart,
         a_key_that_is_not_there_ends_it_with_64_and_says_what_to_do,
+        a_key_that_everybody_may_read_is_taken_in_a_container_of_its_own_and_one_they_may_write_never,
         reload::a_rotated_credential_restarts_one_after_the_other_and_a_bad_one_is_put_back,
         reload::a_vault_that_is_killed_between_the_steps_of_a_restart_goes_on_and_a_bad_one_is_still_put_back,
         reload::a_signal_reaches_the_first_process_and_nothing_is_restarted,
@@ -84,11 +85,16 @@ async fn exec(scope: &Scope, container: &str, arguments: &[&str]) -> Result<(Str
 }
 
 /// The image, with a key in the volume of its configuration.
-async fn prepared(scope: &Scope) -> Result<String> {
-    prepared_with(scope, "storage: {change_counter: /app/state/change}\n").await
+async fn prepared(scope: &Scope, mode: u32) -> Result<String> {
+    prepared_as(scope, "storage: {change_counter: /app/state/change}\n", mode).await
 }
 
 async fn prepared_with(scope: &Scope, config: &str) -> Result<String> {
+    prepared_as(scope, config, 0o600).await
+}
+
+/// With this mode of the key's file.
+async fn prepared_as(scope: &Scope, config: &str, mode: u32) -> Result<String> {
     let image = images().vault(Path::new(env!("CARGO_BIN_EXE_dockflare-vault"))).await?;
     let mounts = Some(vec![mount(scope, "config", "/app/config")]);
     let make = Spec {
@@ -106,7 +112,7 @@ async fn prepared_with(scope: &Scope, config: &str) -> Result<String> {
     for (name, text) in [("master.key", key.trim()), ("config.yaml", config)] {
         let mut header = tar::Header::new_gnu();
         header.set_size(text.len() as u64);
-        header.set_mode(0o600);
+        header.set_mode(mode);
         header.set_uid(65431);
         header.set_gid(65431);
         header.set_cksum();
@@ -123,7 +129,7 @@ async fn prepared_with(scope: &Scope, config: &str) -> Result<String> {
 
 async fn the_image_serves_read_only_without_rights_and_keeps_what_it_has_over_kill_and_restart() -> Result<()> {
     let scope = Scope::new(testkit::docker()?);
-    let image = prepared(&scope).await?;
+    let image = prepared(&scope, 0o600).await?;
     let vault = scope.run(Spec { image: &image, host: host(&scope), ..Spec::default() }).await?;
     let started = async || scope.logs(&vault).await.ok()?.contains("dockflare-vault started").then_some(());
     wait_until("the vault to start", SOON, started).await?;
@@ -149,6 +155,18 @@ async fn the_image_serves_read_only_without_rights_and_keeps_what_it_has_over_ki
     if !cfg!(debug_assertions) {
         let bytes = scope.docker().inspect_image(&image).await?.size.context("no size")?;
         assert!(bytes <= MAX_IMAGE_BYTES, "{bytes}");
+    }
+    Ok(())
+}
+
+/// Docker mounts its secrets with 0444.
+async fn a_key_that_everybody_may_read_is_taken_in_a_container_of_its_own_and_one_they_may_write_never() -> Result<()> {
+    for mode in [0o444, 0o666] {
+        let scope = Scope::new(testkit::docker()?);
+        let image = prepared(&scope, mode).await?;
+        let vault = scope.run(Spec { image: &image, host: host(&scope), ..Spec::default() }).await?;
+        let said = if mode == 0o444 { "dockflare-vault started" } else { "may be changed by others (mode 0666)" };
+        wait_until(said, SOON, async || scope.logs(&vault).await.ok()?.contains(said).then_some(())).await?;
     }
     Ok(())
 }

@@ -1,6 +1,18 @@
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, reason = "tests block as they like")]
 #![allow(clippy::unwrap_used, reason = "a test ends where it cannot go on")]
 //! The program as people run it: the real binary, its socket, its files, its exit codes, SIGKILL and full disks.
+//!
+//! What `swarm-vaultctl`, the vault that came before, tests of itself, and where it is tried here:
+//!
+//! | there | here |
+//! |---|---|
+//! | encryption: there and back, any bytes, another key, a text that was changed, the key's file | the tests in `seal`, `keyfile` and `store::sealed`, and `from_a_new_key_to_a_value_that_is_read_byte_for_byte` |
+//! | rotation of the key | `store::sealed`, `rotations_of_both_kinds_and_restarts_lose_nothing` |
+//! | store: set, get, replace, delete, list, what is missing, after a restart | `store::sealed`, `every_operation_with_and_without_what_it_is_about` |
+//! | operations: each one, one that is unknown, one without its key or value | `every_operation_with_and_without_what_it_is_about`, `bad_input_is_named_and_nothing_is_lost` |
+//! | handler and access rows: allowed, denied, unknown subject, none at all | `grant` with its model, `vault`, `config` |
+//! | command line: each command, its output and its code | `every_operation_with_and_without_what_it_is_about`, `bad_input_is_named_and_nothing_is_lost` |
+//! | end to end, over a restart | `rotations_of_both_kinds_and_restarts_lose_nothing`, `tests/engine.rs` in the image |
 
 use std::fs;
 use std::time::Instant;
@@ -206,4 +218,54 @@ fn a_level_that_is_none_ends_with_64_and_the_nearest_one() {
     let said = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(64), "{said}");
     assert!(said.contains("do you mean INFO?") && said.contains("dockflare_vault"), "{said}");
+}
+
+/// As in a script: `docker run -d`, and the first command right behind it.
+#[test]
+fn a_command_right_behind_the_start_waits_for_the_vault_and_keeps_it_from_nothing() {
+    let scene = Scene::new();
+    for number in 1..20 {
+        let server = scene.start_with(&[]);
+        // At once, and with the lock taken and no socket there yet.
+        let lock = scene.path("data/vault.redb.lock");
+        let until = Instant::now() + SOON;
+        while number % 2 == 0
+            && !fs::read_to_string(&lock).unwrap_or_default().contains(&format!("pid {} ", server.pid()))
+        {
+            assert!(Instant::now() < until, "it does not start");
+        }
+        assert_eq!(scene.ok(&["set", "a"], b"x"), format!("version {number}\n").as_bytes());
+        server.wait_for("dockflare-vault started");
+        assert_eq!(server.stop().0, Some(0));
+    }
+}
+
+/// Also what differs on purpose from `swarm-vaultctl`: what is not there is an error and no empty answer.
+#[test]
+fn every_operation_with_and_without_what_it_is_about() {
+    let scene = Scene::new();
+    let server = scene.start();
+    for arguments in [vec!["get", "none"], vec!["delete", "none"], vec!["history", "none"]] {
+        assert_eq!(scene.fails(&arguments, b"", 1), "none is not there\n", "{arguments:?}");
+    }
+    assert_eq!(scene.ok(&["list"], b""), b"");
+    assert_eq!(scene.ok(&["set", "empty"], b""), b"version 1\n");
+    assert_eq!(scene.ok(&["get", "empty"], b""), b"");
+    assert_eq!(scene.ok(&["set", "empty"], "grüße\n".as_bytes()), b"version 2\n");
+    assert_eq!(scene.ok(&["get", "empty"], b""), "grüße\n".as_bytes());
+    scene.ok(&["set", "app/b"], b"x");
+    scene.ok(&["set", "app/a"], b"x");
+    scene.ok(&["set", "apple"], b"x");
+    assert_eq!(scene.ok(&["list"], b""), b"app/a\napp/b\napple\nempty\n");
+    assert_eq!(scene.ok(&["list", "app"], b""), b"app/a\napp/b\n");
+    assert_eq!(scene.ok(&["delete", "empty"], b""), b"deleted; the last version was 2\n");
+    assert_eq!(scene.fails(&["delete", "empty"], b"", 1), "empty is not there\n");
+    assert!(String::from_utf8(scene.ok(&["history", "empty"], b"")).unwrap().contains("\"deleted\": 1"));
+    let status: serde_json::Value = serde_json::from_slice(&scene.ok(&["status"], b"")).unwrap();
+    assert_eq!((status["secrets"].as_u64(), status["versions"].as_u64()), (Some(3), Some(3)));
+    for arguments in [vec!["get"], vec!["delete"], vec!["history"], vec!["audit"], vec!["get", "a", "--version", "x"]] {
+        scene.fails(&arguments, b"", 64);
+    }
+    assert_eq!(server.stop().0, Some(0));
+    assert!(scene.fails(&["healthcheck"], b"", 1).contains("health.port is 0"));
 }
