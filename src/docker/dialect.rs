@@ -12,9 +12,11 @@
 use super::Action;
 
 /// The events that are asked for, by all their names. Not `exec_*`, which the container's own health check would send
-/// all day.
-pub(crate) const EVENT_ACTIONS: [&str; 12] = [
+/// all day. `kill` tells of each signal: one that is stopped by hand takes no new requests from then on, and ends only
+/// when its drain is over.
+pub(crate) const EVENT_ACTIONS: [&str; 13] = [
     "start",
+    "kill",
     "die",
     "died",
     "stop",
@@ -47,6 +49,7 @@ mod tests {
         for name in ["die", "died", "stop", "destroy", "remove"] {
             assert!(EVENT_ACTIONS.contains(&name) && action(name) == Action::End, "{name}");
         }
+        assert!(EVENT_ACTIONS.contains(&"kill") && action("kill") == Action::Container, "it has not ended by that");
         assert_eq!(action("cleanup"), Action::Container);
     }
 }

@@ -398,7 +398,7 @@ impl<H: Host> Supervisor<H> {
                 let may = matches!(own, Err(DockerError::Conflict { .. }));
                 if may {
                     warn!(
-                        "Docker {error}; so the tunnel is replaced in place and requests fail for some seconds, let the socket proxy pass the name {} to avoid that",
+                        "Docker {error}; so the tunnel is replaced in place and requests fail for some seconds, after an outage they fail until cloudflared itself tries again, a minute at most, and over QUIC nobody learns why a registration is refused; let the socket proxy pass the name {} to avoid that",
                         self.name(Slot::Next)
                     );
                     self.refused.second = true;

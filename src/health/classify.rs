@@ -258,7 +258,7 @@ fn sign(seen: &Seen<'_>, memory: &Memory) -> Option<Cause> {
                 Some(cause) => return Some(cause),
                 None => continue,
             },
-            Said::DialFailed { quic } => return Some(unreachable(seen, quic)),
+            Said::DialFailed { quic, .. } => return Some(unreachable(seen, quic)),
             Said::LookupFailed => return Some(Cause::NoDns),
             _ => {}
         }
@@ -299,6 +299,23 @@ fn unreachable(seen: &Seen<'_>, quic: bool) -> Cause {
     let tcp_failed = checks(false, false);
     let only_udp_failed = checks(true, false) && checks(false, true) && !checks(true, true) && !tcp_failed;
     if quic && (only_udp_failed || seen.only_quic && !tcp_failed) { Cause::UdpBlocked } else { Cause::EdgeUnreachable }
+}
+
+/// Dials, of four connections, that must agree on it: where only one kind of address cannot be routed, as IPv6 at
+/// many hosts, those to the other kind end otherwise.
+const LAST_DIALS: usize = 4;
+
+/// Whether the host itself knows no way to the edge: the newest dials since the last connection all ended with that.
+/// Another connector would not get any further.
+pub(super) fn cannot_route(log: &[Line]) -> bool {
+    let dials = log.iter().rev().take_while(|line| line.said != Said::Registered).filter_map(|line| match line.said {
+        Said::DialFailed { no_route, .. } => Some(no_route),
+        // One that is answered is routed.
+        Said::Unauthorized | Said::RegisterError | Said::Untrusted(_) => Some(false),
+        _ => None,
+    });
+    let last: Vec<_> = dials.take(LAST_DIALS).collect();
+    !last.is_empty() && last.iter().all(|no_route| *no_route)
 }
 
 /// What is particular about a cause this time, as far as the log tells.
@@ -400,6 +417,24 @@ mod tests {
         assert_eq!(told(&[UDP_FAILS, TCP_FAILS, DIAL], true), sick(Cause::EdgeUnreachable));
         let tcp = r#"2026-01-31T10:01:30Z ERR Serve tunnel error error="DialContext error: i/o timeout" connIndex=0"#;
         assert_eq!(told(&[UDP_FAILS, TCP_PASSES, DIAL, tcp], false), sick(Cause::EdgeUnreachable));
+    }
+
+    #[test]
+    fn the_host_knows_no_way_where_the_newest_dials_all_say_so() {
+        let dial = |end: &str| {
+            format!(
+                "2026-01-31T10:01:30Z ERR Serve tunnel error error=\"DialContext error: dial tcp 1.2.3.4:7844: {end}\" connIndex=0"
+            )
+        };
+        let lost = dial("connect: network is unreachable");
+        let (away, registered) =
+            (dial("i/o timeout"), "2026-01-31T10:01:36Z INF Registered tunnel connection connIndex=0");
+        let cannot = |texts: &[&str]| cannot_route(&lines(texts));
+        assert!(cannot(&[&lost]) && cannot(&[registered, &lost]) && cannot(&[&away, &lost, &lost, &lost, &lost]));
+        assert!(!cannot(&[]) && !cannot(&[&away]) && !cannot(&[&lost, registered]));
+        assert!(!cannot(&[&lost, &lost, &lost, &lost, &away]), "there is a way again");
+        assert!(!cannot(&[&away, &lost, &away, &lost]), "only one kind of address");
+        assert!(!cannot(&[&lost, DIAL]));
     }
 
     #[test]

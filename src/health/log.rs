@@ -46,6 +46,8 @@ pub enum Said {
     DialFailed {
         /// Over QUIC.
         quic: bool,
+        /// This host, or the router next to it, knows no way there: nothing was sent.
+        no_route: bool,
     },
     /// The edge's certificate is not believed, and why.
     Untrusted(&'static str),
@@ -181,7 +183,7 @@ fn end(error: &str) -> Said {
     if quic || error.starts_with("DialContext error") || error.starts_with("TLS handshake with edge error") {
         match untrusted(error) {
             Some(why) => Said::Untrusted(why),
-            None => Said::DialFailed { quic },
+            None => Said::DialFailed { quic, no_route: is_no_route(error) },
         }
     } else if error.contains("Unauthorized") {
         Said::Unauthorized
@@ -211,6 +213,13 @@ fn untrusted(error: &str) -> Option<&'static str> {
     } else {
         None
     }
+}
+
+/// Linux's words, as Go passes them on, at the end: `dial tcp 198.51.100.1:7844: connect: network is unreachable`,
+/// `write udp [::]:40000->198.51.100.1:7844: sendto: network is unreachable`.
+fn is_no_route(error: &str) -> bool {
+    let error = error.split('"').next().unwrap_or(error);
+    ["network is unreachable", "no route to host", "network is down"].iter().any(|words| error.ends_with(words))
 }
 
 /// A name of the edge could not be looked up.
@@ -261,7 +270,7 @@ mod tests {
             (
                 r#"2026-01-31T10:00:00Z ERR Serve tunnel error error="DialContext error: dial tcp 1.2.3.4:7844: i/o timeout" connIndex=2 event=0 ip=1"#,
                 r#"{"level":"error","error":"DialContext error: dial tcp 1.2.3.4:7844: i/o timeout","connIndex":2,"time":"2026-01-31T10:00:00Z","message":"Serve tunnel error"}"#,
-                Said::DialFailed { quic: false },
+                Said::DialFailed { quic: false, no_route: false },
             ),
         ] {
             let parsed = Line::parse(line);
@@ -326,7 +335,35 @@ mod tests {
             why("TLS handshake with edge error: tls: first record does not look like a TLS handshake")
                 .contains("interferes")
         );
-        assert_eq!(said("TLS handshake with edge error: EOF"), Said::DialFailed { quic: false });
+        assert_eq!(said("TLS handshake with edge error: EOF"), Said::DialFailed { quic: false, no_route: false });
+    }
+
+    #[test]
+    fn a_dial_for_which_the_host_knows_no_way_is_told_from_one_that_nobody_answers() {
+        for (error, quic, no_route) in [
+            ("DialContext error: dial tcp 198.41.200.33:7844: connect: network is unreachable", false, true),
+            ("DialContext error: dial tcp 198.41.200.33:7844: connect: no route to host", false, true),
+            ("DialContext error: dial tcp 198.41.200.33:7844: i/o timeout", false, false),
+            ("DialContext error: dial tcp 198.41.200.33:7844: connect: connection refused", false, false),
+            (
+                "failed to dial to edge with quic: INTERNAL_ERROR (local): write udp [::]:4->198.41.200.33:7844: sendto: network is unreachable",
+                true,
+                true,
+            ),
+            ("failed to dial to edge with quic: timeout: no recent network activity", true, false),
+        ] {
+            let said = Said::DialFailed { quic, no_route };
+            for message in
+                ["Serve tunnel error", "Connection terminated", "Unable to establish connection with Cloudflare edge"]
+            {
+                let line = format!(
+                    "2026-01-31T10:00:00Z ERR {message} error=\"{error}\" connIndex=0 event=0 ip=198.41.200.33"
+                );
+                assert_eq!(Line::parse(&line).said, said, "{line}");
+                let json = serde_json::json!({ "message": message, "error": error, "time": "2026-01-31T10:00:00Z" });
+                assert_eq!(Line::parse(&json.to_string()).said, said, "{json}");
+            }
+        }
     }
 
     proptest! {

@@ -10,6 +10,7 @@ use super::classify::{self, Memory, Page, Seen, Tries};
 use super::course::{self, Course, Look, Verdict};
 use super::host::Host;
 use super::log::{Line, Said};
+use super::outage::Dark;
 use super::plan::{self, Owner, Slot, Whose};
 use super::probe::{self, Readiness};
 use super::problem::Problem;
@@ -138,8 +139,13 @@ impl Known {
         self.course.as_ref().map(|course| course.age(now))
     }
 
-    pub(super) fn was_ready(&self) -> bool {
-        self.was_ready
+    /// How it came to be without a connection.
+    pub(super) fn why_dark(&self) -> Dark {
+        match self.verdict() {
+            Verdict::Stopped => Dark::ToldToEnd,
+            _ if self.was_ready => Dark::Lost,
+            _ => Dark::NeverReady,
+        }
     }
 
     /// What is the matter, where that is known.
@@ -148,6 +154,11 @@ impl Known {
             Verdict::Sick(cause) => Some(cause),
             _ => None,
         }
+    }
+
+    /// Whether its host has no way to the edge.
+    pub(super) fn cannot_route(&self) -> bool {
+        self.cause().is_some() && classify::cannot_route(&self.log)
     }
 
     /// Takes note of whether it has a connection. Where nobody answers, nobody knows.

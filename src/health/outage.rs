@@ -11,6 +11,8 @@ use crate::cause::Cause;
 
 /// A connection that is lost is often back by itself within moments.
 const FIRST_AFTER: Duration = Duration::from_secs(10);
+/// One that was told to end by hand, as `docker restart` does, has ended by then unless somebody waits for a long answer.
+const TOLD_TO_END: Duration = Duration::from_secs(4);
 /// One that was never connected gets longer for its first one.
 const NEVER_READY: Duration = Duration::from_secs(20);
 /// Between two fresh connectors at the beginning, each time 20 % more or less, and later on.
@@ -21,8 +23,21 @@ const BEGINNING: Duration = Duration::from_secs(600);
 /// How often the two are looked at meanwhile.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 const LOOK_EVERY_LATER: Duration = Duration::from_secs(1);
-/// Each third one tries another protocol from this one on: UDP may be blocked where TCP is not.
-const OTHER_FROM: u32 = 4;
+/// One that is due is made by then, or not at all.
+const OVERDUE: Duration = Duration::from_secs(5);
+/// Each third one tries another protocol: UDP may be blocked where TCP is not.
+const OTHER_EVERY: u32 = 3;
+
+/// How it came to be without a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Dark {
+    /// Somebody has told it to end, by hand: it drains, and takes no new requests however long that lasts.
+    ToldToEnd,
+    /// It had one.
+    Lost,
+    /// It had none in this start.
+    NeverReady,
+}
 
 /// One outage, from its beginning to the first connection.
 #[derive(Debug)]
@@ -35,8 +50,12 @@ pub(super) struct Outage {
 
 impl Outage {
     /// `dark_since` is when the last connection was found lost.
-    pub(super) fn new(dark_since: Instant, was_ready: bool) -> Self {
-        let first = if was_ready { FIRST_AFTER } else { NEVER_READY };
+    pub(super) fn new(dark_since: Instant, why: Dark) -> Self {
+        let first = match why {
+            Dark::ToldToEnd => TOLD_TO_END,
+            Dark::Lost => FIRST_AFTER,
+            Dark::NeverReady => NEVER_READY,
+        };
         Self { began: dark_since, next: dark_since + jittered(first), made: 0 }
     }
 
@@ -53,17 +72,22 @@ impl Outage {
 
     /// From which spec the next one is made: as the one that is down, and now and then the other way.
     pub(super) fn make(&self, main: Make, may_differ: bool) -> Make {
-        let differs = may_differ && self.made >= OTHER_FROM && self.made % 3 == 1;
+        let differs = may_differ && (self.made + 1).is_multiple_of(OTHER_EVERY);
         match (main, differs) {
             (Make::Wanted, false) | (Make::Trial, true) => Make::Wanted,
             (Make::Wanted, true) | (Make::Trial, false) => Make::Trial,
         }
     }
 
-    /// How long until the next look: soon while the fresh one may become ready, and in time for the next one.
+    /// How long until the next look: soon while the fresh one may become ready, and in time for the next one. Where none
+    /// is made though it is time, since it would not help, that may last for days.
     pub(super) fn look_again(&self, now: Instant) -> Duration {
         let pause = if now - self.began < BEGINNING { LOOK_EVERY } else { LOOK_EVERY_LATER };
-        pause.min(self.next.saturating_duration_since(now))
+        match self.next.checked_duration_since(now) {
+            Some(left) if !left.is_zero() => pause.min(left),
+            _ if now - self.next < OVERDUE => pause,
+            _ => LOOK_EVERY_LATER,
+        }
     }
 }
 
@@ -73,7 +97,8 @@ fn jittered(time: Duration) -> Duration {
 }
 
 /// Whether a fresh connector may find what the present one does not: not where Docker itself cannot resolve a name or
-/// where the same token would be refused again.
+/// where the same token would be refused again. That it cannot route either is
+/// [`cannot_route`](super::classify::cannot_route).
 pub(super) fn may_help(cause: Option<Cause>) -> bool {
     match cause {
         None
@@ -92,10 +117,12 @@ pub(super) fn may_help(cause: Option<Cause>) -> bool {
 mod tests {
     use super::*;
 
+    const MINUTE: Duration = Duration::from_secs(60);
+
     #[tokio::test(start_paused = true)]
     async fn fresh_ones_come_each_ten_seconds_for_ten_minutes_and_each_thirty_for_hours() {
         let began = Instant::now();
-        let mut outage = Outage::new(began, true);
+        let mut outage = Outage::new(began, Dark::Lost);
         let (mut now, mut last) = (began, began);
         while now - began < Duration::from_secs(4 * 3600) {
             now += Duration::from_millis(100);
@@ -109,13 +136,16 @@ mod tests {
             outage.made(now);
         }
         assert!((500..620).contains(&outage.made), "{}", outage.made);
+        // None is made though it is time: nobody need look four times a second.
+        let outage = Outage::new(began, Dark::Lost);
+        assert!(outage.look_again(began) == LOOK_EVERY && outage.look_again(began + MINUTE) == LOOK_EVERY_LATER);
     }
 
     #[tokio::test(start_paused = true)]
     async fn two_of_three_are_like_the_one_that_is_down_and_all_where_nothing_else_is_allowed() {
-        let mut outage = Outage::new(Instant::now(), true);
+        let mut outage = Outage::new(Instant::now(), Dark::Lost);
         let (mut trials, mut returns) = (0, 0);
-        for _ in 0..34 {
+        for _ in 0..30 {
             assert_eq!(outage.make(Make::Wanted, false), Make::Wanted);
             trials += u32::from(outage.make(Make::Wanted, true) == Make::Trial);
             returns += u32::from(outage.make(Make::Trial, true) == Make::Wanted);

@@ -96,7 +96,7 @@ impl<H: Host> Supervisor<H> {
         match (self.main.dark_since(), main) {
             (Some(since), Some(main)) if main.state == RunState::Running && goal.order().is_some() => {
                 if self.is_dark(now) && self.outage.is_none() {
-                    self.outage = Some(Outage::new(since, self.main.was_ready()));
+                    self.outage = Some(Outage::new(since, self.main.why_dark()));
                 }
             }
             // One that takes over during an outage has not been asked yet.
@@ -171,12 +171,13 @@ impl<H: Host> Supervisor<H> {
             return None;
         }
         let may_differ = order.trial.is_some() && (like == Make::Trial || !self.config.only_quic());
-        outage::may_help(self.main.cause()).then(|| outage.make(like, may_differ))
+        let may_help = outage::may_help(self.main.cause()) && !self.main.cannot_route();
+        may_help.then(|| outage.make(like, may_differ))
     }
 
-    /// A trial is under way.
+    /// A trial is under way that asks why. One that looks for the edge by another protocol gets no longer than others.
     fn asks(&self, next: Option<Make>, now: Instant) -> bool {
-        next == Some(Make::Trial) && !self.is_over(now)
+        next == Some(Make::Trial) && !self.is_over(now) && self.main.is_sick_of(Cause::RegistrationRefused)
     }
 
     /// A trial has said why, or will not.

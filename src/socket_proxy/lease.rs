@@ -17,7 +17,9 @@
 //!
 //! The lease is also on disk, beside the socket, before the goodbye is answered: a proxy that was killed goes on with
 //! it. Its time is that of the host's uptime, which nobody sets. After a reboot, when nobody knows how long it took,
-//! it begins anew, and in any case the agent gets [`LEAST_LEFT`] to connect to a proxy that has just started.
+//! it begins anew, and in any case the agent gets [`LEAST_LEFT`] to connect to a proxy that has just started. While
+//! Docker does not answer, as when it starts its containers before its API, no agent can come back: that time counts
+//! from its first answer.
 
 #![expect(clippy::disallowed_methods, reason = "a file is read once at the start, and written by `Aside`")]
 
@@ -31,7 +33,7 @@ use std::time::Duration;
 use dockflare_host::aside::Aside;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Mutex as AsyncMutex, Notify};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -45,6 +47,9 @@ use crate::state::AgentId;
 pub(super) const LONGEST: u64 = 3600;
 /// What a proxy that has just started leaves of a lease, at least: an agent that starts with it needs a moment.
 const LEAST_LEFT: Duration = Duration::from_secs(15);
+/// How often a Docker that does not answer is asked again, and what it gets for its answer.
+const ASK_EVERY: Duration = Duration::from_secs(1);
+const ANSWERS_WITHIN: Duration = Duration::from_secs(2);
 /// The goodbye is to be answered by then.
 const WRITE_LIMIT: Duration = Duration::from_secs(1);
 /// What a proxy that is asked to stop allows itself to notice which connections have closed before.
@@ -97,6 +102,13 @@ impl Standing {
         self.parting += 1;
     }
 
+    /// Docker answers again: an agent gets a moment to come back through this proxy, however long that took.
+    fn docker_is_back(&mut self, now: Instant) {
+        if let Some(lease) = &mut self.lease {
+            lease.ends = lease.ends.max(now + LEAST_LEFT);
+        }
+    }
+
     /// After each change: an agent that is connected when none is parting has taken over the container of this name.
     /// Whether it has just done so.
     fn settle(&mut self, own: &str) -> bool {
@@ -134,6 +146,9 @@ impl Standing {
 
 /// What the lease does to containers. The tests have a double of it.
 pub(super) trait Hands: Sync {
+    /// Whether Docker answers.
+    fn answers(&self) -> impl Future<Output = bool>;
+
     /// Stops and removes, with the drain, what one of these agents made under this name.
     fn remove(
         &self,
@@ -144,6 +159,10 @@ pub(super) trait Hands: Sync {
 }
 
 impl Hands for Docker {
+    async fn answers(&self) -> bool {
+        timeout(ANSWERS_WITHIN, self.ping()).await.is_ok_and(|answer| answer.is_ok())
+    }
+
     async fn remove(&self, name: &str, agents: &[AgentId], is_back: &dyn Fn() -> bool) -> Result<(), DockerError> {
         // Docker also finds a container by the start of its id.
         let found = self.inspect(name).await?.filter(|seen| seen.name == name);
@@ -167,6 +186,8 @@ impl Hands for Docker {
 pub(super) struct Leases {
     /// Name of the tunnel container.
     own: String,
+    /// A lease was there at the start.
+    resumed: bool,
     /// A std mutex: no await happens under it.
     standing: Mutex<Standing>,
     changed: Notify,
@@ -219,6 +240,7 @@ impl Leases {
         let written = if lease.is_some() { None } else { Some(None) };
         Arc::new(Self {
             own: own.to_owned(),
+            resumed: lease.is_some(),
             standing: Mutex::new(Standing { lease, ..Standing::default() }),
             changed: Notify::new(),
             file: AsyncMutex::new(File { path, written, aside: Aside::default() }),
@@ -285,15 +307,28 @@ impl Leases {
     pub(super) async fn keep(&self, hands: &impl Hands, stop: &CancellationToken) {
         let mut pauses = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
         let mut trouble = Trouble::new("the tunnel that no agent came back for");
+        // Whoever comes to a lease that is there already has just started, perhaps with Docker itself.
+        let mut is_away = self.resumed;
         loop {
             let changed = self.changed.notified();
             self.persist().await;
             if stop.is_cancelled() {
                 break;
             }
+            if is_away {
+                tokio::select! {
+                    () = stop.cancelled() => break,
+                    answers = hands.answers() => is_away = !answers,
+                }
+                if !is_away {
+                    self.standing().docker_is_back(Instant::now());
+                    self.persist().await;
+                }
+            }
             let verdict = self.standing().verdict(Instant::now());
             let until = match verdict {
-                Verdict::Stays | Verdict::Held(None) => None,
+                Verdict::Stays => None,
+                _ if is_away => Some(Instant::now() + ASK_EVERY),
                 Verdict::Held(until) => until,
                 Verdict::Goes(containers) => {
                     info!("no agent came back within the lease; removing the tunnel");
@@ -304,6 +339,7 @@ impl Leases {
                             continue;
                         }
                         Err(error) => {
+                            is_away = error.is_away();
                             trouble.failed(&Unremoved(error), "trying again, unless an agent comes back");
                             Some(Instant::now() + pauses.next(None))
                         }
@@ -453,10 +489,11 @@ fn read(path: &Path, now: &Uptime) -> Result<Option<Lease>, String> {
     let Some((document, containers)) = understood else { return Err(format!("in {} is no lease", path.display())) };
     let whole = Duration::from_secs(document.seconds);
     let left = if !now.boot.is_empty() && document.boot == now.boot {
-        Duration::from_millis(document.ends.saturating_sub(now.millis)).clamp(LEAST_LEFT.min(whole), whole)
+        Duration::from_millis(document.ends.saturating_sub(now.millis)).min(whole)
     } else {
         whole
     };
+    let left = left.max(LEAST_LEFT);
     Ok(Some(Lease { containers, seconds: document.seconds, ends: Instant::now() + left }))
 }
 

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use testkit::bollard::query_parameters::{ListContainersOptions, ListImagesOptions};
 use testkit::{Case, Docker, PROXY_OPENS, Scope, Spec, wait_until};
 
-use crate::containers_scene::{COMMAND, Life, Tunnel, setting};
+use crate::containers_scene::{COMMAND, Life, Tunnel, registered, setting, two_more_polls};
 use crate::proxy::without;
 use crate::support::checked::{Checked, run};
 use crate::support::{SOON, Stage};
@@ -22,6 +22,7 @@ pub(crate) fn cases() -> Vec<Case> {
         an_image_or_network_that_is_missing_is_told_with_what_becomes_of_it,
         a_running_tunnel_and_the_ways_from_it_are_seen_and_left_alone,
         a_container_that_is_not_the_agents_or_not_there_is_told,
+        a_tunnel_that_the_master_no_longer_assigns_is_told_by_log_check_and_health,
         the_support_bundle_holds_the_versions_and_not_the_token,
     ]
 }
@@ -233,6 +234,42 @@ async fn a_running_tunnel_and_the_ways_from_it_are_seen_and_left_alone() -> Resu
     ensure!(told.contains(&format!("docker rm -f {rival}")), "{told}");
     ensure!(Life::now(&stage).await? == before, "the tunnel container is the same");
     drop(agent);
+    stage.assert_no_violations();
+    Ok(())
+}
+
+async fn a_tunnel_that_the_master_no_longer_assigns_is_told_by_log_check_and_health() -> Result<()> {
+    let mut stage = Stage::new(Protocol::V1).await?;
+    let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+    stage.set("HEALTH_CHECK_PORT", port.to_string());
+    let tunnel = Tunnel::new(&stage, "");
+    let agent = tunnel.agent(&stage)?;
+    let known = tunnel.enrol(&stage, &agent).await?;
+    let before = tunnel.container(&stage).await?;
+    let sentence = "the master no longer assigns this tunnel to this host";
+    let problem = async || -> Option<bool> {
+        let page = testkit::http::get(&format!("127.0.0.1:{port}"), "/health").await.ok()?.body;
+        let page: Value = serde_json::from_str(&page).ok()?;
+        Some(page["problems"].as_array()?.iter().any(|problem| problem == sentence))
+    };
+    ensure!(problem().await == Some(false));
+    check(&stage).await?.is("tunnel.assigned", "pass")?;
+
+    // The host is removed there, and the edge goes on taking the token.
+    stage.master.forget(&known.id)?;
+    let line = agent.wait_for_log(sentence, SOON).await?;
+    ensure!(line.contains("WARN") && line.contains("enrol the agent"), "{line}");
+    ensure!(problem().await == Some(true));
+    let told = check(&stage).await?.is("tunnel.assigned", "warn")?;
+    ensure!(told.contains(sentence) && told.contains("enrol the agent"), "{told}");
+    two_more_polls(&stage).await?;
+    ensure!(agent.log().matches(sentence).count() == 1, "{}", agent.log());
+    ensure!(tunnel.container(&stage).await? == before, "it serves as before");
+
+    let known = registered(&stage).await?;
+    stage.master.enroll_with(&known.id, "edge", &tunnel.id, &tunnel.token)?;
+    wait_until("the problem to be over", SOON, async || (!problem().await?).then_some(())).await?;
+    check(&stage).await?.is("tunnel.assigned", "pass")?;
     stage.assert_no_violations();
     Ok(())
 }

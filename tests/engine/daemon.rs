@@ -31,7 +31,7 @@ pub(crate) fn cases() -> Vec<Case> {
 const MOMENTS: Duration = Duration::from_secs(2);
 
 /// Why no Engine of the test's own can run here.
-fn missing() -> Option<String> {
+pub(crate) fn missing() -> Option<String> {
     let has = |name: &str| {
         let path = std::env::var_os("PATH").unwrap_or_default();
         std::env::split_paths(&path).any(|folder| folder.join(name).exists())
@@ -49,22 +49,54 @@ fn missing() -> Option<String> {
     }
 }
 
-/// An Engine in a folder of its own, with the one image that the tests need. It leaves its containers running when
-/// it is killed, as with `live-restore`. Dropped, all of it is gone.
-struct Daemon {
+/// An Engine in a folder of its own. Dropped, all of it is gone.
+pub(crate) struct Daemon {
     folder: tempfile::TempDir,
     child: Option<Child>,
+    kind: Kind,
+}
+
+/// Where its network is, and what becomes of its containers without it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// In a network of its own. They run on when it is killed, as with `live-restore`.
+    Apart,
+    /// In the network of the case's thread, which is no one else's: see [`leave_the_hosts_network`]. They end with it,
+    /// as on most hosts.
+    WithTheCase,
+}
+
+/// Takes this thread, and all that it starts or listens on from now on, into a network of its own, which goes with it.
+pub(crate) fn leave_the_hosts_network() -> Result<()> {
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).context("no network of its own")
+}
+
+/// Whether that was done.
+fn has_left_the_hosts_network() -> Result<bool> {
+    // The first thread has never left it.
+    let first = format!("/proc/{0}/task/{0}/ns/net", std::process::id());
+    Ok(std::fs::read_link("/proc/thread-self/ns/net")? != std::fs::read_link(first)?)
 }
 
 const IMAGE: &str = "workload:1";
 
 impl Daemon {
     fn new() -> Result<Self> {
-        // Short: the path of a socket in it may have 107 bytes.
-        Ok(Self { folder: tempfile::Builder::new().prefix("dfd-").tempdir_in("/tmp")?, child: None })
+        Self::of_kind(Kind::Apart)
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    /// In the network of this thread, which has left the host's.
+    pub(crate) fn with_the_case() -> Result<Self> {
+        ensure!(has_left_the_hosts_network()?, "an Engine without a bridge would remove that of this machine");
+        Self::of_kind(Kind::WithTheCase)
+    }
+
+    fn of_kind(kind: Kind) -> Result<Self> {
+        // Short: the path of a socket in it may have 107 bytes.
+        Ok(Self { folder: tempfile::Builder::new().prefix("dfd-").tempdir_in("/tmp")?, child: None, kind })
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
@@ -77,7 +109,7 @@ impl Daemon {
     }
 
     /// Starts it, again or for the first time, and waits until it answers.
-    async fn start(&mut self) -> Result<()> {
+    pub(crate) async fn start(&mut self) -> Result<()> {
         self.spawn()?;
         let answers = wait_until("the test's own Engine to answer", SOON, async || {
             self.client().ok()?.ping().await.ok().map(drop)
@@ -87,23 +119,17 @@ impl Daemon {
 
     fn spawn(&mut self) -> Result<()> {
         let settings = self.path("daemon.json");
-        std::fs::write(&settings, r#"{"live-restore":true}"#)?;
+        std::fs::write(&settings, format!("{{\"live-restore\":{}}}", self.kind == Kind::Apart))?;
         let log = File::options().create(true).append(true).open(self.path("log"))?;
         // Whatever ends this thread ends the Engine, a SIGKILL of the tests included. And it has a network of its own:
         // an Engine without a bridge removes the `docker0` that it finds, which is the machine's.
-        let child = Command::new("setpriv")
-            .args([
-                "--pdeathsig",
-                "KILL",
-                "--",
-                "unshare",
-                "--net",
-                "--",
-                "dockerd",
-                "--storage-driver=vfs",
-                "--bridge=none",
-                "--iptables=false",
-            ])
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "--"]);
+        if self.kind == Kind::Apart {
+            command.args(["unshare", "--net", "--"]);
+        }
+        let child = command
+            .args(["dockerd", "--storage-driver=vfs", "--bridge=none", "--iptables=false"])
             .args(["--ip6tables=false", "--ip-masq=false", "--ip-forward=false"])
             .arg("--config-file")
             .arg(&settings)
@@ -129,6 +155,45 @@ impl Daemon {
         let mut child = self.child.take().context("it does not run")?;
         child.kill()?;
         child.wait()?;
+        self.end_containerd();
+        Ok(())
+    }
+
+    /// As `systemctl stop docker` does: it ends its containers first.
+    pub(crate) async fn stop(&mut self) -> Result<()> {
+        self.signal("-TERM")?;
+        let child = self.child.as_mut().context("it does not run")?;
+        wait_until("the end of Docker", 2 * SOON, async || child.try_wait().ok().flatten().map(drop)).await?;
+        self.child = None;
+        self.end_containerd();
+        Ok(())
+    }
+
+    /// The host is switched off, all of a sudden or after all processes were told to end: what it does not keep on its
+    /// disk is gone.
+    pub(crate) async fn switch_off(&mut self, suddenly: bool) -> Result<()> {
+        let ids = self.docker(&["ps", "-q"])?;
+        let pids: Vec<_> = ids.split_whitespace().map(|id| self.pid_of(id)).collect::<Result<_>>()?;
+        let pids: Vec<_> = pids.iter().map(u32::to_string).collect();
+        if suddenly {
+            self.kill()?;
+        } else {
+            let all = [&["-TERM".to_owned()], &pids[..]].concat();
+            Command::new("kill").args(all).stderr(Stdio::null()).status()?;
+            self.stop().await?;
+        }
+        let left = pids.into_iter().chain(processes_of(self.folder.path()));
+        for pid in left {
+            let _ = Command::new("kill").args(["-KILL", &pid]).stderr(Stdio::null()).status();
+        }
+        for mount in mounts_in(self.folder.path()) {
+            let _ = Command::new("umount").arg("-l").arg(mount).status();
+        }
+        std::fs::remove_dir_all(self.path("exec"))?;
+        Ok(())
+    }
+
+    fn end_containerd(&self) {
         // Its containerd ends with it. Where nobody waits for orphans both leave a process id that looks alive, and
         // the next dockerd would wait for them.
         let containerd = self.path("exec/containerd/containerd.pid");
@@ -138,7 +203,6 @@ impl Daemon {
         for file in [containerd, self.path("pid")] {
             drop(std::fs::remove_file(file));
         }
-        Ok(())
     }
 
     /// Stops or continues all of it.
@@ -148,11 +212,18 @@ impl Daemon {
         Ok(())
     }
 
-    fn docker(&self, args: &[&str]) -> Result<String> {
+    pub(crate) fn docker(&self, args: &[&str]) -> Result<String> {
         let done =
             Command::new("docker").arg("--host").arg(self.host_url()).args(args).stdin(Stdio::null()).output()?;
         ensure!(done.status.success(), "docker {args:?}: {}", String::from_utf8_lossy(&done.stderr));
         Ok(String::from_utf8_lossy(&done.stdout).trim().to_owned())
+    }
+
+    /// As [`Daemon::docker`], with what is said on standard error.
+    pub(crate) fn docker_both(&self, args: &[&str]) -> Result<String> {
+        let done =
+            Command::new("docker").arg("--host").arg(self.host_url()).args(args).stdin(Stdio::null()).output()?;
+        Ok(format!("{}{}", String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr)))
     }
 
     /// Imports the image of the workload.
@@ -241,9 +312,7 @@ impl Drop for Daemon {
         for mount in mounts_in(self.folder.path()) {
             let _ = Command::new("umount").arg("-l").arg(mount).status();
         }
-        if std::thread::panicking() {
-            testkit::note("dockerd", &std::fs::read_to_string(self.path("log")).unwrap_or_default());
-        }
+        testkit::note("dockerd", &std::fs::read_to_string(self.path("log")).unwrap_or_default());
     }
 }
 

@@ -34,24 +34,34 @@ async fn stage(grace: &str) -> Result<(Stage, Arc<Edge>, Tunnel)> {
 }
 
 /// A visitor who has just begun to wait for an answer that takes this long.
-async fn download(edge: &Arc<Edge>, tunnel: &Tunnel, takes: Duration) -> Result<JoinHandle<Result<String>>> {
+async fn download(
+    stage: &Stage,
+    edge: &Arc<Edge>,
+    tunnel: &Tunnel,
+    takes: Duration,
+) -> Result<JoinHandle<Result<String>>> {
     wait_until("a connector", SOON, async || (!edge.connectors(&tunnel.id).is_empty()).then_some(())).await?;
     let (edge, id, path) = (edge.clone(), tunnel.id.clone(), format!("/slow?ms={}", takes.as_millis()));
     let asked = tokio::spawn(async move { edge.ask(&id, &path).await });
-    // It is under way once the connector has it.
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    // It is under way once the connector has it, and counts it.
+    let address = format!("{}:20241", stage.scope.ip(&stage.tunnel).await?);
+    wait_until("the connector to have the request", SOON, async || {
+        let page = testkit::http::get(&address, "/metrics").await.ok()?.body;
+        page.lines().any(|line| line == "cloudflared_tunnel_concurrent_requests_per_tunnel 1").then_some(())
+    })
+    .await?;
     Ok(asked)
 }
 
 /// Docker kills after 35 s where the drain is the usual 30 s.
 async fn a_download_that_is_longer_than_dockers_usual_patience_survives_a_redeploy() -> Result<()> {
-    let (stage, edge, tunnel) = stage("60").await?;
+    let (stage, edge, tunnel) = stage("90").await?;
     let agent = tunnel.agent_with_ready_tunnel(&stage).await?;
     let config = stage.scope.inspect(&stage.tunnel).await?.config.context("no config")?;
-    ensure!(config.stop_timeout == Some(65), "{:?}", config.stop_timeout);
-    ensure!(config.env.unwrap_or_default().iter().any(|entry| entry == "TUNNEL_GRACE_PERIOD=60s"));
+    ensure!(config.stop_timeout == Some(95), "{:?}", config.stop_timeout);
+    ensure!(config.env.unwrap_or_default().iter().any(|entry| entry == "TUNNEL_GRACE_PERIOD=90s"));
     let known = registered(&stage).await?;
-    let asked = download(&edge, &tunnel, Duration::from_secs(44)).await?;
+    let asked = download(&stage, &edge, &tunnel, Duration::from_secs(60)).await?;
     stage.master.push_commands(&known.id, vec![tunnel.restart()])?;
     agent.wait_for_log("waiting for cloudflared to drain its requests", SOON).await?;
     let answer = tokio::time::timeout(3 * SOON, asked).await.context("no answer")??;
@@ -62,7 +72,7 @@ async fn a_download_that_is_longer_than_dockers_usual_patience_survives_a_redepl
 async fn a_download_that_is_longer_than_the_drain_does_not() -> Result<()> {
     let (stage, edge, tunnel) = stage("2").await?;
     let mut agent = tunnel.agent_with_ready_tunnel(&stage).await?;
-    let asked = download(&edge, &tunnel, Duration::from_secs(20)).await?;
+    let asked = download(&stage, &edge, &tunnel, Duration::from_secs(20)).await?;
     let story = Story::follow(&stage);
     agent.sigterm()?;
     ensure!(asked.await?.is_err(), "the drain is over long before");
@@ -81,7 +91,7 @@ async fn killed_in_a_drain() -> Result<(Stage, Arc<Edge>, Tunnel, JoinHandle<Res
     let tunnel = Tunnel::new(&stage, &format!("edge={} drain=14000", edge.address()));
     let mut agent = tunnel.agent_with_ready_tunnel(&stage).await?;
     let before = tunnel.container(&stage).await?.id;
-    let asked = download(&edge, &tunnel, Duration::from_secs(12)).await?;
+    let asked = download(&stage, &edge, &tunnel, Duration::from_secs(12)).await?;
     let story = Story::follow(&stage);
     agent.sigterm()?;
     story.until("kill").await?;

@@ -5,6 +5,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod boot;
 mod causes;
 mod check;
 mod containers;
@@ -37,6 +38,7 @@ mod visitors;
 fn main() -> std::process::ExitCode {
     let files = [
         story::cases(),
+        boot::cases(),
         causes::cases(),
         check::cases(),
         containers::cases(),

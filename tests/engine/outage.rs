@@ -4,30 +4,37 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
-use dockflare_dev_master::Protocol;
+use anyhow::{Context, Result, ensure};
+use dockflare_dev_master::{Agent, Protocol};
 use serde_json::{Value, json};
-use testkit::{Case, Edge, Whose, case, note, wait_until};
+use testkit::{Case, Edge, Via, Whose, case, note, wait_until};
 
 use crate::containers_scene::{Story, Tunnel, on_both, registered, told};
 use crate::support::{SOON, Stage};
 use crate::visitors::{self, Visitors};
 
 pub(crate) fn cases() -> Vec<Case> {
-    let mut cases = testkit::cases![a_restart_of_the_tunnel_container_by_hand_is_not_cut_in_the_middle,];
+    let mut cases = testkit::cases![
+        a_restart_of_the_tunnel_container_by_hand_is_not_cut_in_the_middle,
+        while_one_that_was_told_to_end_by_hand_drains_a_fresh_one_serves,
+    ];
+    let four_minutes = "after_an_outage_of_four_minutes_it_serves_within_twenty_seconds_also_another_tunnel";
+    cases.push(case(four_minutes, after_four_minutes).limit(Duration::from_secs(600)));
     for protocol in ["quic", "http2"] {
-        let name = format!("after_an_outage_of_a_minute_over_{protocol}_it_serves_within_twenty_seconds");
-        cases.push(case(name, move || after_an_outage(protocol, None)));
         let name = format!("another_tunnel_that_is_ordered_during_an_outage_serves_soon_after_it_over_{protocol}");
-        cases.push(case(name, move || after_an_outage(protocol, Some("other"))));
+        cases.push(case(name, move || after_an_outage(protocol, Some("other"), MINUTE)));
+    }
+    for (protocol, fault) in [("auto", Fault::Refused), ("quic", Fault::Refused), ("auto", Fault::Blocked)] {
+        let name = format!("where_only_quic_is_{fault:?}_under_{protocol}_it_serves_over_http2_and_goes_back");
+        cases.push(case(name.to_lowercase(), move || only_quic(protocol, fault)).limit(Duration::from_secs(300)));
     }
     cases.extend(on_both("a_host_that_was_removed_while_it_was_connected_over_quic_ends", removed_over_quic));
     cases
 }
 
-/// An outage that lasts until cloudflared's own pauses are long. Four minutes and more differ in nothing but the time
-/// that they take; hours are in the unit tests.
-const OUTAGE: Duration = Duration::from_secs(60);
+/// Outages that last until cloudflared's own pauses are long; hours are in the unit tests.
+const MINUTE: Duration = Duration::from_secs(60);
+const FOUR_MINUTES: Duration = Duration::from_secs(240);
 /// From the edge's return to the first visitor.
 const SERVED_WITHIN: Duration = Duration::from_secs(20);
 /// What the double of the edge, on a machine that is busy with other cases, may add to that.
@@ -47,7 +54,16 @@ async fn until_visited(edge: &Edge, tunnel: &Tunnel) -> Result<Duration> {
     Ok(began.elapsed())
 }
 
-async fn after_an_outage(protocol: &'static str, order: Option<&str>) -> Result<()> {
+/// At the same time, since nearly all of it is waiting.
+async fn after_four_minutes() -> Result<()> {
+    let outages = [("quic", None), ("http2", None), ("quic", Some("other"))];
+    let outages = outages.map(async |(protocol, order)| {
+        after_an_outage(protocol, order, FOUR_MINUTES).await.with_context(|| format!("over {protocol}, {order:?}"))
+    });
+    futures_util::future::try_join_all(outages).await.map(drop)
+}
+
+async fn after_an_outage(protocol: &'static str, order: Option<&str>, length: Duration) -> Result<()> {
     let mut stage = Stage::new(Protocol::V2).await?;
     stage.set("CLOUDFLARED_PROTOCOL", protocol);
     let edge = visitors::edge(&stage).await?;
@@ -70,11 +86,12 @@ async fn after_an_outage(protocol: &'static str, order: Option<&str>) -> Result<
             other
         }
     };
-    wait_until("the end of the outage", 2 * OUTAGE, async || (began.elapsed() >= OUTAGE).then_some(())).await?;
+    wait_until("the end of the outage", 2 * length, async || (began.elapsed() >= length).then_some(())).await?;
     edge.come_back();
     let took = until_visited(&edge, &wanted).await?;
     measured(&format!(
-        "over {protocol}, {order:?}: visitors are led to it {:.1} s after the edge's return",
+        "over {protocol}, {order:?}, {} s: visitors are led to it {:.1} s after the edge's return",
+        length.as_secs(),
         took.as_secs_f64()
     ));
     ensure!(took <= SERVED_WITHIN + BUSY, "{took:?}");
@@ -85,6 +102,72 @@ async fn after_an_outage(protocol: &'static str, order: Option<&str>) -> Result<
     let lines = agent.log();
     let fresh = lines.lines().filter(|line| line.contains("trying fresh connectors")).count();
     ensure!(fresh <= 2, "{fresh} lines: {lines}");
+    stage.assert_no_violations();
+    Ok(())
+}
+
+/// A fault that hits QUIC and nothing else.
+#[derive(Debug, Clone, Copy)]
+enum Fault {
+    /// The edge answers, and refuses without a word.
+    Refused,
+    /// Nobody is there.
+    Blocked,
+}
+
+async fn only_quic(protocol: &'static str, fault: Fault) -> Result<()> {
+    let mut stage = Stage::new(Protocol::V2).await?;
+    stage.set("CLOUDFLARED_PROTOCOL", protocol);
+    let edge = visitors::edge(&stage).await?;
+    let tunnel = visitors::tunnel(&stage, &edge, "");
+    let agent = tunnel.agent(&stage)?;
+    let known = tunnel.enrol(&stage, &agent).await?;
+    until_visited(&edge, &tunnel).await?;
+    let began = Instant::now();
+    match fault {
+        Fault::Refused => edge.refuse(Whose::Over(Via::Quic)),
+        Fault::Blocked => edge.block(Via::Quic),
+    }
+    let over = |protocol: &'static str| {
+        let is_it = move |agent: &Agent| {
+            let told = agent.tunnel_status.as_ref()?;
+            (told.status == "running" && told.event["protocol"] == protocol).then_some(())
+        };
+        stage.master.wait_for("the tunnel to run over another protocol", 6 * SOON, move |known| {
+            known.only_agent().and_then(is_it)
+        })
+    };
+    if let Fault::Refused = fault {
+        told(&stage, "degraded", Some("registration_refused")).await?;
+        agent.wait_for_log("asking over HTTP/2 why", SOON).await?;
+    }
+    over("http2").await?;
+    until_visited(&edge, &tunnel).await?;
+    measured(&format!(
+        "only QUIC {fault:?}, {protocol}: served over HTTP/2 after {:.1} s",
+        began.elapsed().as_secs_f64()
+    ));
+    ensure!(!agent.log().contains("token_refused"), "{}", agent.log());
+    let env = async || -> Result<String> {
+        let config = stage.scope.inspect(&stage.tunnel).await?.config.context("no config")?;
+        let set =
+            config.env.unwrap_or_default().into_iter().find(|entry| entry.starts_with("TUNNEL_TRANSPORT_PROTOCOL="));
+        Ok(set.unwrap_or_default())
+    };
+    tunnel.container(&stage).await?;
+    assert_eq!(env().await?, "TUNNEL_TRANSPORT_PROTOCOL=http2");
+
+    // A new order begins with the protocol that is set; without one it is half an hour until the way back is tried.
+    match fault {
+        Fault::Refused => edge.accept(Whose::Over(Via::Quic)),
+        Fault::Blocked => edge.unblock(Via::Quic),
+    }
+    let mut visitors = Visitors::come(&edge, &tunnel).await?;
+    stage.master.push_commands(&known.id, vec![tunnel.restart()])?;
+    over("quic").await?;
+    visitors.all_were_served().await?;
+    tunnel.container(&stage).await?;
+    ensure!(env().await? != "TUNNEL_TRANSPORT_PROTOCOL=http2");
     stage.assert_no_violations();
     Ok(())
 }
@@ -129,6 +212,50 @@ async fn a_restart_of_the_tunnel_container_by_hand_is_not_cut_in_the_middle() ->
     assert_eq!((story.count("create"), story.count("destroy")), (0, 0));
     let (failed, served) = visitors.counted();
     measured(&format!("docker restart by hand: {failed} of {} requests failed", failed + served));
+    stage.assert_no_violations();
+    Ok(())
+}
+
+/// Docker waits for the drain before it starts the container again, and cloudflared takes nothing new meanwhile.
+async fn while_one_that_was_told_to_end_by_hand_drains_a_fresh_one_serves() -> Result<()> {
+    let stage = Stage::new(Protocol::V2).await?;
+    let edge = visitors::edge(&stage).await?;
+    let tunnel = Tunnel::new(&stage, &format!("edge={}", edge.address()));
+    let agent = tunnel.agent_with_ready_tunnel(&stage).await?;
+    let mut visitors = Visitors::come(&edge, &tunnel).await?;
+    visitors.all_were_served().await?;
+    let story = Story::follow(&stage);
+    // Somebody waits for a long answer.
+    let asked = {
+        let (edge, id) = (edge.clone(), tunnel.id.clone());
+        tokio::spawn(async move { edge.ask(&id, "/slow?ms=20000").await })
+    };
+    visitors.all_were_served().await?;
+    let (began, before) = (Instant::now(), visitors.counted().0);
+    let restarting = stage.scope.restart(&stage.tunnel, 35);
+    let served = async {
+        visitors.until_connectors(0).await?;
+        until_visited(&edge, &tunnel).await?;
+        anyhow::Ok((began.elapsed(), visitors.counted()))
+    };
+    let (restarted, served) = tokio::join!(restarting, served);
+    let (took, (failed, _)) = served?;
+    measured(&format!(
+        "docker restart by hand with a drain of 20 s: served again after {:.1} s, {} requests failed",
+        took.as_secs_f64(),
+        failed - before
+    ));
+    // The one that drains and the fresh one each have their own time.
+    ensure!(took < Duration::from_secs(15), "{took:?}: {}", agent.log());
+    let answer = tokio::time::timeout(SOON, asked).await.context("no answer")??;
+    ensure!(answer.is_ok(), "the drain was not cut: {answer:?}");
+    // Whether Docker found the container to start it again depends on who was first.
+    drop(restarted);
+    told(&stage, "running", None).await?;
+    wait_until("one container", 2 * SOON, async || tunnel.container(&stage).await.ok()).await?;
+    let after = visitors.counted().0;
+    ensure!(after == failed, "{} more failed: {}", after - failed, agent.log());
+    ensure!(story.exit_codes().first().is_some_and(|code| code == "0"), "{:?}", story.exit_codes());
     stage.assert_no_violations();
     Ok(())
 }

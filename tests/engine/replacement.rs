@@ -12,6 +12,7 @@ use crate::visitors::{self, Visitors};
 pub(crate) fn cases() -> Vec<Case> {
     let mut cases = testkit::cases![
         a_successor_whose_token_is_refused_is_removed_and_the_one_before_it_stays,
+        after_a_replacement_that_failed_a_stop_says_of_nothing_that_it_works_again,
         a_proxy_that_refuses_a_second_container_has_it_replaced_in_place_and_it_is_said,
         a_proxy_that_refuses_to_rename_costs_no_request_either,
         a_stop_in_the_middle_of_a_replacement_leaves_no_container,
@@ -209,6 +210,38 @@ async fn a_successor_whose_token_is_refused_is_removed_and_the_one_before_it_sta
     Ok(())
 }
 
+async fn after_a_replacement_that_failed_a_stop_says_of_nothing_that_it_works_again() -> Result<()> {
+    let stage = Stage::new(Protocol::V2).await?;
+    let edge = visitors::edge(&stage).await?;
+    let tunnel = visitors::tunnel(&stage, &edge, "");
+    let mut agent = tunnel.enrolled_agent(&stage).await?;
+    let known = registered(&stage).await?;
+    let bad = Tunnel::new(&stage, "unauthorized speed=20");
+    agent.plant(&bad.token);
+    stage.master.enroll_with(&known.id, "edge", &bad.id, &bad.token)?;
+    agent.wait_for_log("is not replaced", SOON).await?;
+    let stop = async || -> Result<()> {
+        stage.master.push_commands(&known.id, vec![serde_json::json!({ "action": "stop_tunnel" })])?;
+        told(&stage, "stopped", None).await?;
+        wait_until("the end of the container", SOON, async || {
+            (stage.scope.status(&stage.tunnel).await.ok()? == "gone").then_some(())
+        })
+        .await?;
+        two_more_polls(&stage).await
+    };
+    stop().await?;
+    // Nor after one that had lost the edge.
+    let mark = agent.mark();
+    stage.master.enroll_with(&known.id, "edge", &tunnel.id, &tunnel.token)?;
+    agent.wait_for_log_after(mark, "tunnel ready", 2 * SOON).await?;
+    edge.leave();
+    agent.wait_for_log_after(mark, "has no connection to Cloudflare", 2 * SOON).await?;
+    stop().await?;
+    ensure!(!agent.log().contains("works again"), "{}", agent.log());
+    stage.assert_no_violations();
+    Ok(())
+}
+
 async fn a_proxy_that_refuses_a_second_container_has_it_replaced_in_place_and_it_is_said() -> Result<()> {
     let mut stage = Stage::new(Protocol::V2).await?;
     let relay = Relay::start(Way::Answer { line: "/create?*-next", with: REFUSAL }).await?;
@@ -219,6 +252,7 @@ async fn a_proxy_that_refuses_a_second_container_has_it_replaced_in_place_and_it
     stage.master.push_commands(&known.id, vec![tunnel.restart()])?;
     let line = agent.wait_for_log("replaced in place", SOON).await?;
     ensure!(line.contains("WARN") && line.contains(&successor(&stage)), "{line}");
+    ensure!(line.contains("after an outage they fail until cloudflared itself tries again"), "{line}");
     replaced(&stage, &tunnel, &before.id).await?;
     stage.assert_no_violations();
     Ok(())

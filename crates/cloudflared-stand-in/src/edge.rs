@@ -63,6 +63,8 @@ pub enum Whose {
     Tunnel(String),
     /// Connectors with this token.
     Token(String),
+    /// Connections over this protocol.
+    Over(Protocol),
 }
 
 impl Whose {
@@ -71,6 +73,7 @@ impl Whose {
             Self::All => true,
             Self::Tunnel(tunnel) => *tunnel == who.tunnel,
             Self::Token(token) => token.trim() == who.token.trim(),
+            Self::Over(protocol) => *protocol == who.protocol,
         }
     }
 }

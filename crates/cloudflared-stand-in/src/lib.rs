@@ -89,7 +89,7 @@
 //! | wanted | ask |
 //! |---|---|
 //! | the edge refuses, at the start or while connected | `e.refuse(Whose::Tunnel(id))`, `Whose::Token(text)` or `Whose::All`; `e.accept(…)` takes it back. Over QUIC no words, counters grow; over http2 `Unauthorized` (2 s after a first try, 10 to 18 s after a drop). The protocol is the connector's `TUNNEL_TRANSPORT_PROTOCOL` |
-//! | only QUIC fails, http2 serves | `e.block(Protocol::Quic)`, `e.unblock(…)` |
+//! | only QUIC fails, http2 serves | `e.block(Protocol::Quic)`, `e.unblock(…)`; with an answer: `e.refuse(Whose::Over(Protocol::Quic))` |
 //! | the edge is away for a while | `e.leave()` or `e.swallow()`, then `e.come_back()`. A connector that was connected finds out at its next recorded try, a fresh one at once. Over QUIC a dial that is under way (5 s) is answered as well |
 //! | an edge's error, no answer | `e.fail(…)`, `e.leave_unanswered(…)` |
 //! | who tried when | `e.tries()` |

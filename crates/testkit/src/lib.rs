@@ -71,6 +71,7 @@ pub use bollard::{self, Docker, models};
 pub use cleanup::{clean_up, remove_labelled, sweep};
 pub use cloudflared_stand_in::edge::{Edge, Whose};
 pub use cloudflared_stand_in::http;
+pub use cloudflared_stand_in::transport::Protocol as Via;
 pub use compose::Compose;
 pub use containers::{Spec, logs};
 pub use engine::{docker, engine, in_ci, socket_path, wait_until};

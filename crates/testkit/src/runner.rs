@@ -54,7 +54,7 @@ where
 }
 
 impl Case {
-    /// With another time limit than 180 s.
+    /// With another time limit than 180 s. Those with the longest are begun first.
     #[must_use]
     pub fn limit(mut self, limit: Duration) -> Self {
         self.limit = limit;
@@ -100,6 +100,9 @@ pub fn main(cases: Vec<Case>) -> ExitCode {
     if let Err(error) = &engine {
         eprintln!("testkit: no Docker Engine: {error:#}");
     }
+    // They are begun in this order: a long one that is begun last is what all would wait for.
+    let mut cases = cases;
+    cases.sort_by_key(|case| std::cmp::Reverse(case.limit));
     let trials = cases.into_iter().map(|case| trial(case, engine.as_ref().err())).collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
     let cleaned = if engine.is_ok() { cleanup::clean_up() } else { Ok(()) };

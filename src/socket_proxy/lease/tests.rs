@@ -107,6 +107,8 @@ struct Double {
     dies: Option<(usize, bool)>,
     /// So many fail before one succeeds.
     failing: AtomicUsize,
+    /// Until then Docker does not answer.
+    away_until: Option<Instant>,
 }
 
 impl Double {
@@ -120,8 +122,15 @@ impl Double {
 }
 
 impl Hands for Double {
+    async fn answers(&self) -> bool {
+        self.away_until.is_none_or(|until| Instant::now() >= until)
+    }
+
     async fn remove(&self, name: &str, agents: &[AgentId], is_back: &dyn Fn() -> bool) -> Result<(), DockerError> {
         assert_eq!(agents, [an_agent()], "whose it is");
+        if !self.answers().await {
+            return Err(crate::docker::silent());
+        }
         let number = self.begun.fetch_add(1, Ordering::Relaxed);
         if self.dies == Some((number, false)) {
             pending::<()>().await;
@@ -205,6 +214,31 @@ async fn what_docker_does_not_do_is_tried_again_and_left_to_an_agent_that_is_bac
     let tried = hands.begun.load(Ordering::Relaxed);
     keep_for(&leases, &hands, 300).await;
     assert_eq!((hands.begun.load(Ordering::Relaxed), hands.there()), (tried, ALL.map(str::to_owned).to_vec()));
+}
+
+/// Docker starts its containers before its API, and the more there are the longer that takes.
+#[tokio::test(start_paused = true)]
+async fn the_time_in_which_a_docker_that_starts_does_not_answer_is_not_taken_from_the_agent() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("docker.sock.lease");
+    for comes_back in [true, false] {
+        drop(Leases::open(OWN, Some(path.clone())).goodbye(60, vec![an_agent()]).await);
+        let leases = Leases::open(OWN, Some(path.clone()));
+        let away = Duration::from_secs(300);
+        let hands = Double { away_until: Some(Instant::now() + away), ..Double::new() };
+        keep_for(&leases, &hands, 300 + 13).await;
+        assert_eq!((hands.begun.load(Ordering::Relaxed), hands.there()), (0, ALL.map(str::to_owned).to_vec()));
+        if comes_back {
+            let agent = leases.agent().await;
+            keep_for(&leases, &hands, 600).await;
+            drop(agent);
+            keep_for(&leases, &hands, 600).await;
+            assert_eq!(hands.there(), ALL);
+        } else {
+            keep_for(&leases, &hands, 30).await;
+            assert_eq!(hands.there(), ["other"]);
+        }
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -300,10 +334,10 @@ async fn the_time_on_disk_is_the_hosts_own_and_begins_anew_with_it() {
     // Another life of the host, and one of which nothing is known.
     assert_eq!(left(at("two", 10)), 60);
     assert_eq!(left(at("", 1020)), 60);
-    // As much as was asked for, where that is less.
+    // Also of a short one: it starts no sooner for that.
     let short = Lease { seconds: 5, ends: Instant::now() + Duration::from_secs(5), ..lease };
     write(&path, Some(&short), &at("one", 1000)).unwrap();
-    assert_eq!((read(&path, &at("one", 9000)).unwrap().unwrap().ends - Instant::now()).as_secs(), 5);
+    assert_eq!((read(&path, &at("one", 9000)).unwrap().unwrap().ends - Instant::now()).as_secs(), 15);
     advance(Duration::from_secs(1)).await;
 
     let now = Uptime::now();

@@ -38,7 +38,13 @@ pub(super) fn cases() -> Vec<Case> {
         ]
         .map(here)
     });
-    cases.map(|case| case.limit(Duration::from_secs(400))).collect()
+    cases.map(|case| case.limit(Duration::from_secs(400) * rounds())).collect()
+}
+
+/// How often what Compose tells only by order is told: a restart and a recreation from the end. By hand, with
+/// `COMPOSE_ROUNDS=30`.
+fn rounds() -> u32 {
+    std::env::var("COMPOSE_ROUNDS").ok().and_then(|count| count.parse().ok()).unwrap_or(1)
 }
 
 /// What one command of Compose may take.
@@ -161,6 +167,17 @@ impl Deployment {
         Visitors::come(edge, tunnel).await
     }
 
+    /// The end: nothing is left, within the drain.
+    async fn down(&self) -> Result<()> {
+        let asked = Instant::now();
+        self.compose(&["down"]).await?;
+        let took = asked.elapsed();
+        ensure!(self.left().await?.is_empty(), "left: {:?}", self.left().await?);
+        ensure!(took < DOWN_LIMIT, "took {took:?}");
+        println!("down after {:.1} s, nothing left", took.as_secs_f64());
+        Ok(())
+    }
+
     /// What there is of the deployment and of its tunnel.
     async fn left(&self) -> Result<Vec<String>> {
         let mut left = Vec::new();
@@ -191,7 +208,8 @@ async fn no_upgrade_loses_a(program: PathBuf) -> Result<()> {
     let mut visitors = deployed.up(&edge, &tunnel).await?;
     let before = Life::now(&deployed.stage).await?;
     let mut seen = Vec::new();
-    for step in ["restart", "setting", "image", "proxy alone", "agent alone", "both"] {
+    let again = (1..rounds()).flat_map(|_| ["restart", "both"]);
+    for step in ["restart", "setting", "image", "proxy alone", "agent alone", "both"].into_iter().chain(again) {
         let began = Instant::now();
         match step {
             "restart" => deployed.compose(&["restart"]).await?,
@@ -231,7 +249,7 @@ async fn no_upgrade_loses_a(program: PathBuf) -> Result<()> {
 }
 
 async fn down(program: PathBuf) -> Result<()> {
-    let (mut deployed, edge) = Deployment::new(program).await?;
+    let (mut deployed, edge) = Deployment::new(program.clone()).await?;
     let tunnel = visitors::tunnel(&deployed.stage, &edge, "");
     let mut visitors = deployed.up(&edge, &tunnel).await?;
     // Shorter than the lease from now on, and an upgrade itself.
@@ -262,12 +280,15 @@ async fn down(program: PathBuf) -> Result<()> {
     deployed.settings.insert("TUNNEL_LEASE_SECONDS", LEASE.to_owned());
     deployed.compose(&["up", "-d", "--no-build"]).await?;
     deployed.is_back().await?;
-    let _visitors = Visitors::come(&edge, &tunnel).await?;
-    let asked = Instant::now();
-    deployed.compose(&["down"]).await?;
-    let took = asked.elapsed();
-    ensure!(deployed.left().await?.is_empty(), "left: {:?}", deployed.left().await?);
-    ensure!(took < DOWN_LIMIT, "took {took:?}");
-    println!("down after {:.1} s, nothing left", took.as_secs_f64());
+    let visitors = Visitors::come(&edge, &tunnel).await?;
+    deployed.down().await?;
+    drop(visitors);
+    for _ in 1..rounds() {
+        // The network has gone as well, and the double of the edge was on it.
+        let (mut deployed, edge) = Deployment::new(program.clone()).await?;
+        let tunnel = visitors::tunnel(&deployed.stage, &edge, "");
+        let _visitors = deployed.up(&edge, &tunnel).await?;
+        deployed.down().await?;
+    }
     Ok(())
 }
