@@ -10,10 +10,11 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 /// The programs whose package is called otherwise.
-const PACKAGES: [(&str, &str); 3] = [
+const PACKAGES: [(&str, &str); 4] = [
     ("cloudflared", "cloudflared-stand-in"),
     ("workload", "cloudflared-stand-in"),
     ("credential-reader", "cloudflared-stand-in"),
+    ("checker", "testkit"),
 ];
 
 /// Built already, by this process; true is the release profile.

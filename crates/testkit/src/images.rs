@@ -108,6 +108,19 @@ impl Images {
         self.program("credential-reader", &[]).await
     }
 
+    /// The `checker` program, as user 4242 of group 1000.
+    ///
+    /// # Errors
+    /// When it does not compile or the engine refuses.
+    pub async fn checker(&self) -> Result<String> {
+        self.once("checker", async || {
+            let files = Files::new().copy("/checker", &binary("checker")?, 0o755, ROOT)?;
+            let changes = ["USER 4242:1000".to_owned(), r#"ENTRYPOINT ["/checker"]"#.to_owned()];
+            self.image_from("checker", &files, &changes).await
+        })
+        .await
+    }
+
     /// The development master.
     ///
     /// # Errors
