@@ -42,6 +42,39 @@ async fn help_and_version_end_with_0_and_a_bad_argument_with_64() {
     }
 }
 
+/// Where the limit on processes is so low that the program starts no thread, or one. It counts for users other than
+/// root only.
+#[tokio::test]
+async fn a_limit_on_processes_is_named_whatever_the_program_was_about_to_say() {
+    if !nix::unistd::getuid().is_root() {
+        eprintln!("skipped: takes root");
+        return;
+    }
+    // Where that user may run it.
+    let folder = tempfile::Builder::new().permissions(std::os::unix::fs::PermissionsExt::from_mode(0o755)).tempdir();
+    let folder = folder.unwrap();
+    let program = folder.path().join("agent");
+    std::fs::copy(agent_binary(), &program).unwrap();
+    let data = folder.path().join("data");
+    std::fs::create_dir(&data).unwrap();
+    std::fs::set_permissions(&data, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
+    // Nobody else runs anything as this user.
+    let user = fastrand::u32(200_000..4_000_000).to_string();
+    for (limit, args) in [("1", vec![]), ("1", vec!["check"]), ("2", vec![])] {
+        let mut command = std::process::Command::new("setpriv");
+        command.args(["--reuid", &user, "--regid", &user, "--clear-groups", "prlimit"]).arg(format!("--nproc={limit}"));
+        command.arg(&program).args(&args).current_dir(folder.path()).env_clear();
+        command.env("PATH", std::env::var_os("PATH").unwrap_or_default());
+        command.env("DOCKFLARE_MASTER_URL", "http://127.0.0.1:1").env("DOCKFLARE_API_KEY", "k");
+        command.env("DOCKER_HOST", "unix:///nowhere").env("HEALTH_CHECK_PORT", "0");
+        command.env("DOCKFLARE_DATA_DIR", &data);
+        let ended = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
+        let text = String::from_utf8_lossy(&[ended.stdout, ended.stderr].concat()).into_owned();
+        assert!(text.contains("--ulimit nproc"), "{limit} {args:?}: {:?} {text:?}", ended.status);
+        assert!(!ended.status.success(), "{limit} {args:?}: {text}");
+    }
+}
+
 #[tokio::test]
 async fn a_bad_configuration_ends_with_64_and_names_everything_that_is_wrong() {
     let env = [

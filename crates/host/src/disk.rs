@@ -24,6 +24,8 @@ pub enum Unread {
     TooLong(u64),
     /// It was not read in time.
     Hangs,
+    /// The system starts no thread to read it.
+    NoThread,
 }
 
 impl fmt::Display for Unread {
@@ -32,6 +34,7 @@ impl fmt::Display for Unread {
             Self::Io(error) => write!(f, "cannot be read: {error}"),
             Self::NoFile(kind) => write!(f, "is {kind}; a file is needed"),
             Self::TooLong(most) => write!(f, "is longer than {most} bytes"),
+            Self::NoThread => write!(f, "cannot be read: {}", crate::logging::NO_THREAD),
             Self::Hangs => {
                 write!(f, "did not answer within {} s; see to its disk or network file system", LIMIT.as_secs())
             }
@@ -74,7 +77,7 @@ fn take(file: File, most: u64) -> Result<Vec<u8>, Unread> {
 pub fn read_at_start(path: &Path, most: u64) -> Result<Vec<u8>, Unread> {
     let (done, read_it) = channel();
     let path = path.to_owned();
-    thread::Builder::new().spawn(move || drop(done.send(read(&path, most)))).map_err(Unread::Io)?;
+    thread::Builder::new().spawn(move || drop(done.send(read(&path, most)))).map_err(|_| Unread::NoThread)?;
     read_it.recv_timeout(LIMIT).unwrap_or(Err(Unread::Hangs))
 }
 

@@ -122,7 +122,7 @@ pub fn flush() {
 
 /// Prints what a subcommand has to say, and waits for whoever reads it, but not beyond a request to stop.
 pub async fn print(text: &str) {
-    let written = outlet::hand_over(io::stdout(), text);
+    let written = outlet::hand_over(io::stdout, text);
     match (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) {
         (Ok(mut term), Ok(mut int)) => {
             tokio::select! { _ = written => {}, _ = term.recv() => {}, _ = int.recv() => {} }
@@ -133,7 +133,7 @@ pub async fn print(text: &str) {
 
 /// Says on standard error why a program ends, and waits only shortly for whoever reads it.
 pub async fn print_error(text: &str) {
-    let _ = timeout(ERROR_LIMIT, outlet::hand_over(io::stderr(), text)).await;
+    let _ = timeout(ERROR_LIMIT, outlet::hand_over(io::stderr, text)).await;
 }
 
 type AnyLayer = Box<dyn Layer<Registry> + Send + Sync>;

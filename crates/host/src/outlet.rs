@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
+use crate::logging::NO_THREAD;
+
 /// What waits for a reader, in bytes: some 1,500 lines. What comes beyond is dropped and counted.
 const MOST_WAITING: usize = 256 << 10;
 /// What each record costs beside its text.
@@ -153,16 +155,19 @@ fn write_whole(to: &mut impl Write, mut bytes: &[u8]) -> io::Result<()> {
     to.flush()
 }
 
-/// Hands a text to whoever reads it, on a thread of its own. Resolves when it is written or cannot be.
-pub(crate) fn hand_over(mut to: impl Write + Send + 'static, text: &str) -> oneshot::Receiver<()> {
+/// Hands a text to whoever reads it, on a thread of its own. Resolves when it is written or cannot be. Where the system
+/// starts no thread it is written here, and that is said: whoever prints is about to end, and must not end in silence.
+pub(crate) fn hand_over<W: Write + Send + 'static>(to: impl Fn() -> W, text: &str) -> oneshot::Receiver<()> {
     let (done, written) = oneshot::channel();
-    let text = text.as_bytes().to_vec();
-    // Without a thread `done` is dropped, which resolves it.
-    let _ = thread::Builder::new().spawn(move || {
+    let (mut from_thread, bytes) = (to(), text.as_bytes().to_vec());
+    let started = thread::Builder::new().spawn(move || {
         // Whoever reads it may have enough and hang up.
-        let _ = write_whole(&mut to, &text);
+        let _ = write_whole(&mut from_thread, &bytes);
         let _ = done.send(());
     });
+    if let Err(error) = started {
+        let _ = write_whole(&mut to(), format!("{text}{NO_THREAD} ({error})\n").as_bytes());
+    }
     written
 }
 
