@@ -157,7 +157,7 @@ fn write_whole(to: &mut impl Write, mut bytes: &[u8]) -> io::Result<()> {
 
 /// Hands a text to whoever reads it, on a thread of its own. Resolves when it is written or cannot be. Where the system
 /// starts no thread it is written here, and that is said: whoever prints is about to end, and must not end in silence.
-pub(crate) fn hand_over<W: Write + Send + 'static>(to: impl Fn() -> W, text: &str) -> oneshot::Receiver<()> {
+pub(crate) fn hand_over<W: Write + Send + 'static>(mut to: impl FnMut() -> W, text: &str) -> oneshot::Receiver<()> {
     let (done, written) = oneshot::channel();
     let (mut from_thread, bytes) = (to(), text.as_bytes().to_vec());
     let started = thread::Builder::new().spawn(move || {
@@ -252,7 +252,8 @@ mod tests {
     #[tokio::test]
     async fn a_text_is_handed_over_while_somebody_reads_and_nobody_is_blocked_by_one_who_does_not() {
         let (mut reader, writer) = io::pipe().unwrap();
-        let mut written = hand_over(writer, &"x".repeat(1 << 20));
+        let mut writer = Some(writer);
+        let mut written = hand_over(move || writer.take().unwrap(), &"x".repeat(1 << 20));
         assert!(tokio::time::timeout(Duration::from_millis(50), &mut written).await.is_err());
         let mut all = String::new();
         reader.read_to_string(&mut all).unwrap();
