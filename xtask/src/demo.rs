@@ -3,7 +3,7 @@
 //! Real are the agent, its image, the Docker Engine and all that happens on it. Not real are the master, which is
 //! the development master of this workspace, and cloudflared, whose stand-in connects to nobody. All images are
 //! made from local files. [`scene`] puts everything in its place, [`story`] tells what happens as the agent's log
-//! and the [`master`] show it, [`down`] removes everything; there is one demo at a time, and a new one replaces it.
+//! and the [`master`] show it, [`down`] removes everything; [`vault`] is the same for the vault; there is one demo at a time, and a new one replaces it.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -17,6 +17,7 @@ mod down;
 mod master;
 mod scene;
 mod story;
+mod vault;
 
 use master::Master;
 use scene::{AGENT, Scene, TUNNEL, WEB};
@@ -34,6 +35,9 @@ pub(crate) struct Arguments {
     /// Remove the demo: every container, network, volume and image of it, nothing else
     #[arg(long, conflicts_with_all = ["protocol", "port", "socket"])]
     down: bool,
+    /// Play the vault's part in place of the agent's: a credential in a container that knows nothing of it
+    #[arg(long, conflicts_with_all = ["protocol", "port", "socket"])]
+    vault: bool,
     /// Which protocol the master speaks
     #[arg(long, value_enum, default_value_t = Protocol::V2)]
     protocol: Protocol,
@@ -78,7 +82,11 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
                 return ExitCode::from(UNAVAILABLE);
             }
         };
-        let ended = if arguments.down { remove(&docker).await } else { play(&docker, arguments).await };
+        let ended = match arguments {
+            Arguments { down: true, .. } => remove(&docker).await,
+            Arguments { vault: true, .. } => vault::play(&docker).await,
+            _ => play(&docker, arguments).await,
+        };
         match ended {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {

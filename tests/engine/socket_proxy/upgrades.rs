@@ -31,10 +31,14 @@ pub(super) fn cases() -> Vec<Case> {
             Compose::V2 => case.without(missing.clone()),
         };
         let program = program.unwrap_or_default();
-        let (upgrades, end) = (program.clone(), program);
+        let (upgrades, end, vault) = (program.clone(), program.clone(), program);
         [
             case(format!("no_upgrade_with_compose_{version}_loses_a_request"), move || no_upgrade_loses_a(upgrades)),
             case(format!("what_compose_{version}_takes_down_is_down_and_what_is_killed_is_not"), move || down(end)),
+            case(
+                format!("with_compose_{version}_the_agent_has_its_key_from_the_vault_and_rolls_it_without_a_restart"),
+                move || key_from_the_vault(vault),
+            ),
         ]
         .map(here)
     });
@@ -61,6 +65,8 @@ struct Deployment {
     image: String,
     settings: HashMap<&'static str, String>,
     proxy_settings: HashMap<&'static str, String>,
+    /// The vault's image, where there is one.
+    vault: Option<String>,
     /// By now.
     registrations: u64,
 }
@@ -95,7 +101,7 @@ impl Deployment {
         ]);
         let image = images().agent(&agent_binary()).await?;
         let (folder, proxy_settings) = (tempfile::tempdir()?, HashMap::new());
-        Ok((Self { stage, program, folder, image, settings, proxy_settings, registrations: 0 }, edge))
+        Ok((Self { stage, program, folder, image, settings, proxy_settings, vault: None, registrations: 0 }, edge))
     }
 
     fn agent(&self) -> String {
@@ -112,7 +118,7 @@ impl Deployment {
         std::fs::write(self.folder.path().join(".env"), env)?;
         let labels = self.stage.scope.labels();
         let (scope, image) = (&self.stage.scope, &self.image);
-        let file = serde_json::json!({
+        let mut file = serde_json::json!({
             "services": {
                 "socket-proxy": {
                     "image": image, "container_name": scope.name("proxy"), "labels": labels,
@@ -125,6 +131,20 @@ impl Deployment {
                 "docker-api": { "name": scope.name("docker-api"), "labels": labels },
             },
         });
+        if let Some(image) = &self.vault {
+            for (service, name) in [("vault", "vault"), ("vault-socket-proxy", "vault-proxy")] {
+                file["services"][service] =
+                    serde_json::json!({ "image": image, "container_name": scope.name(name), "labels": labels });
+            }
+            for volume in ["vault-data", "vault-state", "vault-docker", "launcher", "agent-secrets"] {
+                file["volumes"][volume] = serde_json::json!({ "name": scope.name(volume), "labels": labels });
+            }
+            // 1.29 takes a volume from the last file that names it, whole.
+            file["volumes"]["agent-secrets"]["driver"] = "local".into();
+            file["volumes"]["agent-secrets"]["driver_opts"] = serde_json::json!({
+                "type": "tmpfs", "device": "tmpfs", "o": "size=1m,mode=2750,uid=65431,gid=65532",
+            });
+        }
         std::fs::write(self.folder.path().join("override.yml"), file.to_string()).map_err(Into::into)
     }
 
@@ -133,6 +153,9 @@ impl Deployment {
         let mut command = Command::new(&self.program);
         command.arg("-p").arg(project(&self.stage)).arg("--project-directory").arg(self.folder.path());
         command.arg("-f").arg(workspace_root().join("docker-compose.yml"));
+        if self.vault.is_some() {
+            command.arg("-f").arg(workspace_root().join("deploy/compose-vault.yml"));
+        }
         command.arg("-f").arg(self.folder.path().join("override.yml")).args(args);
         // The settings are those of the file, whatever is set here.
         command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
@@ -290,5 +313,80 @@ async fn down(program: PathBuf) -> Result<()> {
         let _visitors = deployed.up(&edge, &tunnel).await?;
         deployed.down().await?;
     }
+    Ok(())
+}
+
+/// The vault's folder of configuration: that of the repository, and a new key.
+fn vault_config(folder: &std::path::Path) -> Result<()> {
+    use std::os::unix::fs::{PermissionsExt, chown};
+    std::fs::create_dir(folder)?;
+    let made = Command::new(testkit::binary("dockflare-vault")?).arg("generate-key").output()?;
+    ensure!(made.status.success(), "no key");
+    std::fs::write(folder.join("master.key"), made.stdout)?;
+    std::fs::copy(workspace_root().join("deploy/vault-config.yaml"), folder.join("config.yaml"))?;
+    std::fs::set_permissions(folder.join("master.key"), std::fs::Permissions::from_mode(0o600))?;
+    for path in [folder.to_owned(), folder.join("master.key"), folder.join("config.yaml")] {
+        chown(path, Some(65431), Some(65431))?;
+    }
+    // Whoever may enter it reads nothing.
+    std::fs::set_permissions(folder.parent().context("no folder")?, std::fs::Permissions::from_mode(0o755))?;
+    Ok(())
+}
+
+async fn key_from_the_vault(program: PathBuf) -> Result<()> {
+    let (mut deployed, _edge) = Deployment::new(program).await?;
+    let scope = &deployed.stage.scope;
+    let (agent, vault, vault_proxy, proxy) =
+        (deployed.agent(), scope.name("vault"), scope.name("vault-proxy"), scope.name("proxy"));
+    let config = deployed.folder.path().join("vault-config");
+    vault_config(&config)?;
+    deployed.settings.remove("DOCKFLARE_API_KEY");
+    deployed.settings.insert("VAULT_CONFIG", config.display().to_string());
+    deployed.settings.insert("RELOAD_CONTAINERS", agent.clone());
+    deployed.vault = Some(images().vault(&testkit::binary("dockflare-vault")?).await?);
+
+    // All at once, the worst order of a first `up`: there is no key yet, and the agent ends and is started again.
+    deployed.compose(&["up", "-d", "--no-build"]).await?;
+    let scope = &deployed.stage.scope;
+    let says = async |name: &str, text: &str| scope.logs(name).await.ok()?.contains(text).then_some(());
+    wait_until("the vault to start", SOON, async || says(&vault, "dockflare-vault started").await).await?;
+    wait_until("the agent to miss its key", SOON, async || says(&agent, "DOCKFLARE_API_KEY_FILE").await).await?;
+    let set = async |value: &str| -> Result<()> {
+        let words = ["/dockflare-vault", "set", "agent/key", value].map(str::to_owned).to_vec();
+        let options = testkit::bollard::exec::CreateExecOptions { cmd: Some(words), ..Default::default() };
+        let id = scope.docker().create_exec(&vault, options).await?.id;
+        let detached = testkit::bollard::exec::StartExecOptions { detach: true, ..Default::default() };
+        scope.docker().start_exec(&id, Some(detached)).await?;
+        let ended = async || scope.docker().inspect_exec(&id).await.ok()?.exit_code;
+        let code = wait_until("the command to end", SOON, ended).await?;
+        ensure!(code == 0, "set ended with {code}");
+        Ok(())
+    };
+    set(&deployed.stage.key).await?;
+    let known = registered(&deployed.stage).await?;
+    let inspected = serde_json::to_string(&scope.inspect(&agent).await?)?;
+    ensure!(!inspected.contains(&deployed.stage.key), "the key is in docker inspect");
+
+    let started = async || anyhow::Ok(scope.inspect(&agent).await?.state.and_then(|state| state.started_at));
+    let before = started().await?;
+    let rolled = deployed.stage.master.roll_key(&known.id)?;
+    set(&rolled).await?;
+    wait_until("the new key", 2 * SOON, async || says(&agent, "the key file holds a new agent key").await).await?;
+    ensure!(started().await? == before, "the agent was restarted");
+
+    // The host goes down and up: what is in memory is gone, and who needs it begins before who has it.
+    let registrations = registered(&deployed.stage).await?.registrations;
+    for name in [&agent, &vault, &vault_proxy, &proxy] {
+        scope.stop(name, 40).await?;
+    }
+    for name in [&agent, &proxy, &vault, &vault_proxy] {
+        scope.start(name).await?;
+    }
+    let known = deployed.stage.master.wait_for("the agent to be back", 3 * SOON, |known| {
+        known.only_agent().filter(|agent| agent.registrations > registrations).map(drop)
+    });
+    known.await?;
+    ensure!(!scope.logs(&agent).await?.contains(&rolled), "the key is in the log");
+    deployed.compose(&["down"]).await?;
     Ok(())
 }

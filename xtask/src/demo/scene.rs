@@ -27,10 +27,10 @@ const VOLUME: &str = "dockflare-demo-data";
 /// Holds the socket between the agent and the socket proxy, as in the compose file.
 const SOCKET_VOLUME: &str = "dockflare-demo-docker-api";
 /// Images are called `dockflare-demo/<what>:local`.
-const REPOSITORY: &str = "dockflare-demo";
+pub(super) const REPOSITORY: &str = "dockflare-demo";
 
 /// On everything, images included, and so on the containers that the agent makes of them.
-const LABEL: (&str, &str) = ("dockflare-demo", "1");
+pub(super) const LABEL: (&str, &str) = ("dockflare-demo", "1");
 /// On the agent's container besides.
 pub(crate) const AGENT_LABEL: &str = "dockflare-demo.agent";
 /// What the agent puts on what it makes itself.
@@ -54,7 +54,7 @@ pub(crate) fn web_labels() -> String {
     WEB_LABELS.map(|(key, value)| format!("{key}={value}")).join(" ")
 }
 
-fn labels<'a>(more: impl IntoIterator<Item = (&'a str, &'a str)>) -> Option<HashMap<String, String>> {
+pub(super) fn labels<'a>(more: impl IntoIterator<Item = (&'a str, &'a str)>) -> Option<HashMap<String, String>> {
     let all = [LABEL].into_iter().chain(more);
     Some(all.map(|(key, value)| (key.to_owned(), value.to_owned())).collect())
 }
@@ -239,7 +239,7 @@ impl Scene {
 }
 
 /// No rights but to run.
-fn confined() -> HostConfig {
+pub(super) fn confined() -> HostConfig {
     HostConfig {
         readonly_rootfs: Some(true),
         cap_drop: Some(vec!["ALL".into()]),
