@@ -301,7 +301,11 @@ impl Vault {
     /// [`Refusal`].
     pub fn rotate(&self, who: &Principal) -> Result<u32, Refusal> {
         self.allow(who, Operation::Rotate, None)?;
-        Ok(self.store.rotate(now(), || self.write(who, Operation::Rotate, None, None, None))?)
+        let rotated = self.store.rotate(now(), || self.write(who, Operation::Rotate, None, None, None));
+        if let Err(StoreError::TooManyKeys) = &rotated {
+            self.note(who, Operation::Rotate, None, None)?;
+        }
+        Ok(rotated?)
     }
 
     /// All keys wrapped anew for another master key; its id.
@@ -503,5 +507,20 @@ mod tests {
         let (vault, _) = open(dir.path(), &master, grants());
         assert_eq!(vault.get(&operator, &name, None).unwrap_err().code(), "not_found");
         assert_eq!(vault.store.status().data_key, 1);
+    }
+
+    #[test]
+    fn a_rotation_for_which_there_is_no_place_is_refused_with_1_and_leaves_its_line() {
+        let (dir, master) = (tempfile::tempdir().unwrap(), Key::random().unwrap());
+        let (vault, _) = open(dir.path(), &master, grants());
+        let operator = Principal::Operator;
+        for _ in 0..63 {
+            vault.rotate(&operator).unwrap();
+        }
+        let refusal = vault.rotate(&operator).unwrap_err();
+        assert_eq!((refusal.code(), refusal.exit_code()), ("too_many_rotations", 1));
+        assert_eq!(vault.verify_audit(&operator).unwrap().lines, 65);
+        while vault.reseal().unwrap() {}
+        vault.rotate(&operator).unwrap();
     }
 }

@@ -39,6 +39,16 @@ fn the_keys_of_the_original_are_read_as_they_are() {
 }
 
 #[test]
+fn the_master_key_and_the_next_one_are_two_files() {
+    let config = parse("encryption: {master_key_file: /a, next_master_key_file: /b}").unwrap();
+    assert_eq!((config.master_key_file, config.next_master_key_file), ("/a".into(), Some("/b".into())));
+    assert!(problems("encryption: {master_key: /a, next_master_key_file: /a}")[0].contains("name another one"));
+    assert!(problems("encryption: {master_key: /a, master_key_file: /b}")[0].contains("two files"));
+    let variables = env(&[("DOCKFLARE_VAULT_ENCRYPTION_NEXT_MASTER_KEY_FILE", "/c")]);
+    assert_eq!(Config::parse("", &variables).unwrap().next_master_key_file, Some("/c".into()));
+}
+
+#[test]
 fn an_empty_file_is_a_vault_for_its_operator_only() {
     for text in ["", "# nothing\n\n", "storage:\n"] {
         let config = parse(text).unwrap();

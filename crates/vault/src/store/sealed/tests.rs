@@ -530,3 +530,22 @@ fn a_link_in_the_place_of_the_store_is_refused() {
     std::fs::rename(&moved, scene.location().file).unwrap();
     assert_eq!(get(&scene.open().unwrap(), "a").as_deref(), Some("x"));
 }
+
+#[test]
+fn a_store_of_a_newer_version_is_refused_and_not_touched() {
+    let scene = Scene::new();
+    set(&scene.open().unwrap(), "a", "x");
+    let db = Database::create(scene.location().file).unwrap();
+    let txn = db.begin_write().unwrap();
+    let newer = (layout::FORM + 1).to_be_bytes();
+    txn.open_table(layout::META).unwrap().insert("form", &newer[..]).unwrap();
+    txn.commit().unwrap();
+    drop(db);
+    let before = scene.bytes();
+    let error = scene.open().unwrap_err();
+    assert!(
+        matches!(error, StoreError::Newer { .. }) && error.to_string().contains("use the newer program"),
+        "{error}"
+    );
+    assert_eq!((error.exit_code(), scene.bytes()), (74, before));
+}
