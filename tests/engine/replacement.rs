@@ -211,7 +211,7 @@ async fn a_successor_whose_token_is_refused_is_removed_and_the_one_before_it_sta
 }
 
 async fn after_a_replacement_that_failed_a_stop_says_of_nothing_that_it_works_again() -> Result<()> {
-    let stage = Stage::new(Protocol::V2).await?;
+    let mut stage = Stage::new(Protocol::V2).await?;
     let edge = visitors::edge(&stage).await?;
     let tunnel = visitors::tunnel(&stage, &edge, "");
     let mut agent = tunnel.enrolled_agent(&stage).await?;
@@ -220,23 +220,40 @@ async fn after_a_replacement_that_failed_a_stop_says_of_nothing_that_it_works_ag
     agent.plant(&bad.token);
     stage.master.enroll_with(&known.id, "edge", &bad.id, &bad.token)?;
     agent.wait_for_log("is not replaced", SOON).await?;
-    let stop = async || -> Result<()> {
+    let stop = async |stage: &Stage| -> Result<()> {
         stage.master.push_commands(&known.id, vec![serde_json::json!({ "action": "stop_tunnel" })])?;
-        told(&stage, "stopped", None).await?;
+        told(stage, "stopped", None).await?;
         wait_until("the end of the container", SOON, async || {
             (stage.scope.status(&stage.tunnel).await.ok()? == "gone").then_some(())
         })
         .await?;
-        two_more_polls(&stage).await
+        two_more_polls(stage).await
     };
-    stop().await?;
-    // Nor after one that had lost the edge.
-    let mark = agent.mark();
-    stage.master.enroll_with(&known.id, "edge", &tunnel.id, &tunnel.token)?;
-    agent.wait_for_log_after(mark, "tunnel ready", 2 * SOON).await?;
+    let start = async |stage: &Stage, agent: &AgentProcess| -> Result<()> {
+        let mark = agent.mark();
+        stage.master.enroll_with(&known.id, "edge", &tunnel.id, &tunnel.token)?;
+        agent.wait_for_log_after(mark, "tunnel ready", 2 * SOON).await.map(drop)
+    };
+    stop(&stage).await?;
+    // Nor when one that had lost the edge is started anew.
+    start(&stage, &agent).await?;
     edge.leave();
-    agent.wait_for_log_after(mark, "has no connection to Cloudflare", 2 * SOON).await?;
-    stop().await?;
+    agent.wait_for_log("has no connection to Cloudflare", 2 * SOON).await?;
+    stop(&stage).await?;
+    edge.come_back();
+    start(&stage, &agent).await?;
+    ensure!(!agent.log().contains("works again"), "{}", agent.log());
+
+    // Nor where Docker did not let it be replaced.
+    agent.sigkill()?;
+    agent.wait_exit(SOON).await?;
+    let relay = Relay::start(Way::Answer { line: "/create?", with: REFUSAL }).await?;
+    stage.set("DOCKER_HOST", relay.host_url());
+    let agent = tunnel.agent(&stage)?;
+    agent.wait_for_log("tunnel ready", SOON).await?;
+    stage.master.push_commands(&known.id, vec![tunnel.restart()])?;
+    told(&stage, "running", Some("docker_refuses")).await?;
+    stop(&stage).await?;
     ensure!(!agent.log().contains("works again"), "{}", agent.log());
     stage.assert_no_violations();
     Ok(())
