@@ -52,6 +52,8 @@ pub struct Docker {
     client: Client,
     /// Whether this project's own socket proxy answered last, where that was seen. No await happens under it.
     own_proxy: Mutex<Option<bool>>,
+    /// Held by whoever makes a network.
+    making_a_network: tokio::sync::Mutex<()>,
 }
 
 type Result<T> = std::result::Result<T, DockerError>;
@@ -64,7 +66,7 @@ pub(crate) const EVENT_TYPES: [&str; 2] = ["container", "network"];
 impl Docker {
     /// Nothing is asked of Docker yet.
     pub fn new(host: DockerHost) -> Self {
-        Self { client: Client::new(host), own_proxy: Mutex::new(None) }
+        Self { client: Client::new(host), own_proxy: Mutex::new(None), making_a_network: tokio::sync::Mutex::default() }
     }
 
     /// The address, for the log.
@@ -191,6 +193,19 @@ impl Docker {
         let docker = self.client.library(NETWORK)?;
         let found = limited(NETWORK, READ_LIMIT, docker.inspect_network(name, None)).await;
         Ok(absent_is_none(found)?.is_some())
+    }
+
+    /// Creates a bridge network, one with a way out or an internal one, unless there is one of that name by now: up to
+    /// Engine 24 Docker makes as many of a name as it is asked for, and two of this process may ask at the same time.
+    ///
+    /// # Errors
+    /// As all calls.
+    pub(crate) async fn make_network(&self, name: &str, internal: bool) -> Result<bool> {
+        let _alone = self.making_a_network.lock().await;
+        if self.has_network(name).await? {
+            return Ok(false);
+        }
+        self.create_network(name, internal, &owner_labels()).await.map(|()| true)
     }
 
     /// Creates a bridge network, one with a way out or an internal one. Its being there already is a success.

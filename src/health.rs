@@ -45,7 +45,7 @@ pub(crate) use glance::{Glance, glance};
 use host::{Host, Machine};
 use look::{EAGER, Known, Sight};
 use outage::Outage;
-pub(crate) use own::{is_own, own_container};
+pub(crate) use own::{is_own, own_container, this_container};
 use plan::{Goal, Make, Progress, Slot, Step};
 pub(crate) use plan::{Owner, Whose, another_agent, owner};
 pub(crate) use probe::Readiness;

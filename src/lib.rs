@@ -75,6 +75,7 @@ mod hostile;
 pub mod introduction;
 mod labels;
 pub mod master;
+mod membership;
 pub mod metrics;
 pub mod neighbours;
 pub mod page;
@@ -213,7 +214,14 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
         shutdown.cancelled().await;
         return Ok(());
     }
-    tokio::spawn(arrival::introduce(docker.clone(), config.display_name, introduction_tx));
+    let gone = CancellationToken::new();
+    let arrived = tokio::spawn(arrival::arrive(
+        docker.clone(),
+        membership::Membership::new(docker.clone(), config.hostname.clone(), &config.tunnel),
+        config.display_name,
+        introduction_tx,
+        gone.clone(),
+    ));
     tokio::spawn(pending::remind(master.url().clone(), registrar.watch(), wanted.clone()));
     tokio::spawn(banner::show(
         docker.clone(),
@@ -313,6 +321,11 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
     events.abort();
     neighbours.abort();
     let _ = (events.await, neighbours.await);
+    // The master has been told all there is, and before the goodbye the socket proxy still answers.
+    gone.cancel();
+    if let Ok(membership) = arrived.await {
+        membership.leave().await;
+    }
     last.cancel();
     joined("tunnel", tunnel.await)?;
     if ended == tunnels::Ended::Decommissioned {

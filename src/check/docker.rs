@@ -4,6 +4,7 @@ use super::{CONTAINERS, DOCKER, Section, TUNNEL, tunnel};
 use crate::config::{Config, DockerHost};
 use crate::docker::Remedy as _;
 use crate::docker::{Docker, Engine, Gate, Registry, Surplus};
+use crate::membership::{Apart, COST, own};
 use crate::state::Folder;
 
 pub(super) async fn look(config: &Config, folder: &Folder, to: &mut Section) {
@@ -33,6 +34,7 @@ pub(super) async fn look(config: &Config, folder: &Folder, to: &mut Section) {
     };
     image(&docker, config, to).await;
     network(&docker, config, may_create_network, to).await;
+    membership(&docker, config, to).await;
     tunnel::look(&docker, config, folder, to).await;
 }
 
@@ -124,6 +126,31 @@ async fn image(docker: &Docker, config: &Config, to: &mut Section) {
             to.skip(id, title, format!("{image} is not here; it is pulled when it is needed"));
         }
         Err(error) => to.fail(id, title, format!("{image} is not here, and Docker {error}"), remedy),
+    }
+}
+
+/// Whether the agent that runs here is on the tunnel's network.
+async fn membership(docker: &Docker, config: &Config, to: &mut Section) {
+    let (id, title, network) = ("docker.joined", "agent on it", &config.tunnel.network);
+    let runs = match config.health_page {
+        Some(page) => crate::page::ask(page, "/live").await.is_ok(),
+        None => false,
+    };
+    if !runs {
+        return to.skip(id, title, "no agent answers in this container; it joins the network when it starts");
+    }
+    match own(docker, config.hostname.as_deref()).await {
+        Ok(Ok(seen)) if seen.networks.contains_key(network) => to.pass(id, title, "yes"),
+        Ok(Ok(seen)) => {
+            let remedy = format!("see the agent's log for why, or run: docker network connect {network} {}", seen.name);
+            to.warn(id, title, format!("no: {COST}"), remedy);
+        }
+        Ok(Err(Apart::Outside(why))) => to.skip(id, title, why),
+        Ok(Err(Apart::Barred(problem))) => {
+            let remedy = "give the agent's container a network of its own, as docker-compose.yml does";
+            to.warn(id, title, format!("the agent {problem}: {COST}"), remedy);
+        }
+        Err(error) => to.skip(id, title, format!("Docker {error}")),
     }
 }
 

@@ -15,7 +15,7 @@ use super::plan::{self, Goal, Make, Owner, Slot, Step};
 use super::problem::Problem;
 use super::{Refused, Supervisor};
 use crate::cause::Cause;
-use crate::docker::{DockerError, Inspected, RunState, Spec, owner_labels};
+use crate::docker::{DockerError, Inspected, RunState, Spec};
 use crate::retry::Lasts;
 
 /// What a connector that hangs gets to end by itself: its own drain would be no use.
@@ -441,8 +441,9 @@ impl<H: Host> Supervisor<H> {
         if self.host.has_network(network).await.map_err(|error| Problem::of(&error))? {
             return Ok(());
         }
-        match self.host.create_network(network, internal, &owner_labels()).await {
-            Ok(()) => {
+        match self.host.create_network(network, internal).await {
+            Ok(false) => Ok(()),
+            Ok(true) => {
                 info!(network, "created the {} network", if internal { "metrics" } else { "tunnel" });
                 Ok(())
             }

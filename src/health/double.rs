@@ -292,8 +292,8 @@ impl Host for Double {
     async fn has_network(&self, _: &str) -> Result<bool, DockerError> {
         Ok(true)
     }
-    async fn create_network(&self, name: &str, _: bool, _: &BTreeMap<String, String>) -> Result<(), DockerError> {
-        self.change(format!("network {name}"), |_| Ok(())).await
+    async fn create_network(&self, name: &str, _: bool) -> Result<bool, DockerError> {
+        self.change(format!("network {name}"), |_| Ok(true)).await
     }
     async fn connect(&self, network: &str, id: &str) -> Result<(), DockerError> {
         let name = self.world().name_of(id);

@@ -5,8 +5,6 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use std::collections::BTreeMap;
-
 use super::probe::{Facts, Probe, Readiness};
 use crate::channels::OwnContainer;
 use crate::config::ImageRef;
@@ -23,12 +21,8 @@ pub(crate) trait Host: Send + Sync + 'static {
     fn log_start(&self, id: &str, since: i64, lines: usize) -> impl Future<Output = Answer<Vec<String>>> + Send;
     fn log_tail(&self, id: &str, since: i64, lines: usize) -> impl Future<Output = Answer<Vec<String>>> + Send;
     fn has_network(&self, name: &str) -> impl Future<Output = Answer<bool>> + Send;
-    fn create_network(
-        &self,
-        name: &str,
-        internal: bool,
-        labels: &BTreeMap<String, String>,
-    ) -> impl Future<Output = Answer<()>> + Send;
+    /// Returns whether it was not there yet.
+    fn create_network(&self, name: &str, internal: bool) -> impl Future<Output = Answer<bool>> + Send;
     fn connect(&self, network: &str, id: &str) -> impl Future<Output = Answer<()>> + Send;
     fn place(&self, place: &MetricsPlace, id: &str) -> impl Future<Output = Answer<()>> + Send;
     fn disconnect(&self, network: &str, id: &str) -> impl Future<Output = Answer<()>> + Send;
@@ -81,8 +75,8 @@ impl Host for Machine {
     async fn has_network(&self, name: &str) -> Answer<bool> {
         self.docker.has_network(name).await
     }
-    async fn create_network(&self, name: &str, internal: bool, labels: &BTreeMap<String, String>) -> Answer<()> {
-        self.docker.create_network(name, internal, labels).await
+    async fn create_network(&self, name: &str, internal: bool) -> Answer<bool> {
+        self.docker.make_network(name, internal).await
     }
     async fn connect(&self, network: &str, id: &str) -> Answer<()> {
         self.docker.connect(network, id).await

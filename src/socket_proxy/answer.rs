@@ -9,7 +9,7 @@
 //! | labelled | name, image, state, networks, ports, labels that may leave the host |
 //! | one that lends its network to a labelled one | name, state, networks, ports |
 //! | a connector | name, image, state, command and tunnel id, no secret |
-//! | the agent's own | name and image |
+//! | the agent's own | name, image, state, and its place on the tunnel's networks |
 //! | one that a service label names | its name, in a listing |
 //! | one whose labels nearly enable it | its name and that label, in a listing |
 //! | any other | nothing |
@@ -58,13 +58,16 @@ pub(super) fn shown(policy: &Policy, mut seen: Inspected) -> Option<Inspected> {
     if connector {
         return Some(connector_only(seen));
     }
-    is_own(&seen).then(|| own(seen))
+    is_own(&seen).then(|| own(policy, seen))
 }
 
-/// What is shown of the agent's own container: that it is.
-pub(super) fn own(seen: Inspected) -> Inspected {
+/// What is shown of the agent's own container: that it is, and whether it is on the tunnel's networks.
+pub(super) fn own(policy: &Policy, mut seen: Inspected) -> Inspected {
     let labels = seen.labels.get(COMPOSE_SERVICE).map(|name| (COMPOSE_SERVICE.to_owned(), name.clone()));
-    Inspected { labels: labels.into_iter().collect(), ..bare(seen) }
+    let (labels, network_mode) = (labels.into_iter().collect(), std::mem::take(&mut seen.network_mode));
+    let mut networks = std::mem::take(&mut seen.networks);
+    networks.retain(|name, _| policy.is_network(name));
+    Inspected { labels, networks, network_mode, ..bare(seen) }
 }
 
 /// What is shown of a container on whose networks a labelled one is.

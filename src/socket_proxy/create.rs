@@ -265,6 +265,15 @@ pub(super) fn place(body: &[u8]) -> Result<(String, String), Rule> {
     }
 }
 
+/// The container that is to be connected, and is marked as such.
+pub(super) fn joined(body: &[u8]) -> Result<String, Rule> {
+    let Connect { container, endpoint_config } = read(body)?;
+    match endpoint_config {
+        Some(Joined { aliases: [alias] }) if alias == JOINED => Ok(container),
+        _ => Err("endpoint_aliases"),
+    }
+}
+
 /// The container that is to be connected.
 pub(super) fn connect(body: &[u8]) -> Result<String, Rule> {
     let Connect { container, endpoint_config } = read(body)?;

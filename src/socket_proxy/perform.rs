@@ -102,11 +102,32 @@ pub(super) async fn perform(docker: &Arc<Docker>, policy: &Policy, call: Call) -
             Answer::Json(200, json!({}))
         }
         Call::Connect { network, id } => {
+            if let Some(agent) = agents_own(docker, policy, &id).await? {
+                if !policy.is_network(&network) {
+                    return Err(Failure::Refused("network_name"));
+                }
+                docker.connect(&network, &agent.id).await?;
+                return Ok(Answer::Json(200, json!({})));
+            }
             let seen = own_container(docker, policy, &id, &[Owner::Agent]).await?;
+            if policy.is_for_metrics(&network) {
+                return Err(Failure::Refused("endpoint_aliases"));
+            }
             if network != policy.tunnel.network && !networks_of_labelled(docker).await?.contains(&network) {
                 return Err(Failure::Refused("network_not_of_labelled"));
             }
             docker.connect(&network, &seen.id).await?;
+            Answer::Json(200, json!({}))
+        }
+        Call::Leave { network, id } => {
+            let Some(agent) = agents_own(docker, policy, &id).await? else {
+                return Err(Failure::Refused("network_name"));
+            };
+            // What was declared, or connected by hand, stays.
+            if !agent.networks.get(&network).is_some_and(Endpoint::is_joined) {
+                return Err(Failure::Refused("network_not_joined"));
+            }
+            docker.disconnect(&network, &agent.id).await?;
             Answer::Json(200, json!({}))
         }
         Call::Disconnect { network, id } => {
@@ -182,6 +203,12 @@ async fn own_container(docker: &Docker, policy: &Policy, id: &str, owners: &[Own
     }
 }
 
+/// The container with exactly this id, if it is the agent's own and not the tunnel's.
+async fn agents_own(docker: &Docker, policy: &Policy, id: &str) -> Result<Option<Inspected>, DockerError> {
+    let seen = docker.inspect(id).await?.filter(|seen| seen.id == id);
+    Ok(seen.filter(|seen| is_own(seen) && !policy.is_tunnels(seen)))
+}
+
 async fn inspect(docker: &Docker, policy: &Policy, subject: Subject) -> Result<Answer, Failure> {
     let (Subject::Named(asked) | Subject::Id(asked) | Subject::Start(asked)) = &subject;
     let seen = docker.inspect(asked).await?.filter(|seen| match &subject {
@@ -191,7 +218,7 @@ async fn inspect(docker: &Docker, policy: &Policy, subject: Subject) -> Result<A
     });
     let Some(seen) = seen else { return Err(Failure::Absent(asked.clone())) };
     let shown = match subject {
-        Subject::Start(_) => is_own(&seen).then(|| answer::own(seen)),
+        Subject::Start(_) => is_own(&seen).then(|| answer::own(policy, seen)),
         Subject::Named(_) => answer::shown(policy, seen),
         Subject::Id(_) => match answer::shown(policy, seen.clone()) {
             Some(shown) => Some(shown),

@@ -85,6 +85,7 @@ pub(super) enum Call {
     /// Whether this one is there.
     Network(String),
     NewNetwork(String),
+    /// The tunnel's container, or the agent's own: whose it is decides what it may be connected to.
     Connect {
         network: String,
         id: String,
@@ -95,6 +96,11 @@ pub(super) enum Call {
         place: MetricsPlace,
     },
     Disconnect {
+        network: String,
+        id: String,
+    },
+    /// The agent's own container leaves one of the tunnel's networks.
+    Leave {
         network: String,
         id: String,
     },
@@ -277,10 +283,13 @@ fn call(policy: &Policy, route: Route<'_>, head: &Head, body: &[u8]) -> Result<C
             Call::Network(name.to_owned())
         }
         Route::NewNetwork => Call::NewNetwork(create::network(policy, body)?),
-        Route::Connect(network) if policy.is_for_metrics(network) => {
-            let (id, name) = create::place(body)?;
-            Call::Place { id: full_id(&id)?, place: MetricsPlace { network: network.to_owned(), name } }
-        }
+        Route::Connect(network) if policy.is_for_metrics(network) => match create::place(body) {
+            Ok((id, name)) => {
+                Call::Place { id: full_id(&id)?, place: MetricsPlace { network: network.to_owned(), name } }
+            }
+            // The agent's own container, which is never placed there.
+            Err(_) => Call::Connect { network: network.to_owned(), id: full_id(&create::joined(body)?)? },
+        },
         Route::Connect(network) => {
             // To its own it is connected again when somebody has taken it away.
             if !policy.tunnel.auto_connect && network != policy.tunnel.network {
@@ -289,13 +298,14 @@ fn call(policy: &Policy, route: Route<'_>, head: &Head, body: &[u8]) -> Result<C
             Call::Connect { network: network_name(network)?, id: full_id(&create::connect(body)?)? }
         }
         Route::Disconnect(network) => {
+            let id = create::disconnect(body);
+            if policy.is_network(network) {
+                return Ok(Call::Leave { network: network.to_owned(), id: full_id(&id?)? });
+            }
             if !policy.tunnel.auto_connect {
                 return Err("connect_not_asked_for");
             }
-            if policy.is_network(network) {
-                return Err("network_name");
-            }
-            Call::Disconnect { network: network_name(network)?, id: full_id(&create::disconnect(body)?)? }
+            Call::Disconnect { network: network_name(network)?, id: full_id(&id?)? }
         }
         Route::Image => {
             let name = head.path[1..head.path.len() - 1].join("/");

@@ -44,7 +44,8 @@ impl Contained {
         Self::enrolled(stage, tunnel, None).await
     }
 
-    /// As [`Contained::with_ready_tunnel`], on a network of its own: it cannot ask cloudflared anything.
+    /// As [`Contained::with_ready_tunnel`], in the network of another container, which is on one of its own: it joins
+    /// none, and cannot ask cloudflared anything.
     pub(crate) async fn apart_from_its_tunnel() -> Result<Self> {
         let stage = Stage::new(Protocol::V2).await?;
         let (network, tunnel) = (stage.scope.name("apart"), Tunnel::new(&stage, ""));
@@ -109,14 +110,19 @@ async fn start(stage: &mut Stage, data: Mount, apart: Option<&str>) -> Result<St
     stage.set("HEALTH_CHECK_PORT", "");
     // It has the socket itself; an address of this host would lead nowhere in there.
     stage.set("DOCKER_HOST", "");
+    let lender = match apart {
+        Some(network) => Some(stage.scope.run_workload(&[], &["sleep", "3600000"], Some(network), false).await?),
+        None => None,
+    };
     let image = images().agent(&agent_binary()).await?;
     let env: Vec<_> = stage.env.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
     let spec = Spec {
         image: &image,
         env: &env,
-        network: apart.or(Some(&stage.network)),
+        network: lender.is_none().then_some(&stage.network),
         health: Some(HealthConfig { interval: Some(1_000_000_000), ..Default::default() }),
         host: HostConfig {
+            network_mode: lender.map(|lender| format!("container:{lender}")),
             binds: Some(vec![format!("{SOCKET}:{SOCKET}")]),
             group_add: Some(vec![std::fs::metadata(SOCKET)?.gid().to_string()]),
             mounts: Some(vec![data]),

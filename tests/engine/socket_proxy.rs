@@ -19,6 +19,7 @@ use crate::support::{SOON, Stage, agent_binary};
 mod attacks;
 mod deployed;
 mod lease;
+mod networks;
 mod upgrades;
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -39,6 +40,7 @@ pub(crate) fn cases() -> Vec<Case> {
     cases.push(case(name, no_mutated_request_changes_anything_but_the_tunnel).limit(Duration::from_secs(1800)));
     cases.extend(deployed::cases());
     cases.extend(lease::cases());
+    cases.extend(networks::cases());
     cases.extend(upgrades::cases());
     cases
 }

@@ -233,13 +233,6 @@ fn names(attacks: &mut Attacks, target: &Target<'_>) {
         attacks.post(format!("connect {name:?} to a network"), "/networks/app/connect", body.clone(), "container_id");
         attacks.post(format!("disconnect {name:?}"), "/networks/app/disconnect", body, "container_id");
     }
-    let own = format!("/networks/{}/disconnect", target.network);
-    attacks.post(
-        "disconnect from the tunnel's own".to_owned(),
-        &own,
-        json!({ "Container": id }).to_string(),
-        "network_name",
-    );
     let forced = json!({ "Container": id, "Force": true }).to_string();
     attacks.post("disconnect by force".to_owned(), "/networks/app/disconnect", forced, "body_fields");
     attacks.line("GET /networks/bridge", "network_name");

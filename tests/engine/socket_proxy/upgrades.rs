@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -12,7 +12,6 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use dockflare_dev_master::{DevMaster, Protocol};
 use testkit::bollard::query_parameters::{ListContainersOptions, TagImageOptions};
-use testkit::models::NetworkCreateRequest;
 use testkit::{Case, Compose, Edge, case, images, wait_until, workspace_root};
 use tokio::time::Instant;
 
@@ -21,6 +20,21 @@ use crate::support::{SOON, Stage, agent_binary};
 use crate::visitors::{self, Visitors};
 
 pub(super) fn cases() -> Vec<Case> {
+    with_each_generation(|version, program| {
+        let (upgrades, end, vault) = (program.clone(), program.clone(), program);
+        vec![
+            case(format!("no_upgrade_with_compose_{version}_loses_a_request"), move || no_upgrade_loses_a(upgrades)),
+            case(format!("what_compose_{version}_takes_down_is_down_and_what_is_killed_is_not"), move || down(end)),
+            case(
+                format!("with_compose_{version}_the_agent_has_its_key_from_the_vault_and_rolls_it_without_a_restart"),
+                move || key_from_the_vault(vault),
+            ),
+        ]
+    })
+}
+
+/// The cases of both generations: given the version and the program.
+pub(super) fn with_each_generation(cases: impl Fn(&'static str, PathBuf) -> Vec<Case>) -> Vec<Case> {
     let generations = [("1.29", Compose::V1), ("2.26", Compose::V2)];
     let cases = generations.into_iter().flat_map(|(version, compose)| {
         let program = compose.program();
@@ -30,17 +44,7 @@ pub(super) fn cases() -> Vec<Case> {
             Compose::V1 => case.where_there_is(missing.clone()),
             Compose::V2 => case.without(missing.clone()),
         };
-        let program = program.unwrap_or_default();
-        let (upgrades, end, vault) = (program.clone(), program.clone(), program);
-        [
-            case(format!("no_upgrade_with_compose_{version}_loses_a_request"), move || no_upgrade_loses_a(upgrades)),
-            case(format!("what_compose_{version}_takes_down_is_down_and_what_is_killed_is_not"), move || down(end)),
-            case(
-                format!("with_compose_{version}_the_agent_has_its_key_from_the_vault_and_rolls_it_without_a_restart"),
-                move || key_from_the_vault(vault),
-            ),
-        ]
-        .map(here)
+        cases(version, program.unwrap_or_default()).into_iter().map(here)
     });
     cases.map(|case| case.limit(Duration::from_secs(400) * rounds())).collect()
 }
@@ -58,8 +62,8 @@ const DOWN_LIMIT: Duration = Duration::from_secs(40);
 const LEASE: &str = "90";
 
 /// The compose file, deployed under names of its own.
-struct Deployment {
-    stage: Stage,
+pub(super) struct Deployment {
+    pub(super) stage: Stage,
     program: PathBuf,
     folder: tempfile::TempDir,
     image: String,
@@ -72,20 +76,17 @@ struct Deployment {
 }
 
 impl Deployment {
+    /// On a network that is there, with an edge that is reached from it, and the master on it.
     async fn new(program: PathBuf) -> Result<(Self, Arc<Edge>)> {
-        let mut stage = Stage::new(Protocol::V2).await?;
-        // As Compose would make it, but there before the master, which listens on it.
-        let mut labels = stage.scope.labels();
-        labels.insert("com.docker.compose.network".to_owned(), "tunnel".to_owned());
-        labels.insert("com.docker.compose.project".to_owned(), project(&stage));
-        let request = NetworkCreateRequest {
-            name: stage.network.clone(),
-            labels: Some(labels),
-            ..NetworkCreateRequest::default()
-        };
-        stage.scope.docker().create_network(request).await?;
-        let edge = visitors::edge_on(&stage).await?;
-        let listen = SocketAddr::new(edge.address().ip(), 0);
+        let stage = Stage::new(Protocol::V2).await?;
+        let edge = visitors::edge(&stage).await?;
+        let listen = edge.address().ip();
+        Ok((Self::with_master_at(stage, program, listen).await?, edge))
+    }
+
+    /// The master is at this address of the host, and nothing else is there yet.
+    pub(super) async fn with_master_at(mut stage: Stage, program: PathBuf, listen: IpAddr) -> Result<Self> {
+        let listen = SocketAddr::new(listen, 0);
         stage.master = DevMaster::builder().protocol(Protocol::V2).listen(listen).start().await?;
         stage.key = stage.master.generate_key("deployed");
         let setting = |name: &str| crate::containers_scene::setting(&stage, name);
@@ -101,10 +102,10 @@ impl Deployment {
         ]);
         let image = images().agent(&agent_binary()).await?;
         let (folder, proxy_settings) = (tempfile::tempdir()?, HashMap::new());
-        Ok((Self { stage, program, folder, image, settings, proxy_settings, vault: None, registrations: 0 }, edge))
+        Ok(Self { stage, program, folder, image, settings, proxy_settings, vault: None, registrations: 0 })
     }
 
-    fn agent(&self) -> String {
+    pub(super) fn agent(&self) -> String {
         self.stage.scope.name("agent")
     }
 
@@ -126,6 +127,8 @@ impl Deployment {
                 },
                 "dockflare-agent": { "image": image, "container_name": self.agent(), "labels": labels },
             },
+            // The one that Compose makes without being told to.
+            "networks": { "default": { "name": scope.name("default"), "labels": labels } },
             "volumes": {
                 "data": { "name": scope.name("data"), "labels": labels },
                 "docker-api": { "name": scope.name("docker-api"), "labels": labels },
@@ -148,7 +151,7 @@ impl Deployment {
         std::fs::write(self.folder.path().join("override.yml"), file.to_string()).map_err(Into::into)
     }
 
-    async fn compose(&self, args: &[&str]) -> Result<()> {
+    pub(super) async fn compose(&self, args: &[&str]) -> Result<()> {
         self.write()?;
         let mut command = Command::new(&self.program);
         command.arg("-p").arg(project(&self.stage)).arg("--project-directory").arg(self.folder.path());
@@ -169,7 +172,7 @@ impl Deployment {
     }
 
     /// Waits until an agent that was started since the last time has the tunnel, and its master knows that.
-    async fn is_back(&mut self) -> Result<()> {
+    pub(super) async fn is_back(&mut self) -> Result<()> {
         let before = self.registrations;
         let what = "the agent to be back with its tunnel";
         let known = self.stage.master.wait_for(what, 2 * SOON, |known| {
@@ -202,7 +205,7 @@ impl Deployment {
     }
 
     /// What there is of the deployment and of its tunnel.
-    async fn left(&self) -> Result<Vec<String>> {
+    pub(super) async fn left(&self) -> Result<Vec<String>> {
         let mut left = Vec::new();
         for name in [self.stage.tunnel.clone(), format!("{}-next", self.stage.tunnel)] {
             if self.stage.scope.status(&name).await? != "gone" {
@@ -214,14 +217,15 @@ impl Deployment {
         let options = ListContainersOptions { all: true, filters: Some(filters), ..Default::default() };
         let listed = self.stage.scope.docker().list_containers(Some(options)).await?;
         left.extend(listed.into_iter().flat_map(|container| container.names.unwrap_or_default()));
-        if self.stage.scope.docker().inspect_network(&self.stage.network, None).await.is_ok() {
-            left.push(self.stage.network.clone());
+        let default = self.stage.scope.name("default");
+        if self.stage.scope.docker().inspect_network(&default, None).await.is_ok() {
+            left.push(default);
         }
         Ok(left)
     }
 }
 
-fn project(stage: &Stage) -> String {
+pub(super) fn project(stage: &Stage) -> String {
     stage.scope.name("dockflare").to_lowercase()
 }
 
@@ -306,8 +310,9 @@ async fn down(program: PathBuf) -> Result<()> {
     let visitors = Visitors::come(&edge, &tunnel).await?;
     deployed.down().await?;
     drop(visitors);
+    // Whoever else is on it, and was not asked.
+    deployed.stage.scope.docker().inspect_network(&deployed.stage.network, None).await?;
     for _ in 1..rounds() {
-        // The network has gone as well, and the double of the edge was on it.
         let (mut deployed, edge) = Deployment::new(program.clone()).await?;
         let tunnel = visitors::tunnel(&deployed.stage, &edge, "");
         let _visitors = deployed.up(&edge, &tunnel).await?;
