@@ -5,8 +5,9 @@
 //! |---|---|
 //! | `PASSWORD` | the credential itself; without it the file counts |
 //! | `PASSWORD_FILE` | the file, `/run/secrets/db_password` unless set |
+//! | `REFUSES` | beginnings with commas between them, `bad` unless set |
 //!
-//! The made-up database takes every credential but those that begin with `bad`. `credential-reader check` asks the one
+//! The made-up database takes every credential but those that begin like one of `REFUSES`. `credential-reader check` asks the one
 //! that runs in this container, and is its health check.
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::disallowed_macros, reason = "for development")]
@@ -59,6 +60,12 @@ fn credential() -> Result<Vec<u8>> {
     std::fs::read(file()).with_context(file)
 }
 
+/// Whether the database takes it.
+fn is_taken(credential: &[u8]) -> bool {
+    let refuses = std::env::var("REFUSES").unwrap_or_else(|_| "bad".to_owned());
+    !refuses.split(',').any(|beginning| credential.starts_with(beginning.as_bytes()))
+}
+
 async fn read() -> Result<()> {
     let mut present = credential()?;
     println!("begins with {}, pid {}", hash(&present), std::process::id());
@@ -76,7 +83,7 @@ async fn read() -> Result<()> {
                 println!("read again {}", hash(&present));
             }
             accepted = listener.accept() => {
-                let word = if present.starts_with(b"bad") { "refused" } else { "accepted" };
+                let word = if is_taken(&present) { "accepted" } else { "refused" };
                 let (mut stream, _) = accepted?;
                 let _ = stream.write_all(word.as_bytes()).await;
             }

@@ -2,18 +2,21 @@
 
 #![allow(clippy::disallowed_methods, reason = "a command does one thing and has nothing else to serve")]
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::path::Path;
 
+use dockflare_engine::DockerError;
 use serde_json::Value as Json;
 
 use crate::client;
 use crate::config::{Config, Pass};
 use crate::delivery::Delivery;
+use crate::docker::{Containers, Docker};
 use crate::doors::admin::Request;
 use crate::doors::deliver::try_directory;
-use crate::keyfile;
 use crate::run::Source;
+use crate::{keyfile, launcher};
 
 /// What was found, a line each.
 #[derive(Default)]
@@ -99,6 +102,10 @@ pub fn check(source: &Source, config: &Config, names: Names) -> (String, bool) {
     for delivery in &config.deliveries {
         deliver(&mut found, delivery, states.as_ref(), names);
     }
+    docker(&mut found, config);
+    if let Some(folder) = &config.launcher {
+        launcher(&mut found, folder, states.is_some());
+    }
     match &config.storage.counter {
         Some(counter) if same_folder(counter, &config.storage.file) => found.note(
             "storage.change_counter lies beside the store: an older copy of the whole volume would not be noticed",
@@ -149,6 +156,52 @@ fn deliver(found: &mut Findings, delivery: &Delivery, states: Option<&Json>, nam
             state["problem"].as_str().unwrap_or("something is wrong with it")
         )),
         None => found.bad(&format!("workload {workload}: the running vault does not know it: see its log for what is wrong with the configuration")),
+    }
+}
+
+/// Whether Docker shows each container that the deliveries name. What acts on one is not tried.
+fn docker(found: &mut Findings, config: &Config) {
+    let names: BTreeSet<_> = config.deliveries.iter().flat_map(|delivery| &delivery.containers).collect();
+    if names.is_empty() {
+        return;
+    }
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return found.bad(&format!("Docker cannot be asked: {error}")),
+    };
+    let docker = Docker::new(config.docker.clone());
+    for name in names {
+        match runtime.block_on(docker.look(name.as_str())) {
+            Ok(Some(seen)) => found.good(&format!("container {name}: {}", seen.state.as_str())),
+            Ok(None) => found.note(&format!("container {name}: there is none of this name")),
+            Err(DockerError::Forbidden { .. }) => found.bad(&format!(
+                "container {name}: the socket proxy at {} refuses to show it: add it to the proxy's RELOAD_CONTAINERS",
+                config.docker
+            )),
+            Err(error) if error.is_away() => {
+                let remedy = "start the vault's socket proxy and mount its volume, or correct docker.host";
+                return found.bad(&format!("docker.host {}: Docker {error}: {remedy}", config.docker));
+            }
+            Err(error) => found.bad(&format!("container {name}: Docker {error}")),
+        }
+    }
+}
+
+/// Whether others can have the launcher of this version.
+fn launcher(found: &mut Findings, folder: &Path, vault_runs: bool) {
+    let shown = folder.display();
+    let uid = nix::unistd::geteuid();
+    if let Err(error) = nix::unistd::access(folder, nix::unistd::AccessFlags::W_OK) {
+        return found.bad(&format!(
+            "launcher.folder {shown} cannot be written ({error}): mount a volume there that belongs to uid {uid}"
+        ));
+    }
+    match launcher::is_installed(folder) {
+        Ok(true) => found.good(&format!("launcher.folder {shown}: the launcher of this version is there")),
+        Ok(false) if vault_runs => found
+            .bad(&format!("launcher.folder {shown}: the launcher is missing or another one: start the vault again")),
+        Ok(false) => found.note(&format!("launcher.folder {shown}: the next start puts the launcher there")),
+        Err(error) => found.bad(&format!("launcher.folder {shown} cannot be read: {error}")),
     }
 }
 

@@ -88,6 +88,13 @@ pub enum Health {
     Unhealthy,
 }
 
+impl RunState {
+    /// As Docker writes it.
+    pub fn as_str(self) -> &'static str {
+        STATES.iter().find(|(state, _)| *state == self).map_or("", |(_, word)| word)
+    }
+}
+
 const HEALTHS: [(Health, &str); 3] =
     [(Health::Starting, "starting"), (Health::Healthy, "healthy"), (Health::Unhealthy, "unhealthy")];
 
@@ -98,7 +105,7 @@ impl Seen {
             table.iter().find(|(value, _)| value == wanted).map_or("", |(_, word)| word)
         }
         let mut state = serde_json::json!({
-            "Status": word(&STATES, &self.state),
+            "Status": self.state.as_str(),
             "StartedAt": self.started.map_or_else(|| "0001-01-01T00:00:00Z".to_owned(), |at| at.to_string()),
         });
         if let Some(health) = self.health {

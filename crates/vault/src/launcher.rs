@@ -428,9 +428,7 @@ impl Ends {
 pub fn install(folder: &Path) -> io::Result<PathBuf> {
     let to = folder.join(PROGRAM);
     let own = std::fs::read("/proc/self/exe")?;
-    let is_there = std::fs::symlink_metadata(&to)
-        .is_ok_and(|found| found.is_file() && found.len() == own.len() as u64 && found.mode() & 0o7777 == 0o555);
-    if is_there && std::fs::read(&to).is_ok_and(|there| there == own) {
+    if is_same(&to, &own) {
         return Ok(to);
     }
     // Whoever runs the one that is there goes on with it; nobody sees half of a new one.
@@ -443,4 +441,18 @@ pub fn install(folder: &Path) -> io::Result<PathBuf> {
     drop(file);
     std::fs::rename(&temporary, &to)?;
     Ok(to)
+}
+
+/// Whether the launcher in the folder is this program.
+///
+/// # Errors
+/// When this program cannot be read.
+pub fn is_installed(folder: &Path) -> io::Result<bool> {
+    Ok(is_same(&folder.join(PROGRAM), &std::fs::read("/proc/self/exe")?))
+}
+
+fn is_same(path: &Path, own: &[u8]) -> bool {
+    let is_there = std::fs::symlink_metadata(path)
+        .is_ok_and(|found| found.is_file() && found.len() == own.len() as u64 && found.mode() & 0o7777 == 0o555);
+    is_there && std::fs::read(path).is_ok_and(|there| there == own)
 }

@@ -184,7 +184,7 @@ fn delivered(states: &States) -> String {
     gauge("version", "Number of the set of files in place, 0 for none.", &|state| version(state.version));
     gauge("settled_version", "Number of the set that was dealt with, 0 for none.", &|state| version(state.settled));
     gauge("since_seconds", "When the set was put in place, in seconds since 1970, 0 for none.", &|state| {
-        state.since.unwrap_or(0)
+        state.since.map_or(0, jiff::Timestamp::as_second)
     });
     gauge("up_to_date", "1 if the files are what they are to be, 0 if they are missing or stale.", &|state| {
         i64::from(state.condition == Condition::Delivered)

@@ -10,19 +10,22 @@
 //! A set of files that nobody has dealt with yet is unsettled ([`State::is_unsettled`]). Each workload that has one gets a
 //! job of its own ([`Job`]), which restarts one container after the other, waits for the health of each, and settles the
 //! set; or, where one does not come up well, has the set before put back and restarts those that had begun with the new
-//! one. What was restarted already can be read from Docker, by the time of the start, so a vault that was killed goes on
-//! where it was and restarts none twice. A newer set ends the job for the older one.
+//! one. What was restarted already can be read from Docker, by the time of the start, on the way forth and on the way
+//! back, so a vault that was killed goes on where it was. A start within [`SLACK`] of a switch of the files tells nothing:
+//! the vault itself restarts none in that time, so that it knows its own restarts again; somebody else's restart in it is
+//! done once more. A newer set ends the job for the older one.
 //!
 //! The names in the configuration are looked up once for each set; after that ids count. Docker that does not answer, or
 //! a proxy that refuses, leaves the set unsettled and is asked again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use dockflare_engine::DockerError;
 use dockflare_host::retry::{Backoff, Trouble};
+use jiff::{SignedDuration, Timestamp};
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep};
@@ -44,6 +47,10 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 const STEADY: Duration = Duration::from_secs(10);
 /// A health check speaks by its own settings; one that says nothing for so long has failed.
 const MOST_WAIT: Duration = Duration::from_secs(600);
+
+/// A start so soon after a switch of the files may have been with either of them: Docker notes a start when the program
+/// runs already, and file systems have a coarse clock.
+const SLACK: Duration = Duration::from_secs(1);
 
 /// Pause after a set that could not be noted as settled.
 const NOTE_PAUSE: Duration = Duration::from_secs(60);
@@ -131,7 +138,7 @@ pub async fn serve<C: Containers + 'static>(
             if is_first_look {
                 mended.push(workload.clone());
             }
-            let recovers = is_first_look && matches!(state.condition, Condition::PutBack { .. });
+            let recovers = is_first_look && state.is_back();
             if present.contains_key(workload) || !(state.is_unsettled() || recovers) {
                 continue;
             }
@@ -141,6 +148,7 @@ pub async fn serve<C: Containers + 'static>(
                 delivery: delivery.clone(),
                 version,
                 since: state.since,
+                left: state.left,
                 restarted: restarted.entry(workload.clone()).or_default().clone(),
                 goes_back: Arc::default(),
             };
@@ -195,8 +203,10 @@ struct Job<C, F> {
     files: F,
     delivery: Delivery,
     version: u64,
-    /// Seconds since 1970, when the set was put in place.
-    since: Option<i64>,
+    /// When the set was put in place.
+    since: Option<Timestamp>,
+    /// When the settled set was left for a newer one.
+    left: Option<Timestamp>,
     restarted: Restarted,
     /// Set before the files are put back, which by itself would end the job.
     goes_back: Arc<AtomicBool>,
@@ -284,6 +294,7 @@ impl<C: Containers, F: Files> Job<C, F> {
     /// Restarts one after the other. Those that are in trouble anyhow come first: while one of them is away no other is
     /// taken away.
     async fn restart(&self) -> Result<Option<Failed>, DockerError> {
+        self.slack().await;
         let mut containers = self.containers().await?;
         containers.sort_by_key(|seen| trouble(seen).is_none());
         for seen in containers {
@@ -333,10 +344,22 @@ impl<C: Containers, F: Files> Job<C, F> {
     /// Whether it began with these files.
     fn is_fresh(&self, seen: &Seen) -> bool {
         let noted = self.restarted.lock().unwrap_or_else(PoisonError::into_inner).get(&seen.id).copied();
-        let began = seen.started.map(jiff::Timestamp::as_second);
-        // Of the same second, it may be either.
         noted.is_some_and(|(version, _)| version == self.version)
-            || began.zip(self.since).is_some_and(|(began, since)| began > since)
+            || seen.started.zip(self.since).is_some_and(|(began, since)| began.duration_since(since) >= slack())
+    }
+
+    /// Whether it may have begun with a set that came after the settled one.
+    fn began_with_newer(&self, seen: &Seen) -> bool {
+        seen.started.zip(self.left).is_some_and(|(began, left)| began >= left)
+    }
+
+    /// Until a start tells which files it was with.
+    async fn slack(&self) {
+        let since = self.since.map_or(SLACK, |since| {
+            // A clock that was set makes it no longer.
+            (slack() - Timestamp::now().duration_since(since)).try_into().unwrap_or_default()
+        });
+        sleep(since.min(SLACK)).await;
     }
 
     /// Whether it was well before anything was done to it since the last settled set; `None` if nothing was done.
@@ -385,8 +408,10 @@ impl<C: Containers, F: Files> Job<C, F> {
     async fn go_back(&self, failed: Failed) {
         let (workload, version) = (&self.delivery.workload, self.version);
         let Failed { id, name, why } = failed;
-        // With these files, or with ones between them and the settled ones.
-        let began: Vec<_> = self.restarted.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect();
+        // With these files, or with ones between them and the settled ones: restarted by this process, by one that was
+        // killed, or by somebody else.
+        let mut began: BTreeSet<_> =
+            self.restarted.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect();
         self.goes_back.store(true, Ordering::Relaxed);
         match self.files.put_back(workload, version).await {
             // There is a newer set already.
@@ -399,14 +424,32 @@ impl<C: Containers, F: Files> Job<C, F> {
                 return self.settle().await;
             }
         }
-        // The one that failed serves nobody: it comes first.
+        sleep(SLACK).await;
         let mut pauses = pauses();
-        let mut ids = vec![id.clone()];
-        ids.extend(began.into_iter().filter(|other| *other != id));
-        for id in ids {
+        // The one that failed serves nobody: it comes first.
+        self.restart_back(&id, &mut pauses).await;
+        began.extend(
+            self.containers_at_last(&mut pauses)
+                .await
+                .into_iter()
+                .filter_map(|seen| self.began_with_newer(&seen).then_some(seen.id)),
+        );
+        began.remove(&id);
+        for id in began {
             self.restart_back(&id, &mut pauses).await;
         }
         self.forget();
+    }
+
+    /// The containers that are there, when Docker has answered.
+    async fn containers_at_last(&self, pauses: &mut Backoff) -> Vec<Seen> {
+        loop {
+            match self.containers().await {
+                Ok(containers) => return containers,
+                Err(error) => self.shared.failed(&error),
+            }
+            sleep(pauses.next(None)).await;
+        }
     }
 
     async fn restart_back(&self, id: &str, pauses: &mut Backoff) {
@@ -432,24 +475,31 @@ impl<C: Containers, F: Files> Job<C, F> {
         }
     }
 
-    /// After a start of the vault that finds files put back: those that are in trouble, and began before, are restarted.
+    /// After a start of the vault that finds files put back: what has begun with the refused ones, and not since then, is
+    /// restarted. Where all is done, nothing is.
     async fn recover(&self) {
+        self.slack().await;
         let mut pauses = pauses();
-        let containers = loop {
-            match self.containers().await {
-                Ok(containers) => break containers,
-                Err(error) => self.shared.failed(&error),
-            }
-            sleep(pauses.next(None)).await;
-        };
-        for seen in containers {
-            let is_up = matches!(seen.state, RunState::Running | RunState::Restarting);
-            if is_up && trouble(&seen).is_some() && !self.is_fresh(&seen) {
-                info!(workload = %self.delivery.workload, container = seen.name, "restarting, it is not well and began before its files were put back");
-                self.restart_back(&seen.id, &mut pauses).await;
+        let containers = self.containers_at_last(&mut pauses).await;
+        self.shared.answered();
+        let (back, mut refused): (Vec<_>, Vec<_>) =
+            containers.into_iter().filter(|seen| self.began_with_newer(seen)).partition(|seen| self.is_fresh(seen));
+        refused.sort_by_key(|seen| trouble(seen).is_none());
+        // One that was restarted just before the vault was killed may still be away.
+        for seen in back.iter().filter(|_| !refused.is_empty()) {
+            if let Err(error) = self.verdict(&seen.id).await {
+                self.shared.failed(&error);
             }
         }
+        for seen in refused {
+            info!(workload = %self.delivery.workload, container = seen.name, "restarting, it began with files that were put back");
+            self.restart_back(&seen.id, &mut pauses).await;
+        }
     }
+}
+
+fn slack() -> SignedDuration {
+    SignedDuration::try_from(SLACK).unwrap_or_default()
 }
 
 /// What is wrong with a container, where something is.

@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use dockflare_host::aside::Aside;
-use serde::Serialize;
+use jiff::Timestamp;
+use serde::{Serialize, Serializer};
 use serde_json::{Value as Json, json};
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 use tokio::task::{JoinSet, spawn_blocking};
@@ -53,8 +54,13 @@ pub struct State {
     /// that it outlives the vault. With `on_change: none` each set is settled at once. Other than `version`: there is
     /// something to do. The files of this one are kept until another one is settled.
     pub settled: Option<u64>,
-    /// Seconds since 1970, when the set was put in place.
-    pub since: Option<i64>,
+    /// When the set was put in place, by the host's clock and at most some milliseconds early; shown in seconds since 1970.
+    #[serde(serialize_with = "seconds")]
+    pub since: Option<Timestamp>,
+    /// When a newer set took the place of the settled one; while that one is in place, when it was settled. Before `since`
+    /// with the settled set in place: it was put back.
+    #[serde(skip)]
+    pub left: Option<Timestamp>,
     /// How it stands.
     #[serde(flatten)]
     pub condition: Condition,
@@ -92,7 +98,7 @@ pub enum Condition {
 }
 
 impl State {
-    const PENDING: Self = Self { version: None, settled: None, since: None, condition: Condition::Pending };
+    const PENDING: Self = Self { version: None, settled: None, since: None, left: None, condition: Condition::Pending };
 
     /// A word for what is wrong, and a sentence without the name of a secret; `None` where nothing is.
     pub fn problem(&self) -> Option<(&'static str, String)> {
@@ -117,10 +123,20 @@ impl State {
         })
     }
 
+    /// Whether the settled set is in place again after a newer one.
+    pub fn is_back(&self) -> bool {
+        self.version.is_some() && self.version == self.settled && self.left < self.since
+    }
+
     /// Whether somebody who acts on changes has something to do.
     pub fn is_unsettled(&self) -> bool {
         self.version.is_some() && self.version != self.settled
     }
+}
+
+#[expect(clippy::ref_option, reason = "as serde asks for it")]
+fn seconds<S: Serializer>(at: &Option<Timestamp>, serializer: S) -> Result<S::Ok, S::Error> {
+    at.map(Timestamp::as_second).serialize(serializer)
 }
 
 /// What others of this program may see of the deliveries and ask of them. Clones are as good as the first.

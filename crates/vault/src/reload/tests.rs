@@ -1,8 +1,6 @@
 //! Reloads on a Docker that is a table of containers, in simulated time: what is well with which files, what was done,
 //! and what happens when the vault is killed at any of its calls.
 
-use std::collections::BTreeSet;
-
 use dockflare_engine::Call;
 use tokio::time::timeout;
 
@@ -14,6 +12,10 @@ const CALL: Call = Call { doing: "do that", grant: "", own_grant: "" };
 const RESTART: Duration = Duration::from_millis(1200);
 const CHECKED: Duration = Duration::from_secs(3);
 const BEGAN: i64 = 1_800_000_000;
+
+fn at(after: Duration) -> Timestamp {
+    Timestamp::from_second(BEGAN).unwrap() + after
+}
 
 #[derive(Debug, Clone)]
 struct One {
@@ -42,6 +44,8 @@ struct World {
     done: Mutex<Vec<String>>,
     /// Sets of files that nobody lives with.
     bad: BTreeSet<u64>,
+    /// Unless it is named here who alone does not.
+    picky: Option<&'static str>,
     states: watch::Sender<States>,
     /// Calls until the vault is killed, and whether Docker is away.
     calls: Mutex<(usize, bool)>,
@@ -85,12 +89,19 @@ fn one(name: &'static str) -> One {
 impl World {
     /// The first set is settled; this is before the second one comes.
     fn new(containers: Vec<One>) -> Self {
-        let state = State { version: Some(1), settled: Some(1), since: Some(BEGAN), condition: Condition::Delivered };
+        let state = State {
+            version: Some(1),
+            settled: Some(1),
+            since: Some(at(Duration::ZERO)),
+            left: Some(at(Duration::ZERO)),
+            condition: Condition::Delivered,
+        };
         Self {
             began: Instant::now(),
             containers: Mutex::new(containers),
             done: Mutex::default(),
             bad: BTreeSet::new(),
+            picky: None,
             states: watch::channel(BTreeMap::from([(app(), state)])).0,
             calls: Mutex::new((usize::MAX, false)),
             killed: tokio_util::sync::CancellationToken::new(),
@@ -112,8 +123,11 @@ impl World {
 
     /// A set of files comes into its place.
     fn deliver(&self, version: u64) {
-        let since = Some(BEGAN + self.now().as_secs() as i64);
+        let since = Some(at(self.now()));
         self.change(|state| {
+            if state.version == state.settled && state.version.is_some_and(|present| present < version) {
+                state.left = since;
+            }
             (state.version, state.since, state.condition) = (Some(version), since, Condition::Delivered)
         });
     }
@@ -134,7 +148,8 @@ impl World {
         one.state == RunState::Running
             && !one.is_down
             && !one.is_sick
-            && one.with.is_none_or(|version| !self.bad.contains(&version))
+            && (self.picky.is_some_and(|name| name != one.name)
+                || one.with.is_none_or(|version| !self.bad.contains(&version)))
     }
 
     /// Counts those that serve nobody.
@@ -186,7 +201,7 @@ impl Containers for Double {
                 id: one.id.clone(),
                 name: one.name.to_owned(),
                 state: one.state,
-                started: Some(jiff::Timestamp::from_second(BEGAN + one.started.as_secs() as i64).unwrap()),
+                started: Some(at(one.started)),
                 health: one.has_check.then_some(health),
                 restarts: i64::from(crashes),
                 is_kept: one.is_kept,
@@ -240,7 +255,8 @@ impl Files for Double {
     }
 
     async fn settle(&self, _: &Workload, version: u64) -> Result<u64, String> {
-        self.0.change(|state| state.settled = Some(version));
+        let now = Some(at(self.0.now()));
+        self.0.change(|state| (state.settled, state.left) = (Some(version), now));
         Ok(version)
     }
 
@@ -399,10 +415,12 @@ async fn docker_that_does_not_answer_delays_and_changes_nothing() {
 #[tokio::test(start_paused = true)]
 async fn a_vault_that_is_killed_anywhere_is_followed_by_one_that_goes_on() {
     let mut calls = 0;
-    for bad in [false, true] {
+    // Who does not live with the new files, and how many restarts it takes. With the last one all three have begun with
+    // them, and all three go back.
+    for (picky, restarts) in [(None, 3), (Some("one"), 2), (Some("two"), 4), (Some("three"), 6)] {
         for at in 1.. {
-            let bad_sets = if bad { BTreeSet::from([2]) } else { BTreeSet::new() };
-            let mut world = World { bad: bad_sets, ..World::new(vec![one("one"), one("two"), one("three")]) };
+            let bad = picky.map(|_| 2).into_iter().collect();
+            let mut world = World { bad, picky, ..World::new(vec![one("one"), one("two"), one("three")]) };
             let delivery = delivery(OnChange::Restart, &["one", "two", "three"]);
             sleep(CHECKED).await;
             world.deliver(2);
@@ -410,36 +428,51 @@ async fn a_vault_that_is_killed_anywhere_is_followed_by_one_that_goes_on() {
             let world = Arc::new(world);
             run(&world, &delivery, LONG).await;
             let was_killed = world.killed.is_cancelled();
+            // What Docker had begun it ends.
+            sleep(RESTART).await;
             let second = World {
                 began: world.began,
-                containers: Mutex::default(),
-                done: Mutex::default(),
+                containers: Mutex::new(world.containers.lock().unwrap().clone()),
+                done: Mutex::new(world.done()),
                 bad: world.bad.clone(),
+                picky,
                 states: watch::channel(world.states.borrow().clone()).0,
                 calls: Mutex::new((usize::MAX, false)),
                 killed: tokio_util::sync::CancellationToken::new(),
                 most_away: Mutex::new(*world.most_away.lock().unwrap()),
             };
-            // What Docker had begun it ends.
-            sleep(RESTART).await;
-            *second.containers.lock().unwrap() = world.containers.lock().unwrap().clone();
-            *second.done.lock().unwrap() = world.done();
             let second = Arc::new(second);
             run(&second, &delivery, LONG).await;
             let (done, state) = (second.done(), second.state());
-            let place = format!("killed at call {at}, bad: {bad}: {done:?} {state:?} {:?}", second.with());
-            let expected = if bad { 1 } else { 2 };
+            let place = format!("killed at call {at}, for {picky:?}: {done:?} {state:?} {:?}", second.with());
+            let expected = if picky.is_some() { 1 } else { 2 };
             assert_eq!(second.with(), [Some(expected); 3], "{place}");
             assert!(!state.is_unsettled() && state.version == Some(expected), "{place}");
-            assert_eq!(done.len(), if bad { 2 } else { 3 }, "{place}");
+            assert_eq!(done.len(), restarts, "{place}");
             assert_eq!(*second.most_away.lock().unwrap(), 1, "{place}");
+            // A third one finds nothing to do.
+            run(&second, &delivery, LONG).await;
+            assert_eq!(second.done(), done, "{place}");
             if !was_killed {
                 calls += at;
                 break;
             }
         }
     }
-    assert!(calls > 40, "{calls} calls were tried");
+    assert!(calls > 100, "{calls} calls were tried");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_start_by_somebody_else_in_the_moment_of_the_switch_is_not_taken_for_one_with_the_new_files() {
+    let world = Arc::new(World::new(vec![one("before"), one("after")]));
+    let delivery = delivery(OnChange::Restart, &["before", "after"]);
+    sleep(CHECKED).await;
+    world.deliver(2);
+    let now = world.now();
+    world.change_one("id-of-before", |one| one.started = now + Duration::from_millis(20));
+    world.change_one("id-of-after", |one| (one.started, one.with) = (now + SLACK, Some(2)));
+    run(&world, &delivery, LONG).await;
+    assert_eq!((world.done(), world.with()), (vec!["restart id-of-before".to_owned()], vec![Some(2); 2]));
 }
 
 /// A gate at work for so long of simulated time.

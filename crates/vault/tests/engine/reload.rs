@@ -171,11 +171,13 @@ impl Stage {
 
     /// A program that reads, by a name of the configuration.
     async fn reader(&self, name: &str, launched: bool) -> Result<String> {
+        let refuses = format!("REFUSES=bad,refused-by-{name}");
         let name = self.scope.name(name);
         let mut mounts = vec![self.secrets("/run/secrets", true)];
         let program = "/usr/local/bin/credential-reader";
         let mut body = ContainerCreateBody {
             image: Some(self.reader_image.clone()),
+            env: Some(vec![refuses]),
             labels: Some(self.scope.labels()),
             healthcheck: Some(HealthConfig {
                 test: Some(vec!["CMD".to_owned(), program.to_owned(), "check".to_owned()]),
@@ -340,6 +342,20 @@ pub(super) async fn a_vault_that_is_killed_between_the_steps_of_a_restart_goes_o
     for container in [&one, &two] {
         stage.is_well_with(container, "good-5").await?;
     }
+    // The first one lives with it, the second does not; killed when it is put back, before the first is restarted.
+    stage.vault_serves().await?;
+    let back = async || stage.scope.logs(&vault).await.ok().map(|log| log.matches("the ones before are back").count());
+    let before = back().await;
+    stage.set("refused-by-two").await?;
+    wait_until("the set to be put back", 2 * SOON, async || (back().await > before).then_some(())).await?;
+    stage.scope.kill(&vault, "SIGKILL").await?;
+    let last = format!("begins with {}", hash("refused-by-two"));
+    let logs = stage.scope.logs(&one).await?;
+    ensure!(logs.lines().rfind(|line| line.contains("begins with")).is_some_and(|line| line.contains(&last)), "{logs}");
+    stage.scope.start(&vault).await?;
+    for container in [&one, &two] {
+        stage.is_well_with(container, "good-5").await?;
+    }
     Ok(())
 }
 
@@ -350,11 +366,19 @@ pub(super) async fn a_signal_reaches_the_first_process_and_nothing_is_restarted(
     stage.set("good-1").await?;
     let one = stage.reader("one", false).await?;
     stage.is_well_with(&one, "good-1").await?;
+    let vault = stage.scope.name("vault");
+    let (checked, code) = exec(&stage.scope, &vault, &["check"]).await?;
+    ensure!(code == 0 && checked.contains(&format!("✓ container {one}: running")), "{checked}");
     stage.set("good-2").await?;
     let line = format!("read again {}", hash("good-2"));
     let read = async || stage.scope.logs(&one).await.ok()?.contains(&line).then_some(());
     wait_until("the program to read again", SOON, read).await?;
     assert_eq!(stage.begun(&one).await?, 1);
+    // A proxy that was told of another one, and none at all.
+    stage.scope.rm(&stage.scope.name("proxy")).await?;
+    stage.proxy(&["other"]).await?;
+    let (checked, code) = exec(&stage.scope, &vault, &["check"]).await?;
+    ensure!(code == 1 && checked.contains("refuses to show it: add it to the proxy's RELOAD_CONTAINERS"), "{checked}");
     Ok(())
 }
 

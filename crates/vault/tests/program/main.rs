@@ -240,6 +240,32 @@ fn a_command_right_behind_the_start_waits_for_the_vault_and_keeps_it_from_nothin
     }
 }
 
+#[test]
+fn a_check_tries_docker_where_containers_are_named_and_the_launcher_where_it_has_a_folder() {
+    let scene = Scene::new();
+    let dir = scene.dir.path().display();
+    let settings = format!(
+        "docker: {{host: 'unix://{dir}/none.sock'}}\nlauncher: {{folder: {dir}/launcher}}\n\
+         deliveries:\n- {{workload: app, directory: {dir}/app, containers: [shop], files: [{{name: a, secret: a}}]}}\n"
+    );
+    scene.configure(&settings);
+    let check = || String::from_utf8(scene.run(&["check"], b"").stdout).unwrap();
+    let first = check();
+    assert!(first.contains(&format!("✗ docker.host unix://{dir}/none.sock: Docker cannot be reached")), "{first}");
+    assert!(first.contains(&format!("✗ launcher.folder {dir}/launcher cannot be written")), "{first}");
+    fs::create_dir(scene.path("launcher")).unwrap();
+    assert!(check().contains("· launcher.folder"), "{}", check());
+    let server = scene.start();
+    assert!(check().contains("✓ launcher.folder"), "{}", check());
+    fs::write(scene.path("launcher/dockflare-vault.new"), "another").unwrap();
+    fs::rename(scene.path("launcher/dockflare-vault.new"), scene.path("launcher/dockflare-vault")).unwrap();
+    assert!(check().contains("✗ launcher.folder"), "{}", check());
+    assert_eq!(server.stop().0, Some(0));
+    // Without a container nobody asks Docker.
+    scene.configure("");
+    assert!(!check().contains("docker"), "{}", check());
+}
+
 /// Also what differs on purpose from `swarm-vaultctl`: what is not there is an error and no empty answer.
 #[test]
 fn every_operation_with_and_without_what_it_is_about() {

@@ -5,7 +5,7 @@
 //!   ..data      -> ..42                   renamed over the one before: all files change at once
 //!   ..42/db_password                      a set, written whole before anything points to it, and never changed
 //!   ..41/db_password                      the set before, for readers that are on their way, and until 42 is settled
-//!   ..settled   -> ..41                   the newest set that somebody has dealt with
+//!   ..settled   -> ..41                   the newest set that somebody has dealt with; made anew when it is replaced
 //!   ..refused   -> ..40 0c5f…             a set that was put back, and a keyed hash of what it held
 //! ```
 //!
@@ -19,6 +19,7 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use jiff::Timestamp;
 use rustix::fs::{
     AtFlags, Dir, FileType, Gid, Mode, OFlags, RenameFlags, Stat, fchmod, fchown, fstat, fstatfs, fsync, mkdirat,
     openat, readlinkat, renameat, renameat_with, statat, symlinkat, unlinkat,
@@ -126,10 +127,12 @@ pub(super) struct Folder {
 pub(super) struct Look {
     /// Where `..data` leads: the set that readers see.
     pub(super) current: Option<u64>,
-    /// Seconds since 1970, when it was put in place.
-    pub(super) since: Option<i64>,
+    /// When it was put in place.
+    pub(super) since: Option<Timestamp>,
     /// The newest set that was dealt with.
     pub(super) settled: Option<u64>,
+    /// When that one was settled, or, later, left for a newer one.
+    pub(super) left: Option<Timestamp>,
     /// The newest set that was put back or taken away, and the hash of what it held.
     pub(super) refused: Option<(u64, String)>,
     /// All sets, whole or not.
@@ -250,12 +253,12 @@ impl Folder {
             match (name.as_str(), target) {
                 (DATA, Some(target)) => {
                     look.current = set_number(&target);
-                    if look.current.is_some() {
-                        let stat = statat(&self.dir, DATA, AtFlags::SYMLINK_NOFOLLOW);
-                        look.since = stat.ok().map(|stat| stat.st_mtime);
-                    }
+                    look.since = look.current.and_then(|_| self.made(DATA));
                 }
-                (SETTLED, Some(target)) => look.settled = set_number(&target),
+                (SETTLED, Some(target)) => {
+                    look.settled = set_number(&target);
+                    look.left = look.settled.and_then(|_| self.made(SETTLED));
+                }
                 (REFUSED, Some(target)) => {
                     let parts = target.split_once(' ');
                     look.refused = parts.and_then(|(set, hash)| Some((set_number(set)?, hash.to_owned())));
@@ -321,6 +324,10 @@ impl Folder {
         // Before the switch: they lead nowhere until then, and to the new files from then on.
         for name in files.keys().filter(|name| !look.links.contains(name.as_str())) {
             self.link(name.as_str(), &format!("{DATA}/{name}"))?;
+        }
+        // Its time tells later on which containers have begun with the settled set and which with a newer one.
+        if let Some(settled) = look.settled.filter(|settled| look.current == Some(*settled)) {
+            self.settle(settled)?;
         }
         self.link(DATA, &set_name(number))?;
         self.prune(look, files)?;
@@ -479,6 +486,12 @@ impl Folder {
 
     fn target(&self, name: &str) -> Option<String> {
         readlinkat(&self.dir, name, vec![]).ok()?.into_string().ok()
+    }
+
+    /// When a link was made. The clock of a file system is a tick of the kernel behind, some milliseconds.
+    fn made(&self, link: &str) -> Option<Timestamp> {
+        let stat = statat(&self.dir, link, AtFlags::SYMLINK_NOFOLLOW).ok()?;
+        Timestamp::new(stat.st_mtime, i32::try_from(stat.st_mtime_nsec).ok()?).ok()
     }
 
     fn is_dir(&self, name: &str) -> bool {

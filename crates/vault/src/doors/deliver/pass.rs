@@ -99,7 +99,7 @@ pub(super) fn pass(
     let Pass { memory, look, answer, expires, .. } = pass;
     let grace = memory.retired.values().map(|since| GRACE.saturating_sub(since.elapsed())).min();
     let expiry = expires.map(|at| Duration::from_secs(u64::try_from(at - now()).unwrap_or(0)));
-    let state = State { version: look.current, settled: look.settled, since: look.since, condition };
+    let state = State { version: look.current, settled: look.settled, since: look.since, left: look.left, condition };
     let answer = match (order, answer, &state.condition) {
         (None, ..) => None,
         (_, Some(answer), _) => Some(answer),

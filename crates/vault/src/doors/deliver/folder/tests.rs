@@ -123,6 +123,8 @@ fn killed_at_any_step_the_files_are_those_before_or_after_and_the_next_one_finis
         let again = open(&delivery(dir.path(), ""));
         let look = again.look().unwrap();
         assert_eq!(look.current, Some(if is_new { 2 } else { 1 }));
+        // A set that was only about to be left is not taken for one that was put back.
+        assert!(look.left.is_some() && (is_new || look.left >= look.since), "step {step}: {look:?}");
         let number = again.put(&look, &after, 0).unwrap();
         assert!(number > look.current.unwrap());
         assert_eq!(seen(dir.path()), pairs(&[("b", "2"), ("c", "2")]), "step {step}");
@@ -133,6 +135,20 @@ fn killed_at_any_step_the_files_are_those_before_or_after_and_the_next_one_finis
     assert!(ends.len() > 10 && ends.is_sorted(), "{ends:?}");
 }
 
+/// The clock of a file system goes on.
+fn tick() {
+    let dir = memory();
+    let time = |name: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, name).unwrap();
+        path.metadata().unwrap().modified().unwrap()
+    };
+    let began = time("began");
+    while time("now") <= began {
+        std::thread::yield_now();
+    }
+}
+
 #[test]
 fn killed_at_any_step_a_set_that_is_put_back_is_the_old_or_the_new_one() {
     for step in 0.. {
@@ -140,13 +156,18 @@ fn killed_at_any_step_a_set_that_is_put_back_is_the_old_or_the_new_one() {
         let folder = open(&delivery(dir.path(), ""));
         put(&folder, &files(&[("a", "1"), ("b", "1")]));
         folder.settle(1).unwrap();
+        tick();
         put(&folder, &files(&[("a", "2")]));
+        let left = folder.look().unwrap().left;
+        tick();
         folder.steps.set(Some(step));
         let done = folder.put_back(&folder.look().unwrap(), "hash");
         let found: Vec<_> = seen(dir.path()).into_iter().filter(|(_, text)| text.len() == 1).collect();
         assert!(found == pairs(&[("a", "2")]) || found == pairs(&[("a", "1"), ("b", "1")]), "step {step}: {found:?}");
         if let Ok(number) = done {
-            assert_eq!((number, folder.look().unwrap().refused), (1, Some((2, "hash".to_owned()))));
+            let look = folder.look().unwrap();
+            assert_eq!((number, look.refused), (1, Some((2, "hash".to_owned()))));
+            assert!(look.left == left && left < look.since, "{left:?} {:?}", look.since);
             // The number is not given again.
             folder.steps.set(None);
             folder.remove(2).unwrap();
