@@ -353,13 +353,15 @@ async fn follow(
                 if health.config_refused.swap(false, Ordering::Relaxed) {
                     info!("the configuration is right again");
                 }
-                if config.grants != present.grants {
-                    info!(grants = config.grants.rows().len(), "took the new table of grants");
-                    vault.replace_grants(config.grants.clone());
-                }
+                // Before the grants, and with nothing in between: a workload that loses its delivery together with its
+                // grant keeps the files that it has, and one that gets both is never refused.
                 if config.deliveries != present.deliveries {
                     info!(deliveries = config.deliveries.len(), "took the new deliveries");
                     wanted.send_replace(Arc::new(config.deliveries.clone()));
+                }
+                if config.grants != present.grants {
+                    info!(grants = config.grants.rows().len(), "took the new table of grants");
+                    vault.replace_grants(config.grants.clone());
                 }
                 (present.grants, present.deliveries) = (config.grants, config.deliveries);
             }

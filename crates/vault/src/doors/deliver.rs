@@ -258,6 +258,8 @@ pub async fn serve(vault: Arc<Vault>, mut wanted: watch::Receiver<Arc<Vec<Delive
         take(&shared, &deliveries, &mut tended, &mut tasks).await;
         loop {
             tokio::select! {
+                // What is not wanted any more is not looked at for another reason first.
+                biased;
                 changed = wanted.changed() => match changed {
                     Ok(()) => break,
                     Err(_) => return,

@@ -70,8 +70,18 @@ impl Scene {
 
     fn configure(&self, text: &str) {
         let config = parse(&self.memory, text);
-        self.vault.replace_grants(config.grants);
         self.wanted.send_replace(Arc::new(config.deliveries));
+        self.vault.replace_grants(config.grants);
+    }
+
+    /// Another task in the place of the present one, which knows nothing of what that one did.
+    async fn restart(&mut self, between: impl FnOnce(&Self)) {
+        self.task.abort();
+        let _ = (&mut self.task).await;
+        between(self);
+        let (desk, inside) = desk();
+        self.desk = desk;
+        self.task = tokio::spawn(serve(self.vault.clone(), self.wanted.subscribe(), inside));
     }
 
     /// Waits until it stands like this with a workload.
@@ -220,6 +230,38 @@ async fn whoever_acts_on_changes_settles_a_version_or_has_it_put_back() {
     assert_eq!((scene.read("app/key"), scene.desk.settle(&app, 3).await), (Some("3".to_owned()), Ok(3)));
     let other = "other".parse().unwrap();
     assert!(scene.desk.settle(&other, 1).await.unwrap_err().contains("there is no delivery for it"));
+}
+
+#[tokio::test]
+async fn what_was_killed_in_the_middle_is_finished_by_the_next_start() {
+    let text = ONE.replace("files: [\n", "on_change: restart, containers: [app], files: [\n");
+    let mut scene = scene(&text).await;
+    scene.set("app/key", "1");
+    scene.set("app/other", "x");
+    let app = "app".parse().unwrap();
+    scene.until_version("app", 1).await;
+    scene.desk.settle(&app, 1).await.unwrap();
+    scene.set("app/key", "2");
+    scene.until_version("app", 2).await;
+    // Half a set, and a link that has no name yet.
+    scene
+        .restart(|scene| {
+            fs::create_dir(scene.path("app/..3")).unwrap();
+            fs::write(scene.path("app/..3/key"), "half").unwrap();
+            symlink("..3", scene.path("app/..new")).unwrap();
+        })
+        .await;
+    scene.until_version("app", 2).await;
+    assert!(!scene.path("app/..3").exists() && fs::symlink_metadata(scene.path("app/..new")).is_err());
+    // It was about to put 1 back.
+    scene.restart(|scene| symlink("..2 0123", scene.path("app/..refused")).unwrap()).await;
+    // What 2 was made of has another hash than that, so that it comes again.
+    scene.until_version("app", 3).await;
+    scene.desk.settle(&app, 3).await.unwrap();
+    // It was about to take all away; the right is there, so that they come again under another number.
+    scene.restart(|scene| symlink("..3 -", scene.path("app/..refused")).unwrap()).await;
+    scene.until_version("app", 4).await;
+    assert_eq!(scene.read("app/key"), Some("2".to_owned()));
 }
 
 #[tokio::test]
