@@ -214,7 +214,7 @@ fn perform(arguments: Arguments) -> Outcome {
     let ask = |request| asked(client::ask(&config, request));
     match command {
         Command::GenerateKey | Command::SocketProxy { .. } | Command::Exec { .. } => Ok(()),
-        Command::Wait { workload, .. } => Err((format!("{workload} is no folder: begin it with a slash"), 64)),
+        Command::Wait { workload, timeout } => wait(&config, &workload, Duration::from_secs(timeout)),
         Command::Run { accept_rollback } => serve(source, config, accept_rollback),
         Command::Get { key, version } => {
             let data = ask(Request::Get { name: key, version })?;
@@ -292,6 +292,19 @@ fn perform(arguments: Arguments) -> Outcome {
             runtime()?.block_on(pages::check(address)).map_err(|line| (line, 1))
         }
         Command::SupportBundle => print_json(&bundle::bundle(&source, &config)),
+    }
+}
+
+/// Waits for the files of a workload of the configuration.
+fn wait(config: &Config, workload: &str, limit: Duration) -> Outcome {
+    match config.deliveries.iter().find(|delivery| delivery.workload.as_str() == workload) {
+        Some(delivery) => launcher::wait(&delivery.directory, limit),
+        None => {
+            let names: Vec<_> = config.deliveries.iter().map(|delivery| delivery.workload.as_str()).collect();
+            let there_are = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+            let line = format!("there is no workload {workload} in the configuration: there are {there_are}");
+            Err((format!("{line}; a folder begins with a slash"), 64))
+        }
     }
 }
 
