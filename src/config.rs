@@ -92,6 +92,8 @@ pub struct AccessToken {
 pub struct TunnelConfig {
     /// Image of cloudflared.
     pub image: ImageRef,
+    /// When the image is pulled.
+    pub pull: Pull,
     /// User-defined network that cloudflared and the workloads share.
     pub network: String,
     /// Network where cloudflared serves its metrics, and nowhere else; on all of its networks without.
@@ -133,6 +135,15 @@ pub(crate) fn successor_of(container_name: &str) -> String {
     format!("{container_name}-next")
 }
 
+/// When the image of cloudflared is pulled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pull {
+    /// When it is not on this host.
+    Missing,
+    /// Also at each start of the agent and at each redeploy, since its tag may have moved.
+    Always,
+}
+
 /// What becomes of the tunnel container when the agent stops.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnExit {
@@ -171,6 +182,7 @@ struct Raw {
     socket_proxy_listen: Option<String>,
     socket_proxy_docker_host: Option<String>,
     cloudflared_image: Option<String>,
+    cloudflared_pull: Option<String>,
     cloudflared_network_name: Option<String>,
     cloudflared_metrics_network: Option<String>,
     tunnel_container_name: Option<String>,
@@ -329,6 +341,11 @@ impl Raw {
 /// What the tunnel container is made of; none when its image is no reference.
 fn tunnel(check: &mut Check, raw: &mut Raw) -> Option<TunnelConfig> {
     let image = check.image(raw.cloudflared_image.as_deref().unwrap_or(DEFAULT_IMAGE));
+    let pull = check.one_of(
+        "CLOUDFLARED_PULL",
+        raw.cloudflared_pull.as_deref(),
+        &[("missing", Pull::Missing), ("always", Pull::Always)],
+    );
     let network = check.name("CLOUDFLARED_NETWORK_NAME", raw.cloudflared_network_name.take(), "cloudflare-net");
     if ["host", "none", "bridge", "default"].contains(&network.as_str()) {
         check.error(format!("CLOUDFLARED_NETWORK_NAME={network}: is one of Docker's own networks, on which containers do not find each other by name; name a network of your own, for example cloudflare-net"));
@@ -369,6 +386,7 @@ fn tunnel(check: &mut Check, raw: &mut Raw) -> Option<TunnelConfig> {
     };
     Some(TunnelConfig {
         image: image?,
+        pull,
         network,
         metrics_network,
         container_name,
@@ -389,7 +407,7 @@ fn log(check: &mut Check, raw: &Raw) -> LogConfig {
 }
 
 /// The image that a fresh installation runs.
-pub const DEFAULT_IMAGE: &str = "cloudflare/cloudflared:2025.9.0";
+pub const DEFAULT_IMAGE: &str = "cloudflare/cloudflared:2026.8.2";
 
 /// No HTTP header may be nearly as long; a device file, named by mistake, has no end.
 const MAX_SECRET_BYTES: u64 = 64 << 10;

@@ -39,8 +39,8 @@ pub(crate) use error::{Remedy, silent};
 pub(crate) use goodbye::Parting;
 pub(crate) use permissions::{Engine, Gate, OWN_PROXY, Registry, Surplus};
 pub(crate) use spec::{
-    COMMAND, HOST_GATEWAY, METRICS_LABEL, METRICS_VARIABLE, NAME_LABEL, OWNER_LABEL, REDEPLOY_LABEL, TUNNEL_LABEL,
-    TUNNEL_NAME_LABEL, label_text, metrics_address, owner_labels,
+    COMMAND, HOST_GATEWAY, IMAGE_LABEL, METRICS_LABEL, METRICS_VARIABLE, NAME_LABEL, OWNER_LABEL, REDEPLOY_LABEL,
+    TUNNEL_LABEL, TUNNEL_NAME_LABEL, label_text, metrics_address, owner_labels,
 };
 pub use spec::{METRICS_PORT, MetricsPlace, SPEC_LABEL, Spec};
 pub use types::{Action, Container, Endpoint, Event, Health, Inspected, LastCheck, RunState, Version};
@@ -232,9 +232,17 @@ impl Docker {
     /// # Errors
     /// As all calls.
     pub async fn has_image(&self, image: &ImageRef) -> Result<bool> {
+        Ok(self.image_id(image).await?.is_some())
+    }
+
+    /// What the reference means on this host: the image's id, empty where that is not told, `None` where there is none.
+    ///
+    /// # Errors
+    /// As all calls.
+    pub(crate) async fn image_id(&self, image: &ImageRef) -> Result<Option<String>> {
         let docker = self.client.library(IMAGE)?;
         let found = limited(IMAGE, READ_LIMIT, docker.inspect_image(&image.to_string())).await;
-        Ok(absent_is_none(found)?.is_some())
+        Ok(absent_is_none(found)?.map(|found| found.id.unwrap_or_default()))
     }
 
     /// Pulls an image, telling `progress` at each step the bytes that came and the bytes that are known to be due.

@@ -37,6 +37,7 @@ mod own;
 mod plan;
 mod probe;
 mod problem;
+mod refresh;
 mod scene;
 mod stray;
 mod trial;
@@ -50,6 +51,7 @@ use plan::{Goal, Make, Progress, Slot, Step};
 pub(crate) use plan::{Owner, Whose, another_agent, owner};
 pub(crate) use probe::Readiness;
 use problem::Problem;
+use refresh::Refresh;
 use stray::Strays;
 use trial::Trial;
 
@@ -68,7 +70,7 @@ const COMES_BACK: Duration = Duration::from_secs(2);
 /// The supervisor task.
 #[derive(Debug)]
 pub(crate) struct Supervisor<H = Machine> {
-    host: H,
+    host: Arc<H>,
     config: TunnelConfig,
     hostname: Option<String>,
     inputs: Inputs,
@@ -89,6 +91,7 @@ pub(crate) struct Supervisor<H = Machine> {
     refused: Refused,
     restarts: Restarts,
     strays: Strays,
+    refresh: Refresh,
     /// Waits after a successor that did not become ready beside one that serves, and the end of the present one.
     replacing: Backoff,
     rests_until: Option<Instant>,
@@ -168,7 +171,7 @@ impl<H: Host> Supervisor<H> {
     ) -> Self {
         let pauses = || Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         Self {
-            host,
+            host: Arc::new(host),
             config,
             hostname,
             inputs,
@@ -184,6 +187,7 @@ impl<H: Host> Supervisor<H> {
             refused: Refused::default(),
             restarts: Restarts { pauses: pauses(), not_before: None, done: (String::new(), 0) },
             strays: Strays::new(),
+            refresh: Refresh::new(),
             replacing: pauses(),
             rests_until: None,
             outage: None,
@@ -207,6 +211,7 @@ impl<H: Host> Supervisor<H> {
     /// has left a state that the next start begins with.
     pub(crate) async fn run(mut self, stop: CancellationToken) {
         let mut draining = self.draining.subscribe();
+        let pulled = self.refresh.done.clone();
         while !stop.is_cancelled() {
             let overdue = async {
                 stop.cancelled().await;
@@ -228,6 +233,7 @@ impl<H: Host> Supervisor<H> {
                 }
                 Ok(()) = ways.changed() => {}
                 Some(()) = wake.recv() => {}
+                () = pulled.notified() => {}
                 () = sleep(pause) => {}
             }
         }
@@ -248,6 +254,7 @@ impl<H: Host> Supervisor<H> {
     /// Looks, acts where needed, and publishes. Returns how long nothing needs to be looked at.
     async fn pass(&mut self, stop: &CancellationToken) -> Duration {
         let wanted = self.inputs.wanted.borrow_and_update().clone();
+        self.freshen(&wanted).await;
         let goal = self.goal(&wanted);
         let mut sight = match self.look().await {
             Ok(sight) => sight,
@@ -281,8 +288,9 @@ impl<H: Host> Supervisor<H> {
         let scene = self.scene(&sight, &goal);
         let steps = plan::plan(&goal, &scene);
         let is_round = scene.fresh.is_some_and(|make| steps.contains(&Step::Create(Slot::Next, make)));
-        if steps.is_empty() {
-            let is_replacing = scene.next.is_some() || scene.given_up || scene.resting;
+        let waits = self.waits_for_image(&steps);
+        if steps.is_empty() || waits {
+            let is_replacing = waits || scene.next.is_some() || scene.given_up || scene.resting;
             self.settled(&sight, &goal, is_replacing).await;
         } else if self.not_before.is_none_or(|at| Instant::now() >= at) {
             // A further attempt after a failed one is no news: the status stays what it is until it succeeds.

@@ -2,8 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
+
 use super::{CONTAINERS, Section, TUNNEL};
-use crate::config::Config;
+use crate::config::{Config, DEFAULT_IMAGE};
 use crate::docker::{Container, Docker, DockerError, Health, RunState};
 use crate::events::counted_with;
 use crate::health::{self, Glance, Readiness, Whose};
@@ -149,7 +152,29 @@ fn container(config: &Config, glance: Option<&Glance>, wanted: bool, to: &mut Se
         let detail = format!("{} runs, but not on the network {}", seen.name, config.tunnel.network);
         to.fail(id, title, detail, "start the agent, or see its log for why it does not replace the container");
     }
+    age(seen, Timestamp::now(), to);
     readiness(seen, to);
+}
+
+/// Cloudflare supports a version for so many months.
+const SUPPORTED_MONTHS: i64 = 12;
+
+/// A version says in which month it was made: `2026.8.2`. Only one that is too old is told.
+fn age(seen: &Glance, now: Timestamp, to: &mut Section) {
+    let Some(version) = seen.version.as_deref() else { return };
+    let Some(months) = months_old(version, now).filter(|months| *months > SUPPORTED_MONTHS) else { return };
+    let detail = format!("cloudflared {version} is {months} months old; Cloudflare supports a version for one year");
+    let remedy = format!("set CLOUDFLARED_IMAGE={DEFAULT_IMAGE} or a newer one, for agent and socket proxy alike");
+    to.warn("tunnel.version", "version", detail, remedy);
+}
+
+/// Whole months between the month in a version and now; none where it names no month.
+fn months_old(version: &str, now: Timestamp) -> Option<i64> {
+    let mut parts = version.split('.');
+    let (year, month): (i64, i64) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
+    let today = now.to_zoned(TimeZone::UTC).date();
+    let is_month = (2018..=9999).contains(&year) && (1..=12).contains(&month);
+    is_month.then(|| (i64::from(today.year()) - year) * 12 + i64::from(today.month()) - month)
 }
 
 fn readiness(seen: &Glance, to: &mut Section) {
@@ -268,5 +293,27 @@ fn way(
             Some(error) => to.skip(id, title, format!("Docker {error}")),
             None => to.skip(id, title, "it has ended by now"),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_version_is_as_old_as_its_month_and_what_names_none_has_no_age() {
+        let now: Timestamp = "2026-11-26T12:00:00Z".parse().unwrap();
+        for (version, months) in [
+            ("2026.8.2", Some(3)),
+            ("2025.11.0", Some(12)),
+            ("2025.9.0", Some(14)),
+            ("2026.12.1", Some(-1)),
+            ("2026.13.0", None),
+            ("1.2.3", None),
+            ("DEV", None),
+            ("", None),
+        ] {
+            assert_eq!(months_old(version, now), months, "{version}");
+        }
     }
 }

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::hostile::{SECRET, text};
 
-const NAMES: [&str; 30] = [
+const NAMES: [&str; 31] = [
     "DOCKFLARE_MASTER_URL",
     "DOCKFLARE_API_KEY",
     "DOCKFLARE_API_KEY_FILE",
@@ -17,6 +17,7 @@ const NAMES: [&str; 30] = [
     "CLOUDFLARED_NETWORK_NAME",
     "CLOUDFLARED_METRICS_NETWORK",
     "TUNNEL_CONTAINER_NAME",
+    "CLOUDFLARED_PULL",
     "TUNNEL_ON_EXIT",
     "AUTO_CONNECT_NETWORKS",
     "CLOUDFLARED_PROTOCOL",

@@ -31,6 +31,11 @@ impl ImageRef {
         (numbers.len() == 3 && numbers.iter().all(is_number)).then(|| tag.to_owned())
     }
 
+    /// Whether it names its content, so that what it means never changes.
+    pub(crate) fn is_pinned(&self) -> bool {
+        self.digest.is_some()
+    }
+
     /// Whether the operator named neither tag nor digest and `latest` was put in.
     pub fn tag_was_added(&self) -> bool {
         self.tag_was_added

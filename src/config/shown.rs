@@ -26,7 +26,7 @@ enum Kind {
 }
 
 /// All variables of the README's table, in its order.
-const SETTINGS: [(&str, Kind); 33] = {
+const SETTINGS: [(&str, Kind); 34] = {
     use Kind::{Address, Plain, Secret, SecretFile};
     [
         ("DOCKFLARE_MASTER_URL", Address(None)),
@@ -39,6 +39,7 @@ const SETTINGS: [(&str, Kind); 33] = {
         ("DOCKER_TLS_VERIFY", Plain(None)),
         ("DOCKER_CERT_PATH", Plain(None)),
         ("CLOUDFLARED_IMAGE", Plain(Some(DEFAULT_IMAGE))),
+        ("CLOUDFLARED_PULL", Plain(Some("missing"))),
         ("CLOUDFLARED_NETWORK_NAME", Plain(Some("cloudflare-net"))),
         ("CLOUDFLARED_METRICS_NETWORK", Plain(None)),
         ("TUNNEL_CONTAINER_NAME", Plain(Some("dockflare-agent-tunnel"))),

@@ -70,6 +70,9 @@ pub(crate) const REDEPLOY_LABEL: &str = "com.dockflare.agent.redeploy";
 pub(crate) const NAME_LABEL: &str = "com.dockflare.agent.container-name";
 /// Label whose value is the network where its metrics are served, if there is one for them.
 pub(crate) const METRICS_LABEL: &str = "com.dockflare.agent.metrics-network";
+/// Label whose value is the id of the image that it was made of, where the tag of that may move: another id makes
+/// another spec.
+pub(crate) const IMAGE_LABEL: &str = "com.dockflare.agent.image-id";
 /// What everything that the agent makes is marked with: key and value. On a container the value is the id of the
 /// agent at its master, where that is known; earlier versions did not write it.
 pub(crate) const OWNER_LABEL: (&str, &str) = ("com.dockflare.agent.owner", "dockflare-agent");

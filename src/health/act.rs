@@ -135,6 +135,10 @@ impl<H: Host> Supervisor<H> {
                     Ok(()) = orders.changed() => return Ok(Came::Interrupted),
                     prepared = self.prepare(steps.contains(&Step::Stop(Slot::Main))) => {
                         prepared?;
+                        // It was pulled just now: what is made of it is known by its id.
+                        if self.refresh.id().is_none() && self.read_image_id().await {
+                            return Ok(Came::Otherwise);
+                        }
                         Ok(())
                     }
                 },

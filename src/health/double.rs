@@ -94,6 +94,9 @@ pub(super) struct World {
     pub(super) dies_at: Option<(usize, Moment)>,
     /// How often a connector was asked for its diagnosis.
     pub(super) diagnoses: usize,
+    /// What the image's tag means here, and in its registry; `None` while that is away.
+    pub(super) image: (String, Option<String>),
+    pub(super) pulls: u32,
     /// An Engine that does not know what `host-gateway` is.
     pub(super) is_old: bool,
     /// What stands before Docker.
@@ -327,7 +330,14 @@ impl Host for Double {
     async fn has_image(&self, _: &ImageRef) -> Result<bool, DockerError> {
         Ok(true)
     }
+    async fn image_id(&self, _: &ImageRef) -> Result<Option<String>, DockerError> {
+        Ok(Some(self.world().image.0.clone()))
+    }
     async fn pull(&self, _: &ImageRef, _: impl FnMut(u64, u64) + Send) -> Result<(), DockerError> {
+        sleep(Duration::from_secs(3)).await;
+        let mut world = self.world();
+        world.pulls += 1;
+        world.image.0 = world.image.1.clone().ok_or_else(DockerError::not_found)?;
         Ok(())
     }
     async fn create(&self, name: &str, spec: &Spec) -> Result<String, DockerError> {

@@ -27,6 +27,7 @@ pub(crate) trait Host: Send + Sync + 'static {
     fn place(&self, place: &MetricsPlace, id: &str) -> impl Future<Output = Answer<()>> + Send;
     fn disconnect(&self, network: &str, id: &str) -> impl Future<Output = Answer<()>> + Send;
     fn has_image(&self, image: &ImageRef) -> impl Future<Output = Answer<bool>> + Send;
+    fn image_id(&self, image: &ImageRef) -> impl Future<Output = Answer<Option<String>>> + Send;
     fn pull(&self, image: &ImageRef, progress: impl FnMut(u64, u64) + Send) -> impl Future<Output = Answer<()>> + Send;
     fn create(&self, name: &str, spec: &Spec) -> impl Future<Output = Answer<String>> + Send;
     fn start(&self, id: &str) -> impl Future<Output = Answer<()>> + Send;
@@ -89,6 +90,9 @@ impl Host for Machine {
     }
     async fn has_image(&self, image: &ImageRef) -> Answer<bool> {
         self.docker.has_image(image).await
+    }
+    async fn image_id(&self, image: &ImageRef) -> Answer<Option<String>> {
+        self.docker.image_id(image).await
     }
     async fn pull(&self, image: &ImageRef, progress: impl FnMut(u64, u64) + Send) -> Answer<()> {
         self.docker.pull(image, progress).await

@@ -14,8 +14,8 @@ use super::{COMES_BACK, Supervisor, trial};
 use crate::cause::Cause;
 use crate::channels::Wanted;
 use crate::docker::{
-    Inspected, MetricsPlace, NAME_LABEL, OWNER_LABEL, REDEPLOY_LABEL, RunState, Spec, TUNNEL_LABEL, TUNNEL_NAME_LABEL,
-    label_text,
+    IMAGE_LABEL, Inspected, MetricsPlace, NAME_LABEL, OWNER_LABEL, REDEPLOY_LABEL, RunState, Spec, TUNNEL_LABEL,
+    TUNNEL_NAME_LABEL, label_text,
 };
 use crate::state::{AgentId, DesiredState};
 
@@ -47,6 +47,7 @@ impl<H: Host> Supervisor<H> {
         ]);
         labels.insert(REDEPLOY_LABEL.to_owned(), wanted.redeploys.to_string());
         labels.extend(wanted.id.as_ref().map(|id| (TUNNEL_LABEL.to_owned(), id.to_string())));
+        labels.extend(self.refresh.id().map(|id| (IMAGE_LABEL.to_owned(), id.clone())));
         let name = wanted.name.as_deref().map(label_text).filter(|name| !name.is_empty());
         labels.extend(name.map(|name| (TUNNEL_NAME_LABEL.to_owned(), name)));
         Some(Spec {

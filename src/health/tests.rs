@@ -38,6 +38,7 @@ fn config() -> TunnelConfig {
         lease: Duration::from_secs(60),
         options: [].into(),
         host_gateway: true,
+        pull: crate::config::Pull::Missing,
         auto_connect: true,
     }
 }

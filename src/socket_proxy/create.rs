@@ -13,7 +13,7 @@ use serde::{Deserialize, Deserializer};
 use super::plan::Policy;
 use crate::config::connector_option;
 use crate::docker::{
-    COMMAND, HOST_GATEWAY, JOINED, METRICS_LABEL, METRICS_VARIABLE, MetricsPlace, NAME_LABEL, OWNER_LABEL,
+    COMMAND, HOST_GATEWAY, IMAGE_LABEL, JOINED, METRICS_LABEL, METRICS_VARIABLE, MetricsPlace, NAME_LABEL, OWNER_LABEL,
     REDEPLOY_LABEL, SPEC_LABEL, Spec, TUNNEL_LABEL, TUNNEL_NAME_LABEL, label_text, metrics_address,
 };
 use crate::state::{AgentId, Token, TunnelId};
@@ -231,11 +231,17 @@ fn check_labels(policy: &Policy, labels: &BTreeMap<String, String>) -> Result<()
         TUNNEL_LABEL => TunnelId::read(value).is_ok_and(|id| id.0 == *value),
         TUNNEL_NAME_LABEL => !value.is_empty() && *value == label_text(value),
         REDEPLOY_LABEL => is_number(value),
+        IMAGE_LABEL => is_image_id(value),
         NAME_LABEL => *value == policy.tunnel.container_name,
         // Which agent it is, the proxy does not know.
         key => key == OWNER_LABEL.0 && AgentId::try_from(value.clone()).is_ok(),
     });
     if fits && labels.contains_key(OWNER_LABEL.0) { Ok(()) } else { Err("create_labels") }
+}
+
+fn is_image_id(text: &str) -> bool {
+    let hex = text.strip_prefix("sha256:").filter(|hex| hex.len() == 64);
+    hex.is_some_and(|hex| hex.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')))
 }
 
 /// Only the tunnel's network and that of its metrics, as the agent makes them.

@@ -141,10 +141,9 @@ pub(super) async fn perform(docker: &Arc<Docker>, policy: &Policy, call: Call) -
         }
         Call::Image => {
             let image = &policy.tunnel.image;
-            if docker.has_image(image).await? {
-                Answer::Json(200, json!({ "RepoTags": [image.to_string()] }))
-            } else {
-                Answer::Json(404, json!({ "message": format!("No such image: {image}") }))
+            match docker.image_id(image).await? {
+                Some(id) => Answer::Json(200, json!({ "Id": id, "RepoTags": [image.to_string()] })),
+                None => Answer::Json(404, json!({ "message": format!("No such image: {image}") })),
             }
         }
         Call::Pull => pull(docker, policy).await?,

@@ -208,6 +208,9 @@ async fn a_running_tunnel_and_the_ways_from_it_are_seen_and_left_alone() -> Resu
     let checked = Checked::new(&stage.env, stage.data.path(), &[&stage.key, &tunnel.token]).await?;
     ensure!(checked.is("tunnel.assigned", "pass")?.contains("edge"));
     ensure!(checked.is("tunnel.container", "pass")?.contains("cloudflared 2025.9.0"));
+    // As time goes by, it only becomes older.
+    let told = checked.is("tunnel.version", "warn")?;
+    ensure!(told.contains("2025.9.0 is") && told.contains("one year") && told.contains("CLOUDFLARED_IMAGE="), "{told}");
     ensure!(checked.is("tunnel.ready", "pass")?.contains("connection"));
     checked.is("tunnel.alone", "pass")?;
     let named = |name: &str| -> Result<Value> {

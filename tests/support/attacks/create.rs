@@ -253,6 +253,8 @@ pub(super) fn values(attacks: &mut Attacks, target: &Target<'_>) {
         ("com.dockflare.agent.redeploy", "-1"),
         ("com.dockflare.agent.redeploy", "01"),
         ("com.dockflare.agent.tunnel-id", "a/b"),
+        ("com.dockflare.agent.image-id", "latest"),
+        ("com.dockflare.agent.image-id", "sha256:0123"),
         ("com.dockflare.agent.tunnel-id", ""),
         ("com.dockflare.agent.other", "x"),
         ("", ""),

@@ -162,7 +162,8 @@ impl Scene {
             image: Some(self.agent.clone()),
             env: environment(variables),
             host_config: Some(host),
-            labels: labels([(AGENT_LABEL, "1")]),
+            // By the second one its socket proxy knows it, as from the compose file.
+            labels: labels([(AGENT_LABEL, "1"), ("com.docker.compose.service", "dockflare-agent")]),
             // The image's own check, but more often.
             healthcheck: Some(HealthConfig { interval: Some(2_000_000_000), ..HealthConfig::default() }),
             stop_timeout: Some(60),
