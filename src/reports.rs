@@ -13,7 +13,6 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
@@ -29,10 +28,12 @@ use crate::registration::{Protocol, Registrar, Session};
 use crate::retry::{Backoff, Trouble};
 use crate::state::{Reported, Store};
 
+mod kept;
 mod ledger;
 mod outbox;
 mod rivalry;
 mod stubborn;
+use kept::Kept;
 use ledger::{Ledger, One, Outcome, Why};
 use outbox::{Message, Outbox};
 use rivalry::Rivalry;
@@ -126,20 +127,6 @@ struct Payload {
     body: String,
 }
 
-/// The file that says after a restart what the master knows.
-#[derive(Debug, Default)]
-struct Kept {
-    agent_id: Option<String>,
-    /// What it says; `None` while there is no such file.
-    document: Option<Reported>,
-    written: Option<Instant>,
-    /// A write that is under way: a slow disk must not hold up a report.
-    work: Option<JoinHandle<()>>,
-}
-
-/// The file is written again at most this often.
-const KEEP_EVERY: Duration = Duration::from_secs(5);
-
 /// What became of a message.
 enum Sent {
     /// Taken, by a master of this protocol where the answer shows it.
@@ -171,8 +158,7 @@ impl Reporter {
     ) -> Self {
         let document = inputs.reported.clone();
         let ledger = Ledger::new(document.clone().map(|reported| reported.containers));
-        let agent_id = document.as_ref().map(|reported| reported.agent_id.clone());
-        let kept = Kept { agent_id, document, ..Kept::default() };
+        let kept = Kept::new(inputs.store.clone(), document);
         Self {
             master,
             registrar,
@@ -467,24 +453,7 @@ impl Reporter {
     /// Keeps on disk what the master knows, while that must be known after a restart.
     fn keep(&mut self) {
         let document = self.ledger.to_keep().zip(self.kept.agent_id.clone());
-        let document = document.map(|(containers, agent_id)| Reported { agent_id, containers: containers.clone() });
-        let is_busy = self.kept.work.as_ref().is_some_and(|work| !work.is_finished());
-        let is_early = document.is_some() && self.kept.written.is_some_and(|at| at.elapsed() < KEEP_EVERY);
-        if is_busy || is_early || document == self.kept.document {
-            return;
-        }
-        let store = self.inputs.store.clone();
-        self.kept.document.clone_from(&document);
-        self.kept.written = Some(Instant::now());
-        self.kept.work = Some(tokio::spawn(async move {
-            // Without it an agent that is started again knows less, and is the more careful.
-            if let Err(error) = store.save_reported(document.as_ref()).await {
-                warn!(
-                    "it cannot be stored what the master knows: {}; after a restart nothing is called complete until that is known again",
-                    crate::error_chain(&error)
-                );
-            }
-        }));
+        self.kept.set(document.map(|(containers, agent_id)| Reported { agent_id, containers: containers.clone() }));
     }
 
     /// Says what is still due, each message once, and last that the tunnel stops.

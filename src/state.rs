@@ -13,6 +13,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use atomic_write_file::unix::OpenOptionsExt as _;
@@ -119,8 +120,10 @@ fn remedy(problem: &io::Error, uid: u32, dir: &Path) -> String {
 pub struct Store {
     dir: Arc<Path>,
     writes: Arc<Aside<io::Result<()>>>,
+    /// A write failed, and what it left may be there.
+    failed: Arc<AtomicBool>,
     /// Closing its file gives the folder back.
-    _lock: Arc<Lock>,
+    lock: Arc<Lock>,
 }
 
 /// A document that could not be understood and where it was put.
@@ -218,7 +221,7 @@ impl Store {
         if lock.is_held() {
             leftovers::remove(dir);
         }
-        let store = Self { dir: dir.into(), writes: Arc::default(), _lock: Arc::new(lock) };
+        let store = Self { dir: dir.into(), writes: Arc::default(), failed: Arc::default(), lock: Arc::new(lock) };
         let probe = dir.join(WRITABLE);
         store.replace(WRITABLE, b"").and_then(|()| fs::remove_file(probe)).map_err(unusable)?;
         Ok(store)
@@ -327,7 +330,18 @@ impl Store {
         })
     }
 
+    /// One at a time. What a write leaves that failed has a token in it, and a disk that refuses for long would be
+    /// filled with it: it is removed at once, or with the next write.
     fn replace(&self, name: &str, text: &[u8]) -> io::Result<()> {
+        let written = self.write(name, text);
+        let failed_before = self.failed.swap(written.is_err(), Ordering::Relaxed);
+        if (written.is_err() || failed_before) && self.lock.is_held() {
+            leftovers::remove(&self.dir);
+        }
+        written
+    }
+
+    fn write(&self, name: &str, text: &[u8]) -> io::Result<()> {
         let mut file = atomic_write_file::OpenOptions::new()
             .mode(0o600)
             .preserve_mode(false)

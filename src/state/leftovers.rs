@@ -1,4 +1,4 @@
-//! What a crash between writing a document and renaming it leaves: a hidden file beside it with a random end.
+//! What a crash between writing a document and renaming it leaves, or a disk that refuses either: a hidden file beside it with a random end.
 //!
 //! Nobody reads such a file, and each crash would leave one more, with a token in it. Only what carries such a name
 //! is removed.
@@ -8,12 +8,13 @@
 use std::fs;
 use std::path::Path;
 
-use super::{AGENT_ID, TOMBSTONE, TUNNEL, WRITABLE};
+use super::{AGENT_ID, REPORTED, TOMBSTONE, TUNNEL, WRITABLE};
 
 /// Length of the random end that atomic-write-file (0.3) gives its files.
 const SUFFIX: usize = 6;
 
-/// Removes the leftovers of earlier runs. What cannot be removed does no harm, and is tried again at the next start.
+/// Removes the leftovers of earlier runs and writes. What cannot be removed does no harm, and is tried again with the
+/// next write and at the next start.
 pub(super) fn remove(dir: &Path) {
     let Ok(entries) = fs::read_dir(dir) else { return };
     for entry in entries.flatten() {
@@ -28,7 +29,7 @@ pub(super) fn remove(dir: &Path) {
 fn is_leftover(name: &str) -> bool {
     let document_and_end = name.strip_prefix('.').and_then(|rest| rest.rsplit_once('.'));
     document_and_end.is_some_and(|(document, end)| {
-        [AGENT_ID, TUNNEL, TOMBSTONE, WRITABLE].contains(&document)
+        [AGENT_ID, TUNNEL, TOMBSTONE, REPORTED, WRITABLE].contains(&document)
             && end.len() == SUFFIX
             && end.chars().all(|c| c.is_ascii_alphanumeric())
     })

@@ -11,6 +11,7 @@ mod certificates;
 mod check;
 mod counts;
 mod desk;
+mod disk;
 mod folder;
 mod hang;
 mod key;
