@@ -166,8 +166,13 @@ fn tokens_that_cloudflared_would_refuse_have_no_claims() {
 #[test]
 fn what_a_crash_in_the_middle_of_a_write_left_is_ignored_and_removed_at_the_next_start() {
     let dir = tempfile::tempdir().unwrap();
-    let leftovers =
-        [".tunnel_state.json.a1B2c3", ".agent_id.txt.ZZZZZZ", ".decommission.json.000000", "..writable.xyzXYZ"];
+    let leftovers = [
+        ".tunnel_state.json.a1B2c3",
+        ".agent_id.txt.ZZZZZZ",
+        ".decommission.json.000000",
+        ".reported.json.abc123",
+        "..writable.xyzXYZ",
+    ];
     let of_others = [
         ".tunnel_state.json.a1B2c",
         ".tunnel_state.json.a1B2c3d",
