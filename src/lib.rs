@@ -32,6 +32,10 @@
 //! [`socket_proxy`] is another program in the same file, which holds the Docker socket in a container of its own: the
 //! agent reaches Docker through it. It knows of the above only what the agent asks of Docker and reads of its answers.
 //!
+//! Before the first request to the master there is `arrival`: the agent joins the tunnel's network with its own container
+//! (`membership`), since the master may be known there only, and finds out what to call itself ([`introduction`]). After
+//! it there is `pending`, which says what to do until somebody has enrolled the agent.
+//!
 //! Two subcommands stand beside all this and start none of it: [`check`] tries each thing that the agent needs without
 //! changing anything, [`bundle`] gathers what helps to find out what is wrong.
 //!
