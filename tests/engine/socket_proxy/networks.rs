@@ -265,10 +265,11 @@ async fn the_agents_own_container_and_no_other_joins_and_leaves_the_tunnels_netw
     stage.set("AUTO_CONNECT_NETWORKS", "true");
     let (metrics, other) = (stage.scope.name("metrics"), stage.scope.name("other"));
     stage.set("CLOUDFLARED_METRICS_NETWORK", metrics.clone());
+    // Before the agent makes it: what was there already is left alone.
+    stage.scope.owns_network(&metrics);
     let tunnel = Tunnel::new(&stage, "");
     tunnel.agent_with_ready_tunnel(&stage).await?.sigkill()?;
     let scope = &stage.scope;
-    scope.owns_network(&metrics);
     scope.create_network(&other).await?;
     let proxy = SocketProxy::start(&agent_binary(), &stage.env)?;
     let path = proxy.path();
