@@ -4,10 +4,11 @@
 use anyhow::{Context, Result, ensure};
 use dockflare_dev_master::Protocol;
 use serde_json::json;
-use testkit::{AgentProcess, Case, Scope};
+use testkit::models::HostConfig;
+use testkit::{AgentProcess, Case, Scope, Spec, images, wait_until};
 
 use crate::support::relay::{REFUSAL, Relay, Way};
-use crate::support::{SOON, Stage};
+use crate::support::{SOON, Stage, agent_binary};
 
 pub(crate) fn cases() -> Vec<Case> {
     testkit::cases![
@@ -18,6 +19,7 @@ pub(crate) fn cases() -> Vec<Case> {
         a_newcomer_without_the_network_is_told_the_command,
         a_newcomer_without_the_image_is_told_what_to_check,
         a_newcomer_with_a_bad_token_is_told_where_to_get_another,
+        a_newcomer_without_a_volume_and_with_localhost_for_the_master_is_told_both,
     ]
 }
 
@@ -104,4 +106,35 @@ async fn a_newcomer_with_a_bad_token_is_told_where_to_get_another() -> Result<()
     let bad = json!({ "action": "start_tunnel", "tunnel_name": "edge", "tunnel_id": "t", "token": "%%%" });
     stage.master.push_commands(&known.id, vec![bad])?;
     one_line(&agent, "refusing a tunnel command", "enrol the agent again on the master's page").await
+}
+
+async fn a_newcomer_without_a_volume_and_with_localhost_for_the_master_is_told_both() -> Result<()> {
+    let mut stage = stage().await?;
+    stage.set("DOCKFLARE_MASTER_URL", "http://localhost:9");
+    for name in ["DOCKFLARE_DATA_DIR", "DOCKER_HOST"] {
+        stage.set(name, "");
+    }
+    let image = images().agent(&agent_binary()).await?;
+    let env: Vec<_> = stage.env.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    stage.scope.create_network(&stage.network).await?;
+    let spec = Spec {
+        image: &image,
+        env: &env,
+        network: Some(&stage.network),
+        host: HostConfig::default(),
+        ..Spec::default()
+    };
+    let id = stage.scope.run(spec).await?;
+    for (words, remedy) in [
+        ("the data folder is on no volume", "mount a volume there"),
+        ("localhost is the agent's own container", "host.docker.internal"),
+    ] {
+        let found = wait_until(words, SOON, async || {
+            let log = stage.scope.logs(&id).await.ok()?;
+            log.lines().find(|line| line.contains(words)).map(str::to_owned)
+        });
+        let line = found.await?;
+        ensure!(line.contains(remedy) && line.contains(" WARN "), "{line}");
+    }
+    Ok(())
 }

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use testkit::AgentProcess;
 
 use crate::desk::{BOTH, Desk, stop};
+use crate::folder::skipped;
 use crate::support::SOON;
 
 /// The calls of which each write consists, in their order. With those that are given the
@@ -90,9 +91,7 @@ fn number(variable: &str, otherwise: u64) -> u64 {
     given.map_or(otherwise, |text| text.parse().unwrap_or_else(|error| panic!("{variable}={text}: {error}")))
 }
 
-fn skipped() {
-    eprintln!("skipped: this machine has no strace, or lets nobody look into another process");
-}
+const NO_STRACE: &str = "this machine has no strace, or lets nobody look into another process";
 
 fn lines(agent: &AgentProcess, from: usize, text: &str) -> usize {
     agent.log().lines().skip(from).filter(|line| line.contains(text)).count()
@@ -123,7 +122,7 @@ async fn what_the_disk_refuses_at_any_call_is_kept_said_once_and_stored_when_the
         for (round, (point, (error, words))) in plan.into_iter().enumerate() {
             let before = told(&desk);
             let lasts = random.bool();
-            let Some(refusing) = Refusing::begin(&agent, &desk, point, error).await else { return skipped() };
+            let Some(refusing) = Refusing::begin(&agent, &desk, point, error).await else { return skipped(NO_STRACE) };
             let mark = agent.mark();
             let mut after = before.clone();
             match (round == last, random.u8(0..3)) {
@@ -195,7 +194,7 @@ async fn an_id_that_the_disk_refuses_is_not_used_before_it_is_stored_and_there_i
         desk.master.fault(Route::Register, away, Times::UntilCleared);
         let mut agent = desk.agent().unwrap();
         desk.answered(Route::Register, 503).await.unwrap();
-        let Some(refusing) = Refusing::begin(&agent, &desk, point, error).await else { return skipped() };
+        let Some(refusing) = Refusing::begin(&agent, &desk, point, error).await else { return skipped(NO_STRACE) };
         desk.master.clear_faults();
         let said = agent.wait_for_log("cannot be stored", SOON).await.unwrap();
         assert!(said.contains(words) && said.contains("nothing is reported until then"), "{said}");

@@ -98,7 +98,7 @@ fn mount(args: &[&str]) -> bool {
 }
 
 /// What libtest has no word for: said on standard error, and a failure where everything must run.
-fn skipped(why: &str) {
+pub(crate) fn skipped(why: &str) {
     assert!(!testkit::in_ci(), "{why}");
     eprintln!("skipped: {why}");
 }
