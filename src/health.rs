@@ -1,12 +1,12 @@
-//! The tunnel supervisor: one connector, kept as it is wanted, and what is known of it.
+//! The tunnel supervisor: keeps one connector as the master wants it, and reports its state.
 //!
-//! Each pass looks at the tunnel's container and at its successor, where there is one (`look`), tells what that means
-//! ([`classify`]) and what all looks so far mean (`course`), compares with what is wanted (`plan`), acts (`act`), and
-//! publishes a [`View`]. What is wrong has one name each, [`Cause`], and is answered by what helps against it: mostly
-//! by waiting, by a restart only where it hangs. Nothing is remembered that the next pass could not find out again, so
-//! the agent may be killed between any two steps: whatever it left is one of the states the plan starts from. A pass is
-//! woken by the desired state, by Docker's events, or by a timer; after a failed attempt further ones wait for a
-//! back-off.
+//! Each pass looks at the tunnel's container and at its successor, if there is one (`look`), classifies what it saw
+//! ([`classify`]), weighs that against earlier looks (`course`), compares the result with the goal (`plan`), acts
+//! (`act`), and publishes a [`View`]. Every fault has one name, [`Cause`], and gets the remedy that fits it: usually
+//! waiting, a restart only when the connector hangs. The supervisor keeps nothing in memory that the next pass could
+//! not find out again. The agent may therefore be killed between any two steps: the plan can start from every state
+//! that this leaves. A change of the desired state, a Docker event or a timer starts a pass. After a failed attempt the
+//! next one waits for a back-off.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -55,16 +55,16 @@ use refresh::Refresh;
 use stray::Strays;
 use trial::Trial;
 
-/// Between two passes while all is well; events wake it at once.
+/// Pause between two passes while all is well. Events start one at once.
 const CALM: Duration = Duration::from_secs(15);
-/// What a shutdown allows a step that is under way, or a look, to Docker: it kills the agent itself after 10 s.
+/// How long a shutdown waits for Docker to finish a step or a look. Docker kills the agent itself after 10 s.
 const LAST_STEP_LIMIT: Duration = Duration::from_secs(3);
-/// Pauses between restarts of a connector that hangs again, and between replacements that fail.
+/// Pauses between restarts of a connector that keeps hanging, and between replacements that fail.
 const FIRST_PAUSE: Duration = Duration::from_secs(60);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1800);
-/// A connector that was ready for this long without a break is well: the next hang is a new one.
+/// A connector that was ready for this long without a break has recovered: the next hang counts as a new one.
 const WELL_AFTER: Duration = Duration::from_secs(600);
-/// A container that ended gets this long to come back: `docker restart` by hand ends it and starts it again.
+/// Give a container that ended this long to come back: a manual `docker restart` ends it and starts it again.
 const COMES_BACK: Duration = Duration::from_secs(2);
 
 /// The supervisor task.
@@ -79,38 +79,38 @@ pub(crate) struct Supervisor<H = Machine> {
     next: Known,
     /// Id of the container under the tunnel's name.
     main_id: Option<String>,
-    /// Waits after a step that failed, and the end of the present one.
+    /// Back-off after a failed step, and when the current wait ends.
     backoff: Backoff,
     not_before: Option<Instant>,
     problem: Option<Problem>,
-    /// Hash of the spec whose successor could not become ready because of its token: another token must come.
+    /// Hash of the spec whose successor could not become ready because of its token. Only another token helps.
     given_up: Option<String>,
-    /// This Engine cannot give the container a name for its host.
+    /// This Engine cannot give the container a name for its host (`host-gateway`).
     no_host_gateway: bool,
-    /// What Docker refused lately. Asked again for each replacement.
+    /// What Docker refused recently. Tried again for each new spec.
     refused: Refused,
     restarts: Restarts,
     strays: Strays,
     refresh: Refresh,
-    /// Waits after a successor that did not become ready beside one that serves, and the end of the present one.
+    /// Back-off after a successor did not become ready beside a connector that serves, and when the current wait ends.
     replacing: Backoff,
     rests_until: Option<Instant>,
-    /// While the connector serves nobody.
+    /// Set while the connector serves nobody.
     outage: Option<Outage>,
-    /// What trials over HTTP/2 have told.
+    /// What trials over HTTP/2 have shown.
     trial: Trial,
-    /// The start of the connector that ended, and when that was seen.
+    /// Which start of the connector ended (container id and start time), and when the supervisor noticed.
     ended: Option<(String, Instant)>,
-    /// Docker did not answer at the last look.
+    /// Docker did not answer at the previous look.
     was_silent: bool,
-    /// Whether cloudflared is draining, which takes as long as it takes.
+    /// Whether cloudflared is draining. A shutdown does not cut a drain short.
     draining: watch::Sender<bool>,
     attempts: Trouble,
     replacements: Trouble,
     sick: Trouble,
     connecting: Trouble,
     leaving: Trouble,
-    /// Networks that the agent has connected the container to and nobody needs any more, since when.
+    /// Networks that the agent connected the container to and no workload needs any more, and when to leave each.
     needless: BTreeMap<String, act::Leave>,
     metrics: Metrics,
 }
@@ -118,15 +118,15 @@ pub(crate) struct Supervisor<H = Machine> {
 /// What the supervisor reads.
 #[derive(Debug)]
 pub(crate) struct Inputs {
-    /// What is wanted.
+    /// The desired state.
     pub(crate) wanted: watch::Receiver<Wanted>,
     /// Networks that the container should be on besides its own.
     pub(crate) ways: watch::Receiver<Ways>,
-    /// Rung by Docker's events.
+    /// Docker's events ring it.
     pub(crate) wake: mpsc::Receiver<()>,
 }
 
-/// The ways of replacing that Docker refuses, and for which spec that was found out.
+/// The ways of replacing a container that Docker refuses, and the spec it refused them for.
 #[derive(Debug, Default)]
 struct Refused {
     hash: String,
@@ -139,7 +139,7 @@ struct Refused {
 struct Restarts {
     pauses: Backoff,
     not_before: Option<Instant>,
-    /// Which container, and how often.
+    /// Id of the container, and how often it was restarted.
     done: (String, u64),
 }
 
@@ -147,7 +147,7 @@ impl Supervisor {
     /// `hostname` is the agent's own `HOSTNAME`.
     ///
     /// # Errors
-    /// When no HTTP client can be set up.
+    /// When the HTTP client cannot be set up.
     pub(crate) fn new(
         docker: Arc<Docker>,
         config: TunnelConfig,
@@ -205,10 +205,10 @@ impl<H: Host> Supervisor<H> {
         }
     }
 
-    /// Keeps the tunnel as it is wanted until `stop`, then leaves it as the configuration says.
+    /// Keeps the tunnel as the master wants it until `stop`, then keeps or removes its containers as configured.
     ///
-    /// A step that is under way is finished, within seconds unless it is cloudflared's drain. One that is dropped
-    /// has left a state that the next start begins with.
+    /// On `stop`, a step that is under way gets a few seconds to finish; cloudflared's drain gets all the time it
+    /// needs. The next start picks up from whatever a dropped step left.
     pub(crate) async fn run(mut self, stop: CancellationToken) {
         let mut draining = self.draining.subscribe();
         let pulled = self.refresh.done.clone();
@@ -216,7 +216,7 @@ impl<H: Host> Supervisor<H> {
             let overdue = async {
                 stop.cancelled().await;
                 sleep(LAST_STEP_LIMIT).await;
-                // An error means that nobody drains any more.
+                // An error means that nothing drains any more.
                 let _ = draining.wait_for(|draining| !draining).await;
             };
             let pause = tokio::select! {
@@ -240,7 +240,7 @@ impl<H: Host> Supervisor<H> {
         self.leave().await;
     }
 
-    /// Removes what a crash has left of a tunnel that is no more. Tried until Docker answers.
+    /// Removes the containers that a crash left of a tunnel that no longer exists. Retries until Docker answers.
     pub(crate) async fn clear(mut self, stop: CancellationToken) {
         while let Err(error) = self.clear_once().await {
             self.attempts.failed(&format_args!("cannot be removed, since Docker {error}"), "trying again");
@@ -251,7 +251,7 @@ impl<H: Host> Supervisor<H> {
         }
     }
 
-    /// Looks, acts where needed, and publishes. Returns how long nothing needs to be looked at.
+    /// Looks, acts if needed, and publishes. Returns how long to wait before the next look.
     async fn pass(&mut self, stop: &CancellationToken) -> Duration {
         let wanted = self.inputs.wanted.borrow_and_update().clone();
         self.freshen(&wanted).await;
@@ -293,7 +293,7 @@ impl<H: Host> Supervisor<H> {
             let is_replacing = waits || scene.next.is_some() || scene.given_up || scene.resting;
             self.settled(&sight, &goal, is_replacing).await;
         } else if self.not_before.is_none_or(|at| Instant::now() >= at) {
-            // A further attempt after a failed one is no news: the status stays what it is until it succeeds.
+            // Another attempt after a failed one is no news: keep the status until one succeeds.
             let is_trial = steps.contains(&Step::Create(Slot::Next, Make::Trial));
             if is_trial && self.asks_why(&goal) {
                 self.announce_trial();
@@ -304,7 +304,8 @@ impl<H: Host> Supervisor<H> {
                 self.publish(&wanted, &sight, lost.as_ref(), matches!(goal, Goal::Run { .. })).await;
                 self.announce(&goal, &sight, &steps);
             }
-            // Beside one that is made as it should be, a fresh one that is thrown away has failed nobody.
+            // While the connector is made as it should be, discarding a fresh one beside it is not a failed
+            // replacement.
             let is_other =
                 sight.main.as_ref().is_some_and(|main| goal.order().is_none_or(|order| order.made(main).is_none()));
             let is_return = self.main.is_ready() && self.is_over_http2(&sight, &goal);
@@ -325,7 +326,7 @@ impl<H: Host> Supervisor<H> {
                         self.metrics.replacement(true);
                         self.settle();
                     }
-                    // Whether it becomes ready is still to be seen.
+                    // The successor has yet to become ready.
                     None if steps.last() == Some(&Step::Start(Slot::Next)) => {}
                     None if steps.last() == Some(&Step::Remove(Slot::Next)) => {}
                     None => self.settle(),
@@ -343,10 +344,10 @@ impl<H: Host> Supervisor<H> {
         self.publish(&wanted, &sight, problem.as_ref(), false).await.min(pause)
     }
 
-    /// Nothing to do: all is well, it takes time, or the container is not ours.
+    /// Handles a pass without steps: all is well, something takes time, or the container is not ours.
     async fn settled(&mut self, sight: &Sight, goal: &Goal, is_replacing: bool) {
         let Goal::Run { .. } = goal else {
-            // Nothing works again where nothing is to run.
+            // Nothing is meant to run, so drop the troubles without reporting a recovery.
             self.attempts.dropped();
             self.sick.dropped();
             return self.settle();
@@ -364,7 +365,7 @@ impl<H: Host> Supervisor<H> {
                 self.attempts.failed(&problem, problem.cause.next());
                 self.problem = Some(problem);
             }
-            // A successor is under way, or was given up: what was said of that stays true.
+            // A successor is under way or was given up: what was reported about it still holds.
             Some(_) if is_replacing => {}
             Some(main) => {
                 self.settle();
@@ -382,7 +383,8 @@ impl<H: Host> Supervisor<H> {
         }
     }
 
-    /// A container that runs and is not on its network, which was removed, or from which it was taken.
+    /// Returns the problem of a running container that is off its network: the network was removed, or the container
+    /// was disconnected from it.
     fn lost_network(&self, sight: &Sight, goal: &Goal) -> Option<Problem> {
         let (Some(main), Some(order)) = (&sight.main, goal.order()) else { return None };
         let is_made = main.state == RunState::Running && order.made(main).is_some();
@@ -392,7 +394,7 @@ impl<H: Host> Supervisor<H> {
 
     fn settle(&mut self) {
         self.attempts.ended();
-        // That it is replaced was said.
+        // The replacement itself has been reported.
         self.replacements.dropped();
         self.problem = None;
         self.given_up = None;
@@ -406,7 +408,7 @@ impl<H: Host> Supervisor<H> {
         self.problem = Some(problem);
     }
 
-    /// A fresh connector was made beside one that serves nobody, or could not be: the next one comes in its time.
+    /// A fresh connector was made beside one that serves nobody, or could not be made. Schedules the next one.
     fn round_made(&mut self) {
         if let Some(outage) = &mut self.outage {
             outage.made(Instant::now());
@@ -414,13 +416,13 @@ impl<H: Host> Supervisor<H> {
         }
     }
 
-    /// It serves over HTTP/2 and cannot do so yet as it is wanted.
+    /// The tunnel serves over HTTP/2 and cannot go back to the wanted protocol yet.
     fn return_failed(&mut self, cause: Cause) {
         let pause = self.trial.returns_later(Instant::now());
         info!(reason = cause.reason(), next_try = %Lasts(pause), "the tunnel stays on HTTP/2");
     }
 
-    /// A successor was taken back: the one before it stays.
+    /// A successor was removed again: the connector before it stays.
     fn successor_failed(&mut self, cause: Cause, goal: &Goal) {
         self.metrics.replacement(false);
         let next = match goal {
@@ -443,7 +445,7 @@ impl<H: Host> Supervisor<H> {
         self.problem = Some(Problem::new(cause, ""));
     }
 
-    /// Docker does not answer. The tunnel may run all the same, which cloudflared itself can tell.
+    /// Docker does not answer. The tunnel may still run, so ask cloudflared itself.
     async fn docker_is_silent(&mut self, wanted: &Wanted, error: &DockerError) -> Duration {
         self.was_silent = true;
         let mut view = self.view.borrow().clone();
@@ -455,7 +457,7 @@ impl<H: Host> Supervisor<H> {
             view.connections = Some(connections);
         } else {
             let problem = Problem::of(error);
-            // That Docker is away is said once, by the event task.
+            // The event task reports once that Docker is away.
             if !error.is_away() {
                 self.attempts.failed(&problem, problem.cause.next());
             }
@@ -482,7 +484,7 @@ impl<H: Host> Supervisor<H> {
     }
 }
 
-/// Whether these steps end a replacement: the successor has the name, or it was made in place.
+/// Whether these steps complete a replacement: the successor takes the name, or the container was replaced in place.
 fn is_takeover(goal: &Goal, steps: &[Step]) -> bool {
     let in_place = [Step::Stop(Slot::Main), Step::Start(Slot::Main)];
     matches!(goal, Goal::Run { .. })

@@ -1,9 +1,10 @@
-//! What the master wants of the tunnel: polling commands, and owning the desired state and its file.
+//! Polls the master for commands, and owns the desired state and the file that stores it.
 //!
-//! The master forgets a command when it has sent it, so a whole reply is turned into one new desired state, which
-//! is on disk before anyone acts on it (write, then publish). If the disk refuses, the state waits in memory,
-//! nothing more is fetched, and log and health say so. Ingress rules that were delivered stay in the file until
-//! Cloudflare has them. A tunnel is forgotten when both the master and the edge have let go of it. This task never touches Docker: the supervisor compares what is wanted with what is.
+//! The master forgets a command once it has sent it. The poller therefore turns a whole reply into one new desired
+//! state and writes that to disk before anyone acts on it (write, then publish). If the disk refuses, the state waits
+//! in memory, the poller fetches nothing more, and log and health say so. Delivered ingress rules stay in the file
+//! until Cloudflare has them. The agent forgets a tunnel when the master no longer knows this host and the edge refuses
+//! the token. This task never touches Docker: the supervisor compares the desired state with what runs.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -32,16 +33,16 @@ use commands::{Command, Rejected};
 use decommission::PendingAck;
 pub(crate) use decommission::epitaph;
 
-/// How the task came to its end.
+/// How the task ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
-    /// It was asked to.
+    /// A shutdown.
     Shutdown,
-    /// The master has let go of this agent.
+    /// The master has decommissioned this agent.
     Decommissioned,
 }
 
-/// What is kept, as it is on disk at this moment.
+/// The stored state, as it is on disk at this moment.
 #[derive(Debug)]
 pub struct OnDisk {
     /// The data folder.
@@ -52,16 +53,16 @@ pub struct OnDisk {
     pub tombstone: Option<Tombstone>,
 }
 
-/// What the poller tells others, and what it must know of them.
+/// What the poller shares with other tasks, and what it reads from them.
 #[derive(Debug)]
 pub struct Links {
-    /// What is wanted.
+    /// The desired state.
     pub wanted: watch::Sender<Wanted>,
-    /// How the tunnel is.
+    /// The state of the tunnel.
     pub view: watch::Receiver<View>,
     /// Counts the commands.
     pub metrics: Metrics,
-    /// What is tried again is listed here.
+    /// Lists what is being retried.
     pub concerns: Concerns,
 }
 
@@ -74,15 +75,15 @@ pub struct Poller {
     interval: Duration,
     cloudflared_image: String,
     links: Links,
-    /// Session whose assignment was looked at.
+    /// Number of the last session whose assignment was checked.
     recovered: u64,
-    /// A reply may have been lost, and commands with it, of which a v1 registration tells the tunnel.
+    /// A reply, and commands with it, may have been lost. A v1 registration names the tunnel they were about.
     reply_lost: bool,
     ack: Option<PendingAck>,
     timers: Timers,
 }
 
-/// When each thing is next due, and how to wait longer.
+/// When each thing is next due, and the back-off of each.
 #[derive(Debug)]
 struct Timers {
     poll: Instant,
@@ -91,22 +92,22 @@ struct Timers {
     pushing: Retry,
     ack: Instant,
     acking: Retry,
-    /// When a v1 master may be asked again whether the tunnel is still this host's.
+    /// When a v1 master may next be asked whether the tunnel still belongs to this host.
     claim: Instant,
     disk: Trouble,
     no_route: bool,
 }
 
-/// A command poll that is under way when the shutdown comes may carry commands: it gets this long,
+/// How long a shutdown waits for the reply to a command poll that is under way: the reply may carry commands.
 const LAST_REPLY_LIMIT: Duration = Duration::from_secs(3);
-/// in pieces of this length: where the whole machine stands still for a while, as many do when they go down, what came
-/// meanwhile has its turn before the next piece begins.
+/// The wait is split into pieces of this length. Many machines freeze for a while as they go down: what arrived during
+/// the freeze is then read before the next piece begins.
 const LAST_REPLY_PIECE: Duration = Duration::from_millis(250);
 const FIRST_WAIT: Duration = Duration::from_secs(1);
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
 
 impl Poller {
-    /// `wanted` of the links holds what follows from `disk`.
+    /// The caller has already set the `wanted` channel of `links` from `disk`.
     pub fn new(
         master: Arc<Master>,
         registrar: Arc<Registrar>,
@@ -142,16 +143,16 @@ impl Poller {
         }
     }
 
-    /// Polls until `shutdown` or until the master has let go of this agent.
+    /// Polls until `shutdown` or until the master has decommissioned this agent.
     pub async fn run(mut self, shutdown: CancellationToken) -> Ended {
         let mut sessions = self.registrar.watch();
         loop {
-            // One that comes after this look, as while a poll is under way, wakes the wait below.
+            // A session that starts after this point, for example during a poll, wakes the wait below.
             sessions.mark_unchanged();
             let session = tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return Ended::Shutdown,
-                // After the last phase the key may be gone, and registering would wait for ever.
+                // After the last phase the key may be gone, and registering would wait forever.
                 () = std::future::ready(()), if self.is_finalized() => None,
                 session = self.registered(None, &shutdown) => session,
             };
@@ -175,13 +176,13 @@ impl Poller {
             }
             let ack_at = self.ack.is_some().then_some(self.timers.ack);
             let push_at = self.disk.state.pending_ingress.is_some().then_some(self.timers.push);
-            // However long it is until then, it shows in between that it lives.
+            // However long the wait, wake in between to show that this task is alive.
             let next = [Some(self.timers.poll), ack_at, push_at, Some(now + BEAT)].into_iter().flatten().min();
             tokio::select! {
                 () = shutdown.cancelled() => return Ended::Shutdown,
                 () = sleep_until(next.unwrap_or(self.timers.poll)) => {}
-                // The acknowledgement waits for the supervisor to stop the container, and a removed host for its word
-                // on the token.
+                // The acknowledgement waits for the supervisor to stop the container. A removed host waits for the
+                // supervisor to report whether the edge refuses the token.
                 Ok(()) = self.links.view.changed(), if self.awaits_view(session.as_deref()) => {
                     self.timers.ack = Instant::now();
                 }
@@ -190,7 +191,7 @@ impl Poller {
         }
     }
 
-    /// Whether a change of the view may be what is waited for.
+    /// Whether a change of the view may be what this task waits for.
     fn awaits_view(&self, session: Option<&Session>) -> bool {
         let by_registration = session.is_some_and(|session| session.protocol == Protocol::V1);
         self.ack.is_some() || self.disk.state.unclaimed || by_registration && self.disk.state.token.is_some()
@@ -200,7 +201,7 @@ impl Poller {
         self.disk.tombstone.as_ref().is_some_and(|tombstone| tombstone.phase == Phase::Finalized)
     }
 
-    /// One look for commands. Returns whether the master has let go of this agent.
+    /// Polls once for commands. Returns whether the master has decommissioned this agent.
     async fn poll(&mut self, session: Option<&Session>, shutdown: &CancellationToken) -> bool {
         let agent = match (session, &self.disk.tombstone) {
             (Some(session), _) => session.agent_id.clone(),
@@ -212,7 +213,7 @@ impl Poller {
             let mut reply = std::pin::pin!(master.commands(&agent));
             tokio::select! {
                 reply = &mut reply => Some(reply),
-                // What is on its way would be lost with the connection.
+                // Dropping the connection would lose a reply that is on its way.
                 () = shutdown.cancelled() => last_reply(reply.as_mut()).await,
             }
         };
@@ -241,7 +242,7 @@ impl Poller {
                 self.timers.poll = Instant::now() + wait;
                 match (&error, error.status()) {
                     _ if error.is_away() => false,
-                    // Something between the two may say that as well, and then it means nothing.
+                    // A proxy in between may send this status too; then it means nothing.
                     _ if is_refused && self.is_finalized() => error.is_explained() && self.bury().await,
                     _ if is_refused => {
                         if error.status() == Some(404) && error.is_explained() {
@@ -259,7 +260,7 @@ impl Poller {
         }
     }
 
-    /// Turns a whole reply into one new state, stores it, and only then tells anyone.
+    /// Turns a whole reply into one new state, stores it, and only then publishes it.
     async fn carry_out(&mut self, agent: &AgentId, commands: &[Value], shutdown: &CancellationToken) {
         if commands.is_empty() {
             return;
@@ -267,7 +268,7 @@ impl Poller {
         let mut state = self.disk.state.clone();
         let mut tombstone = self.disk.tombstone.clone();
         let mut refusal = self.links.wanted.borrow().refusal.clone();
-        // Said once it is on disk: until then it could be lost.
+        // Logged once it is on disk: until then a command could be lost.
         let mut carried_out = Vec::new();
         for value in commands {
             let count = |outcome| {
@@ -317,7 +318,8 @@ impl Poller {
                 count(metrics::REFUSED);
                 warn!(operation = order.operation_id, code, "refusing {}", command.name());
             } else {
-                // The state again with a tombstone that was there: a crash may have come between the two.
+                // Update the state even if the tombstone was there already: a crash may have come between the two
+                // writes.
                 tombstone = written.or(tombstone);
                 state.desired_state = DesiredState::Stopped;
                 if tombstone.as_ref().is_some_and(|tombstone| tombstone.phase == Phase::Finalized) {
@@ -344,7 +346,7 @@ impl Poller {
         self.publish(state, tombstone, refusal);
     }
 
-    /// Looks once at what the master says at registration: on v1 the way back to a command that was lost.
+    /// Checks once per session what the master says at registration. On v1 this recovers a command that was lost.
     async fn recover(&mut self, session: &Session, shutdown: &CancellationToken) {
         if self.recovered >= session.number {
             return;
@@ -354,7 +356,8 @@ impl Poller {
             self.unclaim(shutdown).await;
             self.say_unassigned();
         } else if self.disk.state.unclaimed && session.protocol != Protocol::V1 {
-            // A v2 master takes an agent under its id only while it knows it; a v1 master names its tunnel as well.
+            // A v2 master accepts an agent's id only while it knows the agent; a v1 master also names the agent's
+            // tunnel.
             let state = TunnelState { unclaimed: false, ..self.disk.state.clone() };
             let refusal = self.links.wanted.borrow().refusal.clone();
             self.commit(state, refusal, shutdown).await;
@@ -362,7 +365,7 @@ impl Poller {
         let Some(assignment) = session.assignment.as_ref().filter(|_| self.disk.tombstone.is_none()) else { return };
         match commands::recover(&self.disk.state, assignment, &session.agent_id) {
             Ok(None) => {}
-            // Only that it is ours again.
+            // Nothing new, except that the tunnel is assigned to this host again.
             Ok(Some(state)) if self.disk.state.unclaimed && state.token == self.disk.state.token => {
                 self.commit(state, None, shutdown).await;
             }
@@ -383,15 +386,15 @@ impl Poller {
         }
     }
 
-    /// Stores what changed, then tells the others.
+    /// Stores the new state, then publishes it.
     async fn commit(&mut self, state: TunnelState, refusal: Option<Refusal>, shutdown: &CancellationToken) {
         if self.store(&state, None, shutdown).await {
             self.publish(state, None, refusal);
         }
     }
 
-    /// Stores what changed. While the disk refuses this waits, since what comes next would be lost as well; a
-    /// shutdown ends the wait, and with it what is not on disk. Returns whether it is.
+    /// Stores what changed. Retries while the disk refuses, because the next reply would be lost as well. A shutdown
+    /// ends the wait and loses what is not on disk. Returns whether the state is stored.
     async fn store(
         &mut self,
         state: &TunnelState,
@@ -418,7 +421,7 @@ impl Poller {
         true
     }
 
-    /// Tells the others what is wanted, once it is on disk.
+    /// Publishes a desired state that is on disk.
     fn publish(&mut self, state: TunnelState, tombstone: Option<Tombstone>, refusal: Option<Refusal>) {
         self.disk.state = state;
         self.disk.tombstone = tombstone;
@@ -431,7 +434,7 @@ impl Poller {
         state: &TunnelState,
         tombstone: Option<&Tombstone>,
     ) -> Result<(), crate::state::StateError> {
-        // The tombstone first: on its own it stops the tunnel, also after a crash between the two.
+        // The tombstone first: on its own it stops the tunnel, even after a crash between the two writes.
         if let Some(tombstone) = tombstone.filter(|tombstone| self.disk.tombstone.as_ref() != Some(tombstone)) {
             self.disk.store.save_tombstone(tombstone).await?;
         }
@@ -442,7 +445,7 @@ impl Poller {
     }
 }
 
-/// Waits for a reply for [`LAST_REPLY_LIMIT`], in which this task has its turn.
+/// Waits up to [`LAST_REPLY_LIMIT`] for a reply, in pieces that let this task run in between.
 async fn last_reply<T>(mut reply: Pin<&mut impl Future<Output = T>>) -> Option<T> {
     for _ in 0..LAST_REPLY_LIMIT.div_duration_f64(LAST_REPLY_PIECE) as u32 {
         if let Ok(reply) = timeout(LAST_REPLY_PIECE, &mut reply).await {

@@ -1,4 +1,4 @@
-//! Carrying out a plan: the steps themselves, what each needs before it, and what is done where Docker refuses one.
+//! Carries out a plan: the steps, what each needs first, and the way around a step that Docker refuses.
 
 use std::collections::BTreeSet;
 use std::future::Future;
@@ -18,29 +18,30 @@ use crate::cause::Cause;
 use crate::docker::{DockerError, Inspected, RunState, Spec};
 use crate::retry::Lasts;
 
-/// What a connector that hangs gets to end by itself: its own drain would be no use.
+/// How long a hung connector gets to end by itself. Its own drain would be no use.
 const HANG_GRACE: Duration = Duration::from_secs(10);
 
-/// Lines among which is that a drain has begun, and how often it is looked whether it is over.
+/// Log lines to search for the start of a drain, and how often to check whether the drain is over.
 const DRAIN_LINES: usize = 200;
 const DRAIN_LOOK: Duration = Duration::from_millis(500);
 
-/// Between the removal of one container and the renaming of another on its network. Without it Engine 20.10 miscounts
-/// the containers on that network in one of a hundred cases, and then nobody can remove it until dockerd restarts.
+/// Pause between the removal of one container and the renaming of another on its network. Without it Engine 20.10
+/// miscounts the containers on that network in one of a hundred cases, and nobody can remove the network until dockerd
+/// restarts.
 const RELEASE_TIME: Duration = Duration::from_secs(1);
 
-/// A network that nobody has needed for this long is left.
+/// Leave a network that no workload has needed for this long.
 const LEAVE_AFTER: Duration = Duration::from_secs(10);
-/// From then on, where Docker or what stands before it refuses that.
+/// Try again this long after Docker, or a proxy in front of it, refused that.
 const LEAVE_AGAIN: Duration = Duration::from_secs(3600);
 
 /// How far a plan was carried out without a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Came {
     ToTheEnd,
-    /// By a shutdown or new orders: the next pass looks and plans anew.
+    /// A shutdown or new orders came: the next pass looks and plans anew.
     Interrupted,
-    /// What was seen is no longer so, or Docker refuses this way; the next pass takes another.
+    /// The containers changed since the look, or Docker refuses this way; the next pass takes another.
     Otherwise,
 }
 
@@ -63,14 +64,14 @@ impl Ids {
 /// A network that no labelled container needs.
 #[derive(Debug)]
 pub(super) struct Leave {
-    /// From when on it may be left.
+    /// Earliest time to leave it.
     at: Instant,
-    /// Whether that was refused.
+    /// Docker refused the last attempt.
     refused: bool,
 }
 
 impl<H: Host> Supervisor<H> {
-    /// Says what is about to happen, and why.
+    /// Logs what is about to happen, and why.
     pub(super) fn announce(&self, goal: &Goal, sight: &Sight, steps: &[Step]) {
         let container = &self.config.container_name;
         let main = sight.main.as_ref();
@@ -98,7 +99,7 @@ impl<H: Host> Supervisor<H> {
         }
     }
 
-    /// Says once in an outage that fresh connectors are tried.
+    /// Logs once per outage that fresh connectors are tried.
     pub(super) fn announce_fresh(&self) {
         if self.outage.as_ref().is_some_and(|outage| outage.made == 0) {
             let container = &self.config.container_name;
@@ -106,13 +107,13 @@ impl<H: Host> Supervisor<H> {
         }
     }
 
-    /// Says that a trial asks why a registration is refused.
+    /// Logs that a trial asks why the edge refuses a registration.
     pub(super) fn announce_trial(&self) {
         let container = &self.config.container_name;
         info!(container, "asking over HTTP/2 why Cloudflare refuses the registration");
     }
 
-    /// Carries out a plan, up to the first failure, a shutdown or new orders: the next pass plans anew.
+    /// Carries out a plan until the first failure, a shutdown or new orders. The next pass plans anew.
     pub(super) async fn act(
         &mut self,
         steps: &[Step],
@@ -120,9 +121,9 @@ impl<H: Host> Supervisor<H> {
         spec: Option<&Spec>,
         stop: &CancellationToken,
     ) -> Result<Came, Problem> {
-        // What was seen is what is acted upon, whoever has its name by then.
+        // Act on the containers that were seen, whichever container has the name by then.
         let mut ids = Ids { main: sight.id(Slot::Main), next: sight.id(Slot::Next) };
-        // Has seen what this pass has seen.
+        // This clone counts the order that this pass read as seen.
         let mut orders = self.inputs.wanted.clone();
         for step in steps {
             if stop.is_cancelled() || orders.has_changed().unwrap_or(false) {
@@ -130,12 +131,12 @@ impl<H: Host> Supervisor<H> {
             }
             let done = match (step, spec) {
                 (Step::Prepare, _) => tokio::select! {
-                    // A pull may take minutes, and what it is for may no longer be wanted.
+                    // A pull may take minutes, and its order may be out of date by then.
                     () = stop.cancelled() => return Ok(Came::Interrupted),
                     Ok(()) = orders.changed() => return Ok(Came::Interrupted),
                     prepared = self.prepare(steps.contains(&Step::Stop(Slot::Main))) => {
                         prepared?;
-                        // It was pulled just now: what is made of it is known by its id.
+                        // The image was just pulled: the spec must carry its id, so plan again.
                         if self.refresh.id().is_none() && self.read_image_id().await {
                             return Ok(Came::Otherwise);
                         }
@@ -190,14 +191,14 @@ impl<H: Host> Supervisor<H> {
         Ok(Came::ToTheEnd)
     }
 
-    /// `replaces`: something runs that must not be given up for what cannot be had.
+    /// `replaces`: a running container must not be given up for an image that cannot be had.
     async fn prepare(&self, replaces: bool) -> Result<(), Problem> {
         self.see_to_networks().await?;
         self.see_to_image(replaces).await
     }
 
-    /// Connects a container that was just made to its further networks: before it serves, so that it can reach all
-    /// that the one before it could, and serves its metrics where it should. Where it cannot, it goes again.
+    /// Connects a new container to its further networks before it serves, so that it reaches all that the one before it
+    /// could and serves its metrics where it should. Removes the container if the metrics network fails.
     async fn settle_in(&mut self, slot: Slot, id: &str, spec: &Spec) -> Result<(), Problem> {
         if let Some(place) = &spec.metrics
             && let Err(error) = self.host.place(place, id).await
@@ -219,8 +220,8 @@ impl<H: Host> Supervisor<H> {
         Ok(())
     }
 
-    /// Connects the tunnel's container again that has lost its network, as `docker network disconnect` takes it away.
-    /// Returns whether it did; where the network is gone, or this is refused, it is made anew.
+    /// Reconnects a tunnel container that lost its network, for example by `docker network disconnect`. Returns whether
+    /// it did; if the network is gone or Docker refuses, the container is replaced.
     pub(super) async fn reconnect(&self, sight: &Sight, goal: &Goal) -> bool {
         let Some(main) =
             sight.main.as_ref().filter(|_| sight.next.is_none() && self.lost_network(sight, goal).is_some())
@@ -240,7 +241,7 @@ impl<H: Host> Supervisor<H> {
         }
     }
 
-    /// Connects a container to the networks of workloads that it is not on yet. What fails is tried again later.
+    /// Connects a container to the workloads' networks that it is not on yet. Retries later what fails.
     pub(super) async fn join_networks<'a>(&mut self, slot: Slot, id: &str, on: impl Iterator<Item = &'a str>) {
         let mut missing = self.inputs.ways.borrow().networks.clone();
         for network in on {
@@ -250,7 +251,7 @@ impl<H: Host> Supervisor<H> {
         let mut failed = false;
         for network in missing {
             match self.host.connect(&network, id).await {
-                // One of many.
+                // One of many fresh connectors: not worth a log line.
                 Ok(()) if slot == Slot::Next && self.outage.is_some() => {}
                 Ok(()) => info!(container = name, network, "connected the tunnel to a container's network"),
                 Err(error) => {
@@ -265,8 +266,8 @@ impl<H: Host> Supervisor<H> {
         }
     }
 
-    /// Disconnects the container from networks that the agent has connected it to and no labelled container needs any
-    /// more. What was connected by hand stays, and all of it while not each container has been looked at.
+    /// Disconnects the container from networks that the agent connected it to and no labelled container needs any more.
+    /// Keeps networks that were connected by hand, and all of them until every container has been looked at.
     pub(super) async fn leave_networks(&mut self, main: &Inspected) {
         let own = &self.config.network;
         let needless: BTreeSet<String> = {
@@ -276,13 +277,13 @@ impl<H: Host> Supervisor<H> {
             let knows = ways.all_known && self.config.auto_connect;
             joined.filter(|network| knows && is_needless(network)).cloned().collect()
         };
-        // A refusal counts also for a network that was needed again in between.
+        // Remember a refusal even if the network was needed again in between.
         let refuses = |leave: &Leave| leave.refused && Instant::now() < leave.at;
         self.needless.retain(|network, leave| needless.contains(network) || refuses(leave));
         let (mut failed, mut left) = (false, false);
         for network in needless {
             let now = Instant::now();
-            // A container that is started again, or made anew, is about to need it.
+            // A container that is being restarted or replaced is about to need it again.
             let leave = self.needless.entry(network.clone()).or_insert(Leave { at: now + LEAVE_AFTER, refused: false });
             if now < leave.at {
                 failed |= leave.refused;
@@ -300,7 +301,7 @@ impl<H: Host> Supervisor<H> {
                 Err(error) => {
                     failed = true;
                     let (container, mut next) = (&main.name, "trying again".to_owned());
-                    // Who refuses it once will refuse it until somebody changes that.
+                    // Docker will refuse again until somebody changes the permission.
                     if matches!(error, DockerError::Forbidden { .. }) {
                         *leave = Leave { at: now + LEAVE_AGAIN, refused: true };
                         next =
@@ -314,19 +315,19 @@ impl<H: Host> Supervisor<H> {
         match (failed, left) {
             (true, _) => {}
             (false, true) => drop(self.leaving.ended()),
-            // Left by hand, or needed again.
+            // Disconnected by hand, or needed again.
             (false, false) => self.leaving.dropped(),
         }
     }
 
-    /// Stops the container and waits for cloudflared's drain, which a shutdown must not cut short: a second signal
-    /// would end it at once.
+    /// Stops the container and waits for cloudflared's drain. A shutdown must not cut this short: a second signal would
+    /// end cloudflared at once.
     pub(super) async fn drain(&self, id: &str) -> Result<(), DockerError> {
         let grace = self.config.patience();
         self.draining.send_replace(true);
         let work = async {
             self.let_drain(id, grace).await;
-            // No signal to one that has ended by now.
+            // Docker sends no signal to a container that has ended by now.
             self.host.stop(id, grace).await
         };
         let stopped = said_while_long("waiting for cloudflared to drain its requests", grace, work).await;
@@ -334,8 +335,8 @@ impl<H: Host> Supervisor<H> {
         stopped
     }
 
-    /// Waits for a drain that was begun before: by an agent that was killed in the middle of it, or by hand. That it was
-    /// is said in cloudflared's log, unless it tells only of errors there.
+    /// Waits for a drain that is already under way, begun by an agent that was killed in the middle of it, or by hand.
+    /// cloudflared's log shows such a drain, unless its log level lets through only errors.
     async fn let_drain(&self, id: &str, most: Duration) {
         let Ok(Some(seen)) = self.host.inspect(id).await else { return };
         if seen.state != RunState::Running {
@@ -352,20 +353,20 @@ impl<H: Host> Supervisor<H> {
             match self.host.inspect(id).await {
                 Ok(Some(now)) if now.state == RunState::Running && now.started_at == seen.started_at => {}
                 Ok(_) => return,
-                // It goes on draining while Docker is away.
+                // cloudflared goes on draining while Docker is away.
                 Err(_) => {}
             }
         }
     }
 
-    /// Drains, and looks again, since that may take half a minute: false when it runs all the same, as when somebody
-    /// has started it.
+    /// Drains, which may take half a minute, and looks again. Returns false if the container runs all the same, for
+    /// example because somebody started it.
     async fn drained(&self, id: &str) -> Result<bool, DockerError> {
         self.drain(id).await?;
         Ok(self.host.inspect(id).await?.is_none_or(|seen| !plan::is_alive(&seen)))
     }
 
-    /// Restarts what hangs. The next restart comes after a pause that grows, whether this one helps or not.
+    /// Restarts a hung connector. The next restart waits for a growing pause, whether this one helps or not.
     async fn restart(&mut self, id: &str) -> Result<(), DockerError> {
         self.restarts.not_before = Some(Instant::now() + self.restarts.pauses.next_whole());
         if let Some(id) = self.main.container() {
@@ -379,7 +380,7 @@ impl<H: Host> Supervisor<H> {
         self.host.restart(id, HANG_GRACE).await
     }
 
-    /// Whether Docker refuses this step and there is another way, which is then remembered and said.
+    /// Whether Docker refuses this step and there is another way. Remembers and logs that.
     async fn is_refused(&mut self, step: Step, error: &DockerError, spec: &Spec) -> bool {
         let hash = spec.hash();
         if self.refused.hash != hash {
@@ -393,11 +394,13 @@ impl<H: Host> Supervisor<H> {
                 self.no_host_gateway = true;
                 true
             }
-            // Not what failed otherwise, as on a full disk: in place it would fail as well, with nothing left that runs.
+            // Refusals only. On a full disk, for example, a replacement in place would fail as well and leave nothing
+            // running.
             Step::Create(Slot::Next, _)
                 if matches!(error, DockerError::Forbidden { .. } | DockerError::Conflict { .. }) =>
             {
-                // Nothing is given up for what cannot be had: the taken name shows whether one could be created there.
+                // Before giving up the running container, try to create one under the taken name: a conflict shows that
+                // Docker would allow it.
                 let own = self.host.create(&self.name(Slot::Main), spec).await;
                 let may = matches!(own, Err(DockerError::Conflict { .. }));
                 if may {
@@ -420,7 +423,7 @@ impl<H: Host> Supervisor<H> {
         }
     }
 
-    /// As [`Problem::at`]; that an image is missing which nobody may look for is said with what would allow it.
+    /// As [`Problem::at`]. If the image is missing and Docker refuses to look it up, the problem names that refusal.
     async fn why_not(&self, step: Step, error: &DockerError) -> Problem {
         let image = &self.config.image;
         if let (Step::Create(..), DockerError::NotFound { .. }) = (step, error)
@@ -435,7 +438,7 @@ impl<H: Host> Supervisor<H> {
     async fn see_to_networks(&self) -> Result<(), Problem> {
         self.see_to_network(&self.config.network, false).await?;
         match &self.config.metrics_network {
-            // Nothing has to leave by it, so that the tunnel's own stays the way out.
+            // Internal: nothing has to leave by it, so the tunnel's own network stays the way out.
             Some(network) => self.see_to_network(network, true).await,
             None => Ok(()),
         }
@@ -466,14 +469,14 @@ impl<H: Host> Supervisor<H> {
         match self.host.has_image(image).await {
             Ok(true) => return Ok(()),
             Ok(false) => {}
-            // Not allowed to look: creating the container tells as well.
+            // Docker refuses the look; creating the container will tell as well.
             Err(DockerError::Forbidden { .. }) if !replaces => return Ok(()),
             Err(error) => return Err(Problem::of(&error)),
         }
         info!(image = %image, "pulling the cloudflared image");
         let (began, mut said) = (Instant::now(), 0);
         let pulled = self.host.pull(image, |come, due| {
-            // A quarter at a time; the sum grows while layers are found, so it may also fall back.
+            // One line per quarter. The total grows while Docker discovers layers, so the share may also fall.
             let quarter = (come * 4).checked_div(due).unwrap_or_default().min(4);
             if quarter > said {
                 said = quarter;
@@ -485,7 +488,7 @@ impl<H: Host> Supervisor<H> {
                 info!(after = %Lasts(began.elapsed()), "pulled the cloudflared image");
                 Ok(())
             }
-            // It may have been loaded by hand in the meantime.
+            // Somebody may have loaded it by hand in the meantime.
             Err(_) if self.host.has_image(image).await == Ok(true) => Ok(()),
             Err(error) => {
                 let detail = format!("the image {image} is not on this host and Docker {error}");
@@ -495,13 +498,13 @@ impl<H: Host> Supervisor<H> {
     }
 }
 
-/// Whether the Engine says that it cannot fill in the host's address: up to 19.03 when the container is made, later
-/// ones, and those without a default bridge, when it is started.
+/// Whether the Engine says that it cannot fill in the host's address. Engines up to 19.03 say so when the container is
+/// created. Later ones, and those without a default bridge, say so when it is started.
 fn is_about_the_host(error: &DockerError) -> bool {
     matches!(error, DockerError::Failed { message, .. } if message.contains("host-gateway") || message.contains("add-host"))
 }
 
-/// Waits for `work`, saying after two seconds what for.
+/// Waits for `work`, and logs after two seconds what it waits for.
 async fn said_while_long<T>(what: &str, at_most: Duration, work: impl Future<Output = T>) -> T {
     let mut work = std::pin::pin!(work);
     tokio::select! {

@@ -1,12 +1,12 @@
-//! What is the matter with a connector, told from what is seen of it. Pure: no clock, no I/O.
+//! Tells from what is seen of a connector what is wrong with it. Pure: no clock, no I/O.
 //!
-//! The rules were made on recordings of the real cloudflared, three versions and three protocols in each kind of
-//! failure, and are held to them second by second by the tests of `xtask/src/classify.rs`. The supervisor and `cargo xtask classify` are
-//! fed by different means and use the same rules.
+//! The rules come from recordings of the real cloudflared: three versions and three protocols in each kind of failure.
+//! The tests of `xtask/src/classify.rs` hold the rules to these recordings second by second. The supervisor and `cargo
+//! xtask classify` feed the same rules by different means.
 //!
-//! Three rules come first. Only `/ready` tells that it is ready. What is newest in the log counts, since each try of
-//! a connection ends with its own words, and one registered connection ends all causes. A line that only says that a
-//! connection was lost names no cause: a planned drain looks the same.
+//! Three rules come first. Only `/ready` tells that a connector is ready. The newest log lines count: each try of a
+//! connection ends with words of its own, and one registered connection ends every cause. A line that only reports a
+//! lost connection names no cause, because a planned drain looks the same.
 
 use jiff::Timestamp;
 
@@ -14,41 +14,41 @@ use super::log::{Line, Said};
 use crate::cause::Cause;
 use crate::docker::RunState;
 
-/// A connector that is not ready this many seconds after its start has a problem, though nothing else tells of one.
+/// A connector that is not ready this many seconds after its start has a problem, even if nothing else shows one.
 pub(super) const START_LIMIT: f64 = 30.0;
-/// What was logged so many seconds before the last look that found it ready may belong to what came after.
+/// Lines from this many seconds before the last look that found it ready may belong to what came after.
 const OVERLAP: f64 = 3.0;
-/// After so many seconds without a word in a log, the edge is what is missing: everything else is counted.
+/// After this many seconds without a line in the log, the edge is unreachable: the metrics count every other failure.
 const WORDLESS_LIMIT: f64 = 40.0;
-/// One registration fails also when the connection is lost in its middle; so many do not.
+/// One registration also fails when the connection is lost in the middle of it; this many do not.
 const SEVERAL: u64 = 3;
 /// cloudflared waits 5 s for the edge to answer a registration. A refusal takes milliseconds.
 const UNANSWERED: f64 = 4.9;
 
-/// What a connector's own pages say of its readiness.
+/// How a connector's `/ready` page answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Page {
-    /// `/ready` is answered with 200.
+    /// `/ready` returns 200.
     Ready,
-    /// With 503.
+    /// `/ready` returns 503.
     NotReady,
-    /// Not at all.
+    /// No answer.
     Silent,
 }
 
-/// How often a connector has tried to register, from `/metrics`. Counted since its start.
+/// How often a connector has tried to register since its start, from `/metrics`.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Tries {
-    /// Tries that failed: refused by the edge, or not answered. Never counted where the edge was not reached.
+    /// Tries that failed: the edge refused them or did not answer. A try that did not reach the edge is not counted.
     pub failed: u64,
     /// Tries that succeeded.
     pub registered: u64,
-    /// Seconds that all of them took together.
+    /// Seconds that all tries took together.
     pub seconds: f64,
 }
 
 impl Tries {
-    /// Reads them from the series of a metrics page: names with their labels, and values.
+    /// Reads the counts from the series of a metrics page: names with their labels, and values.
     pub fn of<'a>(series: impl Iterator<Item = (&'a str, f64)>) -> Self {
         let mut tries = Self::default();
         for (name, value) in series.filter(|(_, value)| value.is_finite()) {
@@ -65,47 +65,47 @@ impl Tries {
     }
 }
 
-/// A connector at one moment. Times are seconds since 1970.
+/// A connector at one moment. Times are in seconds since 1970.
 #[derive(Debug, Clone, Copy)]
 pub struct Seen<'a> {
-    /// The moment.
+    /// The moment of the look.
     pub now: f64,
-    /// What its container is doing.
+    /// The state of its container.
     pub state: RunState,
-    /// How it ended, where that is known.
+    /// Its exit code, if known.
     pub exit_code: Option<i64>,
-    /// Whether the kernel ended it for want of memory. Docker keeps saying so of the next start.
+    /// Whether the kernel killed it for lack of memory. Docker keeps this flag through the next start.
     pub out_of_memory: bool,
     /// When it was last started.
     pub started_at: f64,
-    /// Its readiness.
+    /// How its `/ready` page answers.
     pub page: Page,
-    /// Its registrations, where its metrics can be read.
+    /// Its registrations, if its metrics can be read.
     pub tries: Option<Tries>,
-    /// Lines since its last start, oldest first. Of many the last ones are enough.
+    /// Lines since its last start, oldest first. If there are many, the last ones are enough.
     pub log: &'a [Line],
-    /// Whether it may use nothing but QUIC.
+    /// Whether it may use only QUIC.
     pub only_quic: bool,
 }
 
-/// What is the matter.
+/// What is wrong with a connector.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Verdict {
-    /// It is not to be expected to be ready yet.
+    /// Too early for it to be ready.
     #[default]
     Starting,
     /// It can carry traffic.
     Ready,
-    /// It cannot, and why is not to be seen yet.
+    /// It cannot carry traffic, for a reason that does not show yet.
     Unknown,
-    /// It was told to end.
+    /// It was told to stop.
     Stopped,
-    /// It cannot.
+    /// It cannot carry traffic, for this cause.
     Sick(Cause),
 }
 
 impl Verdict {
-    /// One word: the reason, where it has one.
+    /// One word: the cause's reason, if there is one.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Starting => "starting",
@@ -117,21 +117,21 @@ impl Verdict {
     }
 }
 
-/// What must be kept of earlier looks at the same container.
+/// What earlier looks at the same container leave for later ones.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Memory {
-    /// When this start was.
+    /// When this start began.
     started_at: f64,
     /// When it was last seen ready in this start.
     ready_at: Option<f64>,
-    /// The registrations at that time; before it was ready for the first time, those that were none.
+    /// The registrations at that time. Zero for a connector that was never connected in this start.
     base: Option<Tries>,
-    /// What the start before ended of, until this one is ready.
+    /// The cause that ended the start before, until this start is ready.
     ended_of: Option<Cause>,
 }
 
 impl Memory {
-    /// Takes a look into account and tells what it means.
+    /// Adds a look and returns the verdict on it.
     pub fn classify(&mut self, seen: &Seen<'_>) -> Verdict {
         if self.started_at != seen.started_at {
             *self = Self { started_at: seen.started_at, ..self.next_start() };
@@ -140,7 +140,7 @@ impl Memory {
             if seen.page == Page::Ready {
                 self.base = Some(tries);
             } else if self.base.is_none() && tries.registered == 0 {
-                // Whatever it has tried, it was never connected.
+                // Whatever it has tried, it never had a connection.
                 self.base = Some(Tries::default());
             }
         }
@@ -153,7 +153,7 @@ impl Memory {
         verdict
     }
 
-    /// The same container was started again.
+    /// The memory for another start of the same container.
     pub(super) fn next_start(&self) -> Self {
         Self { ended_of: self.ended_of, ..Self::default() }
     }
@@ -179,7 +179,7 @@ pub fn classify(seen: &Seen<'_>, memory: &Memory) -> Verdict {
         return Verdict::Ready;
     }
     if let Some(cause) = last_words(seen.log) {
-        // It has ended since its container was looked at.
+        // It has ended since the look at its container.
         return Verdict::Sick(cause);
     }
     if let Some(cause) = sign(seen, memory) {
@@ -188,7 +188,7 @@ pub fn classify(seen: &Seen<'_>, memory: &Memory) -> Verdict {
     let is_new = memory.ready_at.is_none() && age < START_LIMIT;
     match memory.ended_of {
         Some(cause) if is_new => Verdict::Sick(cause),
-        // It writes some ten lines when it starts: a log without one cannot be read, or is switched off.
+        // cloudflared writes some ten lines when it starts. A log without any cannot be read, or is turned off.
         _ if seen.page == Page::NotReady && seen.log.is_empty() => wordless(seen, memory),
         _ if is_new => Verdict::Starting,
         _ => Verdict::Unknown,
@@ -199,7 +199,7 @@ fn has_connected(seen: &Seen<'_>) -> bool {
     seen.log.iter().any(|line| line.said == Said::Registered)
 }
 
-/// Without a log only the counters are left.
+/// Without a log, only the counters are left.
 fn wordless(seen: &Seen<'_>, memory: &Memory) -> Verdict {
     let since = memory.ready_at.unwrap_or(seen.started_at);
     match failures(seen, memory) {
@@ -216,9 +216,9 @@ fn failures(seen: &Seen<'_>, memory: &Memory) -> Option<(u64, f64)> {
     Some((now.failed.saturating_sub(base.failed), now.seconds - base.seconds))
 }
 
-/// What a connector that ended has ended of.
+/// Why a connector ended.
 fn death(seen: &Seen<'_>, memory: &Memory) -> Verdict {
-    // SIGKILL from outside leaves the same code, and no word either.
+    // A SIGKILL from outside leaves the same code, and no log line either.
     let killed = seen.exit_code.is_none_or(|code| code == 137);
     let has_said = |said: Said| seen.log.iter().any(|line| line.said == said);
     let cause = match last_words(seen.log) {
@@ -231,7 +231,7 @@ fn death(seen: &Seen<'_>, memory: &Memory) -> Verdict {
     Verdict::Sick(cause)
 }
 
-/// What it has said in the moment in which it ended.
+/// The fatal error that it logged as it ended.
 fn last_words(log: &[Line]) -> Option<Cause> {
     log.iter().rev().find_map(|line| match line.said {
         Said::TokenMalformed => Some(Cause::TokenMalformed),
@@ -242,7 +242,7 @@ fn last_words(log: &[Line]) -> Option<Cause> {
     })
 }
 
-/// The newest sign in the log, as far as it belongs to what is wrong now.
+/// The newest sign in the log that belongs to the present fault.
 fn sign(seen: &Seen<'_>, memory: &Memory) -> Option<Cause> {
     let since = memory.ready_at.map(|at| at - OVERLAP);
     let is_old = |line: &Line| since.is_some_and(|since| line.at.is_some_and(|at| at < since));
@@ -253,7 +253,7 @@ fn sign(seen: &Seen<'_>, memory: &Memory) -> Option<Cause> {
             Said::Untrusted(_) => return Some(Cause::EdgeUntrusted),
             Said::Unauthorized => return Some(Cause::TokenRefused),
             Said::RegisterError => return Some(Cause::EdgeError),
-            // The words of a registration that failed over QUIC, and now and then of a connection that was lost.
+            // Logged when a registration fails over QUIC, and sometimes when a connection is lost.
             Said::ControlStream => match refusal(seen, memory, index) {
                 Some(cause) => return Some(cause),
                 None => continue,
@@ -263,7 +263,7 @@ fn sign(seen: &Seen<'_>, memory: &Memory) -> Option<Cause> {
             _ => {}
         }
     }
-    // The words of this version are not known. Over HTTP/2 all versions say why.
+    // The wording of this version is unknown. Over HTTP/2 every version says why.
     let over_http2 = seen.log.iter().rev().find_map(|line| line.protocol) == Some("http2");
     match failures(seen, memory) {
         Some((failed, _)) if failed >= SEVERAL && !over_http2 => Some(Cause::RegistrationRefused),
@@ -271,10 +271,10 @@ fn sign(seen: &Seen<'_>, memory: &Memory) -> Option<Cause> {
     }
 }
 
-/// What it means that a connection ended with a failed control stream, the line with this index.
+/// The cause of a failed control stream, the line with this index.
 fn refusal(seen: &Seen<'_>, memory: &Memory, index: usize) -> Option<Cause> {
     if has_ended(seen.state) {
-        // Up to 2025.8 it ends when its first registration fails, and its counters with it.
+        // Versions up to 2025.8 end when their first registration fails, and lose the counters.
         let gave_up = seen.log[index..].iter().any(|line| line.said == Said::GaveUp);
         return (gave_up && !has_connected(seen)).then_some(Cause::RegistrationRefused);
     }
@@ -282,7 +282,7 @@ fn refusal(seen: &Seen<'_>, memory: &Memory, index: usize) -> Option<Cause> {
         Some((0, _)) => None,
         Some((failed, seconds)) if seconds / failed as f64 >= UNANSWERED => Some(Cause::EdgeError),
         Some(_) => Some(Cause::RegistrationRefused),
-        // It was connected before anybody looked. A connection is lost once; what fails again was a registration.
+        // It was connected before the first look. A connection is lost only once; a second failure was a registration.
         None => {
             let line = &seen.log[index];
             let before = seen.log[..index].iter().rev().take_while(|line| line.said != Said::Registered);
@@ -293,7 +293,7 @@ fn refusal(seen: &Seen<'_>, memory: &Memory, index: usize) -> Option<Cause> {
     }
 }
 
-/// The edge was not reached; whether only UDP is in the way, cloudflared may have found out itself when it started.
+/// The edge was not reached. cloudflared may have found out at its start whether only UDP is blocked.
 fn unreachable(seen: &Seen<'_>, quic: bool) -> Cause {
     let checks = |udp: bool, passed: bool| seen.log.iter().any(|line| line.said == Said::Precheck { udp, passed });
     let tcp_failed = checks(false, false);
@@ -301,16 +301,16 @@ fn unreachable(seen: &Seen<'_>, quic: bool) -> Cause {
     if quic && (only_udp_failed || seen.only_quic && !tcp_failed) { Cause::UdpBlocked } else { Cause::EdgeUnreachable }
 }
 
-/// Dials, of four connections, that must agree on it: where only one kind of address cannot be routed, as IPv6 at
-/// many hosts, those to the other kind end otherwise.
+/// How many dials, of four connections, must agree. Where one kind of address has no route, as IPv6 on many hosts, dials
+/// to the other kind end differently.
 const LAST_DIALS: usize = 4;
 
-/// Whether the host itself knows no way to the edge: the newest dials since the last connection all ended with that.
-/// Another connector would not get any further.
+/// Whether the host itself has no route to the edge: the newest dials since the last connection all failed for that.
+/// Another connector would get no further.
 pub(super) fn cannot_route(log: &[Line]) -> bool {
     let dials = log.iter().rev().take_while(|line| line.said != Said::Registered).filter_map(|line| match line.said {
         Said::DialFailed { no_route, .. } => Some(no_route),
-        // One that is answered is routed.
+        // An answered dial was routed.
         Said::Unauthorized | Said::RegisterError | Said::Untrusted(_) => Some(false),
         _ => None,
     });
@@ -318,7 +318,7 @@ pub(super) fn cannot_route(log: &[Line]) -> bool {
     !last.is_empty() && last.iter().all(|no_route| *no_route)
 }
 
-/// What is particular about a cause this time, as far as the log tells.
+/// What the log adds to a cause.
 pub fn detail(cause: Cause, log: &[Line]) -> Option<&'static str> {
     let newest = log.iter().rev().find_map(|line| match line.said {
         Said::Untrusted(why) => Some(why),
@@ -327,10 +327,10 @@ pub fn detail(cause: Cause, log: &[Line]) -> Option<&'static str> {
     newest.filter(|_| cause == Cause::EdgeUntrusted)
 }
 
-/// Seconds since 1970 of a time as Docker writes it.
+/// Converts a time as Docker writes it to seconds since 1970.
 pub fn seconds(time: &str) -> Option<f64> {
     let time: Timestamp = time.parse().ok()?;
-    // Docker's time of what has not happened is that of the year 1.
+    // Docker writes a time in the year 1 for what has not happened.
     (time.as_second() > 0).then(|| time.as_millisecond() as f64 / 1000.0)
 }
 
@@ -390,7 +390,7 @@ mod tests {
         let never = Tries { failed: 9, registered: 0, seconds: 0.1 };
         let never_ready = Seen { tries: Some(never), now: START + 9000.0, ..seen(&log) };
         assert_eq!(Memory::default().classify(&never_ready), sick(Cause::RegistrationRefused));
-        // It was connected at some time: one such line may be the loss, a second of the same connection is not.
+        // It was connected at some time. One such line may be the loss; a second one on the same connection is not.
         let was_ready = Seen { tries: Some(Tries { registered: 4, ..never }), ..never_ready };
         assert_eq!(Memory::default().classify(&was_ready), Verdict::Unknown);
         let twice = lines(&[CONTROL, CONTROL]);
@@ -478,7 +478,7 @@ mod tests {
         let missing = "\"cloudflared tunnel run\" requires the ID or name of the tunnel to run as the last argument.";
         assert_eq!(end(&[missing], 255, false), sick(Cause::TokenMissing));
         assert_eq!(end(&[], 137, true), sick(Cause::OutOfMemory));
-        // The mark stays from an earlier end.
+        // Docker's out-of-memory flag is left from an earlier end.
         assert_eq!(end(&[], 1, true), sick(Cause::CrashLoop));
         assert_eq!(end(&[DIAL], 137, false), sick(Cause::CrashLoop), "it was killed");
         let told = "2026-01-31T10:01:30Z INF Initiating graceful shutdown due to signal terminated ...";

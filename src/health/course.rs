@@ -1,9 +1,9 @@
-//! From single looks at one container to what is the matter with it. No I/O; time is handed in.
+//! Turns single looks at one container into its verdict. No I/O; the caller passes the time.
 //!
-//! A look is a moment and may deceive: a machine is busy, a connection is lost and back within the second, a
-//! container that crashes is seen just after its restart. So what a look suggests is a suspicion first, becomes the
-//! verdict when it has lasted, and acts later still. Nothing here is kept over a crash of the agent: the next one
-//! looks for itself.
+//! A look is a moment and may mislead: the machine is busy, a connection is lost and back within the second, or a
+//! container that crashes is seen just after its restart. A look therefore raises a suspicion first. The suspicion
+//! becomes the verdict once it has lasted, and the supervisor acts later still. Nothing here survives a crash of the
+//! agent: the next one looks for itself.
 
 use std::time::Duration;
 
@@ -15,35 +15,35 @@ use super::probe::Readiness;
 use crate::cause::{Action, Cause};
 use crate::docker::{Health, Inspected, LastCheck, RunState};
 
-/// A connector that is not ready this long after its start has a problem, though nothing else tells of one.
+/// A connector that is not ready this long after its start has a problem, even if nothing else shows one.
 pub(super) const START_LIMIT: Duration = Duration::from_secs(classify::START_LIMIT as u64);
-/// How long a look must be confirmed before it is believed: two time-outs of the probe.
+/// How long looks must agree before they count: two timeouts of the probe.
 const LASTS: Duration = Duration::from_secs(2);
-/// The edge may refuse a token that is seconds old: so long a successor is not given up for it.
+/// The edge may refuse a token that is seconds old. Give up a successor for its token only after this long.
 const REFUSAL_LASTS: Duration = Duration::from_secs(10);
-/// A connector that crashed again and again is well again when it has been ready for so long.
+/// A connector that kept crashing has recovered once it has been ready for this long.
 const RECOVERED: Duration = Duration::from_secs(5);
-/// A hang is answered when it has lasted so long: Docker's own check, each 15 s with 5 s to answer, has then had its
-/// say as well.
+/// Act on a hang once it has lasted this long. Docker's health check, every 15 s with 5 s to answer, has failed by
+/// then.
 const HANG_LASTS: Duration = Duration::from_secs(25);
-/// A successor that crashes is given up after this.
+/// Give up a successor that crashes after this long.
 const CRASH_LIMIT: Duration = Duration::from_secs(15);
-/// What a successor gets to become ready: cloudflared needs about a minute to find out that QUIC does not pass and
-/// to fall back to HTTP/2.
+/// How long a successor gets to become ready. cloudflared needs about a minute to find out that QUIC is blocked and to
+/// fall back to HTTP/2.
 const READY_LIMIT: Duration = Duration::from_secs(90);
-/// After a connector is ready, the edge takes some seconds to lead visitors to it.
+/// The edge needs some seconds to send visitors to a connector that is ready.
 const EDGE_DELAY: Duration = Duration::from_secs(5);
 
-/// What one look has seen.
+/// What one look saw.
 #[derive(Debug)]
 pub(super) struct Look<'a> {
     pub(super) container: &'a Inspected,
     pub(super) readiness: &'a Readiness,
-    /// What the rules make of it.
+    /// The verdict of the rules on this look.
     pub(super) verdict: Verdict,
 }
 
-/// What `/ready` says, or what Docker's own check was told by it where it cannot be asked from here.
+/// What `/ready` answers. If the agent cannot ask, what it answered to Docker's health check.
 pub(super) fn page(container: &Inspected, readiness: &Readiness) -> Page {
     match (readiness, container.health, container.last_check) {
         (Readiness::Ready { .. }, ..) => Page::Ready,
@@ -53,25 +53,25 @@ pub(super) fn page(container: &Inspected, readiness: &Readiness) -> Page {
     }
 }
 
-/// The course of one container, over its starts.
+/// The course of one container, across its starts.
 #[derive(Debug)]
 pub(super) struct Course {
     container: String,
     started_at: String,
-    /// When this start was.
+    /// When this start began.
     began: Instant,
-    /// When it was first seen.
+    /// When the container was first seen.
     first_seen: Instant,
     pub(super) verdict: Verdict,
-    /// What another look must confirm, and since when it is seen.
+    /// A suspicion that later looks must confirm, and since when it has lasted.
     suspicion: Option<(Verdict, Instant)>,
-    /// Its verdict is what it ended of, and it has not been well since.
+    /// The container has ended of a fault and has not recovered since.
     has_ended: bool,
-    /// Since when it is ready without a break.
+    /// Since when it has been ready without a break.
     ready_since: Option<Instant>,
-    /// Ready at some time of this start.
+    /// It was ready at some time in this start.
     was_ready: bool,
-    /// It has answered in this start, so it can be asked from here.
+    /// It has answered in this start, so the agent can reach it.
     pub(super) answered: bool,
 }
 
@@ -92,12 +92,12 @@ impl Course {
         }
     }
 
-    /// Whether it is this start of this container.
+    /// Whether this is the course of this start of this container.
     pub(super) fn is_of(&self, container: &Inspected) -> bool {
         self.container == container.id && self.started_at == container.started_at
     }
 
-    /// The same container was started again: what it crashed of stays suspected until it is ready.
+    /// Begins another start. For the same container, the fault that ended it stays suspected until it is ready.
     pub(super) fn next_start(&mut self, container: &Inspected, age: Duration, now: Instant) {
         let next = Self::new(container, age, now);
         if self.container != container.id {
@@ -116,14 +116,14 @@ impl Course {
         };
     }
 
-    /// Takes a look into account.
+    /// Adds a look.
     pub(super) fn take(&mut self, look: &Look<'_>, now: Instant) {
         if matches!(look.readiness, Readiness::Ready { .. } | Readiness::NotReady) {
             self.answered = true;
         }
         match self.symptom(look, now) {
             Verdict::Ready => {
-                // On Docker's word alone: from here it cannot be asked any more.
+                // Ready on Docker's word alone: the agent cannot reach it any more.
                 self.answered &= *look.readiness != Readiness::Silent;
                 let since = *self.ready_since.get_or_insert(now);
                 self.was_ready = true;
@@ -149,16 +149,17 @@ impl Course {
         }
     }
 
-    /// What this look suggests on its own.
+    /// What this look alone suggests.
     fn symptom(&self, look: &Look<'_>, now: Instant) -> Verdict {
         let container = look.container;
         let is_new = !self.was_ready && self.age(now) < START_LIMIT;
         match (look.readiness, container.health, container.last_check) {
             _ if container.state != RunState::Running || look.verdict == Verdict::Stopped => look.verdict,
-            // Nobody can ask it, and why is seen.
+            // Off its network: nobody can ask it, and the reason is known.
             _ if look.verdict == Verdict::Sick(Cause::NetworkReplaced) => look.verdict,
             (Readiness::Ready { .. } | Readiness::NotReady, ..) => look.verdict,
-            // The way from here is cut, not cloudflared: Docker asks it from within and gets an answer.
+            // The path from the agent is cut, not cloudflared: Docker asks from inside the container and gets an
+            // answer.
             (Readiness::Silent, Some(Health::Healthy), Some(LastCheck::Ready))
                 if !self.answered || self.suspects(Cause::Hung, now) >= Some(HANG_LASTS) =>
             {
@@ -166,7 +167,7 @@ impl Course {
             }
             (Readiness::Silent, ..) if self.answered => Verdict::Sick(Cause::Hung),
             (Readiness::Silent, Some(Health::Unhealthy), Some(LastCheck::TimedOut)) => Verdict::Sick(Cause::Hung),
-            // Its log can be read.
+            // Its log can still be read.
             (Readiness::Silent, ..) if matches!(look.verdict, Verdict::Sick(_)) => look.verdict,
             (Readiness::Silent, Some(Health::Unhealthy), Some(LastCheck::NotReady)) => look.verdict,
             (Readiness::Silent, ..) if is_new => Verdict::Starting,
@@ -174,12 +175,12 @@ impl Course {
         }
     }
 
-    /// Time since this start.
+    /// Time since this start began.
     pub(super) fn age(&self, now: Instant) -> Duration {
         now.saturating_duration_since(self.began)
     }
 
-    /// Whether something is not certain yet, so that it should be looked at again soon.
+    /// Whether something is still uncertain, so that the next look should come soon.
     pub(super) fn is_unsettled(&self, now: Instant) -> bool {
         match (self.verdict, self.suspicion) {
             (Verdict::Starting, _) => self.age(now) < START_LIMIT,
@@ -190,28 +191,28 @@ impl Course {
         }
     }
 
-    /// Whether a restart is the answer, and due.
+    /// Whether a restart is the remedy, and due.
     pub(super) fn needs_restart(&self, now: Instant) -> bool {
         let lasts = |cause| self.suspects(cause, now) >= Some(HANG_LASTS);
         matches!(self.verdict, Verdict::Sick(cause) if cause.action() == Action::Restart && lasts(cause))
     }
 
-    /// Whether it is ready and nothing speaks against it.
+    /// Whether it is ready and no look suggests otherwise.
     pub(super) fn is_surely_ready(&self) -> bool {
         self.verdict == Verdict::Ready && self.suspicion.is_none()
     }
 
-    /// For how long it has been ready without a break.
+    /// How long it has been ready without a break.
     pub(super) fn ready_for(&self, now: Instant) -> Option<Duration> {
         self.ready_since.filter(|_| self.is_surely_ready()).map(|since| now - since)
     }
 
-    /// Whether visitors are led to it.
+    /// Whether Cloudflare sends visitors to it.
     pub(super) fn serves(&self, now: Instant) -> bool {
         self.ready_for(now) >= Some(EDGE_DELAY)
     }
 
-    /// Why it does not become ready, or not in time.
+    /// Why it cannot become ready, or did not in time.
     pub(super) fn failure(&self, now: Instant) -> Option<Cause> {
         let seen = now - self.first_seen;
         match self.verdict {
@@ -233,10 +234,10 @@ impl Course {
     }
 }
 
-/// How long the looks must agree.
+/// How long looks must agree on this verdict.
 fn lasts(verdict: Verdict) -> Duration {
     match verdict {
-        // cloudflared has said so itself, or Docker.
+        // cloudflared or Docker said so itself.
         Verdict::Sick(Cause::TokenMalformed | Cause::TokenRefused | Cause::NetworkReplaced) => Duration::ZERO,
         _ => LASTS,
     }

@@ -1,4 +1,4 @@
-//! A host in memory for the supervisor's tests: containers that obey a script, a clock that may be paused, and a
+//! A host in memory for the supervisor's tests: containers that follow a script, a clock that can be paused, and a
 //! crash of the agent at any call.
 
 use std::collections::{BTreeMap, HashMap};
@@ -40,17 +40,17 @@ pub(super) fn container(state: RunState, hash: Option<&str>) -> Inspected {
 /// How the connectors of one token behave.
 #[derive(Debug, Clone)]
 pub(super) struct Behaviour {
-    /// From a start to the first connection; `None` for never.
+    /// Time from a start to the first connection; `None` for never.
     pub(super) ready_after: Option<Duration>,
-    /// Does not answer.
+    /// Its pages do not answer.
     pub(super) silent: bool,
-    /// What Docker's own check says instead of what it would find out.
+    /// What Docker's health check reports, instead of what it would find.
     pub(super) docker_says: Option<(Health, LastCheck)>,
-    /// Its log.
+    /// Its log lines.
     pub(super) log: Vec<&'static str>,
-    /// The registrations that its metrics count.
+    /// The registrations in its metrics.
     pub(super) tries: Tries,
-    /// How those behave that may use nothing but HTTP/2, where that is otherwise.
+    /// How connectors behave that may use only HTTP/2, if differently.
     pub(super) over_http2: Option<Box<Behaviour>>,
 }
 
@@ -67,42 +67,42 @@ impl Default for Behaviour {
     }
 }
 
-/// The host. A clone is the same one.
+/// The host. Clones share one world.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Double {
     world: Arc<Mutex<World>>,
     died: Arc<Notify>,
 }
 
-/// What is there, and what has happened.
+/// What exists, and what has happened.
 #[derive(Debug, Default)]
 pub(super) struct World {
     pub(super) containers: BTreeMap<String, Fake>,
-    /// By token; a token that is not there belongs to a connector in good health.
+    /// By token. The connectors of any other token are healthy.
     pub(super) behaviours: BTreeMap<String, Behaviour>,
     /// The changing calls, in order: `create tunnel-next`.
     pub(super) calls: Vec<String>,
-    /// Calls that are refused with 403, by how they begin.
+    /// Calls that get a 403, by their beginning.
     pub(super) refused: Vec<&'static str>,
-    /// How many were.
+    /// How many calls got a 403.
     pub(super) turned_away: usize,
-    /// Calls that fail with 500, by how they begin.
+    /// Calls that fail with a 500, by their beginning.
     pub(super) failing: Vec<&'static str>,
-    /// How often the last connector that visitors were led to was taken away.
+    /// How often the last connector that served visitors was taken away.
     pub(super) gaps: u32,
-    /// The agent dies at this changing call: before it has had its effect, or after.
+    /// The agent dies at this changing call: before its effect, or after.
     pub(super) dies_at: Option<(usize, Moment)>,
     /// How often a connector was asked for its diagnosis.
     pub(super) diagnoses: usize,
-    /// What the image's tag means here, and in its registry; `None` while that is away.
+    /// The image that the tag names here, and in its registry. `None` while the registry is away.
     pub(super) image: (String, Option<String>),
     pub(super) pulls: u32,
-    /// An Engine that does not know what `host-gateway` is.
+    /// An Engine that does not know `host-gateway`.
     pub(super) is_old: bool,
-    /// What stands before Docker.
+    /// What stands in front of Docker.
     pub(super) behind: Behind,
-    /// When the edge went away, and when it was back: `None` while it is away. Containers started in between try it
-    /// as cloudflared does, ever less often.
+    /// When the edge went away, and when it came back: `None` while it is away. Containers started in between try it as
+    /// cloudflared does, less and less often.
     outage: Option<(Instant, Option<Instant>)>,
     made: u32,
 }
@@ -125,12 +125,12 @@ pub(super) enum Moment {
 pub(super) struct Fake {
     pub(super) seen: Inspected,
     pub(super) token: String,
-    /// It may use HTTP/2 and nothing else.
+    /// It may use only HTTP/2.
     pub(super) http2: bool,
     started: Instant,
 }
 
-/// What the edge takes to lead visitors to a connector that is ready.
+/// How long the edge takes to send visitors to a connector that is ready.
 const EDGE_DELAY: Duration = Duration::from_secs(4);
 
 impl World {
@@ -146,7 +146,7 @@ impl World {
         }
     }
 
-    /// The health check of a container, which has had its say a minute after the start.
+    /// Docker's health check of a container. It has a result a minute after the start.
     fn docker_says(&self, fake: &Fake) -> Option<(Health, LastCheck)> {
         let behaviour = self.behaviour_of(fake);
         let found = match (behaviour.silent, behaviour.ready_after) {
@@ -194,7 +194,7 @@ impl World {
         (jiff::Timestamp::now() + jiff::SignedDuration::from_nanos(self.made.into())).to_string()
     }
 
-    /// The name of the container with exactly this id: what acts must not name a name.
+    /// The name of the container with exactly this id: a call that changes something must not take a name.
     fn name_of(&self, id: &str) -> String {
         let found = self.containers.iter().find(|(_, fake)| fake.seen.id == id);
         found.map_or_else(|| format!("nothing ({id})"), |(name, _)| name.clone())
@@ -215,13 +215,13 @@ impl Double {
         self.died.notified().await;
     }
 
-    /// One changing call.
+    /// Makes one changing call.
     async fn change<T>(
         &self,
         call: String,
         effect: impl FnOnce(&mut World) -> Result<T, DockerError> + Send,
     ) -> Result<T, DockerError> {
-        // As long as Docker takes, so that two changes are not one instant.
+        // Takes time as Docker does, so that two changes never share an instant.
         sleep(Duration::from_millis(50)).await;
         let (result, dies) = {
             let mut world = self.world();
@@ -367,7 +367,7 @@ impl Host for Double {
         self.change(format!("start {name}"), |world| run(world, &name)).await
     }
     async fn stop(&self, id: &str, _: Duration) -> Result<(), DockerError> {
-        // One without a connection ends at once.
+        // A connector without a connection ends at once.
         let (name, drains) = {
             let world = self.world();
             let name = world.name_of(id);
@@ -440,7 +440,7 @@ impl Host for Double {
     }
     async fn goodbye(&self, lease: Duration, _: &[AgentId]) -> Parting {
         let mut world = self.world();
-        // Another one is known as such, and not asked.
+        // The agent recognizes anything but its own proxy and does not ask it.
         if world.behind != Behind::Another {
             world.calls.push(format!("goodbye {}", lease.as_secs()));
         }
@@ -471,32 +471,33 @@ impl Double {
         self.world().behaviours.insert(token.to_owned(), behaviour);
     }
 
-    /// The edge goes away for everybody.
+    /// The edge goes away for every connector.
     pub(super) fn edge_goes(&self) {
         self.world().outage = Some((Instant::now(), None));
     }
 
-    /// Once only: said again later, it would have been away all the time, and who is served would be dark at once.
+    /// Keeps the first time: a later one would extend the outage, and connectors that serve would lose their connection
+    /// at once.
     pub(super) fn edge_returns(&self) {
         if let Some((_, back)) = &mut self.world().outage {
             back.get_or_insert_with(Instant::now);
         }
     }
 
-    /// How many connectors visitors can be led to.
+    /// How many connectors Cloudflare can send visitors to.
     pub(super) fn served(&self) -> usize {
         let world = self.world();
         world.containers.values().filter(|fake| world.is_ready(fake)).count()
     }
 
-    /// The container ends, and it is Docker's or somebody's turn to start it again.
+    /// The container ends and stays down until Docker or somebody starts it.
     pub(super) fn ends(&self, name: &str, code: i64) {
         if let Some(fake) = self.world().containers.get_mut(name) {
             (fake.seen.state, fake.seen.exit_code) = (RunState::Exited, code);
         }
     }
 
-    /// Docker restarts a container that ended with this code, as its policy has it.
+    /// Docker is restarting a container that ended with this code, as its restart policy says.
     pub(super) fn crash(&self, name: &str, code: i64) {
         let mut world = self.world();
         let started_at = world.started_at();
@@ -506,7 +507,7 @@ impl Double {
         }
     }
 
-    /// And then it runs again.
+    /// The restarted container runs again.
     pub(super) fn starts_again(&self, name: &str) {
         run(&mut self.world(), name).unwrap();
     }

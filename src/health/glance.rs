@@ -1,5 +1,5 @@
-//! One look at the tunnel container from outside the supervisor, for `dockflare-agent check`: what it is, and whether
-//! cloudflared in it is connected. Changes nothing and remembers nothing.
+//! Looks once at the tunnel container from outside the supervisor, for `dockflare-agent check`: whose it is, and
+//! whether its cloudflared is connected. Changes nothing and remembers nothing.
 
 use jiff::Timestamp;
 
@@ -13,39 +13,39 @@ use crate::cause::Cause;
 use crate::config::TunnelConfig;
 use crate::docker::{Docker, DockerError, Health, RunState};
 
-/// What was seen.
+/// What the look saw.
 #[derive(Debug)]
 pub(crate) struct Glance {
-    /// Its name: the tunnel's, or its successor's while that takes over.
+    /// The container's name: the tunnel's, or the successor's during a takeover.
     pub(crate) name: String,
     /// Whether it is somebody else's.
     pub(crate) foreign: bool,
-    /// The id of the other agent whose it is.
+    /// The id of the other agent that made it.
     pub(crate) another: Option<String>,
-    /// What it is doing.
+    /// Its state.
     pub(crate) state: RunState,
-    /// How it last ended.
+    /// The exit code of its last end.
     pub(crate) exit_code: i64,
     /// Whether it is on the tunnel's network.
     pub(crate) on_network: bool,
     /// The image it was created from.
     pub(crate) image: String,
-    /// What cloudflared says.
+    /// What cloudflared answers.
     pub(crate) readiness: Readiness,
-    /// What Docker's own check of it says.
+    /// The result of Docker's health check.
     pub(crate) health: Option<Health>,
-    /// cloudflared's version, where it tells.
+    /// cloudflared's version, if known.
     pub(crate) version: Option<String>,
-    /// Why it is not ready, where that can be seen, and what is particular about it.
+    /// Why it is not ready, if that can be seen.
     pub(crate) clue: Option<Cause>,
-    /// The latter.
+    /// What the log adds to that cause.
     pub(crate) detail: Option<&'static str>,
 }
 
 /// Looks at the container with the tunnel's name, or else at the successor's.
 ///
 /// # Errors
-/// When Docker cannot be asked for the container; what else cannot be found out is left out.
+/// When Docker does not answer for the container. Anything else that cannot be found out is left out.
 pub(crate) async fn glance(
     docker: &Docker,
     config: &TunnelConfig,

@@ -1,5 +1,5 @@
-//! What the supervisor sees and touches: Docker, and cloudflared's own pages. The tests have a double of it, with
-//! which half an hour passes in a moment and a crash may come between any two calls.
+//! What the supervisor sees and touches: Docker, and cloudflared's own pages. The tests use a double of it, in which
+//! half an hour passes in a moment and the agent may crash between any two calls.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -13,7 +13,8 @@ use crate::state::AgentId;
 
 type Answer<T> = Result<T, DockerError>;
 
-/// The calls; those of Docker are described at [`Docker`]. What acts names an id that was inspected, never a name.
+/// The supervisor's calls; [`Docker`] describes its own. A call that changes something takes an id that was inspected,
+/// never a name.
 #[allow(missing_docs, reason = "each is the call of the same name")]
 pub(crate) trait Host: Send + Sync + 'static {
     fn inspect(&self, name: &str) -> impl Future<Output = Answer<Option<Inspected>>> + Send;
@@ -21,7 +22,7 @@ pub(crate) trait Host: Send + Sync + 'static {
     fn log_start(&self, id: &str, since: i64, lines: usize) -> impl Future<Output = Answer<Vec<String>>> + Send;
     fn log_tail(&self, id: &str, since: i64, lines: usize) -> impl Future<Output = Answer<Vec<String>>> + Send;
     fn has_network(&self, name: &str) -> impl Future<Output = Answer<bool>> + Send;
-    /// Returns whether it was not there yet.
+    /// Returns whether the network is new.
     fn create_network(&self, name: &str, internal: bool) -> impl Future<Output = Answer<bool>> + Send;
     fn connect(&self, network: &str, id: &str) -> impl Future<Output = Answer<()>> + Send;
     fn place(&self, place: &MetricsPlace, id: &str) -> impl Future<Output = Answer<()>> + Send;
@@ -37,17 +38,18 @@ pub(crate) trait Host: Send + Sync + 'static {
     fn remove(&self, id: &str) -> impl Future<Output = Answer<()>> + Send;
     /// `GET /ready` of the cloudflared at this address.
     fn readiness(&self, address: &str) -> impl Future<Output = Readiness> + Send;
-    /// What the metrics of the cloudflared at this address say, where they answer.
+    /// The facts from `/metrics` of the cloudflared at this address; `None` if it does not answer.
     fn facts(&self, address: &str) -> impl Future<Output = Option<Facts>> + Send;
-    /// Over which protocol the cloudflared at this address is connected; it logs that it was asked.
+    /// The protocol of the connections of the cloudflared at this address. cloudflared logs each such request.
     fn protocol(&self, address: &str) -> impl Future<Output = Option<&'static str>> + Send;
-    /// Says goodbye to the agent's own socket proxy, which is to hold for so long what an agent with one of these ids made.
+    /// Says goodbye to the agent's own socket proxy. The proxy is to keep for this long what agents with these ids
+    /// made.
     fn goodbye(&self, lease: Duration, agents: &[AgentId]) -> impl Future<Output = Parting> + Send;
-    /// The container in which the agent itself runs.
+    /// The container that the agent itself runs in.
     fn own_container(&self, hostname: Option<&str>) -> impl Future<Output = Option<OwnContainer>> + Send;
 }
 
-/// The real one.
+/// The real Docker and cloudflared.
 #[derive(Debug)]
 pub(crate) struct Machine {
     docker: Arc<Docker>,

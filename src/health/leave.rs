@@ -1,7 +1,8 @@
-//! The end of the agent: what becomes of the containers.
+//! What happens to the containers when the agent ends.
 //!
-//! Behind its own socket proxy the agent says goodbye and leaves them to it: the proxy outlives an upgrade, and knows
-//! better than the agent whether this is one (`socket_proxy/lease.rs`). Otherwise they go or stay at once.
+//! Behind its own socket proxy the agent says goodbye and leaves them to the proxy. The proxy outlives an upgrade, and
+//! knows better than the agent whether this is one (`socket_proxy/lease.rs`). Otherwise the agent removes or keeps them
+//! at once.
 
 use std::time::Duration;
 
@@ -16,24 +17,24 @@ use crate::docker::{DockerError, Parting, RunState};
 use crate::retry::Lasts;
 use crate::state::{AgentId, Phase};
 
-/// How long the agent stays connected to the socket proxy after its goodbye. `docker compose restart` and `up` ask both
-/// to stop within 20 ms of each other; only on `down` is the agent gone before the proxy is asked.
+/// How long the agent stays connected to the socket proxy after its goodbye. `docker compose restart` and `up` stop
+/// both within 20 ms of each other; only on `down` is the agent gone before the proxy is stopped.
 const STAYS: Duration = Duration::from_secs(1);
 
 impl<H: Host> Supervisor<H> {
-    /// The containers go or stay as configured.
+    /// Keeps or removes the containers as configured.
     pub(super) async fn leave(&mut self) {
         let wanted = self.inputs.wanted.borrow().clone();
-        // The master wants to find the stopped container between the two phases.
+        // The master wants to find the container stopped between the two phases of a decommission.
         let prepared = wanted.decommission == Some(Phase::Prepared);
-        // After the second one the tunnel is no more, whatever becomes of it otherwise.
+        // After the second phase the tunnel no longer exists, whatever the configuration says.
         let keep = prepared || self.config.on_exit == OnExit::Keep && wanted.decommission.is_none();
-        // A decommission ends everything, whoever may come back.
+        // A decommission ends everything, even if an agent comes back.
         let is_held = self.config.on_exit == OnExit::Remove && wanted.decommission.is_none();
         if is_held && !self.config.lease.is_zero() && self.say_goodbye(&wanted.owners).await {
             return;
         }
-        // Side by side: each may drain for half a minute.
+        // In parallel: each may drain for half a minute.
         let whose = Whose::Of(&wanted.owners);
         tokio::join!(self.leave_one(Slot::Main, whose, keep), self.leave_one(Slot::Next, whose, keep));
         if !keep {
@@ -41,7 +42,7 @@ impl<H: Host> Supervisor<H> {
         }
     }
 
-    /// Whether the containers are left to the agent's own socket proxy.
+    /// Whether the agent leaves the containers to its own socket proxy.
     async fn say_goodbye(&self, agents: &[AgentId]) -> bool {
         let lease = self.config.lease;
         match self.host.goodbye(lease, agents).await {
@@ -50,7 +51,7 @@ impl<H: Host> Supervisor<H> {
                     lease = %Lasts(lease),
                     "leaving the tunnel to the socket proxy, which removes it unless an agent comes back in time"
                 );
-                // Ended sooner, this would look as if the agent had been stopped first, and the proxy after it.
+                // A shorter stay would look as if the agent had been stopped first, and the proxy after it.
                 let _ = timeout(STAYS, gone).await;
                 true
             }
@@ -65,7 +66,7 @@ impl<H: Host> Supervisor<H> {
         }
     }
 
-    /// Ends all containers of this agent.
+    /// Stops and removes all containers of this agent.
     pub(super) async fn clear_once(&self) -> Result<(), DockerError> {
         let ids = self.inputs.wanted.borrow().owners.clone();
         let whose = Whose::Of(&ids);

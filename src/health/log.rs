@@ -1,71 +1,71 @@
-//! What a line of cloudflared's log means, in text or JSON. A line that is not known means nothing.
+//! What a line of cloudflared's log means, as text or JSON. An unknown line means nothing.
 //!
-//! Some lines carry what a visitor or an operator has written, such as an address or a rule: a line is therefore known
+//! Some lines repeat what a visitor or an operator wrote, such as an address or a rule. A line is therefore recognized
 //! by how its message begins, never by a word anywhere in it.
 
 use jiff::Timestamp;
 use serde::Deserialize;
 
-/// One line.
+/// One log line.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Line {
-    /// When it was written, seconds since 1970; the last words of one that ends at once have no time.
+    /// When it was written, in seconds since 1970. `None` for the last lines of a cloudflared that ends at once.
     pub at: Option<f64>,
-    /// Of which connection.
+    /// Index of the connection it is about.
     pub connection: Option<u8>,
     /// What it means.
     pub said: Said,
-    /// The protocol that is used from now on.
+    /// The protocol in use from this line on.
     pub protocol: Option<&'static str>,
 }
 
 /// What a line means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Said {
-    /// A connection to the edge is registered.
+    /// A connection to the edge registered.
     Registered,
-    /// It was told to end.
+    /// cloudflared was told to stop.
     ShuttingDown,
-    /// It ends by itself.
+    /// cloudflared stops by itself.
     GaveUp,
-    /// It does not take the token.
+    /// cloudflared does not take the token.
     TokenMalformed,
-    /// It has none.
+    /// cloudflared has no token.
     TokenMissing,
-    /// It cannot read the file with it.
+    /// cloudflared cannot read its token file.
     TokenFile,
-    /// The port of its pages is taken.
+    /// The port of cloudflared's own pages is taken.
     MetricsPortTaken,
     /// The edge refuses the token.
     Unauthorized,
     /// The edge refuses the registration for another reason, or does not answer it.
     RegisterError,
-    /// A connection's control stream failed: over QUIC a registration that failed, whatever the reason.
+    /// A connection's control stream failed. Over QUIC this is a failed registration, whatever the reason.
     ControlStream,
     /// The edge was not reached.
     DialFailed {
-        /// Over QUIC.
+        /// The dial was over QUIC.
         quic: bool,
-        /// This host, or the router next to it, knows no way there: nothing was sent.
+        /// This host, or its router, has no route to the edge: nothing was sent.
         no_route: bool,
     },
-    /// The edge's certificate is not believed, and why.
+    /// cloudflared does not trust the edge's certificate, for this reason.
     Untrusted(&'static str),
-    /// The edge's addresses cannot be looked up.
+    /// The edge's addresses cannot be resolved.
     LookupFailed,
-    /// What cloudflared found out about the host's connection when it started (2026).
+    /// A connectivity check that cloudflared ran at its start (2026).
     Precheck {
-        /// Over UDP, or else over TCP.
+        /// UDP, or else TCP.
         udp: bool,
-        /// Whether it gets through.
+        /// Whether the check passed.
         passed: bool,
     },
-    /// How it was set up.
+    /// The options that cloudflared was started with.
     Options {
-        /// It may use nothing but QUIC.
+        /// It may use only QUIC.
         only_quic: bool,
     },
-    /// Something else.
+    /// Anything else.
     Other,
 }
 
@@ -83,7 +83,7 @@ struct Json {
 }
 
 impl Line {
-    /// Reads a line, without Docker's own time before it.
+    /// Reads a line, without the time that Docker puts before it.
     pub fn parse(text: &str) -> Self {
         if let Ok(json) = serde_json::from_str::<Json>(text) {
             let precheck = (json.component.as_str(), json.status.as_str());
@@ -120,7 +120,7 @@ fn time(text: &str) -> Option<f64> {
 
 fn meaning(message: &str, error: &str, (component, status): (&str, &str)) -> Said {
     let begins = |with: &str| message.starts_with(with);
-    // Lines that say how a connection, or a try to make one, ended. Each of several may be left out by the log level.
+    // Lines that report how a connection, or a try to make one, ended. The log level may suppress any of them.
     let ends = [
         "Serve tunnel error",
         "Connection terminated",
@@ -170,14 +170,14 @@ fn registration(error: &str) -> Said {
     if error.contains("Unauthorized") {
         Said::Unauthorized
     } else if error.starts_with("context canceled") {
-        // Its own side has given up, since the connection was lost.
+        // cloudflared gave up the registration itself, because the connection was lost.
         Said::Other
     } else {
         Said::RegisterError
     }
 }
 
-/// How a connection ended, or a try to make one.
+/// Why a connection, or a try to make one, ended.
 fn end(error: &str) -> Said {
     let quic = error.starts_with("failed to dial to edge with quic");
     if quic || error.starts_with("DialContext error") || error.starts_with("TLS handshake with edge error") {
@@ -188,7 +188,7 @@ fn end(error: &str) -> Said {
     } else if error.contains("Unauthorized") {
         Said::Unauthorized
     } else if error.starts_with("control stream encountered a failure while serving")
-        // Up to 2025.8.
+        // Versions up to 2025.8.
         || error.starts_with("context canceled")
     {
         Said::ControlStream
@@ -199,7 +199,7 @@ fn end(error: &str) -> Said {
     }
 }
 
-/// Why the edge's certificate is not believed, where that is why it was not reached.
+/// Why cloudflared does not trust the edge's certificate, if that is why the dial failed.
 fn untrusted(error: &str) -> Option<&'static str> {
     let has = |text: &str| error.contains(text);
     if has("certificate has expired or is not yet valid") {
@@ -215,14 +215,14 @@ fn untrusted(error: &str) -> Option<&'static str> {
     }
 }
 
-/// Linux's words, as Go passes them on, at the end: `dial tcp 198.51.100.1:7844: connect: network is unreachable`,
+/// Linux's wording, as Go passes it on, at the end: `dial tcp 198.51.100.1:7844: connect: network is unreachable`,
 /// `write udp [::]:40000->198.51.100.1:7844: sendto: network is unreachable`.
 fn is_no_route(error: &str) -> bool {
     let error = error.split('"').next().unwrap_or(error);
     ["network is unreachable", "no route to host", "network is down"].iter().any(|words| error.ends_with(words))
 }
 
-/// A name of the edge could not be looked up.
+/// Whether a name of the edge could not be resolved.
 fn is_lookup(error: &str) -> bool {
     error.contains("lookup ") && error.contains("argotunnel.com") || error.contains("the DNS query failed")
 }

@@ -1,4 +1,4 @@
-//! Looking at the container, its successor and cloudflared in them, and saying what was seen.
+//! Looks at the container, its successor and the cloudflared in each, and reports what it saw.
 
 use std::time::Duration;
 
@@ -24,27 +24,29 @@ use crate::docker::{
 use crate::retry::Lasts;
 use crate::state::{AgentId, Token, TunnelId};
 
-/// While something is expected to change within seconds.
+/// Pause while something is expected to change within seconds.
 pub(super) const EAGER: Duration = Duration::from_millis(250);
-/// While something is wrong for longer: what cloudflared says of it is to be known within three seconds.
+/// Pause while a fault lasts longer. What cloudflared says about it must be known within three seconds.
 const PATIENT: Duration = Duration::from_secs(2);
-/// Lines in which cloudflared has told its version, and what it found out about the host's connection.
+/// How many first lines to read: they hold cloudflared's version, and what it found out about the host's connection.
 pub(super) const START_LINES: usize = 80;
-/// Lines in which it tells what is wrong; each of four connections says so in up to eight, and two tries are needed.
+/// How many last lines to read: they hold the fault. Each of four connections reports it in up to eight lines, and the
+/// rules need two tries.
 pub(super) const LAST_LINES: usize = 100;
-/// Its log is read so often at most while it is not ready, and its metrics too.
+/// Shortest time between two reads of the log, and of the metrics, while the connector is not ready.
 const LOG_EVERY: Duration = Duration::from_secs(1);
-/// One that has had no connection for so long has none: a lost one is often back within the second.
+/// Treat a connector as disconnected after this long without a connection: a lost one is often back within the second.
 const DARK_LASTS: Duration = Duration::from_secs(2);
 const FACTS_EVERY: Duration = Duration::from_secs(10);
-/// It is asked for its diagnosis, which it logs: when another number of connections is ready, and now and then.
+/// cloudflared logs each request for its diagnosis. Ask only when the number of ready connections changed, no sooner
+/// than `DIAGNOSE_AFTER`, and otherwise every `DIAGNOSE_EVERY`.
 const DIAGNOSE_AFTER: Duration = Duration::from_secs(60);
 const DIAGNOSE_EVERY: Duration = Duration::from_secs(600);
 
-/// The two containers, as one pass has seen them.
+/// The two containers, as one pass saw them.
 #[derive(Debug)]
 pub(super) struct Sight {
-    /// The ids of this agent.
+    /// This agent's ids.
     pub(super) ids: Vec<AgentId>,
     pub(super) main: Option<Inspected>,
     pub(super) next: Option<Inspected>,
@@ -55,13 +57,13 @@ impl Sight {
         Whose::Of(&self.ids)
     }
 
-    /// The id of the container that was seen in a slot.
+    /// The id of the container seen in a slot.
     pub(super) fn id(&self, slot: Slot) -> Option<String> {
         let seen = if slot == Slot::Main { &self.main } else { &self.next };
         seen.as_ref().map(|seen| seen.id.clone())
     }
 
-    /// The one that is the tunnel: the one with its name, or else the successor that is about to have it.
+    /// The container that is the tunnel: the one with its name, or else the successor that is about to get it.
     fn current(&self) -> Option<(Slot, &Inspected)> {
         let own = |slot, container: &Option<Inspected>| {
             let container = container.as_ref().filter(|found| plan::owner(found, self.whose()) != Owner::Foreign);
@@ -76,7 +78,7 @@ impl Sight {
     }
 }
 
-/// What is known of the container under one of the two names, from all looks at it.
+/// What all looks so far have shown about the container under one of the two names.
 #[derive(Debug, Default)]
 pub(super) struct Known {
     course: Option<Course>,
@@ -85,24 +87,24 @@ pub(super) struct Known {
     connections: Option<u32>,
     connector: Connector,
     version: Option<String>,
-    /// What the rules need of earlier looks.
+    /// What the rules keep from earlier looks.
     memory: Memory,
     tries: Option<Tries>,
-    /// Its last lines, before them what it found out when it started, and the very last one as it is.
+    /// Its last log lines, preceded by its connectivity checks at the start; and the very last line as written.
     log: Vec<Line>,
     last_words: String,
-    /// The state in which its log was read, and when.
+    /// The container's state when its log was last read, and when that was.
     log_read: Option<(RunState, Instant)>,
-    /// Its first lines were asked for.
+    /// Its first lines have been read.
     start_read: bool,
-    /// Whether it was ready when its metrics were read, and when.
+    /// Whether it was ready when its metrics were last read, and when that was.
     facts_read: Option<(bool, Instant)>,
-    /// How many connections were ready when it was asked for its diagnosis, and when.
+    /// How many connections were ready when it was last asked for its diagnosis, and when that was.
     diagnosed: Option<(u32, Instant)>,
     page: Option<Page>,
-    /// That it is ready was said.
+    /// The log says already that it is ready.
     announced: bool,
-    /// It was draining when this agent first saw it: an agent before this one had stopped it.
+    /// It was draining when this agent first saw it: an earlier agent had stopped it.
     pub(super) left_draining: bool,
     /// Since when it is known to have no connection, and whether it had one in this start.
     dark_since: Option<Instant>,
@@ -139,7 +141,7 @@ impl Known {
         self.course.as_ref().map(|course| course.age(now))
     }
 
-    /// How it came to be without a connection.
+    /// How it lost its connection, or that it never had one.
     pub(super) fn why_dark(&self) -> Dark {
         match self.verdict() {
             Verdict::Stopped => Dark::ToldToEnd,
@@ -148,7 +150,7 @@ impl Known {
         }
     }
 
-    /// What is the matter, where that is known.
+    /// The cause of its fault, if known.
     pub(super) fn cause(&self) -> Option<Cause> {
         match self.verdict() {
             Verdict::Sick(cause) => Some(cause),
@@ -156,12 +158,12 @@ impl Known {
         }
     }
 
-    /// Whether its host has no way to the edge.
+    /// Whether the host has no route to the edge.
     pub(super) fn cannot_route(&self) -> bool {
         self.cause().is_some() && classify::cannot_route(&self.log)
     }
 
-    /// Takes note of whether it has a connection. Where nobody answers, nobody knows.
+    /// Notes whether it has a connection. If neither cloudflared nor Docker can tell, nothing is known.
     fn note_light(&mut self, found: &Inspected, readiness: &Readiness, now: Instant) {
         let by_docker = (found.health, found.last_check) == (Some(Health::Unhealthy), Some(LastCheck::NotReady));
         self.dark_since = match readiness {
@@ -192,12 +194,12 @@ impl Known {
         self.course.as_ref().is_some_and(|course| course.needs_restart(now))
     }
 
-    /// Why it does not become ready, or not in time.
+    /// Why it cannot become ready, or did not in time.
     pub(super) fn failure(&self) -> Option<Cause> {
         self.course.as_ref().and_then(|course| course.failure(Instant::now()))
     }
 
-    /// Where to ask while Docker does not answer, when it was ready before.
+    /// The address at which to ask cloudflared while Docker does not answer. `None` unless it was ready.
     pub(super) fn ask_at(&self) -> Option<&str> {
         self.address.as_deref().filter(|_| self.is_ready())
     }
@@ -206,7 +208,7 @@ impl Known {
         self.course.as_ref().is_some_and(|course| course.is_unsettled(now))
     }
 
-    /// Takes note of another start of the container, or of another container.
+    /// Notes another start of the container, or another container.
     fn begin(&mut self, found: &Inspected, now: Instant) {
         if self.course.as_ref().is_some_and(|course| course.is_of(found)) {
             return;
@@ -225,9 +227,9 @@ impl Known {
         *self = Self { course: Some(course), container: Some(found.id.clone()), memory, ..Self::default() };
     }
 
-    /// What the rules make of all that is known.
+    /// Applies the rules to all that is known.
     fn judge(&mut self, found: &Inspected, readiness: &Readiness, only_quic: bool, now: Instant) -> Verdict {
-        // A clock that was set must not make it look young or old.
+        // Its age comes from the monotonic clock, so that setting the clock does not make it look young or old.
         let started_at = classify::seconds(&found.started_at).unwrap_or_default();
         let age = self.course.as_ref().map(|course| course.age(now)).unwrap_or_default();
         let page = course::page(found, readiness);
@@ -245,13 +247,13 @@ impl Known {
         })
     }
 
-    /// Takes note of its log: its first lines, where they were asked for, and its last.
+    /// Stores its log: the last lines, and the first ones if they were read.
     fn take_log(&mut self, first: &[String], last: &[String], token: Option<&Token>) {
         let parse = |lines: &[String]| of_this_start(lines).iter().map(|line| Line::parse(line)).collect::<Vec<_>>();
         let (first, mut lines) = (parse(first), parse(last));
         let is_check = |line: &&Line| matches!(line.said, Said::Precheck { .. });
         if !lines.iter().any(|line| is_check(&line)) {
-            // They are far up by now.
+            // The checks are far up in the log by now.
             let checks = first.iter().chain(&self.log).filter(is_check).cloned().collect::<Vec<_>>();
             lines.splice(..0, checks);
         }
@@ -263,7 +265,7 @@ impl Known {
 }
 
 impl<H: Host> Supervisor<H> {
-    /// Looks at both names.
+    /// Looks at the containers under both names.
     pub(super) async fn look(&mut self) -> Result<Sight, DockerError> {
         let main = self.host.inspect(&self.name(Slot::Main)).await?;
         let next = self.host.inspect(&self.name(Slot::Next)).await?;
@@ -284,17 +286,17 @@ impl<H: Host> Supervisor<H> {
         }
     }
 
-    /// Asks a container how it is, and adds that to what is known of it.
+    /// Asks a container how it is, and adds the answer to what is known of it.
     async fn study(&mut self, slot: Slot, found: &Inspected) {
         self.known(slot).begin(found, Instant::now());
         let runs = found.state == RunState::Running;
-        // 255 may be a token that cloudflared does not take: that must not be started again.
+        // Exit code 255 may mean a token that cloudflared does not take: never start that again.
         let is_of_interest = runs || found.state == RunState::Restarting || found.exit_code == 255;
         if !is_of_interest {
             return;
         }
         let place = asked_at(found, &self.config.network);
-        // It serves as before and only cannot be asked: that is no reason for its successor to take over in haste.
+        // It still serves and only cannot be asked: no reason for its successor to take over in haste.
         let was_placed = found.labels.contains_key(METRICS_LABEL);
         if runs && was_placed && place.is_none() && !self.has_lost_network(found) {
             return;
@@ -312,7 +314,7 @@ impl<H: Host> Supervisor<H> {
             let known = self.known(slot);
             (known.connections, known.connector.id) = (Some(*connections), connector.clone());
         }
-        // What makes it look stopped may be the end of the start before.
+        // Read again while it looks stopped: that may come from the end of the start before.
         if !matches!(readiness, Readiness::Ready { .. }) || self.known(slot).verdict() == Verdict::Stopped {
             self.read_log(slot, found).await;
         }
@@ -336,13 +338,14 @@ impl<H: Host> Supervisor<H> {
         }
     }
 
-    /// Whether it began on the tunnel's network and is not on it any more: it was taken from it, or that was removed.
+    /// Whether it began on the tunnel's network and is off it now: the container was disconnected, or the network
+    /// removed.
     fn has_lost_network(&self, found: &Inspected) -> bool {
         let network = &self.config.network;
         found.network_mode == *network && !found.networks.contains_key(network)
     }
 
-    /// Reads what its other pages say, no more often than is needed.
+    /// Reads its other pages, no more often than needed.
     async fn read_facts(&mut self, slot: Slot, address: &str, readiness: &Readiness) {
         let ready = match readiness {
             Readiness::Ready { connections, .. } => Some(*connections),
@@ -350,7 +353,7 @@ impl<H: Host> Supervisor<H> {
         };
         let every = if ready.is_some() { FACTS_EVERY } else { LOG_EVERY };
         let read = self.known(slot).facts_read;
-        // What is counted at the moment in which it becomes ready is what later failures are compared with.
+        // Later failures are compared with the counts at the moment it becomes ready.
         if read.is_none_or(|(was_ready, at)| was_ready != ready.is_some() || at.elapsed() >= every) {
             let facts = self.host.facts(address).await;
             let known = self.known(slot);
@@ -376,7 +379,7 @@ impl<H: Host> Supervisor<H> {
     }
 
     async fn read_log(&mut self, slot: Slot, found: &Inspected) {
-        // How it ended is said in the last moment.
+        // The last lines say how it ended, so a new state is always read.
         let read = self.known(slot).log_read;
         if read.is_some_and(|(state, at)| state == found.state && at.elapsed() < LOG_EVERY) {
             return;
@@ -396,7 +399,8 @@ impl<H: Host> Supervisor<H> {
         }
     }
 
-    /// Publishes what is known. `acting`: a container is about to be made.
+    /// Publishes what is known. `acting`: a container is about to be created. Returns how long to wait before the next
+    /// look.
     pub(super) async fn publish(
         &mut self,
         wanted: &Wanted,
@@ -416,7 +420,7 @@ impl<H: Host> Supervisor<H> {
         };
         let now = Instant::now();
         let mut pause = match &self.outage {
-            // It may last for hours.
+            // An outage may last for hours.
             Some(outage) => outage.look_again(now),
             None if sight.next.is_some() || self.ended.is_some() => EAGER,
             None => CALM,
@@ -433,7 +437,7 @@ impl<H: Host> Supervisor<H> {
             _ => {}
         }
         if let Some(problem) = problem {
-            // What still runs goes on running: the status tells of the traffic, the reason of what failed.
+            // What still runs keeps running: the status describes the traffic, the reason what failed.
             if !view.container_running {
                 view.status = problem.cause.status();
             }
@@ -455,10 +459,10 @@ impl<H: Host> Supervisor<H> {
         pause.max(EAGER)
     }
 
-    /// Gives the view to whoever listens. When its status began is kept here.
+    /// Hands the view to its readers, and keeps the time at which its status began.
     pub(super) fn tell(&self, mut view: View) {
         self.view.send_if_modified(|known| {
-            // A master forgets the version that it knows when it is told none.
+            // A master forgets the version that it knows when a report has none.
             view.version =
                 view.version.take().or_else(|| known.version.clone()).or_else(|| self.config.image.version());
             let is_same = known.looked && known.status == view.status;
@@ -469,7 +473,7 @@ impl<H: Host> Supervisor<H> {
         });
     }
 
-    /// What is known of a container of ours, and says in the log what changed.
+    /// Describes a container of ours in the view, and logs what changed.
     async fn describe(&mut self, view: &mut View, slot: Slot, found: &Inspected) {
         if self.known(slot).version.is_none() && !self.known(slot).start_read {
             let first = self.host.log_start(&found.id, started(found), START_LINES).await.unwrap_or_default();
@@ -537,7 +541,7 @@ impl<H: Host> Supervisor<H> {
         }
     }
 
-    /// When to look again at a container that Docker keeps running.
+    /// How long to wait before looking again at a container that Docker keeps running.
     fn pause(&mut self, slot: Slot) -> Duration {
         let known = self.known(slot);
         match known.verdict() {
@@ -547,7 +551,7 @@ impl<H: Host> Supervisor<H> {
         }
     }
 
-    /// What the acknowledgement of a decommission can say by now.
+    /// What the acknowledgement of a decommission can report by now. `None` while the container is still stopping.
     async fn departure(&self, sight: &Sight, problem: Option<&Problem>) -> Option<Departure> {
         let container = match (sight.current(), problem) {
             (None, _) => "absent",
@@ -565,7 +569,7 @@ impl<H: Host> Supervisor<H> {
     }
 }
 
-/// Name and id of the tunnel whose connector is there, and the one that is wanted, where that is another.
+/// Name and id of the tunnel whose connector runs, and the tunnel that the master wants if that is another.
 fn tunnel_of(wanted: &Wanted, found: Option<&Inspected>) -> (Option<String>, Option<TunnelId>, Option<WantedTunnel>) {
     let labelled = |found: &Inspected| found.labels.get(TUNNEL_LABEL).map(|id| TunnelId(id.clone()));
     let runs = found.and_then(|found| found.serves.clone().or_else(|| labelled(found)));
@@ -579,30 +583,30 @@ fn tunnel_of(wanted: &Wanted, found: Option<&Inspected>) -> (Option<String>, Opt
     }
 }
 
-/// Where cloudflared is asked how it is: where it serves its metrics alone, or else on the tunnel's network.
+/// The network on which to ask cloudflared: the one reserved for its metrics, or else the tunnel's.
 pub(super) fn asked_at<'a>(found: &'a Inspected, network: &str) -> Option<&'a Endpoint> {
     match found.labels.get(METRICS_LABEL) {
         Some(metrics) => found.networks.get(metrics),
-        // One that is about to be replaced may be on another network.
+        // A container that is about to be replaced may be on another network.
         None => found.networks.get(network).or_else(|| found.networks.values().next()),
     }
 }
 
-/// Seconds since 1970 at the container's last start, from where its log is read.
+/// Seconds since 1970 at the container's last start. Its log is read from there.
 pub(super) fn started(found: &Inspected) -> i64 {
     found.started_at.parse::<Timestamp>().map(|at| at.as_second()).unwrap_or_default()
 }
 
-/// Docker tells a log from a whole second on, so that the end of the start before may stand before this one's lines.
+/// Docker returns a log from a whole second on, so the end of the start before may come ahead of this start's lines.
 fn of_this_start(lines: &[String]) -> &[String] {
     let begins = lines.iter().rposition(|line| line.contains("Starting tunnel")).unwrap_or_default();
     lines.get(begins..).unwrap_or(lines)
 }
 
-/// The last line that the container wrote, without the token, should a version of cloudflared print it.
+/// The last line that the container wrote. The token is cut out, in case a version of cloudflared prints it.
 fn last_words(lines: &[String], token: Option<&Token>) -> String {
     let last = lines.last().map(String::as_str).unwrap_or("(none)");
-    // The time at its beginning would make each line another one.
+    // The time at its beginning would make every line a different one.
     let last = match last.split_once(' ') {
         Some((time, rest)) if time.parse::<Timestamp>().is_ok() => rest,
         _ => last,

@@ -1,6 +1,6 @@
-//! An outage: the connector runs and has had no connection for some seconds. cloudflared waits ever longer between
-//! its tries, a fresh one beside it tries at once. When it is time for one, and from which spec. No I/O; time is
-//! handed in.
+//! An outage: the connector runs but has had no connection for some seconds. cloudflared waits ever longer between its
+//! tries; a fresh connector beside it tries at once. This module decides when to make one, and from which spec. No I/O;
+//! the caller passes the time.
 
 use std::time::Duration;
 
@@ -9,33 +9,34 @@ use tokio::time::Instant;
 use super::plan::Make;
 use crate::cause::Cause;
 
-/// A connection that is lost is often back by itself within moments.
+/// A lost connection is often back by itself within moments.
 const FIRST_AFTER: Duration = Duration::from_secs(10);
-/// One that was told to end by hand, as `docker restart` does, has ended by then unless somebody waits for a long answer.
+/// A connector that was stopped by hand, for example by `docker restart`, has ended by then unless a slow request is
+/// open.
 const TOLD_TO_END: Duration = Duration::from_secs(4);
-/// One that was never connected gets longer for its first one.
+/// A connector that was never connected gets longer for its first connection.
 const NEVER_READY: Duration = Duration::from_secs(20);
-/// Between two fresh connectors at the beginning, each time 20 % more or less, and later on.
+/// Time between two fresh connectors, at the beginning and later on. Each time is 20 % more or less.
 const EVERY: Duration = Duration::from_secs(10);
 const EVERY_LATER: Duration = Duration::from_secs(30);
-/// How long the beginning is.
+/// How long the beginning lasts.
 const BEGINNING: Duration = Duration::from_secs(600);
-/// How often the two are looked at meanwhile.
+/// How often to look at the two meanwhile, at the beginning and later on.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 const LOOK_EVERY_LATER: Duration = Duration::from_secs(1);
-/// One that is due is made by then, or not at all.
+/// A connector that is due is made within this time, or not at all.
 const OVERDUE: Duration = Duration::from_secs(5);
-/// Each third one tries another protocol: UDP may be blocked where TCP is not.
+/// Every third one tries another protocol: UDP may be blocked where TCP is not.
 const OTHER_EVERY: u32 = 3;
 
-/// How it came to be without a connection.
+/// How the connector came to have no connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Dark {
-    /// Somebody has told it to end, by hand: it drains, and takes no new requests however long that lasts.
+    /// It was told to stop, by hand: it drains, and takes no new requests however long that lasts.
     ToldToEnd,
-    /// It had one.
+    /// It lost its connection.
     Lost,
-    /// It had none in this start.
+    /// It had no connection in this start.
     NeverReady,
 }
 
@@ -44,7 +45,7 @@ pub(super) enum Dark {
 pub(super) struct Outage {
     began: Instant,
     next: Instant,
-    /// Fresh connectors so far.
+    /// How many fresh connectors were made so far.
     pub(super) made: u32,
 }
 
@@ -59,18 +60,18 @@ impl Outage {
         Self { began: dark_since, next: dark_since + jittered(first), made: 0 }
     }
 
-    /// Whether it is time for a fresh one.
+    /// Whether it is time for a fresh connector.
     pub(super) fn is_due(&self, now: Instant) -> bool {
         now >= self.next
     }
 
-    /// One was made.
+    /// Notes that one was made.
     pub(super) fn made(&mut self, now: Instant) {
         self.made = self.made.saturating_add(1);
         self.next = now + jittered(if now - self.began < BEGINNING { EVERY } else { EVERY_LATER });
     }
 
-    /// From which spec the next one is made: as the one that is down, and now and then the other way.
+    /// The spec of the next one: that of the connector that is down, and every third time the other one.
     pub(super) fn make(&self, main: Make, may_differ: bool) -> Make {
         let differs = may_differ && (self.made + 1).is_multiple_of(OTHER_EVERY);
         match (main, differs) {
@@ -79,8 +80,8 @@ impl Outage {
         }
     }
 
-    /// How long until the next look: soon while the fresh one may become ready, and in time for the next one. Where none
-    /// is made though it is time, since it would not help, that may last for days.
+    /// How long until the next look: short while the fresh connector may become ready, and no later than the next one
+    /// is due. If one is due but would not help, none is made; that may last for days.
     pub(super) fn look_again(&self, now: Instant) -> Duration {
         let pause = if now - self.began < BEGINNING { LOOK_EVERY } else { LOOK_EVERY_LATER };
         match self.next.checked_duration_since(now) {
@@ -91,14 +92,14 @@ impl Outage {
     }
 }
 
-/// Many hosts lose the edge at the same moment, and should not return as one.
+/// Many hosts lose the edge at the same moment and should not all return at once.
 fn jittered(time: Duration) -> Duration {
     time.mul_f64(0.8 + 0.4 * fastrand::f64())
 }
 
-/// Whether a fresh connector may find what the present one does not: not where Docker itself cannot resolve a name or
-/// where the same token would be refused again. That it cannot route either is
-/// [`cannot_route`](super::classify::cannot_route).
+/// Whether a fresh connector may get further than the present one. It cannot if Docker itself cannot resolve a name, or
+/// if the edge would refuse the same token again. [`cannot_route`](super::classify::cannot_route) covers a host without
+/// a route.
 pub(super) fn may_help(cause: Option<Cause>) -> bool {
     match cause {
         None
@@ -136,7 +137,7 @@ mod tests {
             outage.made(now);
         }
         assert!((500..620).contains(&outage.made), "{}", outage.made);
-        // None is made though it is time: nobody need look four times a second.
+        // One is due but not made: there is no need to look four times a second.
         let outage = Outage::new(began, Dark::Lost);
         assert!(outage.look_again(began) == LOOK_EVERY && outage.look_again(began + MINUTE) == LOOK_EVERY_LATER);
     }

@@ -1,35 +1,35 @@
-//! From what is wanted and what is there to what is to be done. Pure; the table of tests is the specification.
+//! Turns the goal and what is there into steps. Pure; the table of tests is the specification.
 //!
-//! Two names may be in use: the tunnel's own, and a second one for its successor while that takes over. A
-//! replacement starts the successor, waits until it serves, drains and removes the one before, and renames. Where
-//! the one before serves nobody, nobody waits: the newest order's connector takes over as soon as it runs, and during
-//! an outage a fresh one is tried beside it again and again. Each state in which a crash can leave the two is one from
-//! which the plan goes on, and none of its steps takes away the last one that serves.
+//! Two names may be in use: the tunnel's own, and a second one for its successor during a replacement. A replacement
+//! starts the successor, waits until it serves, drains and removes the connector before it, and renames the successor.
+//! If the connector before it serves nobody, there is no wait: the connector of the newest order takes over as soon as
+//! it runs, and during an outage a fresh one is tried beside it again and again. The plan can continue from every state
+//! in which a crash can leave the two, and no step takes away the last connector that serves.
 
 use crate::docker::{Inspected, METRICS_LABEL, OWNER_LABEL, RunState, SPEC_LABEL};
 use crate::state::AgentId;
 
-/// What the tunnel container should be.
+/// The desired state of the tunnel container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Goal {
-    /// Nothing was said yet: what runs is left alone.
+    /// No order yet: leave alone what runs.
     Leave,
-    /// There, and not running: between the two phases of a decommission the master wants to find it so.
+    /// Stopped but present: the master wants to find it so between the two phases of a decommission.
     Stop,
-    /// Not there: the master does not want it, or there is no tunnel any more.
+    /// Absent: the master does not want it, or the tunnel no longer exists.
     Remove,
     /// Running, made from the spec with this hash, on this network.
     Run {
         /// Hash of the spec.
         hash: String,
-        /// Hash of the same spec over HTTP/2; none where that is the same.
+        /// Hash of the same spec over HTTP/2; `None` if that is the same spec.
         trial: Option<String>,
-        /// The network it is made on.
+        /// The network it is created on.
         network: String,
     },
 }
 
-/// Under which name.
+/// The name that a container has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Slot {
     /// The tunnel's own.
@@ -38,54 +38,54 @@ pub(super) enum Slot {
     Next,
 }
 
-/// From which of the two specs.
+/// Which of the two specs a container is made from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Make {
-    /// As it is wanted.
+    /// The spec as the master wants it.
     Wanted,
-    /// The same over HTTP/2, where cloudflared says why it is refused.
+    /// The same spec over HTTP/2, where cloudflared says why the edge refuses it.
     Trial,
 }
 
-/// One step. Steps are carried out in order; the first failure ends the attempt.
+/// One step. The supervisor runs steps in order; the first failure ends the attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Step {
-    /// See to the network and the image, while whatever runs still runs.
+    /// Make sure that the network and the image are there, while whatever runs keeps running.
     Prepare,
-    /// Stop with cloudflared's drain.
+    /// Stop, with cloudflared's drain.
     Stop(Slot),
-    /// Remove, so that the name is free.
+    /// Remove, which frees the name.
     Remove(Slot),
     Create(Slot, Make),
     Start(Slot),
-    /// Restart where it is.
+    /// Restart in place.
     Restart,
     /// Give the successor the tunnel's own name.
     Rename,
 }
 
-/// Whose container has the name.
+/// Who made the container that has the name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Owner {
-    /// Made by this agent.
+    /// This agent.
     Agent,
-    /// Made by the Python agent: same name, runs cloudflared with a token, no label of ours.
+    /// The Python agent: same name, runs cloudflared with a token, no label of ours.
     PythonAgent,
-    /// Anybody else's, another agent's too: never touched.
+    /// Anyone else, including another agent: never touched.
     Foreign,
 }
 
-/// Which agent is meant.
+/// Which agent counts as this one.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) enum Whose<'a> {
-    /// Whichever: for the socket proxy, which does not know its agent's id, and for a check from outside.
+    /// Any agent: for the socket proxy, which does not know its agent's id, and for a check from outside.
     #[default]
     Any,
-    /// The one that has had these ids.
+    /// The agent that has had these ids.
     Of(&'a [AgentId]),
 }
 
-/// Tells whose container it is.
+/// Tells who made a container.
 pub(crate) fn owner(container: &Inspected, whose: Whose<'_>) -> Owner {
     if container.labels.contains_key(SPEC_LABEL) {
         return if another_agent(container, whose).is_some() { Owner::Foreign } else { Owner::Agent };
@@ -97,7 +97,7 @@ pub(crate) fn owner(container: &Inspected, whose: Whose<'_>) -> Owner {
     if names_cloudflared && runs_tunnel && has_token { Owner::PythonAgent } else { Owner::Foreign }
 }
 
-/// The id of the other agent whose container it is. Earlier versions wrote none: those are adopted.
+/// The id of the other agent that made the container. Earlier versions wrote no id; their containers are adopted.
 pub(crate) fn another_agent<'a>(container: &'a Inspected, whose: Whose<'_>) -> Option<&'a str> {
     let Whose::Of(ids) = whose else { return None };
     let label = container.labels.get(OWNER_LABEL.0).filter(|_| container.labels.contains_key(SPEC_LABEL))?;
@@ -105,56 +105,56 @@ pub(crate) fn another_agent<'a>(container: &'a Inspected, whose: Whose<'_>) -> O
     (!is_ours).then_some(label.as_str())
 }
 
-/// How far a successor has come.
+/// How far a successor is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) enum Progress {
-    /// Not ready yet, or ready for too short a time for the edge to know.
+    /// Not ready yet, or not ready for long enough for the edge to know it.
     #[default]
     Waiting,
-    /// Visitors are led to it.
+    /// Cloudflare sends visitors to it.
     Serves,
-    /// It will not become ready, or not in time.
+    /// It cannot become ready, or did not in time.
     Failed,
 }
 
-/// What is there, as far as the plan depends on it.
+/// What is there, as far as the plan depends on it. "Main" has the tunnel's own name, "next" the successor's.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Scene<'a> {
-    /// This agent.
+    /// This agent's ids.
     pub(super) whose: Whose<'a>,
-    /// Under the tunnel's own name.
+    /// The container under the tunnel's own name.
     pub(super) main: Option<&'a Inspected>,
-    /// Under the successor's.
+    /// The container under the successor's name.
     pub(super) next: Option<&'a Inspected>,
-    /// How far the successor has come.
+    /// How far the successor is.
     pub(super) progress: Progress,
-    /// The one under the tunnel's own name is ready.
+    /// Main is ready.
     pub(super) main_ready: bool,
-    /// It runs and has had no connection for some seconds: it serves nobody for certain.
+    /// Main runs and has had no connection for some seconds: it certainly serves nobody.
     pub(super) dark: bool,
-    /// It ended a moment ago, as a restart by hand does in between.
+    /// Main ended a moment ago; a manual restart looks like this halfway through.
     pub(super) ended_lately: bool,
     /// The successor is ready.
     pub(super) next_ready: bool,
-    /// It is known to have no connection; both may be false, where nobody can tell.
+    /// The successor is known to have no connection. Both this and `next_ready` may be false, when neither is known.
     pub(super) next_dark: bool,
-    /// During an outage it is time for a fresh connector, made from this.
+    /// During an outage: time for a fresh connector, made from this spec.
     pub(super) fresh: Option<Make>,
-    /// The successor is refused without a word, and a trial over HTTP/2 tells why.
+    /// The edge refuses the successor without a reason; a trial over HTTP/2 shows why.
     pub(super) ask_why: bool,
-    /// The successor, tried beside one that serves nobody, has said what it can: it goes.
+    /// The successor, tried beside a connector that serves nobody, has shown what it can: remove it.
     pub(super) next_over: bool,
-    /// It serves over HTTP/2 only, and it is time to see whether it can do so as it is wanted.
+    /// Main serves over HTTP/2 only, and it is time to try the wanted spec again.
     pub(super) go_back: bool,
-    /// A successor of this spec failed lately, beside one that serves.
+    /// A successor of this spec failed recently, beside a connector that serves.
     pub(super) resting: bool,
-    /// It is to be restarted now.
+    /// Restart main now.
     pub(super) restart: bool,
-    /// It is draining, by the order of an agent that is gone, and will end.
+    /// Main is draining on the order of an agent that is gone, and will end.
     pub(super) draining: bool,
-    /// cloudflared does not take its token: it must not be started again.
+    /// cloudflared does not take main's token: never start it again.
     pub(super) bad_token: bool,
-    /// A successor from this very spec could not become ready because of its token.
+    /// A successor of this spec could not become ready because of its token.
     pub(super) given_up: bool,
     /// Docker refuses a second container beside the first.
     pub(super) no_second: bool,
@@ -162,12 +162,12 @@ pub(super) struct Scene<'a> {
     pub(super) no_rename: bool,
 }
 
-/// In each of these it would run again, or still holds its connections.
+/// Whether it would run again, or still holds its connections.
 pub(super) fn is_alive(container: &Inspected) -> bool {
     matches!(container.state, RunState::Running | RunState::Restarting | RunState::Paused)
 }
 
-/// What an order makes of a container, as far as its hash and its network tell.
+/// What decides whether a container matches an order: the hashes of both specs, and the network.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Order<'a> {
     pub(super) hash: &'a str,
@@ -176,7 +176,7 @@ pub(super) struct Order<'a> {
 }
 
 impl Order<'_> {
-    /// From which of the two specs it was made, if from one of them.
+    /// Which of the two specs the container was made from, if either.
     pub(super) fn made(&self, container: &Inspected) -> Option<Make> {
         match container.labels.get(SPEC_LABEL)?.as_str() {
             label if label == self.hash => Some(Make::Wanted),
@@ -185,8 +185,9 @@ impl Order<'_> {
         }
     }
 
-    /// The same of one that Docker keeps running on its network, and on that of its metrics: connected to it again it
-    /// would go on listening on an address that is gone.
+    /// As [`Self::made`], if Docker keeps the container running and it is on the tunnel's network and on that of its
+    /// metrics. A container that lost its metrics network and is connected to it again keeps listening on an address
+    /// that is gone.
     pub(super) fn fits(&self, container: &Inspected) -> Option<Make> {
         let is_kept = matches!(container.state, RunState::Running | RunState::Restarting);
         let is_on = |network: &String| container.networks.contains_key(network);
@@ -196,7 +197,7 @@ impl Order<'_> {
 }
 
 impl Goal {
-    /// The order, where something is to run.
+    /// The order, if something should run.
     pub(super) fn order(&self) -> Option<Order<'_>> {
         match self {
             Self::Run { hash, trial, network } => Some(Order { hash, trial: trial.as_deref(), network }),
@@ -205,10 +206,9 @@ impl Goal {
     }
 }
 
-/// What to do, given what is there. An empty plan means: it is as it should be, it takes time, or it is not ours
-/// to touch.
+/// Decides what to do. An empty plan means: all is as it should be, something takes time, or the container is not ours.
 pub(super) fn plan(goal: &Goal, scene: &Scene<'_>) -> Vec<Step> {
-    // What somebody else has put under the second name is as if there could be no second container.
+    // A foreign container under the second name has the same effect as a refused second container.
     let foreign_next = scene.next.is_some_and(|next| owner(next, scene.whose) == Owner::Foreign);
     let scene =
         Scene { next: scene.next.filter(|_| !foreign_next), no_second: scene.no_second || foreign_next, ..*scene };
@@ -235,7 +235,7 @@ fn stop(container: &Inspected, slot: Slot) -> Vec<Step> {
     if is_alive(container) { vec![Step::Stop(slot)] } else { vec![] }
 }
 
-/// A successor that is not wanted. It may serve already, so it drains as well.
+/// Removes a successor that is not wanted. It may serve already, so it drains first.
 fn away(next: &Inspected) -> Vec<Step> {
     [stop(next, Slot::Next), vec![Step::Remove(Slot::Next)]].concat()
 }
@@ -245,17 +245,17 @@ fn run(scene: &Scene<'_>, order: Order<'_>) -> Vec<Step> {
     use Step::{Create, Prepare, Remove, Restart, Start, Stop};
     let made = [Prepare, Create(Main, Make::Wanted), Start(Main)];
     let beside = |make| vec![Prepare, Create(Next, make), Start(Next)];
-    // Nobody waits for an image or a network of a connector that is thrown away again.
+    // Replaces a throwaway connector: no waiting for an image or a network.
     let anew = |next, make| [away(next), vec![Create(Next, make), Start(Next)]].concat();
     let fits = |main: &Inspected| order.fits(main).filter(|_| !scene.draining);
     match (scene.main, scene.next) {
         (None, None) => made.into(),
-        // The last steps of a replacement are missing.
+        // A replacement that lacks only its last steps.
         (None, Some(_)) if !scene.no_rename => rename(scene),
-        // It cannot have the name, so another one is made under it, which takes over in the same way.
+        // It cannot get the name, so make another one under it, which takes over the same way.
         (None, Some(_)) => made.into(),
         (Some(main), _) if scene.bad_token && order.made(main).is_some() => stop(main, Main),
-        // Whoever restarts it by hand is not to find another one in its place.
+        // Whoever restarts it by hand must not find another one in its place.
         (Some(main), _) if scene.ended_lately && !scene.next_ready && order.made(main).is_some() => vec![],
         (Some(main), None) if fits(main).is_some() => match scene.fresh {
             _ if scene.restart => vec![Restart],
@@ -266,7 +266,7 @@ fn run(scene: &Scene<'_>, order: Order<'_>) -> Vec<Step> {
         (Some(main), Some(next)) if fits(main).is_some() => beside_the_right_one(scene, order, main, next),
         (Some(main), None) if main.state == RunState::Running && !scene.no_second => {
             if scene.given_up {
-                // Tried as during an outage only: it takes over if its token is taken after all.
+                // Tried only as during an outage: it takes over if the edge accepts its token after all.
                 scene.fresh.filter(|_| scene.dark).map(beside).unwrap_or_default()
             } else if scene.resting && !scene.dark {
                 vec![]
@@ -274,13 +274,13 @@ fn run(scene: &Scene<'_>, order: Order<'_>) -> Vec<Step> {
                 beside(Make::Wanted)
             }
         }
-        // A frozen process cannot drain, and one that Docker is about to restart has nothing to.
+        // A frozen process cannot drain, and one that Docker is about to restart has nothing to drain.
         (Some(main), None) => {
             let drain = if main.state == RunState::Paused { vec![] } else { stop(main, Main) };
             [vec![Prepare], drain, vec![Remove(Main), Create(Main, Make::Wanted), Start(Main)]].concat()
         }
         (Some(main), Some(next)) if main.state == RunState::Running => match order.fits(next) {
-            // An older order's, and the only one that serves: it has the name first.
+            // An older order's connector, and the only one that serves: give it the name first.
             None if scene.dark && scene.next_ready && next.state == RunState::Running => take_over(scene),
             None => away(next),
             Some(_)
@@ -289,19 +289,19 @@ fn run(scene: &Scene<'_>, order: Order<'_>) -> Vec<Step> {
             {
                 take_over(scene)
             }
-            // Nobody is served, so nobody need wait for it to be ready.
+            // Nobody is served, so do not wait until it is ready.
             Some(Make::Wanted) if scene.dark && !scene.given_up && next.state == RunState::Running => take_over(scene),
             Some(Make::Trial) if scene.dark && scene.next_over && scene.next_dark => away(next),
-            // It is thrown away for another one or not at all.
+            // Discard it only for a fresh one.
             Some(_) if scene.dark => {
                 scene.fresh.filter(|_| scene.next_dark).map(|make| anew(next, make)).unwrap_or_default()
             }
-            // Refused, and why is not said.
+            // Refused without a reason.
             Some(Make::Wanted) if scene.ask_why => anew(next, Make::Trial),
             Some(_) if scene.progress == Progress::Failed => away(next),
             Some(_) => vec![],
         },
-        // Nothing serves under the name: whatever lives under the second one takes it over.
+        // Nothing serves under the name: whatever lives under the second name takes it over.
         (Some(main), Some(next)) if is_alive(next) => {
             let drain = if main.state == RunState::Restarting { vec![Stop(Main)] } else { vec![] };
             [drain, vec![Remove(Main)], rename(scene)].concat()
@@ -310,7 +310,7 @@ fn run(scene: &Scene<'_>, order: Order<'_>) -> Vec<Step> {
     }
 }
 
-/// Two, of which the one with the name is made as it should be.
+/// Plans for two containers when main is made as it should be.
 fn beside_the_right_one(scene: &Scene<'_>, order: Order<'_>, main: &Inspected, next: &Inspected) -> Vec<Step> {
     let (is_trial, fits) = (order.fits(main) == Some(Make::Trial), order.fits(next));
     let serves = scene.progress == Progress::Serves;
@@ -318,17 +318,17 @@ fn beside_the_right_one(scene: &Scene<'_>, order: Order<'_>, main: &Inspected, n
     let is_return = is_trial && fits == Some(Make::Wanted);
     match fits {
         _ if next.state != RunState::Running && !(is_return && is_alive(next)) => away(next),
-        // Back from HTTP/2 to what is wanted: a replacement like any other.
+        // Back from HTTP/2 to the wanted spec: a replacement like any other.
         Some(_) if main_serves && is_return => match scene.progress {
             Progress::Serves if next.state == RunState::Running => take_over(scene),
             Progress::Waiting | Progress::Serves => vec![],
             Progress::Failed => away(next),
         },
-        // Left over: it goes when the one with the name can do without it.
+        // Left over: remove it when main no longer needs it.
         _ if main_serves => away(next),
-        // A fresh one that was ready first. Where it cannot have the name, the one that has it is waited for.
+        // A fresh one that was ready first. If it cannot get the name, wait for main.
         Some(_) if serves && next.state == RunState::Running && !scene.no_rename => take_over(scene),
-        // It may serve, for all that is known.
+        // It may serve, as far as anyone knows.
         _ if !scene.next_dark || !scene.dark => vec![],
         _ if scene.next_over => away(next),
         _ => match scene.fresh {
@@ -338,7 +338,7 @@ fn beside_the_right_one(scene: &Scene<'_>, order: Order<'_>, main: &Inspected, n
     }
 }
 
-/// The successor gets the place of the one before it.
+/// The successor takes the place of main.
 fn take_over(scene: &Scene<'_>) -> Vec<Step> {
     [vec![Step::Stop(Slot::Main), Step::Remove(Slot::Main)], rename(scene)].concat()
 }
@@ -582,7 +582,7 @@ mod tests {
                 let touches = plan(&goal, &scene).iter().any(|step| matches!(step, Rename | Stop(Next) | Remove(Next)));
                 assert_eq!(touches, ours, "{goal:?} {label:?}");
             }
-            // An agent that does not know its own id has made none that carries one.
+            // An agent that does not know its own id has made no container that carries one.
             assert_eq!(owner(&main, Whose::Of(&[])) == Owner::Agent, label.is_none_or(|l| l == "dockflare-agent"));
         }
     }
@@ -628,15 +628,15 @@ mod tests {
             [],
             "it pauses beside one that serves"
         );
-        // Whether it is ready or not, and however long it has not been.
+        // Ready or not, and however long it has not been ready.
         for progress in [Progress::Waiting, Progress::Serves, Progress::Failed] {
             let scene = Scene { next: Some(&next), progress, ..dark };
             assert_eq!(plan(&goal(), &scene), [Stop(Main), Remove(Main), Rename], "{progress:?}");
-            // But not for a token that is known to be refused.
+            // Except for a token that is known to be refused.
             let steps = plan(&goal(), &Scene { given_up: true, ..scene });
             assert_eq!(steps.is_empty(), progress != Progress::Serves, "{steps:?}");
         }
-        // An older order's serves meanwhile: it has the name before it is replaced.
+        // Meanwhile an older order's connector serves: it gets the name before it is replaced.
         let older = container(RunState::Running, Some("older"));
         let scene = Scene { next: Some(&older), next_ready: true, ..dark };
         assert_eq!(plan(&goal(), &scene), [Stop(Main), Remove(Main), Rename]);
@@ -709,9 +709,9 @@ mod tests {
         assert_eq!(plan(&goal(), &serves), [Stop(Main), Remove(Main), Rename]);
     }
 
-    /// Every pair of containers, however far the successor has come and whatever else is known: while something is
-    /// wanted, the one that serves is only stopped or removed when another one is known to serve, and the one with the
-    /// name also when it is known to serve nobody.
+    /// Every pair of containers, however far the successor is and whatever else is known. While something should run,
+    /// the plan stops or removes the connector that serves only when another one is known to serve. It removes main
+    /// also when main is known to serve nobody.
     #[test]
     fn no_plan_takes_away_the_last_one_that_serves() {
         let states = [RunState::Created, RunState::Running, RunState::Restarting, RunState::Exited];
@@ -736,7 +736,7 @@ mod tests {
                     (true, true) => Some(Trial),
                 };
                 let (main_ready, dark) = (is(4) && runs(&main), is(5) && runs(&main));
-                // Whoever serves is ready.
+                // A connector that serves is ready.
                 let next_ready = runs(&next) && (is(6) || progress == Progress::Serves);
                 let next_dark = is(11) && runs(&next);
                 if main_ready && dark || next_ready && (next_dark || progress == Progress::Failed) {

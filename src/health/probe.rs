@@ -1,4 +1,4 @@
-//! Asking cloudflared itself: whether it can carry traffic, and which version it is.
+//! Asks cloudflared itself whether it can carry traffic, and which version it is.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use crate::channels::Traffic;
 use crate::docker::METRICS_PORT;
 use crate::http;
 
-/// What cloudflared says of its readiness.
+/// What cloudflared answers about its readiness.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Readiness {
     /// It can carry traffic.
@@ -20,13 +20,13 @@ pub(crate) enum Readiness {
         /// Its connector id.
         connector: Option<String>,
     },
-    /// None is.
+    /// It has no connection that is ready.
     NotReady,
-    /// It cannot be asked from here, or it does not answer.
+    /// It cannot be reached from here, or does not answer.
     Silent,
 }
 
-/// What its page of metrics says.
+/// What its metrics page says.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Facts {
     pub(super) version: Option<String>,
@@ -35,9 +35,9 @@ pub(crate) struct Facts {
     pub(super) tries: Tries,
 }
 
-/// A healthy cloudflared answers in a millisecond; this much means that it hangs or cannot be reached.
+/// A healthy cloudflared answers within a millisecond. Without an answer in this time it hangs or is out of reach.
 const LIMIT: Duration = Duration::from_secs(2);
-/// The metrics page of a busy cloudflared has some ten kilobytes.
+/// Bytes read of a page. The metrics page of a busy cloudflared has some ten kilobytes.
 const MAX_BYTES: usize = 1 << 20;
 
 #[derive(Debug)]
@@ -73,13 +73,13 @@ impl Probe {
         }
     }
 
-    /// What `/metrics` of the container at this address says, where it answers.
+    /// The facts from `/metrics` of the container at this address; `None` if it does not answer.
     pub(super) async fn facts(&self, address: &str) -> Option<Facts> {
         let page = self.read(address, "metrics").await?;
         Some(facts_in_metrics(&String::from_utf8_lossy(&page)))
     }
 
-    /// The protocol of its connections, from `/diag/tunnel`. To be asked rarely: cloudflared logs two lines each time.
+    /// The protocol of its connections, from `/diag/tunnel`. Ask rarely: cloudflared logs two lines each time.
     pub(super) async fn protocol(&self, address: &str) -> Option<&'static str> {
         protocol_in_diag(&self.read(address, "diag/tunnel").await?)
     }
@@ -102,7 +102,7 @@ impl Probe {
 }
 
 fn facts_in_metrics(page: &str) -> Facts {
-    // None of these has labels in cloudflared 2025 and 2026; what they sum up over would still be right.
+    // cloudflared 2025 and 2026 put no labels on any of these; with labels, their sum would still be right.
     let sum = |name: &str| {
         let values = page.lines().filter_map(|line| {
             let rest = line.strip_prefix(name).filter(|rest| rest.starts_with([' ', '{']))?;
@@ -110,7 +110,7 @@ fn facts_in_metrics(page: &str) -> Facts {
         });
         values.reduce(|sum, value| sum + value)
     };
-    // Counters of what happened are whole and far below 2^53.
+    // Counters of events are whole numbers and far below 2^53.
     let count = |name: &str| sum(name).map(|value| value.max(0.0) as u64);
     Facts {
         version: version_in_metrics(page),
@@ -129,7 +129,7 @@ fn series(line: &str) -> Option<(&str, f64)> {
     Some((name, value.parse().ok()?))
 }
 
-/// The protocol of the first connection: 1 is quic, and http2, which is 0, is left out (cloudflared 2025.9).
+/// The protocol of the first connection. 1 is quic; http2 is 0, which cloudflared leaves out (2025.9).
 fn protocol_in_diag(page: &[u8]) -> Option<&'static str> {
     #[derive(Deserialize)]
     struct Diag {
@@ -165,7 +165,7 @@ pub(super) fn version_in_log(lines: &[String]) -> Option<String> {
     lines.iter().find_map(after)
 }
 
-/// What is sent on as a version or an id looks like one.
+/// Passes on a version or an id only if it looks like one.
 fn valid_word(text: &str) -> Option<String> {
     let fits = (1..=64).contains(&text.len()) && text.chars().all(|c| c.is_ascii_alphanumeric() || ".-_+".contains(c));
     fits.then(|| text.to_owned())
@@ -252,7 +252,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_page_without_end_is_dropped_soon_after_1_mib() {
-        // An address of this test's own: the port is always the same.
+        // An address for this test alone: the port is always the same.
         const ADDRESS: &str = "127.31.41.59";
         let head = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
         let listener = TcpListener::bind((ADDRESS, METRICS_PORT)).await.unwrap();
@@ -261,7 +261,7 @@ mod tests {
         let began = tokio::time::Instant::now();
         assert_eq!(probe.readiness(ADDRESS).await, Readiness::Silent);
         assert_eq!(probe.read(ADDRESS, "metrics").await, None);
-        // Not for the time that each of the two took.
+        // It must not wait out the time limit of the two requests.
         assert!(began.elapsed() < LIMIT, "{:?}", began.elapsed());
         let taken = tokio::time::timeout(Duration::from_secs(30), server).await.expect("it hangs").unwrap();
         assert!(taken.iter().all(|sent| *sent <= (1 << 20) + BUFFERS), "{taken:?} bytes were taken");

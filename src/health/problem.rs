@@ -1,4 +1,4 @@
-//! What keeps the tunnel from being as it is wanted: a cause, and what is particular about it this time.
+//! What keeps the tunnel from its goal: a cause, and the details of this occurrence.
 
 use std::fmt;
 
@@ -6,11 +6,11 @@ use super::plan::Step;
 use crate::cause::Cause;
 use crate::docker::DockerError;
 
-/// A cause and its particulars. `Display` is a sentence that begins with "the tunnel".
+/// A cause and its details. `Display` is a sentence that begins with "the tunnel".
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Problem {
     pub(super) cause: Cause,
-    /// Docker's own words, a name or a permission; may be empty.
+    /// Docker's own wording, a name or a permission. May be empty.
     detail: String,
 }
 
@@ -19,19 +19,19 @@ impl Problem {
         Self { cause, detail: detail.into() }
     }
 
-    /// What a failure of Docker means, whatever was asked of it.
+    /// The problem that an error of Docker means, whatever the call.
     pub(super) fn of(error: &DockerError) -> Self {
         let cause = match error {
             DockerError::Unreachable { .. } | DockerError::TimedOut { .. } => Cause::DockerUnreachable,
             DockerError::Forbidden { .. } => Cause::DockerRefuses,
-            // Up to Engine 24 two who create a network at the same moment get one each.
+            // Up to Engine 24, two callers that create a network at the same moment get one each.
             DockerError::Failed { message, .. } if message.contains("ambiguous") => Cause::NetworkAmbiguous,
             _ => Cause::DockerFailed,
         };
         Self::new(cause, format!("Docker {error}"))
     }
 
-    /// What it means when this step failed.
+    /// The problem that a failure of this step means.
     pub(super) fn at(step: Step, error: &DockerError) -> Self {
         let problem = Self::of(error);
         let cause = match (step, error) {

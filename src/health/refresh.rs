@@ -1,10 +1,11 @@
-//! Fresh images: with `CLOUDFLARED_PULL=always` a tag that may have moved is pulled at each start of the agent and at
+//! Fresh images: with `CLOUDFLARED_PULL=always` the agent pulls a tag that may have moved at each of its starts and at
 //! each redeploy.
 //!
-//! The pull is beside all else, since a registry may take its time: what serves goes on serving, and what is missing is
-//! started from the image that is here. The image's id is part of what a connector is made of ([`IMAGE_LABEL`]), so that
-//! one of the image before is replaced like any other that is not as it is wanted. Only a redeploy of one that serves
-//! waits for the pull, or it would be replaced twice.
+//! The pull runs in the background, because a registry may be slow. Meanwhile what serves goes on serving, and a
+//! missing connector starts from the image that is here. The image's id is part of the spec
+//! ([`IMAGE_LABEL`](crate::docker::IMAGE_LABEL)), so a connector of the image before is replaced like any other that
+//! does not match the spec. Only a redeploy of a connector that serves waits for the pull; otherwise it would be
+//! replaced twice.
 
 use std::sync::Arc;
 
@@ -24,12 +25,12 @@ use crate::state::DesiredState;
 /// What is known of the image.
 #[derive(Debug)]
 pub(super) struct Refresh {
-    /// What its tag means on this host.
+    /// Id of the image that the tag names on this host.
     id: Option<String>,
-    /// The redeploy that it was pulled for last.
+    /// The redeploy of the last pull.
     pulled_for: Option<u64>,
     work: Option<JoinHandle<Result<(), DockerError>>>,
-    /// Rung when that has ended.
+    /// Rung when the pull has ended.
     pub(super) done: Arc<Notify>,
     trouble: Trouble,
 }
@@ -45,7 +46,7 @@ impl Refresh {
         }
     }
 
-    /// The image's id, where it is part of what a connector is made of.
+    /// The image's id, if it is part of the spec.
     pub(super) fn id(&self) -> Option<&String> {
         self.id.as_ref()
     }
@@ -64,7 +65,7 @@ impl<H: Host> Supervisor<H> {
         self.config.pull == Pull::Always && !self.config.image.is_pinned()
     }
 
-    /// Begins the pull where one is due, and takes what has come of it.
+    /// Starts a pull if one is due, and handles the result of one that has ended.
     pub(super) async fn freshen(&mut self, wanted: &Wanted) {
         if !self.refreshes() || wanted.state != DesiredState::Running || wanted.decommission.is_some() {
             return;
@@ -97,7 +98,7 @@ impl<H: Host> Supervisor<H> {
         }
     }
 
-    /// Reads what the tag means here. Returns whether that is known now and was not, or is another one.
+    /// Reads which image the tag names on this host. Returns whether the id is new or another one.
     pub(super) async fn read_image_id(&mut self) -> bool {
         if !self.refreshes() {
             return false;
@@ -120,7 +121,7 @@ impl<H: Host> Supervisor<H> {
         true
     }
 
-    /// Whether what is about to be done would be done again once the pull has ended, and nobody is waiting for it.
+    /// Whether to wait for the pull: these steps would be repeated after it, and the connector serves meanwhile.
     pub(super) fn waits_for_image(&self, steps: &[Step]) -> bool {
         let replaces = steps.iter().any(|step| matches!(step, Step::Create(Slot::Next, _)));
         self.refresh.work.is_some() && replaces && self.main.is_ready()

@@ -1,5 +1,5 @@
-//! From what was seen to what the plan must know: what is wanted, how far a successor has come, which pauses last and
-//! which are over. A pause ends with the reason that it was made for.
+//! Turns what was seen into what the plan must know: the goal, how far a successor is, and which pauses still hold. A
+//! pause ends with its reason.
 
 use std::collections::BTreeMap;
 
@@ -20,7 +20,7 @@ use crate::docker::{
 use crate::state::{AgentId, DesiredState};
 
 impl<H: Host> Supervisor<H> {
-    /// What the container should be. A token that cloudflared would not take is a problem, not a goal.
+    /// The goal for the container. A token that cloudflared would not take is a problem, not a goal.
     pub(super) fn goal(&self, wanted: &Wanted) -> Result<Goal, Problem> {
         if wanted.decommission.is_some() {
             return Ok(Goal::Stop);
@@ -61,7 +61,7 @@ impl<H: Host> Supervisor<H> {
         })
     }
 
-    /// New orders are not to wait for the failures of old ones, and what was said of those is over.
+    /// Starts afresh for new orders: they do not wait for the failures of old ones, and the troubles of those are over.
     pub(super) fn begin_anew(&mut self) {
         (self.problem, self.not_before, self.rests_until, self.outage) = (None, None, None, None);
         self.backoff.reset();
@@ -70,7 +70,7 @@ impl<H: Host> Supervisor<H> {
         self.replacements.dropped();
     }
 
-    /// Takes note of what began and ended since the last look, and ends the pauses whose reason is gone.
+    /// Notes what began and ended since the last look, and ends the pauses whose reason is gone.
     pub(super) fn take_note(&mut self, sight: &Sight, goal: &Goal) {
         let now = Instant::now();
         if std::mem::take(&mut self.was_silent) {
@@ -100,7 +100,7 @@ impl<H: Host> Supervisor<H> {
                     self.outage = Some(Outage::new(since, self.main.why_dark()));
                 }
             }
-            // One that takes over during an outage has not been asked yet.
+            // A connector that takes over during an outage has not answered yet: the outage goes on.
             _ if !self.main.is_surely_ready() && goal.order().is_some() => {}
             _ => {
                 if self.outage.take().is_some() {
@@ -116,7 +116,7 @@ impl<H: Host> Supervisor<H> {
         self.main.is_dark(now)
     }
 
-    /// What the plan must know of what was seen.
+    /// Gathers what the plan must know.
     pub(super) fn scene<'a>(&self, sight: &'a Sight, goal: &Goal) -> Scene<'a> {
         let now = Instant::now();
         let order = goal.order();
@@ -124,7 +124,7 @@ impl<H: Host> Supervisor<H> {
         let is_known = self.refused.hash == hash;
         let runs = sight.main.as_ref().is_some_and(|main| main.state == RunState::Running);
         let made = |container| order.and_then(|order| order.made(container));
-        // How far one of older orders has come means nothing.
+        // Progress counts only for a successor of this order, not of an older one.
         let next = sight.next.as_ref().and_then(made);
         let given_up = self.given_up.as_deref() == Some(hash);
         let is_due = self.outage.as_ref().is_some_and(|outage| outage.is_due(now));
@@ -136,7 +136,7 @@ impl<H: Host> Supervisor<H> {
             next: sight.next.as_ref(),
             progress: if next.is_some() { self.progress(sight, goal, now) } else { Progress::Waiting },
             main_ready: self.main.serves(now) || self.main.is_surely_ready() && !self.next.is_ready(),
-            // One that drains still answers what it has.
+            // A draining connector still answers its open requests.
             dark: runs && self.is_dark(now) && !self.main.left_draining,
             ended_lately: self.ended.as_ref().is_some_and(|(_, at)| now - *at < COMES_BACK),
             next_ready: self.next.is_surely_ready(),
@@ -164,7 +164,7 @@ impl<H: Host> Supervisor<H> {
             .outage
             .as_ref()
             .filter(|outage| outage.is_due(now) && self.is_dark(now) && !self.main.left_draining)?;
-        // A trial is not disturbed, and where the token is known to be refused, nothing is tried.
+        // Let a trial finish. Try nothing while the edge is known to refuse the token.
         let next = sight.next.as_ref().and_then(|next| order.made(next));
         let is_refused = self.main.is_sick_of(Cause::RegistrationRefused)
             && (self.trial.is_certain(order.hash) || order.trial.is_some() && !self.trial.was_asked(order.hash));
@@ -176,18 +176,19 @@ impl<H: Host> Supervisor<H> {
         may_help.then(|| outage.make(like, may_differ))
     }
 
-    /// A trial is under way that asks why. One that looks for the edge by another protocol gets no longer than others.
+    /// Whether a trial is under way that asks for the reason of a refusal. A trial that only looks for the edge over
+    /// another protocol gets no longer than other fresh connectors.
     fn asks(&self, next: Option<Make>, now: Instant) -> bool {
         next == Some(Make::Trial) && !self.is_over(now) && self.main.is_sick_of(Cause::RegistrationRefused)
     }
 
-    /// A trial has said why, or will not.
+    /// Whether the trial has said why, or had the time to.
     fn is_over(&self, now: Instant) -> bool {
         let is_told = self.next.is_sick_of(Cause::TokenRefused);
         !self.next.is_ready() && (is_told || self.next.age(now) >= Some(trial::LIMIT))
     }
 
-    /// Whether it is time for a trial beside the present connector, which is refused without a word.
+    /// Whether it is time for a trial beside the present connector, which the edge refuses without a reason.
     fn asks_about_main(&self, sight: &Sight, order: Order<'_>, now: Instant) -> bool {
         let main = sight.main.as_ref().and_then(|main| order.fits(main));
         main == Some(Make::Wanted) && self.is_dark(now) && self.may_ask(order, &self.main, now)
@@ -197,20 +198,20 @@ impl<H: Host> Supervisor<H> {
         order.trial.is_some() && refused.is_sick_of(Cause::RegistrationRefused) && self.trial.is_due(order.hash, now)
     }
 
-    /// Whether the trial that is about to be made asks why a registration is refused.
+    /// Whether the next trial asks for the first time why the edge refuses this spec.
     pub(super) fn asks_why(&self, goal: &Goal) -> bool {
         let is_new = goal.order().is_some_and(|order| !self.trial.was_asked(order.hash));
         let is_refused = [&self.main, &self.next].iter().any(|known| known.is_sick_of(Cause::RegistrationRefused));
         is_new && is_refused
     }
 
-    /// The connector with the name serves over HTTP/2 only.
+    /// Whether the connector with the name serves over HTTP/2 only.
     pub(super) fn is_over_http2(&self, sight: &Sight, goal: &Goal) -> bool {
         let made = |main| goal.order().and_then(|order| order.made(main));
         sight.main.as_ref().and_then(made) == Some(Make::Trial)
     }
 
-    /// Takes note of what trials have told.
+    /// Notes what trials have shown.
     fn note_trials(&mut self, sight: &Sight, goal: &Goal, now: Instant) {
         let Some(order) = goal.order() else { return self.trial.forget() };
         let made = |container: &Option<Inspected>| container.as_ref().and_then(|found| order.made(found));
@@ -230,26 +231,26 @@ impl<H: Host> Supervisor<H> {
         }
     }
 
-    /// Why the successor does not become ready, or not in time.
+    /// Why the successor cannot become ready, or did not in time.
     pub(super) fn next_failure(&self, sight: &Sight, goal: &Goal) -> Option<Cause> {
         let now = Instant::now();
         let order = goal.order()?;
         let made = sight.next.as_ref().and_then(|next| order.made(next));
-        // The edge may refuse a token that is seconds old: its words count once they have lasted.
+        // The edge may refuse a token that is seconds old: count that refusal only once it has lasted.
         let is_over = made == Some(Make::Trial) && self.is_over(now) && !self.next.is_sick_of(Cause::TokenRefused);
-        // Whether it can go back is answered with the first refusal.
+        // The first refusal tells that the tunnel cannot go back yet.
         let is_return = self.is_over_http2(sight, goal) && self.next.is_sick_of(Cause::RegistrationRefused);
         let failure = self.next.failure().or_else(|| is_over.then_some(Cause::RegistrationRefused));
         failure.or_else(|| is_return.then_some(Cause::RegistrationRefused))
     }
 
-    /// What is told of a cause: a refusal of which a trial has said why.
+    /// The cause to report. A refused registration becomes a refused token once a trial has said so.
     pub(super) fn certain(&self, slot: Slot, cause: Cause, hash: Option<&str>) -> Cause {
         let is_certain = slot == Slot::Main && hash.is_some_and(|hash| self.trial.is_certain(hash));
         if cause == Cause::RegistrationRefused && is_certain { Cause::TokenRefused } else { cause }
     }
 
-    /// How far the successor has come. Where the one before it serves nobody, nobody need wait for the edge.
+    /// How far the successor is. If the connector before it serves nobody, do not wait for the edge.
     fn progress(&self, sight: &Sight, goal: &Goal, now: Instant) -> Progress {
         let failure = self.next_failure(sight, goal);
         let is_refused = matches!(failure, Some(Cause::TokenMalformed | Cause::TokenRefused));

@@ -1,8 +1,8 @@
-//! Containers of this agent that have another name than they should: renamed by hand, or made while
-//! `TUNNEL_CONTAINER_NAME` was another one. They still carry the agent's label, and their connector still serves.
+//! Strays: containers of this agent under another name than they should have. They were renamed by hand, or made while
+//! `TUNNEL_CONTAINER_NAME` was another name. They still carry the agent's label, and their connector still serves.
 //!
-//! Where the tunnel's name is free, such a one gets it back and nobody notices. Otherwise it is drained and removed
-//! once the one with the name serves.
+//! If the tunnel's name is free, a stray gets it back and nobody notices. Otherwise the agent drains and removes the
+//! stray once the container with the name serves.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -18,14 +18,14 @@ use super::{LAST_STEP_LIMIT, Supervisor};
 use crate::docker::{Container, DockerError, Inspected, OWNER_LABEL, RunState, SPEC_LABEL};
 use crate::retry::Trouble;
 
-/// They are looked for so often, and at once while there is nothing under the tunnel's name.
+/// How often to look for strays. With nothing under the tunnel's name, every pass looks.
 const EVERY: Duration = Duration::from_secs(60);
 
-/// What is known of them.
+/// What is known of strays.
 #[derive(Debug)]
 pub(super) struct Strays {
     looked: Option<Instant>,
-    /// Ids of those that Docker does not rename.
+    /// Ids of the strays that Docker refused to rename.
     fixed: BTreeSet<String>,
     trouble: Trouble,
 }
@@ -37,7 +37,7 @@ impl Strays {
 }
 
 impl<H: Host> Supervisor<H> {
-    /// Returns whether anything was done, so that what was seen is no longer so.
+    /// Renames or removes strays. Returns whether it changed anything, so that the caller must look again.
     pub(super) async fn see_to_strays(&mut self, sight: &Sight, goal: &Goal, stop: &CancellationToken) -> bool {
         let due = sight.main.is_none() || self.strays.looked.is_none_or(|at| at.elapsed() >= EVERY);
         if *goal == Goal::Leave || stop.is_cancelled() || !due {
@@ -49,7 +49,7 @@ impl<H: Host> Supervisor<H> {
                 self.strays.trouble.ended();
                 done
             }
-            // Whoever looks at the tunnel itself says so.
+            // The look at the tunnel itself reports that Docker is away.
             Err((_, error)) if error.is_away() => false,
             Err((name, error)) => {
                 let problem = format!("{name}: Docker {error}");
@@ -63,7 +63,7 @@ impl<H: Host> Supervisor<H> {
         let mut found = self.strays(sight.whose()).await.map_err(|error| ("-".to_owned(), error))?;
         let seen: BTreeSet<_> = found.iter().map(|stray| stray.id.clone()).collect();
         self.strays.fixed.retain(|id| seen.contains(id));
-        // One that runs is worth more than one that has ended.
+        // A running stray goes first: it is worth more than one that has ended.
         found.sort_by_key(|stray| stray.state != RunState::Running);
         let mut name_is_free = sight.main.is_none() && sight.next.is_none() && *goal != Goal::Remove;
         let mut done = false;
@@ -109,7 +109,7 @@ impl<H: Host> Supervisor<H> {
         self.host.remove(&stray.id).await
     }
 
-    /// The end of those that are there when the agent leaves.
+    /// Stops and removes the strays that are there when the agent leaves.
     pub(super) async fn leave_strays(&self, whose: Whose<'_>) {
         let Ok(Ok(strays)) = timeout(LAST_STEP_LIMIT, self.strays(whose)).await else { return };
         for stray in strays {
@@ -123,7 +123,8 @@ impl<H: Host> Supervisor<H> {
         }
     }
 
-    /// Of a container without an agent's id, as earlier versions made them, nobody can tell whose it is.
+    /// Lists this agent's strays. A container without an agent's id, as earlier versions made them, is never one:
+    /// nobody can tell whose it is.
     pub(super) async fn strays(&self, whose: Whose<'_>) -> Result<Vec<Inspected>, DockerError> {
         let names = [self.name(Slot::Main), self.name(Slot::Next)];
         let is_stray = |name: &String, label: Option<&String>| {
@@ -134,7 +135,7 @@ impl<H: Host> Supervisor<H> {
             if !is_stray(&name, labels.get(OWNER_LABEL.0)) || !labels.contains_key(SPEC_LABEL) {
                 continue;
             }
-            // It may have got its name back, or be another's with such a label.
+            // It may have its name back by now, or be another agent's container with such a label.
             let seen = self.host.inspect(&id).await?.filter(|seen| {
                 let label = seen.labels.get(OWNER_LABEL.0);
                 seen.id == id && is_stray(&seen.name, label) && plan::owner(seen, whose) == Owner::Agent

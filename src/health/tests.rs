@@ -1,4 +1,4 @@
-//! The supervisor itself on a host in memory, with time that is paused, and killed at each of its calls.
+//! Runs the supervisor on a host in memory, with paused time, and kills it at each of its calls.
 
 use std::collections::BTreeSet;
 
@@ -16,7 +16,7 @@ use crate::state::{AgentId, DesiredState, Phase, Token, TunnelId};
 const MAIN: &str = "tunnel";
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// A supervisor at work, and what is wanted of it.
+/// A running supervisor, and the desired state that it gets.
 struct Bench {
     wake: mpsc::Sender<()>,
     host: Double,
@@ -62,7 +62,7 @@ impl Bench {
         let (wanted, wanted_rx) = watch::channel(wanted);
         let (ways, ways_rx) = watch::channel(Ways::default());
         let (view_tx, view) = watch::channel(View::default());
-        // Nobody wakes it unless a test does: it must find out by itself.
+        // Only a test wakes the supervisor: otherwise it must find out by itself.
         let (wake, wake_rx) = mpsc::channel(1);
         let inputs = Inputs { wanted: wanted_rx, ways: ways_rx, wake: wake_rx };
         let (stop, metrics) = (CancellationToken::new(), Metrics::default());
@@ -71,7 +71,7 @@ impl Bench {
         Self { wake, host: host.clone(), wanted, ways, view, stop, work, metrics }
     }
 
-    /// Waits until the tunnel is told to be like this.
+    /// Waits until the supervisor reports this status and reason.
     async fn until(&mut self, status: Status, reason: Option<&str>) -> View {
         let is_it = |view: &View| view.looked && view.status == status && view.reason == reason;
         if let Ok(Ok(view)) = timeout(4 * 60 * MINUTE, self.view.wait_for(is_it)).await {
@@ -88,7 +88,7 @@ impl Bench {
         self.until(Status::Running, None).await;
     }
 
-    /// As Docker's events do.
+    /// Wakes the supervisor as Docker's events do.
     async fn ring(&self) {
         self.wake.send(()).await.unwrap();
     }
@@ -105,14 +105,14 @@ impl Bench {
         self.host.world().containers.keys().cloned().collect()
     }
 
-    /// As SIGKILL does: nothing is finished.
+    /// Ends the supervisor as SIGKILL does: it finishes nothing.
     async fn kill(self) {
         self.work.abort();
         assert!(self.work.await.unwrap_err().is_cancelled());
     }
 }
 
-/// A token of the tunnel; each letter is another one.
+/// A token of the tunnel, a different one for each letter.
 fn key(letter: char) -> String {
     token(&format!("t{letter}"))
 }
@@ -128,13 +128,13 @@ fn never_ready(log: &[&'static str]) -> Behaviour {
     Behaviour { ready_after: None, log: log.to_vec(), ..Behaviour::default() }
 }
 
-/// Lines without a time: the double's clock is not the log's.
+/// Lines without a time, because the double's clock is not the log's.
 const CONTROL: &str =
     r#"ERR Serve tunnel error error="control stream encountered a failure while serving" connIndex=0"#;
 const FALLBACK: &str = "INF Switching to fallback protocol http2 connIndex=0";
 const REFUSED: &str = r#"ERR Register tunnel error from server side error="Unauthorized: Tunnel not found""#;
 
-/// Waits until somebody is served, and tells how long that took.
+/// Waits until a connector serves. Returns how long that took.
 async fn until_served(host: &Double) -> Duration {
     let began = Instant::now();
     while host.served() == 0 {
@@ -162,7 +162,7 @@ async fn after_an_outage_of_any_length_somebody_is_served_within_seconds_of_its_
             sleep(2 * MINUTE).await;
             assert_eq!(bench.names(), [MAIN]);
             assert_eq!(bench.view.borrow().status, Status::Running);
-            // Nothing more is done once it serves.
+            // Nothing more happens once it serves.
             bench.calls();
             sleep(10 * MINUTE).await;
             assert_eq!(bench.calls(), Vec::<String>::new());
@@ -201,13 +201,13 @@ async fn no_fresh_connector_is_tried_where_it_would_not_help() {
         bench.host.behave(&key('a'), never_ready(&[line]));
         let is_it = |view: &View| view.reason == Some(reason);
         timeout(MINUTE, bench.view.wait_for(is_it)).await.expect(reason).unwrap();
-        // One may have been made before it was known.
+        // A fresh one may have been made before the cause was known.
         sleep(MINUTE).await;
         assert_eq!(bench.names(), [MAIN]);
         bench.calls();
         sleep(10 * MINUTE).await;
         assert_eq!(bench.calls(), Vec::<String>::new(), "{reason}");
-        // Once there is a way again, and nobody at its end, others are tried.
+        // With a route again but no answer from the edge, fresh ones are tried.
         let away = "ERR Serve tunnel error error=\"DialContext error: dial tcp 198.51.100.1:7844: i/o timeout\"";
         bench.host.behave(&key('a'), never_ready(&[line, line, away]));
         sleep(MINUTE).await;
@@ -227,8 +227,8 @@ async fn one_that_loses_its_connections_for_moments_is_left_alone() {
     assert_eq!(bench.calls(), Vec::<String>::new());
 }
 
-/// The newest order serves in the same time after the edge's return, whatever came before it and however long it
-/// has been away.
+/// The newest order serves in the same time after the edge's return, whatever came before it and however long the edge
+/// was away.
 #[tokio::test(start_paused = true)]
 async fn an_order_that_comes_during_an_outage_serves_as_soon_as_the_edge_is_back() {
     for length in [20, 250, 3600] {
@@ -236,7 +236,7 @@ async fn an_order_that_comes_during_an_outage_serves_as_soon_as_the_edge_is_back
             let mut bench = running().await;
             sleep(MINUTE).await;
             if ordered_before > 0 {
-                // While the old one serves, so that its successor waits for the edge when that goes.
+                // Ordered while the old one serves: the successor is waiting for the edge when that goes away.
                 bench.order(&key('b'));
                 sleep(Duration::from_millis(300)).await;
                 bench.host.edge_goes();
@@ -245,11 +245,11 @@ async fn an_order_that_comes_during_an_outage_serves_as_soon_as_the_edge_is_back
                 bench.until(Status::Degraded, Some("edge_unreachable")).await;
                 bench.order(&key('b'));
             }
-            // The newest one's connector runs, with no edge and within seconds.
+            // The newest order's connector runs within seconds, without the edge.
             sleep(Duration::from_secs(15)).await;
             assert_eq!(bench.host.world().containers[MAIN].token, key('b'), "{:#?}", bench.host.world().calls);
             sleep(Duration::from_secs(length)).await;
-            // And another one, later.
+            // Another order, later.
             bench.order(&key('c'));
             sleep(Duration::from_secs(8)).await;
             assert_eq!(bench.host.world().containers[MAIN].token, key('c'));
@@ -271,7 +271,7 @@ async fn a_pause_after_a_successor_that_failed_ends_with_the_connector_beside_it
     bench.order(&key('b'));
     bench.until(Status::Running, Some("edge_unreachable")).await;
     sleep(60 * MINUTE).await;
-    // It has paused for up to half an hour by now. Then the old one is down as well.
+    // By now the pause has grown to half an hour. Then the old one goes down as well.
     bench.host.behave(&key('b'), Behaviour::default());
     bench.host.behave(&key('a'), never_ready(&[]));
     let began = Instant::now();
@@ -296,7 +296,7 @@ async fn a_token_that_was_refused_is_tried_again_only_while_nobody_is_served() {
     assert_eq!(bench.view.borrow().status, Status::Running);
 }
 
-/// Killed before and after each call of an outage's first rounds and of the takeover, the next agent goes on.
+/// A SIGKILL before and after each call of an outage's first rounds and of the takeover: the next agent goes on.
 #[tokio::test(start_paused = true)]
 async fn an_agent_that_is_killed_during_an_outage_leaves_what_the_next_one_goes_on_from() {
     let mut deaths = 0;
@@ -308,7 +308,7 @@ async fn an_agent_that_is_killed_during_an_outage_leaves_what_the_next_one_goes_
                 let host = bench.host.clone();
                 host.world().dies_at = Some((at, moment));
                 host.edge_goes();
-                // Two rounds, and then it is back.
+                // Two rounds, then the edge is back.
                 let died = timeout(Duration::from_secs(28), host.death()).await.is_ok();
                 if !died {
                     host.edge_returns();
@@ -353,7 +353,7 @@ async fn a_restart_by_hand_is_waited_for() {
         sleep(MINUTE).await;
         assert_eq!(bench.calls(), Vec::<String>::new(), "{pause}");
     }
-    // One that stays away is made anew.
+    // One that stays down is replaced.
     let began = Instant::now();
     bench.host.ends(MAIN, 137);
     bench.ring().await;
@@ -362,7 +362,7 @@ async fn a_restart_by_hand_is_waited_for() {
     assert_eq!(bench.calls(), ["remove tunnel", "create tunnel", "start tunnel"]);
 }
 
-/// One that was told to end takes no new requests, however long it still answers what it has.
+/// A connector that was told to stop takes no new requests, however long it still answers its open ones.
 #[tokio::test(start_paused = true)]
 async fn one_that_is_told_to_end_by_hand_and_drains_for_long_has_a_fresh_one_beside_it_soon() {
     let host = Double::default();
@@ -370,7 +370,7 @@ async fn one_that_is_told_to_end_by_hand_and_drains_for_long_has_a_fresh_one_bes
     bench.until(Status::Running, None).await;
     sleep(MINUTE).await;
     bench.calls();
-    // For as long as an ordinary drain takes, nothing is done.
+    // Nothing happens for as long as an ordinary drain takes.
     let draining = "INF Initiating graceful shutdown due to signal terminated ...";
     host.behave(&key('a'), never_ready(&[draining]));
     bench.ring().await;
@@ -411,7 +411,7 @@ async fn fresh_connectors_are_on_the_network_of_the_metrics_before_they_start() 
     for (at, _) in calls.iter().enumerate().filter(|(_, call)| *call == "start tunnel-next") {
         assert_eq!(calls[at - 1], "place tunnel-next metrics", "{calls:?}");
     }
-    // And the one that takes over is on it.
+    // The one that takes over is on it too.
     bench.host.edge_returns();
     bench.until(Status::Running, None).await;
     sleep(MINUTE).await;
@@ -427,7 +427,7 @@ async fn where_a_second_container_is_refused_an_outage_is_waited_out_and_nothing
     bench.host.edge_goes();
     bench.until(Status::Degraded, Some("edge_unreachable")).await;
     sleep(10 * MINUTE).await;
-    // It is asked once whether that name is what is refused, and then no more.
+    // One call checks whether Docker refuses only that name; then no more.
     assert_eq!(bench.calls(), ["create tunnel"]);
     bench.host.edge_returns();
     let took = until_served(&bench.host).await;
@@ -436,7 +436,7 @@ async fn where_a_second_container_is_refused_an_outage_is_waited_out_and_nothing
     assert_eq!(bench.calls(), Vec::<String>::new());
 }
 
-/// Refused over QUIC, where cloudflared does not say why; over HTTP/2 it is as `other` says.
+/// Refused over QUIC, where cloudflared does not say why. Over HTTP/2 it behaves as `other`.
 fn refused_over_quic(other: Behaviour) -> Behaviour {
     let tries = Tries { failed: 5, registered: 0, seconds: 0.1 };
     Behaviour { tries, over_http2: Some(Box::new(other)), ..never_ready(&[CONTROL]) }
@@ -458,7 +458,7 @@ async fn a_trial_over_http2_says_why_a_registration_is_refused_and_is_taken_back
     assert_eq!(bench.names(), [MAIN]);
     assert_eq!(bench.host.world().containers[MAIN].seen.id, before);
     assert_eq!(bench.calls(), ["create tunnel-next", "start tunnel-next", "stop tunnel-next", "remove tunnel-next"]);
-    // It stays certain, is asked again now and then, and is over with a connection.
+    // The refusal stays certain, is checked again now and then, and ends with a connection.
     sleep(60 * MINUTE).await;
     assert_eq!(bench.view.borrow().reason, Some("token_refused"));
     let asked = bench.host.world().count("create");
@@ -480,14 +480,14 @@ async fn where_only_quic_is_refused_the_trial_serves_and_goes_back_without_an_ou
     sleep(2 * MINUTE).await;
     let trial = bench.host.world().containers[MAIN].seen.id.clone();
     assert!(trial != before && bench.host.world().containers[MAIN].http2);
-    // An agent that is started anew knows it.
+    // A restarted agent recognizes the trial.
     let host = bench.host.clone();
     bench.kill().await;
     let mut bench = Bench::start(&host, wants(&key('a')));
     sleep(5 * MINUTE).await;
     bench.until(Status::Running, None).await;
     assert_eq!(host.world().containers[MAIN].seen.id, trial);
-    // It looks rarely whether it can go back, and stays while it cannot.
+    // The agent rarely checks whether the tunnel can go back, and keeps the trial while it cannot.
     bench.calls();
     sleep(4 * 60 * MINUTE).await;
     let looked = host.world().count("create");
@@ -516,14 +516,14 @@ async fn a_successor_that_is_refused_without_a_word_is_asked_over_http2_and_the_
     assert_eq!((bench.names(), bench.host.world().gaps), (vec![MAIN.to_owned()], 0));
     assert_eq!(bench.host.world().containers[MAIN].token, key('a'));
     assert_eq!(bench.host.world().count("create"), 2, "it waits for another token");
-    // Where only QUIC is at fault the trial takes over.
+    // If only QUIC is at fault, the trial takes over.
     bench.host.behave(&key('c'), refused_over_quic(Behaviour::default()));
     bench.order(&key('c'));
     bench.until_served_with('c').await;
     assert_eq!(bench.host.world().gaps, 0);
 }
 
-/// Killed before and after each call of a trial, the next agent knows what the first would have known.
+/// A SIGKILL before and after each call of a trial: the next agent learns what the first would have learned.
 #[tokio::test(start_paused = true)]
 async fn a_trial_that_is_cut_off_anywhere_is_made_or_taken_back_by_the_next_agent() {
     for serves in [false, true] {
@@ -664,13 +664,13 @@ async fn a_token_that_cloudflared_does_not_take_stops_the_connector_until_anothe
 
 #[tokio::test(start_paused = true)]
 async fn a_token_that_cloudflare_refuses_is_told_within_three_seconds_of_the_words() {
-    // The trial over HTTP/2 cannot tell: only the present one's own words do.
+    // The trial over HTTP/2 gives no reason: only the present connector's own log does.
     let silent = || Some(Box::new(never_ready(&[])));
     let refused = |log: &[&'static str]| {
         let tries = Tries { failed: 5, registered: 0, seconds: 0.1 };
         Behaviour { tries, over_http2: silent(), ..never_ready(log) }
     };
-    // Under auto the words come with the fallback to HTTP/2.
+    // Under `auto` the reason is logged after the fallback to HTTP/2.
     for pause in 0..20 {
         let host = Double::default();
         host.behave(&key('a'), refused(&[CONTROL]));
@@ -683,13 +683,13 @@ async fn a_token_that_cloudflare_refuses_is_told_within_three_seconds_of_the_wor
         let view = bench.until(Status::Error, Some("token_refused")).await;
         assert!(words.elapsed() <= Duration::from_secs(3), "{:?}", words.elapsed());
         assert_eq!(view.connections, Some(0));
-        // A fresh one may have said it first; what the present one uses is known with its own words.
+        // A fresh one may have logged it first. The present one's protocol is known from its own log.
         let knows = bench.view.wait_for(|view| view.connector.protocol == Some("http2"));
         timeout(Duration::from_secs(3), knows).await.unwrap().unwrap();
         if pause > 0 {
             continue;
         }
-        // Others may be tried while it is not certain, and none after that.
+        // Fresh ones may be tried until the refusal is certain, and none after that.
         sleep(MINUTE).await;
         assert_eq!(bench.names(), [MAIN]);
         bench.calls();
@@ -798,11 +798,11 @@ async fn a_replacement_is_there_before_the_one_before_it_goes() {
     assert_eq!(bench.host.world().containers[MAIN].token, key('b'));
 }
 
-/// The heart of it: killed before and after each call of a replacement, the next agent ends where the first would
-/// have, and visitors do not notice.
+/// The most important test: a SIGKILL before and after each call of a replacement. The next agent ends where the first
+/// would have, and visitors do not notice.
 #[tokio::test(start_paused = true)]
 async fn a_replacement_that_is_cut_off_anywhere_is_finished_without_a_gap() {
-    // For the last one nothing dies: there are five changing calls.
+    // Nothing dies at the last number: there are five changing calls.
     for at in 0..6 {
         for moment in [Moment::Before, Moment::After] {
             let bench = running().await;
@@ -814,7 +814,7 @@ async fn a_replacement_that_is_cut_off_anywhere_is_finished_without_a_gap() {
             assert_eq!(died, at < 5, "call {at}");
             bench.kill().await;
             host.world().dies_at = None;
-            // Some time without an agent: what was left must carry the traffic.
+            // A while without an agent: what was left must carry the traffic.
             sleep(MINUTE).await;
 
             let mut bench = Bench::start(&host, wants(&key('b')));
@@ -921,7 +921,7 @@ async fn a_command_that_was_refused_is_complained_of_while_the_tunnel_serves() {
     bench.wanted.send_modify(|wanted| wanted.refusal = Some(refusal));
     let view = bench.until(Status::Error, Some("token_malformed")).await;
     assert!(view.serves, "{view:?}");
-    // And it is told when that ends.
+    // The supervisor also reports when it stops serving.
     bench.wanted.send_modify(|wanted| wanted.state = DesiredState::Stopped);
     let ended = timeout(MINUTE, bench.view.wait_for(|view| !view.serves)).await.unwrap().unwrap().clone();
     assert!(!ended.container_running, "{ended:?}");
@@ -938,7 +938,7 @@ async fn nobody_waits_for_the_edge_where_nothing_serves() {
     while host.world().count("rename") == 0 {
         sleep(Duration::from_millis(100)).await;
     }
-    // One second to become ready, three of drain, one until it is renamed.
+    // One second to become ready, three to drain, one before the rename.
     assert!(began.elapsed() < Duration::from_secs(7), "{:?}", began.elapsed());
 }
 
@@ -951,7 +951,7 @@ async fn where_a_second_container_is_refused_it_is_replaced_in_place() {
         sleep(Duration::from_secs(1)).await;
     }
     bench.until(Status::Running, None).await;
-    // The first one only asks whether there may be one of this name at all.
+    // The first call only checks whether Docker allows a container of this name at all.
     let expected = ["create tunnel", "stop tunnel", "remove tunnel", "create tunnel", "start tunnel"];
     assert_eq!(bench.calls(), expected);
 }
@@ -1058,17 +1058,17 @@ async fn what_becomes_of_the_tunnel_at_the_end_depends_on_what_stands_before_doc
     let finalized = Some(Phase::Finalized);
     type Row<'a> = (Behind, OnExit, u64, Option<Phase>, &'a [&'a str]);
     let rows: [Row<'_>; 11] = [
-        // The proxy holds it, or was stopped at the same moment.
+        // The proxy holds the tunnel, or was stopped at the same moment.
         (OwnProxy, OnExit::Remove, 60, None, &[GOODBYE]),
         (Nobody, OnExit::Remove, 60, None, &[GOODBYE]),
-        // Nobody could bring it to an end later.
+        // Nothing could remove it later.
         (Another, OnExit::Remove, 60, None, &AT_ONCE),
         (OwnProxy, OnExit::Remove, 0, None, &AT_ONCE),
         (Another, OnExit::Remove, 0, None, &AT_ONCE),
-        // Never.
+        // Never removed.
         (OwnProxy, OnExit::Keep, 60, None, nothing),
         (Another, OnExit::Keep, 60, None, nothing),
-        // A decommission is no upgrade; between its phases the master wants to find the stopped container.
+        // A decommission is no upgrade. Between its phases the master wants to find the container stopped.
         (OwnProxy, OnExit::Remove, 60, finalized, &AT_ONCE[1..]),
         (Another, OnExit::Remove, 60, finalized, &AT_ONCE[1..]),
         (OwnProxy, OnExit::Remove, 60, Some(Phase::Prepared), nothing),
@@ -1119,7 +1119,7 @@ async fn a_shutdown_in_the_middle_of_a_replacement_takes_both() {
     assert_eq!(bench.host.world().containers.len(), 0);
 }
 
-/// The container gets another name, as by `docker rename`.
+/// Renames a container as `docker rename` does.
 fn renamed(host: &Double, name: &str, to: &str) {
     let mut world = host.world();
     let fake = world.containers.remove(name).unwrap();
@@ -1140,7 +1140,7 @@ async fn one_that_was_renamed_by_hand_gets_its_name_back_and_nobody_notices() {
 async fn one_with_another_name_goes_when_the_one_with_the_right_name_serves() {
     let mut bench = running().await;
     let id = bench.host.world().containers[MAIN].seen.id.clone();
-    // While there was no agent it was renamed, and another one was made by hand from the same body.
+    // Docker refuses to rename it back, so the agent makes another one.
     renamed(&bench.host, MAIN, "aside");
     bench.host.world().refused = vec!["rename"];
     bench.until(Status::Starting, None).await;
@@ -1206,7 +1206,7 @@ async fn another_agents_container_under_the_name_is_left_alone_and_told_of() {
     second.stop.cancel();
     second.work.await.unwrap();
     assert_eq!((first.calls(), host.world().containers[MAIN].token.clone()), (vec![], key('a')));
-    // An agent that was given another id goes on with what it has.
+    // An agent that got another id keeps the container that it has.
     first.kill().await;
     let ids = ["agent-1", "agent-9"].map(|id| AgentId::try_from(id.to_owned()).unwrap());
     let mut third = Bench::start(&host, Wanted { owners: ids.to_vec(), ..wants(&key('a')) });
@@ -1222,7 +1222,7 @@ async fn an_engine_that_has_no_name_for_its_host_gets_a_container_without_and_ke
     bench.until(Status::Running, None).await;
     assert_eq!(bench.calls(), ["create tunnel", "create tunnel", "start tunnel"]);
     bench.kill().await;
-    // The next agent asks once more, beside the one that serves.
+    // The next agent tries once more, beside the one that serves.
     let mut bench = Bench::start(&host, wants(&key('a')));
     bench.until(Status::Running, None).await;
     sleep(10 * MINUTE).await;
@@ -1269,14 +1269,14 @@ async fn a_network_that_it_joined_is_left_when_nobody_needs_it_and_one_connected
     bench.host.world().containers.get_mut(MAIN).unwrap().seen.networks.insert("by-hand".to_owned(), Default::default());
     assert_eq!(bench.calls(), ["connect tunnel app", "connect tunnel shop"]);
 
-    // A container that comes back soon is waited for.
+    // A container that comes back soon keeps its network.
     bench.ways.send_modify(|ways| (ways.networks, ways.all_known) = (needs(&["shop"]), true));
     sleep(Duration::from_secs(5)).await;
     bench.ways.send_modify(|ways| ways.networks = needs(&["app", "shop"]));
     sleep(5 * MINUTE).await;
     assert_eq!(bench.calls(), Vec::<String>::new());
 
-    // Nor is anything left by an agent that has just begun and knows nobody yet.
+    // An agent that has just started and knows no workloads yet leaves no network either.
     let (host, wanted) = (bench.host.clone(), bench.wanted.borrow().clone());
     bench.kill().await;
     bench = Bench::start(&host, wanted);

@@ -1,6 +1,6 @@
-//! A registration that is refused without a word: over QUIC cloudflared never says why. A trial, the same connector
-//! over HTTP/2, says so in two seconds, or serves where only QUIC is at fault. When to ask, and what is known since.
-//! No I/O; time is handed in.
+//! Finds out why the edge refuses a registration: over QUIC cloudflared never says. A trial, the same connector over
+//! HTTP/2, says so in two seconds, or serves if only QUIC is at fault. This module decides when to try, and keeps what
+//! trials have shown. No I/O; the caller passes the time.
 
 use std::time::Duration;
 
@@ -8,26 +8,26 @@ use tokio::time::Instant;
 
 use crate::retry::Backoff;
 
-/// What a trial gets to say why, or to be ready.
+/// How long a trial gets to say why, or to become ready.
 pub(super) const LIMIT: Duration = Duration::from_secs(15);
-/// Pauses between trials that did not tell.
+/// First pause between trials that gave no reason.
 const FIRST_PAUSE: Duration = Duration::from_secs(30);
-/// And after one that did: what is certain may change.
+/// Longest such pause, and the pause after a trial that gave one: the reason may change.
 const LONGEST_PAUSE: Duration = Duration::from_secs(600);
-/// Pauses before it is seen whether one that serves over HTTP/2 can do so as it is wanted.
+/// Pauses before checking whether a connector that serves over HTTP/2 can go back to the wanted spec.
 const FIRST_RETURN: Duration = Duration::from_secs(30 * 60);
 const LONGEST_RETURN: Duration = Duration::from_secs(6 * 3600);
 
 /// What is known of the refusal of one spec.
 #[derive(Debug)]
 pub(super) struct Trial {
-    /// Its hash.
+    /// Hash of that spec.
     about: Option<String>,
-    /// The edge does not take the token.
+    /// The edge is known to refuse the token.
     certain: bool,
     ask_at: Option<Instant>,
     pauses: Backoff,
-    /// When to go back from HTTP/2 to what is wanted.
+    /// When to go back from HTTP/2 to the wanted spec.
     back_at: Option<Instant>,
     returns: Backoff,
 }
@@ -44,22 +44,22 @@ impl Trial {
         }
     }
 
-    /// Whether the edge is known not to take the token of this spec.
+    /// Whether the edge is known to refuse the token of this spec.
     pub(super) fn is_certain(&self, hash: &str) -> bool {
         self.certain && self.was_asked(hash)
     }
 
-    /// Whether there was a trial of this spec.
+    /// Whether this spec has had a trial.
     pub(super) fn was_asked(&self, hash: &str) -> bool {
         self.about.as_deref() == Some(hash)
     }
 
-    /// Whether it is time for a trial of this spec.
+    /// Whether this spec is due for a trial.
     pub(super) fn is_due(&self, hash: &str, now: Instant) -> bool {
         !self.was_asked(hash) || self.ask_at.is_none_or(|at| now >= at)
     }
 
-    /// A trial was made.
+    /// Notes that a trial was made.
     pub(super) fn asked(&mut self, hash: &str, now: Instant) {
         if !self.was_asked(hash) {
             self.forget();
@@ -68,7 +68,7 @@ impl Trial {
         self.ask_at = Some(now + self.pauses.next_whole());
     }
 
-    /// A connector made from this spec, or its trial, has said whether the edge takes the token.
+    /// Notes whether the edge accepts the token, as shown by a connector of this spec or its trial.
     pub(super) fn told(&mut self, hash: &str, refused: bool, now: Instant) {
         if !self.was_asked(hash) {
             self.asked(hash, now);
@@ -79,27 +79,27 @@ impl Trial {
         self.certain = refused;
     }
 
-    /// It is connected, or something else is wanted.
+    /// Forgets the refusal: the connector is connected, or the order changed.
     pub(super) fn forget(&mut self) {
         (self.about, self.certain, self.ask_at) = (None, false, None);
         self.pauses.reset();
     }
 
-    /// What runs serves over HTTP/2 instead of as it is wanted.
+    /// Notes that the connector serves over HTTP/2 instead of as the spec wants it.
     pub(super) fn serves_otherwise(&mut self, now: Instant) {
         if self.back_at.is_none() {
             self.returns_later(now);
         }
     }
 
-    /// The next look whether it can go back comes after a longer pause.
+    /// Schedules the next check whether it can go back, after a longer pause. Returns the pause.
     pub(super) fn returns_later(&mut self, now: Instant) -> Duration {
         let pause = self.returns.next_whole();
         self.back_at = Some(now + pause);
         pause
     }
 
-    /// What runs is what is wanted; `well` when for long.
+    /// Notes that the connector runs as the spec wants it; `well` if it has for long.
     pub(super) fn is_back(&mut self, well: bool) {
         self.back_at = None;
         if well {
@@ -107,7 +107,7 @@ impl Trial {
         }
     }
 
-    /// Whether it is time to go back.
+    /// Whether it is time to try going back.
     pub(super) fn may_return(&self, now: Instant) -> bool {
         self.back_at.is_some_and(|at| now >= at)
     }

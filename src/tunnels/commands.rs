@@ -1,4 +1,4 @@
-//! Commands: what they are on the wire, and what each makes of the desired state. No I/O.
+//! Commands: their form on the wire, and how each changes the desired state. No I/O.
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -9,11 +9,11 @@ use crate::master::printable;
 use crate::master::wire::Assignment;
 use crate::state::{AgentId, DesiredState, Token, TunnelId, TunnelState};
 
-/// A command that was understood.
+/// A command that this agent understands.
 #[derive(Debug, PartialEq)]
 pub(super) enum Command {
     Start(Assigned),
-    /// A new container even when nothing changed.
+    /// Replaces the container even when nothing changed.
     Restart(Assigned),
     Stop,
     Ingress(Map<String, Value>),
@@ -21,7 +21,7 @@ pub(super) enum Command {
     Finalize(Decommission),
 }
 
-/// A tunnel with a token that is for it: what [`check`] has let through.
+/// A tunnel and a token for it, checked by [`check`].
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Assigned {
     id: TunnelId,
@@ -39,17 +39,17 @@ pub(super) struct Decommission {
     pub(super) expected_tunnel_id: Option<String>,
 }
 
-/// What came in the place of a command that could be carried out.
+/// Why a command cannot be carried out.
 #[derive(Debug, PartialEq)]
 pub(super) enum Rejected {
-    /// Not known to this agent, or without the fields it needs: skipped.
+    /// Unknown to this agent, or a required field is missing: skipped.
     NotUnderstood(String),
-    /// Understood and not trusted: nothing that runs is touched.
+    /// Understood but not trusted: what runs stays untouched.
     Refused(Refusal),
 }
 
 impl Command {
-    /// Reads one command. Others in the same reply are not affected by a failure.
+    /// Reads one command. A failure does not affect the others in the same reply.
     pub(super) fn parse(value: &Value) -> Result<Self, Rejected> {
         let skip = |problem: String| Rejected::NotUnderstood(problem);
         let text = |key: &str| value.get(key).and_then(Value::as_str).filter(|text| !text.is_empty());
@@ -75,7 +75,7 @@ impl Command {
         }
     }
 
-    /// What it is called in the log.
+    /// The command's name in the log.
     pub(super) fn name(&self) -> &'static str {
         match self {
             Self::Start(_) => "start_tunnel",
@@ -88,7 +88,7 @@ impl Command {
     }
 }
 
-/// Reads the tunnel of a command and checks its token before anything that runs is touched.
+/// Reads a command's tunnel and checks its token, before anything that runs is touched.
 fn assignment<'a>(action: &str, text: impl Fn(&str) -> Option<&'a str>, token_key: &str) -> Result<Assigned, Rejected> {
     let name = text("tunnel_name").map(str::to_owned);
     let (Some(id), Some(token)) = (text("tunnel_id"), text(token_key)) else {
@@ -97,10 +97,10 @@ fn assignment<'a>(action: &str, text: impl Fn(&str) -> Option<&'a str>, token_ke
     check(&Assignment { id: id.to_owned(), token: Token::new(token), name }).map_err(Rejected::Refused)
 }
 
-/// No name that a person gives is nearly as long.
+/// Longest tunnel name kept, in characters. No name that a person gives comes close.
 const MOST_NAME: usize = 200;
 
-/// Whether the id is one, cloudflared would take the token, and the token is for that tunnel.
+/// Checks that the id is valid, that cloudflared would take the token, and that the token is for that tunnel.
 pub(super) fn check(assignment: &Assignment) -> Result<Assigned, Refusal> {
     let name = assignment.name.as_deref().map(str::trim).filter(|name| !name.is_empty());
     let name = name.map(|name| name.chars().take(MOST_NAME).collect::<String>());
@@ -119,16 +119,16 @@ pub(super) fn check(assignment: &Assignment) -> Result<Assigned, Refusal> {
     }
 }
 
-/// What the tunnel commands make of the desired state. Decommission is not among them.
+/// Applies a tunnel command to the desired state. Decommission commands change nothing here.
 pub(super) fn apply(state: &mut TunnelState, command: &Command) {
     match command {
         Command::Start(assignment) => adopt(state, assignment),
         Command::Restart(assignment) => {
             adopt(state, assignment);
-            // Only that it is another number counts, whatever the file held.
+            // Only the change counts, whatever number the file held.
             state.redeploys = state.redeploys.wrapping_add(1);
         }
-        // Id and name stay for the status; whoever starts it again sends a token.
+        // Keep id and name for the status. The command that starts the tunnel again brings a token.
         Command::Stop => {
             (state.desired_state, state.token, state.unclaimed) = (DesiredState::Stopped, None, false);
         }
@@ -139,7 +139,7 @@ pub(super) fn apply(state: &mut TunnelState, command: &Command) {
 
 fn adopt(state: &mut TunnelState, assignment: &Assigned) {
     if state.id.as_ref() != Some(&assignment.id) {
-        // Rules for another tunnel are not for this one.
+        // Pending rules are for the tunnel before.
         state.pending_ingress = None;
     }
     state.id = Some(assignment.id.clone());
@@ -150,8 +150,8 @@ fn adopt(state: &mut TunnelState, assignment: &Assigned) {
     state.unclaimed = false;
 }
 
-/// Takes what a v1 master says at registration as the command that may have been lost. A tunnel that is known
-/// already stays as it is, also when it was stopped. `agent` is this agent's id.
+/// Treats the tunnel that a v1 master names at registration as the command that may have been lost. A tunnel that is
+/// already known stays as it is, even when it was stopped. `agent` is this agent's id.
 pub(super) fn recover(
     state: &TunnelState,
     assignment: &Assignment,
@@ -161,7 +161,7 @@ pub(super) fn recover(
     let known = match state.desired_state {
         DesiredState::Unknown => false,
         DesiredState::Running => state.token.as_ref() == Some(&assignment.token),
-        // Its token was forgotten when it was stopped.
+        // A stop forgets the token.
         DesiredState::Stopped => state.token.as_ref().is_none_or(|token| *token == assignment.token),
     };
     if known && id.is_some() && state.id == id {
@@ -297,7 +297,7 @@ mod tests {
             json!({"action": "start_tunnel"}),
             json!({"action": "update_tunnel_config", "rules": []}),
             json!({"action": "prepare_decommission", "operation_id": "o"}),
-            // The other command's name for the token.
+            // The field in which the other command carries its token.
             json!({"action": "start_tunnel", "tunnel_id": "t1", "tunnel_token": token("t1")}),
         ] {
             assert!(matches!(Command::parse(&bad), Err(Rejected::NotUnderstood(_))), "{bad}");

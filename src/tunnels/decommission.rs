@@ -1,4 +1,5 @@
-//! Leaving the master in two phases: the tombstone that makes each survive a crash, and the acknowledgements.
+//! Decommissions this agent in two phases: the tombstone that makes each phase survive a crash, and the
+//! acknowledgements.
 
 use jiff::Timestamp;
 
@@ -13,13 +14,13 @@ use crate::master::printable;
 use crate::master::wire::{Ack, AckPhase};
 use crate::state::{AgentId, Phase, TOMBSTONE, Tombstone, TunnelId};
 
-/// An acknowledgement that the master has not taken yet.
+/// An acknowledgement that the master has not accepted yet.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct PendingAck {
     pub(super) operation_id: String,
     pub(super) command_id: String,
     pub(super) phase: Phase,
-    /// Why the command is not carried out.
+    /// Why the command was refused; `None` when it is carried out.
     pub(super) conflict: Option<&'static str>,
 }
 
@@ -29,7 +30,7 @@ impl PendingAck {
         Self { operation_id, command_id, phase, conflict }
     }
 
-    /// The message, once it is known what became of the tunnel container.
+    /// Builds the message. `None` until the supervisor reports the state of the tunnel container.
     pub(super) fn message(
         &self,
         session: Option<&str>,
@@ -41,7 +42,7 @@ impl PendingAck {
             (None, Some(_)) => Departure::default(),
             (None, None) => return None,
         };
-        // The master takes `supported` only together with an image it can read.
+        // The master accepts `supported` only with an image that it can read.
         let agent_image = departure.own.map(|own| own.image).filter(|image| is_reference(image));
         let mut ack = Ack {
             operation_id: self.operation_id.clone(),
@@ -66,14 +67,14 @@ impl PendingAck {
     }
 }
 
-/// `^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}$`, what v2 masters accept.
+/// `^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}$`, the form that v2 masters accept.
 fn is_reference(image: &str) -> bool {
     image.len() <= 255
         && image.starts_with(|c: char| c.is_ascii_alphanumeric())
         && image.chars().all(|c| c.is_ascii_alphanumeric() || "._:/@-".contains(c))
 }
 
-/// What a command makes of the tombstone: the one to write, if any, and what to answer.
+/// Decides what a command does to the tombstone. Returns the one to write, if any, and the answer.
 pub(super) fn decide(
     tombstone: Option<&Tombstone>,
     agent: &AgentId,
@@ -119,17 +120,17 @@ pub(super) fn decide(
 }
 
 impl Poller {
-    /// Sends the pending acknowledgement when it is known what to say. Returns whether the agent is free to go.
+    /// Sends the pending acknowledgement once its content is known. Returns whether the decommission is complete.
     pub(super) async fn acknowledge(&mut self, shutdown: &CancellationToken) -> bool {
         let Some(ack) = self.ack.clone() else { return false };
-        // Without a session, as after a crash in the last phase, the acknowledgement needs one first.
+        // After a crash in the last phase there is no session; the acknowledgement needs one first.
         let session = tokio::select! {
             () = shutdown.cancelled() => return false,
             session = self.registrar.session() => session,
         };
         let departure = self.links.view.borrow_and_update().departure.clone();
         let Some(message) = ack.message(session.protocol.session(), departure.as_ref(), &self.cloudflared_image) else {
-            // Nothing to say yet; the supervisor's next word wakes this task.
+            // Nothing to send yet; the supervisor's next report wakes this task.
             self.timers.ack = Instant::now() + LONGEST_WAIT;
             return false;
         };
@@ -146,8 +147,8 @@ impl Poller {
                 finalized && self.bury().await
             }
             Err(error) => {
-                // What is no master's word means nothing, and is asked again. All else is said by whoever registers, or
-                // below.
+                // A refusal that did not come from the master means nothing, so try again. All others are reported by
+                // the registration, or below.
                 let is_nobodys = matches!(error.status(), Some(401 | 403 | 404)) && !error.is_explained();
                 let wait = match is_nobodys {
                     true => self.timers.acking.after(&error, error.remedy()),
@@ -156,7 +157,8 @@ impl Poller {
                 self.timers.ack = Instant::now() + wait;
                 match (&error, error.status(), error.code()) {
                     _ if error.is_away() => false,
-                    // The first one arrived and only its answer was lost: the key and the agent are gone.
+                    // The first acknowledgement arrived and only its answer was lost: the master has deleted the key
+                    // and the agent.
                     (_, Some(401 | 403 | 404), _) if finalized => error.is_explained() && self.bury().await,
                     (_, Some(401 | 403 | 404), _) | (_, Some(409), "registration_required") => {
                         tokio::select! {
@@ -178,9 +180,9 @@ impl Poller {
         }
     }
 
-    /// Notes that the master has let go, so that the next start need not ask.
+    /// Stores that the master has decommissioned this agent, so that the next start need not ask.
     pub(super) async fn bury(&mut self) -> bool {
-        // A crash may have come between the tombstone and the state.
+        // A crash may have come between the writes of the tombstone and the state.
         let state = self.disk.state.forgotten();
         if state != self.disk.state
             && let Err(error) = self.disk.store.save_tunnel(&state).await
@@ -200,7 +202,7 @@ impl Poller {
     }
 }
 
-/// What an agent says that was decommissioned in an earlier run.
+/// The message of an agent that was decommissioned in an earlier run.
 pub(crate) fn epitaph(tombstone: &Tombstone, data: &std::path::Path) -> String {
     format!(
         "this agent was decommissioned at {} by operation {}: it does nothing; to enrol it again, delete {} and set a new agent key",

@@ -1,4 +1,4 @@
-//! Commands that no honest master sends, and what they may make of the desired state.
+//! Commands that no honest master sends, and how they may change the desired state.
 
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -52,7 +52,7 @@ proptest! {
                             tombstone = written.or(tombstone);
                         }
                     }
-                    // What was made of it goes onto the disk and comes back.
+                    // The resulting state must survive the way to disk and back.
                     let text = serde_json::to_vec(&state).unwrap();
                     prop_assert!(serde_json::from_slice::<TunnelState>(&text).is_ok());
                     let shown = format!("{command:?}");

@@ -1,4 +1,4 @@
-//! Handing delivered ingress rules on to Cloudflare. They stay on disk until it has them.
+//! Pushes delivered ingress rules to Cloudflare, through the master. They stay on disk until Cloudflare has them.
 
 use serde_json::Value;
 use tokio::time::Instant;
@@ -9,7 +9,7 @@ use crate::cloudflare::{self, Pushed};
 use crate::master::MasterError;
 
 impl Poller {
-    /// Pushes the ingress rules that are waiting.
+    /// Pushes the pending ingress rules.
     pub(super) async fn push_ingress(&mut self) {
         let Some(Value::Object(rules)) = self.disk.state.pending_ingress.clone() else { return };
         let Some(tunnel) = self.disk.state.id.clone() else {
@@ -49,7 +49,7 @@ impl Poller {
         state.pending_ingress = None;
         match self.disk.store.save_tunnel(&state).await {
             Ok(()) => self.disk.state = state,
-            // They are pushed once more, which changes nothing.
+            // The rules are pushed once more, which changes nothing.
             Err(error) => {
                 let problem = format!("refuses to note that rules were handed on: {}", crate::error_chain(&error));
                 self.timers.disk.failed(&problem, "they are handed on once more; make room or mend the permissions");

@@ -1,5 +1,5 @@
-//! A host that was removed must not linger: forgetting the tunnel when both the master and the edge have let go of
-//! it. Either sign alone may be a mistake, a restored backup or an outage, and changes nothing.
+//! Forgets the tunnel of a host that was removed: when the master no longer knows the agent and the edge refuses the
+//! token. Either sign alone may be a mistake, a restored backup or an outage, and changes nothing.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,12 +14,12 @@ use crate::channels::View;
 use crate::registration::{Protocol, Session};
 use crate::state::TunnelState;
 
-/// How often a v1 master is asked whose the tunnel is, while the edge refuses its token.
+/// How often to ask a v1 master whose the tunnel is while the edge refuses its token.
 const ASK_EVERY: Duration = Duration::from_secs(600);
 
 impl Poller {
-    /// A session other than `stale`, however long that takes; `None` at a shutdown. A master that has removed this
-    /// agent gives none, so meanwhile the signs are watched.
+    /// Waits for a session other than `stale`, however long that takes; `None` at a shutdown. A master that has removed
+    /// this agent grants none, so the wait also watches for both signs of a removal.
     pub(super) async fn registered(
         &mut self,
         stale: Option<&Session>,
@@ -27,7 +27,7 @@ impl Poller {
     ) -> Option<Arc<Session>> {
         let registrar = self.registrar.clone();
         let mut removed = registrar.watch_removed();
-        // Not dropped half-way: a registration whose reply is not read is one more agent at the master.
+        // Never dropped halfway: a registration whose reply nobody reads leaves one more agent at the master.
         let mut renewal = std::pin::pin!(async {
             match stale {
                 None => registrar.session().await,
@@ -49,7 +49,7 @@ impl Poller {
         }
     }
 
-    /// Notes the one sign, on disk: a crash may come before the other.
+    /// Stores the master's sign: a crash may come before the edge's.
     pub(super) async fn unclaim(&mut self, shutdown: &CancellationToken) {
         let state = &self.disk.state;
         if state.token.is_none() || state.unclaimed || self.disk.tombstone.is_some() {
@@ -60,15 +60,15 @@ impl Poller {
         self.commit(state, refusal, shutdown).await;
     }
 
-    /// Whether the edge certainly refuses the token of the tunnel.
+    /// Whether the supervisor reports for certain that the edge refuses the tunnel's token.
     fn is_refused(&self) -> bool {
         let view: &View = &self.links.view.borrow();
         let refused = view.status == Status::Error && view.reason == Some(Cause::TokenRefused.reason());
         refused && view.tunnel_id == self.disk.state.id
     }
 
-    /// A v1 master tells only at registration whose the tunnel is, so it is asked again when the edge refuses the
-    /// token: it may name another token, or no tunnel.
+    /// Asks a v1 master whose the tunnel is when the edge refuses its token. A v1 master says so only at registration,
+    /// and may name another token or no tunnel.
     pub(super) async fn ask_whose(&mut self, session: Option<&Session>, shutdown: &CancellationToken) {
         let Some(session) = session.filter(|session| session.protocol == Protocol::V1) else { return };
         let state = &self.disk.state;
@@ -84,7 +84,7 @@ impl Poller {
         }
     }
 
-    /// Says that the master does not assign the tunnel to this host any more, where the edge accepts it all the same.
+    /// Warns that the master no longer assigns the tunnel to this host although the edge still accepts it.
     pub(super) fn say_unassigned(&self) {
         let state = &self.disk.state;
         if state.unclaimed && state.token.is_some() && !self.is_refused() {
@@ -95,7 +95,7 @@ impl Poller {
         }
     }
 
-    /// Forgets the tunnel when the other sign is there as well; the supervisor then removes its container.
+    /// Forgets the tunnel once both signs are there. The supervisor then removes its container.
     pub(super) async fn forget_if_removed(&mut self, shutdown: &CancellationToken) {
         let state = &self.disk.state;
         if !state.unclaimed || self.disk.tombstone.is_some() || !self.is_refused() {
