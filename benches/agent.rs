@@ -1,6 +1,6 @@
-//! What the agent and its socket proxy cost and how fast they are, on a real Docker Engine: `cargo bench --bench agent`.
+//! Measures the cost and speed of the agent and its socket proxy on a real Docker Engine: `cargo bench --bench agent`.
 //!
-//! Prints figures and asserts none, since they belong to the machine they were taken on.
+//! Prints figures and asserts none: they depend on the machine.
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::disallowed_macros, reason = "for development")]
 
@@ -14,16 +14,16 @@ use testkit::bollard::query_parameters::ListContainersOptions;
 use testkit::{AgentProcess, Docker, Scope, SocketProxy};
 
 const SOON: Duration = Duration::from_secs(60);
-/// Starts and stops that are timed.
+/// Number of starts and stops to time.
 const ROUNDS: usize = 40;
-/// How long the idle agent is watched.
+/// How long to watch the idle agent.
 const IDLE: Duration = Duration::from_secs(30);
-/// Containers in a listing, and how many listings are timed with the socket proxy and without.
+/// Number of containers in a listing, and of listings to time with the socket proxy and without.
 const LISTED: usize = 200;
 const LISTINGS: usize = 300;
 
 fn main() -> Result<()> {
-    // Built for `cargo test --all-targets` as well, which must not take a minute for figures nobody reads.
+    // `cargo test --all-targets` builds and runs this too, and must not take a minute for figures that nobody reads.
     if !std::env::args().any(|argument| argument == "--bench") {
         return Ok(());
     }
@@ -95,7 +95,7 @@ async fn measure() -> Result<()> {
     listings(&scope, &proxy).await
 }
 
-/// One listing through the proxy and one past it, in turn.
+/// Times one listing through the proxy and one past it, in turn.
 async fn listings(scope: &Scope, proxy: &SocketProxy) -> Result<()> {
     for _ in 0..LISTED {
         scope.run_workload(&[("dockflare.enable", "true")], &[], Some("none"), false).await?;
@@ -131,7 +131,7 @@ fn print_memory(name: &str, pid: u32) -> Result<()> {
     Ok(())
 }
 
-/// Milliseconds from the time that Docker gave the event, which the message carries, to its arrival at the master.
+/// Milliseconds from Docker's own timestamp of the event, which the message carries, to its arrival at the master.
 async fn delay(master: &DevMaster, kind: &str, container: &str, known: usize) -> Result<f64> {
     let is_ours = |request: &Request| request.event() == Some(kind) && request.body["container"]["id"] == container;
     let seen = known / 2;
@@ -144,7 +144,7 @@ async fn delay(master: &DevMaster, kind: &str, container: &str, known: usize) ->
     Ok(event.duration_until(request.at).as_secs_f64() * 1e3)
 }
 
-/// User and system time, in hundredths of a second: what Linux counts in on all its machines.
+/// User and system time, which Linux counts in hundredths of a second on every platform.
 fn cpu_seconds(pid: u32) -> Result<f64> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
     let after_name = text.rsplit_once(')').context("odd stat")?.1;
@@ -152,7 +152,7 @@ fn cpu_seconds(pid: u32) -> Result<f64> {
     Ok(ticks.iter().sum::<f64>() / 100.0)
 }
 
-/// A line of `/proc/<pid>/status`, in kB.
+/// The value of a line in `/proc/<pid>/status`, in kB.
 fn status(pid: u32, key: &str) -> Result<f64> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = text.lines().find_map(|line| line.strip_prefix(key)).context("odd status")?;

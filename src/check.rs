@@ -1,22 +1,22 @@
-//! `dockflare-agent check`: tries each thing that the agent needs, and says of each that fails what to do.
+//! `dockflare-agent check`: tests each thing that the agent needs, and gives the remedy for each that fails.
 //!
-//! It changes nothing, here, at the master or in Docker, and takes nothing from an agent that runs beside it: it
-//! locks nothing, fetches no command, registers nobody. Of the doors it uses those calls that have no effect:
-//! [`crate::master::Master`]'s probe, Docker's permissions asked with names that nothing has, and a look at the data
-//! folder. It is mostly run as `docker exec dockflare-agent /dockflare-agent check`.
+//! It changes nothing on this host, at the master or in Docker, and does not disturb an agent that runs beside it: it
+//! locks nothing, fetches no command, registers nobody. It only makes calls without side effects:
+//! [`crate::master::Master`]'s probe, Docker permission tests with names that nothing has, and a look at the data
+//! folder. Mostly run as `docker exec dockflare-agent /dockflare-agent check`.
 //!
-//! What is tried, in this order; what rests on something that failed is not tried, and says because of what:
+//! The tests, in this order. A test that depends on a failed one is skipped, and the report says why:
 //!
 //! | group | what | in |
 //! |---|---|---|
 //! | configuration | every mistake in it | here |
-//! | data folder | there, can be written, has room; documents; who holds it | `folder` |
-//! | master | DNS, TCP, TLS, answer and protocol, clock, Cloudflare Access, key; what the running agent complains of | `master` |
-//! | Docker | answer, version, each call, what else is let through, image, network | `docker` |
+//! | data folder | exists, can be written, has space; documents; which agent uses it | `folder` |
+//! | master | DNS, TCP, TLS, answer, protocol, clock, Cloudflare Access, key; the running agent's concerns | `master` |
+//! | Docker | answer, version, each call, what else is allowed, image, network | `docker` |
 //! | tunnel | assigned, container, readiness, other connectors | `tunnel` |
 //! | containers | the way from the tunnel to each labelled one | `tunnel` |
 //!
-//! The master's side and Docker's run beside each other. Each wait has a limit, and each side one for all of it.
+//! The tests of the master and of Docker run side by side. Each wait has a limit, and so has each side as a whole.
 
 use std::time::Duration;
 
@@ -36,59 +36,59 @@ mod print;
 mod tunnel;
 pub use print::Style;
 
-/// For each of the two sides, all waits together.
+/// Limit for all waits of one side together.
 const SIDE_LIMIT: Duration = Duration::from_secs(60);
 
-/// What came of one thing that was tried.
+/// Outcome of one test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Outcome {
-    /// It is as the agent needs it.
+    /// As the agent needs it.
     Pass,
-    /// It is not; the remedy says what to do.
+    /// Not as the agent needs it; the remedy says what to do.
     Fail,
-    /// The agent works with it, and it would be better otherwise.
+    /// The agent works with it, but it could be better.
     Warn,
-    /// It was not tried, or there is nothing to try; the detail says why.
+    /// Not tested, or nothing to test; the detail says why.
     Skip,
 }
 
-/// One thing that was tried.
+/// One test and its outcome.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Finding {
-    /// Stable, for programs: `master.key`. Several findings may share one, such as one for each container.
+    /// Stable id for programs, such as `master.key`. Several findings may share one, such as one for each container.
     pub id: String,
-    /// Which part of the list it belongs to.
+    /// The group in the report.
     pub group: &'static str,
-    /// What was tried, for people.
+    /// What was tested, for people.
     pub title: String,
-    /// What came of it.
+    /// The outcome.
     pub outcome: Outcome,
-    /// What was found; one line.
+    /// What was found, in one line.
     pub detail: String,
-    /// What to do about it; one line, for each that failed and each warning.
+    /// What to do about it, in one line. Present for each failure and each warning.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub remedy: Option<String>,
 }
 
-/// All that was tried.
+/// All findings.
 #[derive(Debug, Clone, Default)]
 pub struct Report {
     findings: Vec<Finding>,
 }
 
 impl Report {
-    /// In the order in which it is shown.
+    /// The findings in the order of the report.
     pub fn findings(&self) -> &[Finding] {
         &self.findings
     }
 
-    /// Whether nothing failed. Warnings and what was not tried do not count.
+    /// Whether nothing failed. Warnings and skipped tests do not count.
     pub fn passed(&self) -> bool {
         self.count(Outcome::Fail) == 0
     }
 
-    /// As one document, for programs.
+    /// The report as one JSON document, for programs.
     pub fn to_json(&self) -> Value {
         json!({
             "ok": self.passed(),
@@ -106,7 +106,7 @@ impl Report {
     }
 }
 
-/// Collects the findings of one part.
+/// Collects the findings of one group after the other.
 #[derive(Debug, Default)]
 struct Section {
     group: &'static str,
@@ -134,7 +134,8 @@ impl Section {
         self.add(id, title, Outcome::Warn, detail, Some(remedy.into()));
     }
 
-    /// What a proxy refuses is told among its permissions, and here only as not tried; this project's own has none.
+    /// Skips a call that a proxy refuses: its permissions already report the refusal. This project's own proxy has
+    /// none, so a refusal by it counts as a failure.
     fn refused_or_failed(&mut self, id: &str, title: &str, error: &DockerError) {
         match error {
             DockerError::Forbidden { .. } if !error.is_of_own_proxy() => {
@@ -157,8 +158,8 @@ const DOCKER: &str = "Docker";
 const TUNNEL: &str = "tunnel";
 const CONTAINERS: &str = "containers";
 
-/// The subcommand: tries everything with the settings of this process and prints the list, or with `json` one
-/// document. Returns whether nothing failed.
+/// The subcommand: runs all tests with the settings of this process and prints the report, as a JSON document with
+/// `json`. Returns whether nothing failed.
 pub async fn command(json: bool) -> bool {
     let report = run(Config::load()).await;
     let text = if json { format!("{:#}\n", report.to_json()) } else { report.to_text(Style::of_stdout()) };
@@ -166,7 +167,7 @@ pub async fn command(json: bool) -> bool {
     report.passed()
 }
 
-/// Tries everything. Takes seconds where all is well, and about a minute where nothing answers.
+/// Runs all tests. Takes seconds if all is well, and about a minute if nothing answers.
 pub async fn run(loaded: Result<Loaded, ConfigErrors>) -> Report {
     let mut findings = Section::default();
     findings.begin(CONFIGURATION);

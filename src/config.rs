@@ -1,8 +1,8 @@
-//! What the operator asked for: read once from the environment, checked as a whole, then never changed.
+//! The operator's settings: read once from the environment, validated as a whole, then never changed.
 //!
-//! [`Config::load`] reads the process environment and fills what is unset from a `.env` file;
-//! [`Config::from_vars`] does the work on any list of pairs, so that tests never touch the process.
-//! Every mistake is reported at once ([`ConfigErrors`]); nothing has been started or written by then.
+//! [`Config::load`] reads the process environment and takes unset variables from a `.env` file. [`Config::from_vars`]
+//! does the work on any list of pairs, so tests never touch the process environment. It reports every mistake at once
+//! ([`ConfigErrors`]), before anything has been started or written.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -36,45 +36,45 @@ pub use socket_proxy::{Listen, SocketProxyConfig};
 /// The agent's whole configuration, valid by construction.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Where the master is and how the agent proves who it is.
+    /// The master's address and the credentials for it.
     pub master: MasterConfig,
-    /// Where the Docker Engine, or a socket proxy before it, listens.
+    /// Address of the Docker Engine, or of a socket proxy in front of it.
     pub docker_host: DockerHost,
-    /// What the tunnel container is made of.
+    /// Settings of the tunnel container.
     pub tunnel: TunnelConfig,
-    /// Between two complete reports; 5 s to 1 h.
+    /// Time between two complete reports; 5 s to 1 h.
     pub report_interval: Duration,
-    /// Between two looks for commands; 1 s to 1 h, jittered by the poller.
+    /// Time between two polls for commands; 1 s to 1 h, jittered by the poller.
     pub poll_interval: Duration,
-    /// How the agent introduces itself; the master's UI may override it.
+    /// The name under which the agent registers; the master's UI may override it.
     pub display_name: Option<String>,
-    /// Where `GET /health` and the other pages are; `None` when switched off with port 0.
+    /// Where `GET /health` and the other pages listen; `None` when switched off with port 0.
     pub health_page: Option<PageAddress>,
     /// The folder that holds identity and state.
     pub data_dir: PathBuf,
-    /// `HOSTNAME`, which inside a container is the start of its own id.
+    /// `HOSTNAME`, which inside a container is the start of the container's own id.
     pub hostname: Option<String>,
-    /// What is logged, how, and in which time zone.
+    /// Log level, format and time zone.
     pub log: LogConfig,
 }
 
-/// The master's address and the credentials that go with each request.
+/// The master's address and the credentials for each request.
 #[derive(Debug, Clone)]
 pub struct MasterConfig {
     /// Base address, `http` or `https`, without query, fragment or credentials; a path prefix is kept.
     pub url: Url,
     /// The agent key.
     pub key: Secret,
-    /// The Cloudflare Access service token, when the master stands behind Access.
+    /// The Cloudflare Access service token, if the master is behind Access.
     pub access: Option<AccessToken>,
 }
 
-/// A secret given as a value or by a file that may be replaced while the agent runs.
+/// A secret, given as a value or in a file that may be replaced while the agent runs.
 #[derive(Debug, Clone)]
 pub struct Secret {
     /// The value at start; a valid HTTP header value.
     pub value: SecretString,
-    /// Where to read it again after a refusal.
+    /// Where to reread it after a refusal.
     pub file: Option<PathBuf>,
 }
 
@@ -87,73 +87,74 @@ pub struct AccessToken {
     pub client_secret: SecretString,
 }
 
-/// What the tunnel container is made of.
+/// Settings of the tunnel container.
 #[derive(Debug, Clone)]
 pub struct TunnelConfig {
     /// Image of cloudflared.
     pub image: ImageRef,
-    /// When the image is pulled.
+    /// When to pull the image.
     pub pull: Pull,
     /// User-defined network that cloudflared and the workloads share.
     pub network: String,
-    /// Network where cloudflared serves its metrics, and nowhere else; on all of its networks without.
+    /// The only network on which cloudflared serves its metrics; on all of its networks if `None`.
     pub metrics_network: Option<String>,
     /// Name of the tunnel container.
     pub container_name: String,
-    /// What becomes of the container when the agent stops.
+    /// What happens to the container when the agent stops.
     pub on_exit: OnExit,
-    /// How long the agent's own socket proxy holds it for an agent that comes back; 0 to 1 h, 0 for not at all.
+    /// How long the agent's own socket proxy keeps the container for an agent that comes back; 0 to 1 h, 0 for no
+    /// lease.
     pub lease: Duration,
-    /// Further variables of cloudflared, by the names that it knows them by.
+    /// More variables for cloudflared, under cloudflared's own names.
     pub options: BTreeMap<&'static str, String>,
-    /// Whether the tunnel container knows this host as `host.docker.internal`.
+    /// Whether the tunnel container can reach this host as `host.docker.internal`.
     pub host_gateway: bool,
-    /// Whether the tunnel container is connected to networks of labelled containers that share none with it.
+    /// Whether to connect the tunnel container to networks of labelled containers that share none with it.
     pub auto_connect: bool,
 }
 
 impl TunnelConfig {
-    /// Name of the container that takes the tunnel container's place, while it does.
+    /// Name of the container that replaces the tunnel container, until it has done so.
     pub fn successor_name(&self) -> String {
         successor_of(&self.container_name)
     }
 
-    /// How long Docker waits for the tunnel container to end by itself: above cloudflared's drain.
+    /// How long Docker waits for the tunnel container to exit: longer than cloudflared's drain.
     pub fn patience(&self) -> Duration {
         patience(&self.options)
     }
 
-    /// Whether cloudflared may use nothing but QUIC.
+    /// Whether cloudflared may use only QUIC.
     pub(crate) fn only_quic(&self) -> bool {
         let set = |name: &str, value: &str| self.options.get(name).is_some_and(|set| set == value);
         set("TUNNEL_TRANSPORT_PROTOCOL", "quic") || set("TUNNEL_POST_QUANTUM", "true")
     }
 }
 
-/// Name of the container that takes the place of the one with this name, while it does.
+/// Name of the container that replaces the one with this name, until it has done so.
 pub(crate) fn successor_of(container_name: &str) -> String {
     format!("{container_name}-next")
 }
 
-/// When the image of cloudflared is pulled.
+/// When to pull the image of cloudflared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pull {
     /// When it is not on this host.
     Missing,
-    /// Also at each start of the agent and at each redeploy, since its tag may have moved.
+    /// Also at each start of the agent and each redeploy, since the tag may have moved.
     Always,
 }
 
-/// What becomes of the tunnel container when the agent stops.
+/// What happens to the tunnel container when the agent stops.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnExit {
-    /// Drained, stopped and removed: behind the agent's own socket proxy after the lease, otherwise at once.
+    /// Drain, stop and remove it: behind the agent's own socket proxy after the lease, otherwise at once.
     Remove,
-    /// Left as it is.
+    /// Leave it as it is.
     Keep,
 }
 
-/// A configuration that can be used, and what the operator should know about it.
+/// A usable configuration, and warnings about it.
 #[derive(Debug)]
 pub struct Loaded {
     /// The configuration.
@@ -167,7 +168,7 @@ pub struct Loaded {
 #[error("the configuration has {} error(s):\n  - {}", .0.len(), .0.join("\n  - "))]
 pub struct ConfigErrors(pub Vec<String>);
 
-/// The variables as they are spelled; `envy` maps names, the rules are below.
+/// The variables as they are spelled; `envy` maps the names, and the rules are below.
 #[derive(Debug, Default, Deserialize)]
 struct Raw {
     dockflare_master_url: Option<String>,
@@ -209,27 +210,27 @@ struct Raw {
 }
 
 impl Config {
-    /// Reads the process environment; a `.env` in the working folder fills what is unset there.
+    /// Reads the process environment, and takes unset variables from a `.env` in the working folder.
     ///
     /// # Errors
-    /// All that is wrong, at once.
+    /// Everything that is wrong, at once.
     pub fn load() -> Result<Loaded, ConfigErrors> {
         let (mut loaded, warnings) = from_environment(Self::from_vars)?;
         loaded.warnings.splice(..0, warnings);
         Ok(loaded)
     }
 
-    /// Reads only where the health page is, for those who ask it.
+    /// Reads only the address of the health page, for its clients.
     ///
     /// # Errors
-    /// When port or address are none.
+    /// When the port or the address is invalid.
     pub fn load_health_page() -> Result<Option<PageAddress>, ConfigErrors> {
         let vars = environment().vars;
         let value = |name: &str| vars.get(name).map(|value| value.trim());
         health_page(value("HEALTH_CHECK_PORT"), value("HEALTH_CHECK_BIND")).map_err(ConfigErrors)
     }
 
-    /// Checks a list of variables. An empty value counts as unset.
+    /// Validates a list of variables. An empty value counts as unset.
     pub fn from_vars(vars: impl IntoIterator<Item = (String, String)>) -> Result<Loaded, ConfigErrors> {
         let mut check = Check::default();
         let mut raw = Raw::read(vars, &mut check)?;
@@ -301,8 +302,8 @@ impl Config {
     }
 }
 
-/// What a reader of variables makes of the process environment, with all that is wrong in either; and what the
-/// operator should know about the environment.
+/// Applies `read` to the variables of this process. Returns its result with warnings about the environment, or
+/// everything that is wrong with either.
 fn from_environment<T>(
     read: impl FnOnce(BTreeMap<String, String>) -> Result<T, ConfigErrors>,
 ) -> Result<(T, Vec<String>), ConfigErrors> {
@@ -318,7 +319,7 @@ fn from_environment<T>(
 }
 
 impl Raw {
-    /// An empty value counts as unset. What nobody reads, and what is odd about a value, is noted.
+    /// An empty value counts as unset. Collects unknown variables and odd values in `check`.
     fn read(vars: impl IntoIterator<Item = (String, String)>, check: &mut Check) -> Result<Self, ConfigErrors> {
         let known = names::of::<Self>();
         let mut set = Vec::new();
@@ -338,7 +339,7 @@ impl Raw {
     }
 }
 
-/// What the tunnel container is made of; none when its image is no reference.
+/// Settings of the tunnel container; `None` if its image is not a valid reference.
 fn tunnel(check: &mut Check, raw: &mut Raw) -> Option<TunnelConfig> {
     let image = check.image(raw.cloudflared_image.as_deref().unwrap_or(DEFAULT_IMAGE));
     let pull = check.one_of(
@@ -409,10 +410,11 @@ fn log(check: &mut Check, raw: &Raw) -> LogConfig {
 /// The image that a fresh installation runs.
 pub const DEFAULT_IMAGE: &str = "cloudflare/cloudflared:2026.8.2";
 
-/// No HTTP header may be nearly as long; a device file, named by mistake, has no end.
+/// Maximum size of a secret's file. No HTTP header can be nearly as long, and a device file named by mistake has no
+/// end.
 const MAX_SECRET_BYTES: u64 = 64 << 10;
 
-/// The path of a file with a secret, unless it may be the secret itself, put there by mistake.
+/// The path of a secret's file, unless it may be the secret itself, put there by mistake.
 fn shown_file(path: &str) -> &str {
     if path.contains('/') {
         path
@@ -421,11 +423,11 @@ fn shown_file(path: &str) -> &str {
     }
 }
 
-/// Reads a secret from its file; the text around it is trimmed. `read` is how, since it may block. Gives also whether a
-/// byte order mark was before it.
+/// Reads a secret from its file and trims it. Reading may block, so the caller chooses how with `read`. Also returns
+/// whether the file began with a byte order mark.
 ///
 /// # Errors
-/// A sentence without the content, when the file cannot be read or holds nothing.
+/// A sentence without the content, if the file cannot be read or is empty.
 fn read_secret_file(
     path: &Path,
     read: impl FnOnce(&Path, u64) -> Result<Vec<u8>, disk::Unread>,
@@ -447,12 +449,12 @@ fn read_secret_file(
     Ok((text.to_owned(), marked))
 }
 
-/// Some editors begin a file with it. No eye sees it, and it is no white space.
+/// Some editors begin a file with it. It is invisible, and `trim` does not remove it.
 const BYTE_ORDER_MARK: char = '\u{feff}';
-/// What is said of one that was dropped.
+/// How messages describe a mark that was dropped.
 const MARK: &str = "a byte order mark (U+FEFF, which no editor shows), which was dropped";
 
-/// The text of a file that people write, without the mark that some editors put before it; and whether it was there.
+/// Decodes a text file and drops the byte order mark that some editors write. Also returns whether there was one.
 fn text_of(bytes: Vec<u8>) -> Result<(String, bool), String> {
     if bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff]) {
         return Err("is UTF-16, as Windows PowerShell writes it; save it as UTF-8".to_owned());
@@ -465,13 +467,13 @@ fn text_of(bytes: Vec<u8>) -> Result<(String, bool), String> {
 }
 
 impl Secret {
-    /// Reads the file again. Blocks as long as its disk does.
+    /// Rereads the file; `None` if there is none or the secret is unchanged. Blocks as long as the disk does.
     ///
     /// # Errors
-    /// A sentence without the content, when the file is there but cannot be used.
+    /// A sentence without the content, if the file cannot be used.
     pub fn reread(&self) -> Result<Option<SecretString>, String> {
         let Some(path) = &self.file else { return Ok(None) };
-        // Of a mark before it was told at the start.
+        // A byte order mark was already warned of at the start.
         let (value, _) = read_secret_file(path, disk::read)?;
         if HeaderValue::from_str(&value).is_err() {
             return Err("holds characters that no HTTP header can carry".to_owned());

@@ -1,9 +1,8 @@
-//! The one place that speaks HTTP to the master.
+//! All HTTP to the master goes through this module.
 //!
-//! It adds the credentials, bounds what is read, never follows a redirect, reads a rolled key from its file, and
-//! sorts what goes wrong into the few kinds that callers treat differently ([`MasterError`]). It logs when the
-//! master goes away and when it is back, once for all callers. It keeps nothing on disk; after a crash it starts
-//! as new.
+//! It adds the credentials, limits the size of replies, never follows a redirect, rereads a rotated key from its file,
+//! and sorts failures into the few kinds that callers treat differently ([`MasterError`]). It logs once for all callers
+//! when the master goes away and when it is back. It keeps nothing on disk; after a crash it starts from scratch.
 
 use std::future::Future;
 use std::net::IpAddr;
@@ -34,58 +33,58 @@ pub use error::MasterError;
 pub(crate) use error::printable;
 use error::{NOT_LOCALHOST, away, chain, sort};
 
-/// A reply larger than this is refused while it is read: no honest one comes near.
+/// Maximum size of a reply. A larger one is refused while it is read; no honest reply comes near.
 const MAX_REPLY_BYTES: usize = 4 << 20;
-/// From the first byte sent to the last one read. A master may take half a minute to answer, and an answer with
-/// commands in it must not be given up on too early: it is sent only once.
+/// Limit from the first byte sent to the last byte read. A master may take half a minute to answer. It sends commands
+/// only once, so the agent must not give up on such an answer too early.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(90);
-/// From then on a request is waited for only while no later one is answered: a little above the half minute that a
+/// After this time, give up a request once the master answers a later one. A little more than the half minute that a
 /// master may take.
 const PATIENCE: Duration = Duration::from_secs(31);
-/// The later one must be answered within this time, and the one that it overtook has as much time again.
+/// The later request must be answered within this time. The one that it overtook then gets the same time again.
 const OVERTAKES_WITHIN: Duration = Duration::from_secs(3);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Below the ten seconds after which common proxies close an idle connection.
+/// Less than the 10 s after which common proxies close an idle connection.
 const IDLE_CONNECTION: Duration = Duration::from_secs(8);
 
-/// A master, of either protocol.
+/// The client of a master, for both protocols.
 #[derive(Debug)]
 pub struct Master {
     client: Client,
     base: Url,
     key: Mutex<Secret>,
     key_file: Aside<Result<Option<SecretString>, String>>,
-    /// The address is that of the container itself, where there is no master.
+    /// The address is loopback in the container's own network, where there is no master.
     is_own_container: bool,
     access: HeaderMap,
     link: Mutex<Link>,
     metrics: Metrics,
 }
 
-/// What is known of the connection.
+/// What is known about the connection.
 #[derive(Debug)]
 struct Link {
     trouble: Trouble,
     last_contact: Option<Instant>,
     last_report: Option<SystemTime>,
-    /// Requests for which the master was away.
+    /// Number of requests that failed because the master was away.
     failures: u64,
 }
 
-/// What came of [`Master::probe`].
+/// Result of [`Master::probe`].
 #[derive(Debug)]
 pub(crate) struct Probed {
-    /// The protocol of a master that accepts the key, 1 or 2; or why none does.
+    /// The protocol, 1 or 2, of a master that accepts the key; or why there is none.
     pub(crate) answer: Result<u32, MasterError>,
-    /// The header `Date` of the answer, and the clock of this host when it came.
+    /// The `Date` header of the answer, and this host's clock when it arrived.
     pub(crate) clocks: Option<(SystemTime, SystemTime)>,
 }
 
 impl Master {
-    /// Prepares the client; nothing is sent yet.
+    /// Prepares the client; sends nothing yet.
     ///
     /// # Errors
-    /// [`MasterError::Client`] when an `https` address is given and no CA certificates are found.
+    /// [`MasterError::Client`] when the address is `https` and no CA certificates are found.
     pub fn new(config: MasterConfig, metrics: Metrics) -> Result<Self, MasterError> {
         let mut client = http::client()
             .user_agent(concat!("dockflare-agent/", env!("CARGO_PKG_VERSION")))
@@ -93,7 +92,7 @@ impl Master {
             .connect_timeout(CONNECT_TIMEOUT)
             .timeout(REQUEST_TIMEOUT)
             .pool_idle_timeout(IDLE_CONNECTION)
-            // Retries belong to the callers: they know what may be said twice.
+            // Retries are up to the callers: they know what may be sent twice.
             .retry(reqwest::retry::never());
         if config.url.scheme() == "http" {
             // A master in the next container needs no CA file.
@@ -127,32 +126,32 @@ impl Master {
         })
     }
 
-    /// The base address, without credentials by construction.
+    /// The base address, which never holds credentials.
     pub fn url(&self) -> &Url {
         &self.base
     }
 
-    /// When the master last answered anything.
+    /// When the master last answered any request.
     pub fn last_contact(&self) -> Option<Instant> {
         self.link().last_contact
     }
 
-    /// When the master last took a complete report.
+    /// When the master last accepted a complete report.
     pub fn last_report(&self) -> Option<SystemTime> {
         self.link().last_report
     }
 
-    /// How many requests found the master away, of all callers together.
+    /// How many requests of all callers found the master away.
     pub(crate) fn failures(&self) -> u64 {
         self.link().failures
     }
 
-    /// Notes that the master took a complete report.
+    /// Records that the master accepted a complete report.
     pub(crate) fn report_taken(&self) {
         self.link().last_report = Some(SystemTime::now());
     }
 
-    /// `POST /register`. Gives also whether the master has made the agent just now.
+    /// `POST /register`. Also returns whether the master has just created the agent.
     pub(crate) async fn register(&self, body: &wire::Register<'_>) -> Result<(wire::Registered, bool), MasterError> {
         let path = ["api", "v2", "agents", "register"];
         let answered = self.try_with_key("register", Method::POST, &path, Some(body)).await;
@@ -161,12 +160,12 @@ impl Master {
         read
     }
 
-    /// `GET /{agent}/commands`: takes the queue; what is lost from here on is lost for good.
+    /// `GET /{agent}/commands`. Empties the master's queue: a command lost from here on is lost for good.
     pub(crate) async fn commands(&self, agent: &AgentId) -> Result<wire::Commands, MasterError> {
         self.call("commands", Method::GET, &["api", "v2", "agents", agent.as_str(), "commands"], None::<&()>).await
     }
 
-    /// `POST /{agent}/events` with a body that is JSON. Gives the protocol of whoever took it, where the reply shows it.
+    /// `POST /{agent}/events` with a JSON body. Returns the protocol of the master that took it, if the reply shows it.
     pub(crate) async fn send_event(&self, agent: &AgentId, body: &str) -> Result<Option<u32>, MasterError> {
         let path = ["api", "v2", "agents", agent.as_str(), "events"];
         let answered = self.post_with_key("events", Method::POST, &path, Some(body.as_bytes().to_vec())).await;
@@ -186,9 +185,9 @@ impl Master {
         self.tell("acknowledge", Method::POST, &path, Some(ack)).await
     }
 
-    /// Asks whether the key is accepted, and by which kind of master, without an effect: an event without content,
-    /// which both protocols refuse with 400 after they have looked at the key, and note nowhere. The id may be any.
-    /// Nothing is logged.
+    /// Tests whether a master accepts the key, and which protocol it speaks, without side effects. Sends an event
+    /// without content, which both protocols refuse with 400 after they have checked the key, and record nowhere. Any
+    /// id will do. Logs nothing.
     pub(crate) async fn probe(&self, agent: &AgentId) -> Probed {
         let url = route(&self.base, &["api", "v2", "agents", agent.as_str(), "events"]);
         let (status, headers, text) = match self.exchange(Method::POST, url, Some(b"{}".to_vec()), &mut None).await {
@@ -219,7 +218,7 @@ impl Master {
         self.tell("configuration", Method::PUT, &path, Some(body)).await
     }
 
-    /// One request whose answer is JSON. `name` is what the route is called in the metrics.
+    /// Sends a request whose answer is JSON. `name` is the route's name in the metrics.
     async fn call<T: DeserializeOwned>(
         &self,
         name: &'static str,
@@ -232,8 +231,8 @@ impl Master {
         parsed
     }
 
-    /// One request of whose answer only the success matters, and that it is a master's: something in between may
-    /// answer 200 with a page of its own.
+    /// Sends a request of whose answer only the status matters. A body must be JSON: something between agent and master
+    /// may answer 200 with a page of its own.
     async fn tell(
         &self,
         name: &'static str,
@@ -248,7 +247,7 @@ impl Master {
         told
     }
 
-    /// One request, and a second one when the first was refused and the key file holds another key by now.
+    /// Sends a request, and once more if it was refused and the key file now holds another key.
     async fn try_with_key(
         &self,
         name: &'static str,
@@ -293,10 +292,10 @@ impl Master {
         if status.is_success() { Ok((status, text)) } else { Err(sort(&self.base, status, &headers, &text)) }
     }
 
-    /// Waits for an answer for as long as it may still come. A master may take half a minute for one; but a request
-    /// that was lost on a way that went dark for a moment is never answered, while a later one is. So after that time
-    /// one without an effect is sent again and again, over a connection of its own: if it is answered at once and
-    /// this one still is not, this one is given up.
+    /// Waits for an answer as long as it may still come. A master may take half a minute. But if the network failed for
+    /// a moment and lost the request, no answer ever comes, although later requests are answered. So after
+    /// [`PATIENCE`], send requests without side effects, each over another connection. If one is answered at once and
+    /// this one still is not, give this one up.
     async fn unless_overtaken<T>(
         &self,
         answer: impl Future<Output = Result<T, MasterError>>,
@@ -324,7 +323,7 @@ impl Master {
         }
     }
 
-    /// Whether a master answers what has no effect. The connection of a request under way is never used for another.
+    /// Whether a master answers a request without side effects. Never uses the connection of a request under way.
     async fn is_answering(&self) -> bool {
         let url = route(&self.base, &["api", "v2", "agents", "probe", "events"]);
         match self.exchange(Method::POST, url, Some(b"{}".to_vec()), &mut None).await {
@@ -333,7 +332,7 @@ impl Master {
         }
     }
 
-    /// `answered` is set once there is a status, whatever becomes of the rest.
+    /// Sets `answered` once there is a status, whatever happens to the body.
     async fn exchange(
         &self,
         method: Method,
@@ -358,8 +357,8 @@ impl Master {
         Ok((status, headers, read_bounded(response).await?))
     }
 
-    /// Takes a rolled key from its file. Returns whether there is a new one. A file whose disk hangs is waited for
-    /// for a moment, by a thread of its own, and by one only.
+    /// Takes a rotated key from its file and returns whether there is a new one. If the file's disk hangs, waits only a
+    /// moment, with a single separate thread.
     async fn reread_key(&self) -> bool {
         let known = lock(&self.key).clone();
         let Some(file) = known.file.as_deref().map(|file| file.display().to_string()) else { return false };
@@ -372,7 +371,7 @@ impl Master {
                     info!("the key file holds a new agent key, using it");
                 }
                 key.value = value;
-                // Another stream may have taken it in the meantime: then it is new to this one.
+                // Another task may have taken it in the meantime, but it is new to this request.
                 true
             }
             Ok(None) => false,
@@ -383,7 +382,7 @@ impl Master {
         }
     }
 
-    /// What an operator can do about a master that is away.
+    /// The remedy for the operator when the master is away.
     fn remedy(&self, error: &MasterError) -> &'static str {
         match error {
             MasterError::Away { .. } if self.is_own_container => NOT_LOCALHOST,
@@ -391,7 +390,7 @@ impl Master {
         }
     }
 
-    /// Keeps what callers share: whether the master can be reached.
+    /// Updates what all callers share: whether the master can be reached.
     fn note(&self, error: Option<&MasterError>) {
         let mut link = self.link();
         match error {
@@ -411,13 +410,13 @@ impl Master {
     }
 }
 
-/// Whether an address leads to where it is asked from.
+/// Whether an address is loopback.
 pub(crate) fn is_loopback(url: &Url) -> bool {
     let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
     host == "localhost" || host.ends_with(".localhost") || host.parse().is_ok_and(|ip: IpAddr| ip.is_loopback())
 }
 
-/// The address of a route: the base's own path, with or without a slash at its end, stays before it.
+/// The address of a route below the base's own path, with or without a trailing slash.
 fn route(base: &Url, path: &[&str]) -> Url {
     let mut url = base.clone();
     if let Ok(mut segments) = url.path_segments_mut() {

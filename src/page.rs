@@ -1,15 +1,16 @@
-//! The agent's own pages, for Docker's HEALTHCHECK, for Prometheus and for people: what it knows, and nothing secret.
+//! The agent's own pages, for Docker's HEALTHCHECK, Prometheus and people. They show what the agent knows, and no
+//! secrets.
 //!
 //! | path | |
 //! |---|---|
-//! | `/health` | all that is known, as JSON; 503 only when the agent itself does not do its job |
-//! | `/live` | whether it does |
+//! | `/health` | everything, as JSON; 503 only when the agent itself does not work |
+//! | `/live` | whether the agent itself works |
 //! | `/ready` | whether the tunnel can carry traffic |
 //! | `/metrics` | for Prometheus |
-//! | `/log` | the last lines of the log; answered only from the same machine or container |
+//! | `/log` | the last lines of the log; only for requests from the same machine or container |
 //!
-//! Reads what the tasks publish and owns nothing. Whoever shares a network with the agent may ask: how they are
-//! answered without waiting for any of them is [`dockflare_host::page`].
+//! Reads what the tasks publish and owns nothing. Anyone who shares a network with the agent may ask:
+//! [`dockflare_host::page`] answers without waiting for any of them.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -37,13 +38,13 @@ pub(crate) use ask::ask;
 pub use ask::check;
 pub(crate) use disk::Disk;
 
-/// Where the pages read from.
+/// What the pages read.
 #[derive(Debug)]
 pub(crate) struct Sources {
     pub(crate) master: Arc<Master>,
-    /// Who the agent is there.
+    /// The agent's session with the master.
     pub(crate) session: watch::Receiver<Option<Arc<Session>>>,
-    /// Whether the master refuses the agent, which has a session of earlier then.
+    /// Whether the master refuses the agent. An earlier session may still be in `session` then.
     pub(crate) refused: watch::Receiver<bool>,
     pub(crate) wanted: watch::Receiver<Wanted>,
     pub(crate) view: watch::Receiver<View>,

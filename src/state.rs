@@ -1,10 +1,9 @@
-//! The one place that touches the data folder.
+//! All access to the data folder goes through this module.
 //!
-//! Each document is one small file, mode 0600, replaced as a whole: written beside, fsynced, renamed, and the
-//! folder fsynced, so that a crash leaves the old or the new text and nothing between. The names and keys are
-//! those of the Python agent, so that people can switch and switch back. A file that cannot be understood is
-//! set aside under another name and said so; it is never treated as if it had not been there without a word.
-//! The folder is one agent's at a time: see `lock`.
+//! Each document is one small file, mode 0600, replaced as a whole: the store writes a file beside it, fsyncs it,
+//! renames it and fsyncs the folder. A crash leaves either the old text or the new one. Names and keys are the Python
+//! agent's, so operators can switch agents and switch back. A file that does not parse is renamed and reported, never
+//! silently ignored. One agent at a time owns the folder: see `lock`.
 
 #![expect(clippy::disallowed_methods, reason = "what is not async here runs on threads of its own, by `Aside`")]
 
@@ -30,26 +29,26 @@ pub use documents::{AgentId, DesiredState, Phase, Reported, Token, TokenClaims, 
 pub(crate) use peek::peek;
 pub(crate) use peek::{Folder, files, peek_soon};
 
-/// Name of the file that is locked for as long as the [`Store`] and its clones live.
+/// Name of the lock file, locked as long as the [`Store`] or a clone of it lives.
 const LOCK: &str = "agent.lock";
 
 /// Why the data folder cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
-    /// The folder does not exist and cannot be made, or cannot be written.
+    /// The folder does not exist and cannot be created, or cannot be written.
     #[error("the data folder {} cannot be written by uid {uid}{}: {problem}; {}", .dir.display(),
         .owner.map(|owner| format!(" (it belongs to uid {owner})")).unwrap_or_default(), remedy(.problem, *.uid, .dir))]
     Folder {
         /// The folder.
         dir: PathBuf,
-        /// Who the agent runs as.
+        /// The user that the agent runs as.
         uid: u32,
-        /// Whose folder it is, where it exists.
+        /// The folder's owner, if the folder exists.
         owner: Option<u32>,
-        /// What the system said.
+        /// The system's error.
         problem: io::Error,
     },
-    /// Its disk, or a network file system, does not answer.
+    /// The disk or network file system does not answer.
     #[error("the data folder {} does not answer: see to the disk or the network file system", .dir.display())]
     Hangs {
         /// The folder.
@@ -61,27 +60,27 @@ pub enum StateError {
     Taken {
         /// The folder.
         dir: PathBuf,
-        /// What the other one wrote of itself.
+        /// What the other agent wrote about itself in the lock file.
         holder: String,
     },
-    /// A file is there but cannot be read, or could not be replaced.
+    /// A file exists but cannot be read, replaced or set aside.
     #[error("{} cannot be {doing}", .path.display())]
     File {
         /// The file.
         path: PathBuf,
         /// `read`, `replaced` or `set aside`.
         doing: &'static str,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
 }
 
-/// The user this runs as.
+/// The user that this process runs as.
 fn own_uid() -> u32 {
     nix::unistd::getuid().as_raw()
 }
 
-/// What an operator can do about a folder that cannot be written.
+/// The remedy for a folder that cannot be written.
 fn remedy(problem: &io::Error, uid: u32, dir: &Path) -> String {
     use nix::libc;
     let owner = fs::metadata(dir).ok().map(|folder| folder.uid());
@@ -115,54 +114,54 @@ fn remedy(problem: &io::Error, uid: u32, dir: &Path) -> String {
     }
 }
 
-/// The data folder, which is this agent's as long as a clone of this lives. Cheap to clone.
+/// The data folder, owned by this agent as long as a clone of this lives. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Store {
     dir: Arc<Path>,
     writes: Arc<Aside<io::Result<()>>>,
-    /// A write failed, and what it left may be there.
+    /// The last write failed and may have left a file behind.
     failed: Arc<AtomicBool>,
-    /// Closing its file gives the folder back.
+    /// Closing the lock file releases the folder.
     lock: Arc<Lock>,
 }
 
-/// A document that could not be understood and where it was put.
+/// A document that does not parse, and its new name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SetAside {
-    /// The name it had.
+    /// Its former name.
     pub name: &'static str,
-    /// Where it is now.
+    /// Its present path.
     pub to: PathBuf,
-    /// What is wrong with it; none of its content.
+    /// What is wrong with it, without its content.
     pub problem: String,
 }
 
-/// A document, or nothing, and what had to be set aside to say so.
+/// A document, if there is one, and the file that was set aside if it did not parse.
 #[derive(Debug)]
 pub struct Found<T> {
-    /// The document, when there is one.
+    /// The document, if there is one.
     pub document: Option<T>,
-    /// What was there instead.
+    /// The file that was set aside instead.
     pub set_aside: Option<SetAside>,
 }
 
 const AGENT_ID: &str = "agent_id.txt";
 const TUNNEL: &str = "tunnel_state.json";
-/// Name of the tombstone; an operator deletes it to enrol the agent again.
+/// Name of the tombstone; an operator deletes it to enroll the agent again.
 pub const TOMBSTONE: &str = "decommission.json";
 const REPORTED: &str = "reported.json";
-/// Written and removed, to see whether the folder can be written.
+/// Written and removed to test whether the folder can be written.
 const WRITABLE: &str = ".writable";
 
-/// A write that takes longer counts as refused. Below the time that Docker leaves a container to stop, 10 s.
+/// A write that takes longer counts as failed. Below the 10 s that Docker gives a container to stop.
 const WRITE_LIMIT: Duration = Duration::from_secs(5);
-/// For opening the folder and reading its documents.
+/// Limit for opening the folder and reading its documents.
 const OPEN_LIMIT: Duration = Duration::from_secs(30);
 
-/// No document comes near this; whatever is larger was not written by an agent.
+/// Maximum size of a document. No agent writes one anywhere near as large.
 const MAX_DOCUMENT_BYTES: u64 = 1 << 20;
 
-/// What the folder holds at the start.
+/// The folder's content at the start.
 #[derive(Debug)]
 pub struct Opened {
     /// The folder.
@@ -177,16 +176,16 @@ pub struct Opened {
     pub reported: Found<Reported>,
 }
 
-/// What the system would say of a disk that does not answer.
+/// The error for a disk that does not answer.
 fn hangs() -> io::Error {
     io::Error::new(io::ErrorKind::TimedOut, "the disk or the network file system does not answer")
 }
 
 impl Store {
-    /// Opens the folder and reads all of it, on a thread of its own.
+    /// Opens the folder and reads all documents, on a separate thread.
     ///
     /// # Errors
-    /// As [`Store::open`] and [`Store::agent_id`]; [`StateError::Hangs`] when that takes half a minute.
+    /// As [`Store::open`] and [`Store::agent_id`]; [`StateError::Hangs`] after 30 s.
     pub async fn open_and_read(dir: PathBuf) -> Result<Opened, StateError> {
         let folder = dir.clone();
         let aside = Aside::default();
@@ -199,12 +198,12 @@ impl Store {
         opened.await.unwrap_or(Err(StateError::Hangs { dir }))
     }
 
-    /// Opens the folder, making it when it is missing: takes its lock, proves that it can be written, and removes
-    /// what a crash in the middle of a write has left.
+    /// Opens the folder, and creates it if it is missing. Takes the lock, tests that the folder can be written, and
+    /// removes what a crash during a write left behind.
     ///
     /// # Errors
-    /// [`StateError::Folder`] names the user, the owner and the command that mends it; [`StateError::Taken`] the
-    /// agent that uses the folder.
+    /// [`StateError::Folder`] names the user, the owner and the remedy. [`StateError::Taken`] names the agent that uses
+    /// the folder.
     pub fn open(dir: &Path) -> Result<Self, StateError> {
         let unusable = |problem| StateError::Folder {
             dir: dir.to_owned(),
@@ -217,7 +216,7 @@ impl Store {
             Refused::Taken(holder) => StateError::Taken { dir: dir.to_owned(), holder },
             Refused::Io(problem) => unusable(problem),
         })?;
-        // Another one may be in the middle of writing where nobody can be kept out.
+        // A file system without locks keeps nobody out: another agent may be in the middle of a write.
         if lock.is_held() {
             leftovers::remove(dir);
         }
@@ -227,15 +226,15 @@ impl Store {
         Ok(store)
     }
 
-    /// Where the folder is.
+    /// Path of the folder.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// Reads `agent_id.txt`: the id, nothing else.
+    /// Reads `agent_id.txt`, which holds the id and nothing else.
     ///
     /// # Errors
-    /// When the file is there and cannot be read or set aside.
+    /// When the file exists but cannot be read or set aside.
     pub fn agent_id(&self) -> Result<Found<AgentId>, StateError> {
         self.read(AGENT_ID, parse_id)
     }
@@ -267,7 +266,7 @@ impl Store {
     /// Replaces `agent_id.txt`.
     ///
     /// # Errors
-    /// When the disk refuses; the old file is then still whole.
+    /// When the write fails; the old file is then still complete.
     pub async fn save_agent_id(&self, id: &AgentId) -> Result<(), StateError> {
         self.save(AGENT_ID, id.as_str().as_bytes().to_vec()).await
     }
@@ -288,7 +287,7 @@ impl Store {
         self.save_json(TOMBSTONE, tombstone).await
     }
 
-    /// Replaces `reported.json`, or removes it.
+    /// Replaces `reported.json`, or removes it for `None`.
     ///
     /// # Errors
     /// As [`Store::save_agent_id`].
@@ -309,19 +308,19 @@ impl Store {
         self.save(name, text).await
     }
 
-    /// Writes on a thread of its own: a disk that hangs must not stop the events. After a while it counts as refused;
-    /// it may still be done, but never after a later one.
+    /// Writes on a separate thread: a disk that hangs must not stop the events. After [`WRITE_LIMIT`] the write counts
+    /// as failed. It may still complete, but never after a later one.
     async fn save(&self, name: &'static str, text: Vec<u8>) -> Result<(), StateError> {
         let store = self.clone();
         let written = self.writes.after_earlier(WRITE_LIMIT, move || store.replace(name, &text)).await;
         written.unwrap_or_else(|| Err(hangs())).map_err(|source| self.failed(name, "replaced", source))
     }
 
-    /// Sees whether the folder can be written: makes a file and removes it, without waiting for the disk itself.
-    /// Blocks as long as that takes.
+    /// Tests whether the folder can be written: creates a file and removes it, without fsync. Blocks as long as the
+    /// disk does.
     ///
     /// # Errors
-    /// What the system says, with the remedy, for people.
+    /// The system's error and the remedy, as one sentence for the operator.
     pub fn try_out(&self) -> Result<(), String> {
         let path = self.dir.join(WRITABLE);
         fs::write(&path, b"?").and_then(|()| fs::remove_file(&path)).map_err(|problem| {
@@ -330,8 +329,8 @@ impl Store {
         })
     }
 
-    /// One at a time. What a write leaves that failed has a token in it, and a disk that refuses for long would be
-    /// filled with it: it is removed at once, or with the next write.
+    /// Runs one at a time. A failed write may leave a file with a token in it, and a disk that keeps failing would fill
+    /// up with such files. Remove them at once, or with the next write.
     fn replace(&self, name: &str, text: &[u8]) -> io::Result<()> {
         let written = self.write(name, text);
         let failed_before = self.failed.swap(written.is_err(), Ordering::Relaxed);
@@ -368,7 +367,7 @@ impl Store {
         }
     }
 
-    /// A name that is not taken, so that setting aside twice keeps both.
+    /// A name that is not taken: setting aside twice keeps both files.
     fn free_name(&self, name: &str) -> PathBuf {
         let day = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%SZ");
         let base = format!("{name}.unreadable-{day}");
@@ -381,15 +380,15 @@ impl Store {
     }
 }
 
-/// Why a document is not known.
+/// Why a document was not read.
 enum Unread {
-    /// The system does not give it.
+    /// The system cannot read it.
     Io(io::Error),
-    /// It cannot be understood; what is wrong with it, and none of its content.
+    /// It does not parse. Says what is wrong with it, without its content.
     Content(String),
 }
 
-/// Reads a document, or that there is none.
+/// Reads a document; `None` if the file does not exist.
 fn document<T>(path: &Path, parse: impl FnOnce(Vec<u8>) -> Result<T, String>) -> Result<Option<T>, Unread> {
     match disk::read(path, MAX_DOCUMENT_BYTES) {
         Ok(bytes) => parse(bytes).map(Some).map_err(Unread::Content),
@@ -412,7 +411,7 @@ fn parse_tombstone(text: Vec<u8>) -> Result<Tombstone, String> {
     Ok(tombstone)
 }
 
-/// Parses a document; the message of a failure tells the place and never the content.
+/// Parses a document. The error gives the position and never the content.
 fn parse_json<T: for<'de> Deserialize<'de>>(text: Vec<u8>) -> Result<T, String> {
     serde_json::from_slice(&text).map_err(|error| match error.classify() {
         serde_json::error::Category::Data => {
@@ -426,7 +425,7 @@ fn parse_json<T: for<'de> Deserialize<'de>>(text: Vec<u8>) -> Result<T, String> 
 pub(crate) mod testing {
     use base64::Engine as _;
 
-    /// A token that cloudflared would take, for this tunnel.
+    /// A token for this tunnel that cloudflared would accept.
     pub(crate) fn token(tunnel: &str) -> String {
         let json = serde_json::json!({ "a": "acc", "t": tunnel, "s": "c2VjcmV0" });
         base64::engine::general_purpose::STANDARD.encode(json.to_string())

@@ -1,4 +1,4 @@
-//! Docker: whether it answers, what it lets the agent do, and what else; the image and the network.
+//! Docker: whether it answers, which calls it allows, including unneeded ones; the image and the network.
 
 use super::{CONTAINERS, DOCKER, Section, TUNNEL, tunnel};
 use crate::config::{Config, DockerHost};
@@ -54,7 +54,7 @@ fn answer(docker: &Docker, engine: &Engine, to: &mut Section) {
     }
 }
 
-/// One finding for each call. Returns whether networks may be created.
+/// Adds one finding for each call. Returns whether the agent may create networks.
 async fn permissions(docker: &Docker, to: &mut Section) -> bool {
     let mut may_create_network = false;
     for permission in docker.permissions().await {
@@ -74,7 +74,7 @@ async fn permissions(docker: &Docker, to: &mut Section) -> bool {
     may_create_network
 }
 
-/// What is let through and not needed.
+/// Reports what the proxy allows although the agent does not need it.
 async fn surplus(docker: &Docker, to: &mut Section) {
     let (exec, surplus) = tokio::join!(docker.may_exec(), docker.surplus());
     let variables = match surplus {
@@ -129,7 +129,7 @@ async fn image(docker: &Docker, config: &Config, to: &mut Section) {
     }
 }
 
-/// Whether the agent that runs here is on the tunnel's network.
+/// Whether the agent running here is on the tunnel's network.
 async fn membership(docker: &Docker, config: &Config, to: &mut Section) {
     let (id, title, network) = ("docker.joined", "agent on it", &config.tunnel.network);
     let runs = match config.health_page {

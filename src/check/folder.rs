@@ -1,4 +1,4 @@
-//! The data folder: whether an agent could use it, and what is in it.
+//! The data folder: whether an agent could use it, and its content.
 
 use super::Section;
 use crate::config::Config;

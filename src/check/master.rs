@@ -1,4 +1,4 @@
-//! The way to the master, step by step: DNS, TCP, TLS, and one message without an effect that shows the rest.
+//! The way to the master, step by step: DNS, TCP, TLS, and one request without side effects that shows the rest.
 
 use std::net::SocketAddr;
 use std::time::{Duration, SystemTime};
@@ -16,20 +16,20 @@ use crate::master::{Master, MasterError, Probed, certificate_shown, is_loopback}
 use crate::metrics::Metrics;
 use crate::state::{AgentId, Folder};
 
-/// For DNS, for one connection, and for a handshake: well above what a bad line takes.
+/// Limit for DNS, one connection and one handshake: well above what a bad line needs.
 const STEP_LIMIT: Duration = Duration::from_secs(5);
-/// A busy master takes its time; the agent itself waits longer.
+/// Limit for an answer. A busy master takes its time; the agent itself waits longer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
-/// Of the addresses of a name.
+/// Maximum number of a name's addresses to try.
 const MOST_ADDRESSES: usize = 4;
-/// Certificates are renewed a month before their end as a rule, so that something is wrong by then.
+/// Warn below this. Certificates are usually renewed a month before they expire, so by then something is wrong.
 const FEW_DAYS: i64 = 14;
-/// Nothing breaks by a minute, but the times that the master shows are wrong by it.
+/// A minute breaks nothing, but the times that the master shows are off by it.
 const CLOCK_WARN: Duration = Duration::from_secs(60);
-/// New certificates count from an hour before they were issued: a clock that is further behind refuses them.
+/// New certificates are valid from an hour before they are issued. A clock further behind makes the agent refuse them.
 const CLOCK_FAIL: Duration = Duration::from_secs(3600);
 
-/// What follows DNS, TCP and TLS, by id and title.
+/// Id and title of the tests after DNS, TCP and TLS.
 const REST: [(&str, &str); 4] = [
     ("master.answer", "answer"),
     ("master.clock", "clock"),
@@ -58,7 +58,7 @@ pub(super) async fn look(config: &Config, folder: &Folder, to: &mut Section) {
         Ok(master) => master,
         Err(error) => return answer_fails(&error, to),
     };
-    // Any id will do; the agent's own is what a master may look for in its log.
+    // Any id will do, but the agent's own is the one to look for in the master's log.
     let id = folder.agent_id.as_ref().ok().and_then(|id| id.clone());
     let Some(id) = id.or_else(|| AgentId::try_from("check".to_owned()).ok()) else { return };
     let probed = timeout(ANSWER_LIMIT, master.probe(&id)).await.unwrap_or_else(|_| {
@@ -68,11 +68,11 @@ pub(super) async fn look(config: &Config, folder: &Folder, to: &mut Section) {
     judge(&probed, config.master.access.is_some(), to);
 }
 
-/// What the agent that runs beside this check has to say: what only shows over time, such as another one with its key,
-/// or what the master refuses. Its page is asked, which has no effect.
+/// Adds what the running agent complains of: problems that only show over time, such as another agent with its key, or
+/// a refusal by the master. Asks the agent's health page, which has no side effects.
 pub(super) async fn running(config: &Config, to: &mut Section) {
     let Some(page) = config.health_page else { return };
-    // None runs, or not in this container: nothing to add.
+    // No agent runs, or not in this container: nothing to add.
     let Ok(health) = crate::page::ask(page, "/health").await else { return };
     to.begin(MASTER);
     for concern in health["concerns"].as_array().into_iter().flatten() {
@@ -82,7 +82,7 @@ pub(super) async fn running(config: &Config, to: &mut Section) {
     }
 }
 
-/// DNS, TCP and TLS. An error says, for what rests on them, because of what it is not tried.
+/// Tests DNS, TCP and TLS. The error is the reason to skip what depends on them.
 async fn way(url: &Url, host: &str, port: u16, proxied: bool, to: &mut Section) -> Result<(), &'static str> {
     let through = if proxied { " (the HTTP proxy of this environment)" } else { "" };
     let (id, title) = ("master.dns", "DNS");
@@ -172,12 +172,12 @@ async fn tls(stream: TcpStream, host: &str, to: &mut Section) -> Result<(), &'st
     Ok(())
 }
 
-/// Whole days, negative when it is over.
+/// Whole days, negative once it has expired.
 fn days_left(end: Timestamp, now: Timestamp) -> i64 {
     end.duration_since(now).as_secs().div_euclid(86_400)
 }
 
-/// What the answer shows.
+/// Reports what the answer shows.
 fn judge(probed: &Probed, with_access: bool, to: &mut Section) {
     let error = match &probed.answer {
         Ok(protocol) => {
@@ -191,7 +191,7 @@ fn judge(probed: &Probed, with_access: bool, to: &mut Section) {
         _ => None,
     };
     match (error, said) {
-        // One that explains itself is a master; one that does not may be anything before it.
+        // Only a master gives a reason. A refusal without one may come from anything in front of the master.
         (_, Some((code, message))) if !code.is_empty() || !message.is_empty() => {
             let protocol = if code.is_empty() { 1 } else { 2 };
             answered(&format!("a DockFlare master, protocol {protocol}"), probed, with_access, to);
@@ -255,7 +255,7 @@ fn clock(probed: &Probed, to: &mut Section) {
     } else if apart > CLOCK_WARN {
         to.warn(id, title, detail, remedy);
     } else if apart.as_secs() < 2 {
-        // `Date` has whole seconds.
+        // `Date` has whole seconds only.
         to.pass(id, title, "the same as the master's");
     } else {
         to.pass(id, title, detail);

@@ -8,14 +8,14 @@ use super::{Finding, Outcome, Report};
 /// What the output can show.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Style {
-    /// Signs beyond ASCII.
+    /// Characters beyond ASCII.
     pub signs: bool,
-    /// ANSI colours.
+    /// ANSI colors.
     pub colour: bool,
 }
 
 impl Style {
-    /// Signs and colours on a terminal, plain ASCII elsewhere; no colours with `NO_COLOR` (<https://no-color.org>).
+    /// Signs and colors on a terminal, plain ASCII elsewhere; no colors with `NO_COLOR` (<https://no-color.org>).
     pub fn of_stdout() -> Self {
         let terminal = std::io::stdout().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb");
         let no_colour = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
@@ -45,7 +45,7 @@ impl Style {
         if self.colour { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
     }
 
-    /// What others wrote must not move the cursor, nor be more than this output can show.
+    /// Keeps text of others from moving the cursor, and replaces what this output cannot show.
     fn clean(self, text: &str) -> String {
         let shown = |c: char| match c {
             c if c.is_control() => ' ',
@@ -57,11 +57,11 @@ impl Style {
     }
 }
 
-/// A longer title pushes its own line and no other. Container names may have any length.
+/// A longer title only shifts its own line. Container names may have any length.
 const WIDEST_TITLE: usize = 48;
 
 impl Report {
-    /// As text that ends with a line of sums.
+    /// The report as text, with the totals in the last line.
     pub fn to_text(&self, style: Style) -> String {
         let mut text = String::new();
         let mut group = "";
@@ -86,7 +86,7 @@ impl Report {
         text
     }
 
-    /// Of the titles of a group.
+    /// Width of a group's title column.
     fn width(&self, group: &str) -> usize {
         let titles = self.findings().iter().filter(|finding| finding.group == group);
         titles.map(|finding| finding.title.chars().count()).filter(|n| *n <= WIDEST_TITLE).max().unwrap_or_default()

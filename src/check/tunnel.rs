@@ -1,4 +1,4 @@
-//! The tunnel container, and from there the way to each labelled container.
+//! The tunnel container, and the way from it to each labelled container.
 
 use std::collections::BTreeMap;
 
@@ -15,7 +15,7 @@ use crate::neighbours::{self, Verdict};
 use crate::pending::agents_page;
 use crate::state::{AgentId, DesiredState, Folder, TunnelId, TunnelState};
 
-/// So many that are well are shown: more would be no list that a person can read. All that are not are.
+/// Maximum number of reachable containers to list, so that a person can read the list. Unreachable ones are all listed.
 const MOST_WELL: usize = 200;
 
 pub(super) async fn look(docker: &Docker, config: &Config, folder: &Folder, to: &mut Section) {
@@ -36,13 +36,13 @@ pub(super) async fn look(docker: &Docker, config: &Config, folder: &Folder, to: 
     ways(docker, config, tunnel, serves, to).await;
 }
 
-/// The ids that the agent has had, by what it has stored.
+/// The ids that the agent has had, according to its stored state.
 fn own_ids(folder: &Folder) -> Vec<AgentId> {
     let remembered = folder.tunnel.iter().flatten().flat_map(|state| state.owners.iter());
     folder.agent_id.iter().flatten().chain(remembered).cloned().collect()
 }
 
-/// The tunnel that should run, by what the agent has stored.
+/// The tunnel that should run, according to the agent's stored state.
 fn assigned<'a>(config: &Config, folder: &'a Folder, to: &mut Section) -> Option<&'a TunnelState> {
     let (id, title) = ("tunnel.assigned", "assigned");
     let state = match (&folder.tombstone, &folder.tunnel) {
@@ -95,7 +95,7 @@ fn assigned<'a>(config: &Config, folder: &'a Folder, to: &mut Section) -> Option
     Some(state)
 }
 
-/// No tunnel was ever assigned: the next thing to do, once the master knows the agent.
+/// Reports that no tunnel was ever assigned. Assigning one is the next step once the master knows the agent.
 fn pending(config: &Config, folder: &Folder, to: &mut Section) {
     let (id, title) = ("tunnel.assigned", "assigned");
     match &folder.agent_id {
@@ -156,10 +156,10 @@ fn container(config: &Config, glance: Option<&Glance>, wanted: bool, to: &mut Se
     readiness(seen, to);
 }
 
-/// Cloudflare supports a version for so many months.
+/// Cloudflare supports a version for this many months.
 const SUPPORTED_MONTHS: i64 = 12;
 
-/// A version says in which month it was made: `2026.8.2`. Only one that is too old is told.
+/// Warns of a version that is too old. A version names its month: `2026.8.2`.
 fn age(seen: &Glance, now: Timestamp, to: &mut Section) {
     let Some(version) = seen.version.as_deref() else { return };
     let Some(months) = months_old(version, now).filter(|months| *months > SUPPORTED_MONTHS) else { return };
@@ -168,7 +168,7 @@ fn age(seen: &Glance, now: Timestamp, to: &mut Section) {
     to.warn("tunnel.version", "version", detail, remedy);
 }
 
-/// Whole months between the month in a version and now; none where it names no month.
+/// Whole months from the month in a version to now; `None` if the version names no month.
 fn months_old(version: &str, now: Timestamp) -> Option<i64> {
     let mut parts = version.split('.');
     let (year, month): (i64, i64) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);

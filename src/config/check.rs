@@ -1,4 +1,4 @@
-//! The rules: what each variable may be, and the sentence for what it may not.
+//! The rules: what each variable may be, and the error for everything else.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -12,12 +12,12 @@ use reqwest::header::HeaderValue;
 use super::tls::Certificates;
 use super::{DEFAULT_IMAGE, DockerHost, ImageRef, MARK, PageAddress, Raw, Secret, read_secret_file, shown_file};
 
-/// Collects what is wrong or odd while the variables are read.
+/// Collects errors and warnings while the variables are read.
 #[derive(Default)]
 pub(super) struct Check {
     pub(super) errors: Vec<String>,
     pub(super) warnings: Vec<String>,
-    /// Variables that nobody reads.
+    /// Number of unknown variables.
     unknown: usize,
 }
 
@@ -26,8 +26,8 @@ impl Check {
         self.errors.push(sentence.into());
     }
 
-    /// A value without the quotes around it, which are part of it where nothing reads them: in `docker run -e`, in an
-    /// `--env-file`, in a list of a compose file.
+    /// Removes quotes around a value. `docker run -e`, an `--env-file` and lists in a compose file keep them as part of
+    /// the value.
     pub(super) fn unquoted(&mut self, name: &str, value: &str) -> String {
         let mut bare = value;
         for (opens, closes) in QUOTES {
@@ -49,14 +49,13 @@ impl Check {
         bare.to_owned()
     }
 
-    /// Notes a variable that nobody reads, where it may have been meant for us. What other programs read is no
-    /// business of ours.
+    /// Warns of an unknown variable that may have been meant for the agent. Ignores variables of other programs.
     pub(super) fn unknown(&mut self, name: &str, known: &[String]) {
         const OURS: [&str; 4] = ["DOCKFLARE_", "CF_ACCESS_", "CLOUDFLARED_", "SOCKET_PROXY_"];
-        /// What Docker's links and Kubernetes set for a container or service of such a name.
+        /// Parts of names that Docker links and Kubernetes set for a container or service whose name has such a prefix.
         const SERVICES: [&str; 5] = ["_PORT", "_SERVICE_", "_ENV_", "_TCP", "_NAME"];
         const MOST: usize = 10;
-        // These are so short or so common that much is near them.
+        // Short or common names that too many others resemble.
         let meant = known.iter().filter(|known| !["HOSTNAME", "TZ"].contains(&known.as_str()));
         let near = words::nearest(name, meant.map(String::as_str)).map(|near| (near, words::distance(name, near)));
         let is_ours =
@@ -95,7 +94,7 @@ impl Check {
             }
         };
         if !url.username().is_empty() || url.password().is_some() {
-            // The value is not shown: it holds a password.
+            // Do not show the value: it holds a password.
             self.error(format!(
                 "{name} holds a user name or password: remove it; the agent proves itself with DOCKFLARE_API_KEY"
             ));
@@ -119,7 +118,7 @@ impl Check {
         None
     }
 
-    /// A secret from its variable or the file that `{name}_FILE` names; never both.
+    /// A secret from its variable, or from the file that `{name}_FILE` names; never both.
     pub(super) fn secret(&mut self, name: &str, value: Option<String>, file: Option<String>) -> Option<Secret> {
         let file_name = format!("{name}_FILE");
         let (value, file) = match (value, file) {
@@ -169,7 +168,7 @@ impl Check {
             Some(("http", _)) if certificates.is_some() => "asks for plain HTTP, but DOCKER_TLS_VERIFY is set".to_owned(),
             Some(("tcp" | "http" | "https", address)) => match Url::parse(&format!("http://{address}")) {
                 Ok(url) if url.path() == "/" && url.username().is_empty() && url.query().is_none() => {
-                    // Docker's ports are 2375 for plain HTTP and 2376 for TLS, where a web address would mean 80.
+                    // Docker's ports are 2375 for plain HTTP and 2376 for TLS; the URL parser assumes 80.
                     let host = url.host_str().unwrap_or_default();
                     let explicit =
                         address.trim_end_matches('/').rsplit_once(':').and_then(|(_, port)| port.parse().ok());
@@ -201,8 +200,8 @@ impl Check {
         None
     }
 
-    /// The certificates for TLS with Docker, when that is asked for; `Some(None)` where they cannot be used, which has
-    /// been said.
+    /// The certificates for TLS to Docker, if TLS is asked for; `Some(None)` if they cannot be used, which is reported
+    /// by then.
     fn docker_certificates(&mut self, raw: &Raw) -> Option<Option<Certificates>> {
         match (raw.docker_tls_verify.as_deref(), raw.docker_cert_path.as_deref()) {
             (None, None) => None,
@@ -294,7 +293,7 @@ impl Check {
         }
     }
 
-    /// One of a few words, any case; the first is the default.
+    /// One of a few words in any case; the first is the default.
     pub(super) fn one_of<T: Copy>(&mut self, name: &str, value: Option<&str>, words: &[(&str, T)]) -> T {
         let default = words[0].1;
         let Some(value) = value else { return default };
@@ -308,14 +307,14 @@ impl Check {
         }
     }
 
-    /// A switch, off when it is not set.
+    /// A switch, off by default.
     pub(super) fn yes_or_no(&mut self, name: &str, value: Option<&str>) -> bool {
         let words = [("false", false), ("true", true), ("0", false), ("1", true), ("no", false), ("yes", true)];
         self.one_of(name, value, &words)
     }
 }
 
-/// Where the page listens; none with port 0. All that is wrong with it, at once.
+/// Where the health page listens; `None` for port 0. Returns everything that is wrong at once.
 pub(super) fn health_page(port: Option<&str>, bind: Option<&str>) -> Result<Option<PageAddress>, Vec<String>> {
     let port = port.filter(|port| !port.is_empty()).unwrap_or("8080");
     let bind = bind.filter(|bind| !bind.is_empty()).unwrap_or("0.0.0.0");
@@ -331,16 +330,16 @@ pub(super) fn health_page(port: Option<&str>, bind: Option<&str>) -> Result<Opti
     }
 }
 
-/// Quotes that people put around values, and editors make of them.
+/// Quotes that people put around values, and the typographic ones that editors turn them into.
 const QUOTES: [(char, char); 4] = [('"', '"'), ('\'', '\''), ('“', '”'), ('‘', '’')];
 
-/// A value without the quotes around it, if there are any.
+/// A value without the quotes around it, if any.
 pub(super) fn without_quotes(value: &str) -> &str {
     let bare = |(opens, closes)| value.strip_prefix(opens)?.strip_suffix(closes).map(str::trim);
     QUOTES.into_iter().find_map(bare).unwrap_or(value)
 }
 
-/// An address as it may be shown when it is wrong: without what may be a password before an `@` or behind a `?`.
+/// An invalid address in a form that may be shown: without what may be a password before an `@` or after a `?`.
 pub(super) fn without_secrets(address: &str) -> String {
     let end = address.find(['?', '#']).unwrap_or(address.len());
     let shown = &address[..end];
@@ -348,13 +347,13 @@ pub(super) fn without_secrets(address: &str) -> String {
     format!("{hidden}{}{}", &shown[start..], if end < address.len() { "?<hidden>" } else { "" })
 }
 
-/// Whether plain HTTP to this host stays on the machine or in a private network, as far as a name can tell.
+/// Whether plain HTTP to this host stays on the machine or in a private network, as far as the name tells.
 fn is_private(url: &Url) -> bool {
     let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
     match host.parse::<IpAddr>() {
         Ok(IpAddr::V4(ip)) => ip.is_loopback() || ip.is_private() || ip.is_link_local(),
         Ok(IpAddr::V6(ip)) => ip.is_loopback() || ip.is_unique_local() || ip.is_unicast_link_local(),
-        // A name without a dot is a container, a compose service or a host of the local network.
+        // A name without a dot is a container, a compose service or a host on the local network.
         Err(_) => {
             !host.contains('.')
                 || ["localhost", "local", "internal", "lan", "home.arpa"]

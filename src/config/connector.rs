@@ -1,12 +1,12 @@
-//! The options of cloudflared that may be set: a closed list, since some of its variables redirect traffic or write
-//! files. What each may be was read in cloudflared's documentation and source (2025.9).
+//! The allowed options of cloudflared. The list is closed, since some of cloudflared's variables redirect traffic or
+//! write files. The values are from cloudflared's documentation and source (2025.9).
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::check::Check;
 
-/// One option: our variable, cloudflared's, and the values it takes.
+/// One option: our variable, cloudflared's, and the allowed values.
 struct Choice {
     ours: &'static str,
     theirs: &'static str,
@@ -15,7 +15,7 @@ struct Choice {
 
 const CHOICES: [Choice; 5] = [
     Choice { ours: "CLOUDFLARED_PROTOCOL", theirs: "TUNNEL_TRANSPORT_PROTOCOL", values: &["auto", "quic", "http2"] },
-    // The only region there is; without it cloudflared uses all.
+    // The only region there is; if unset, cloudflared uses all.
     Choice { ours: "CLOUDFLARED_REGION", theirs: "TUNNEL_REGION", values: &["us"] },
     Choice { ours: "CLOUDFLARED_EDGE_IP_VERSION", theirs: "TUNNEL_EDGE_IP_VERSION", values: &["auto", "4", "6"] },
     Choice { ours: "CLOUDFLARED_POST_QUANTUM", theirs: "TUNNEL_POST_QUANTUM", values: &["true", "false"] },
@@ -26,30 +26,30 @@ const CHOICES: [Choice; 5] = [
     },
 ];
 
-/// How long cloudflared may go on with the requests that it has when it is stopped; what it takes by itself is left
-/// to it, so that nothing changes where nothing is set.
+/// How long cloudflared may finish open requests when it is stopped. The agent does not pass on cloudflared's own
+/// default, so nothing changes where nothing is set.
 const GRACE: &str = "TUNNEL_GRACE_PERIOD";
 const USUAL_GRACE: u64 = 30;
-/// cloudflared refuses to start with more.
+/// cloudflared refuses to start with a longer one.
 const MOST_GRACE: u64 = 180;
-/// From cloudflared's own end to Docker's patience with it: a shorter one kills it in the middle.
+/// Seconds that Docker waits beyond cloudflared's grace period. With less, Docker would kill cloudflared mid-drain.
 const MORE_PATIENCE: u64 = 5;
-/// The longest that Docker is ever asked to wait for a tunnel container.
+/// The longest that the agent ever asks Docker to wait for a tunnel container.
 pub(crate) const MOST_PATIENCE: u64 = MOST_GRACE + MORE_PATIENCE;
 
-/// How long Docker waits for a container with these options to end by itself.
+/// How long Docker waits for a container with these options to exit.
 pub(crate) fn patience(options: &BTreeMap<&'static str, String>) -> Duration {
     let seconds = options.get(GRACE).and_then(|text| grace_seconds(text));
     Duration::from_secs(seconds.unwrap_or(USUAL_GRACE) + MORE_PATIENCE)
 }
 
-/// Whole seconds, as the agent writes them.
+/// Whole seconds, in the form that the agent writes.
 fn grace_seconds(text: &str) -> Option<u64> {
     let seconds = text.strip_suffix('s')?.parse().ok()?;
     ((1..=MOST_GRACE).contains(&seconds) && format!("{seconds}s") == text).then_some(seconds)
 }
 
-/// The variable of cloudflared with this name, when it may be given to it with this value.
+/// The name of cloudflared's variable, if this name and this value are allowed.
 pub(crate) fn connector_option(name: &str, value: &str) -> Option<&'static str> {
     if name == GRACE {
         return grace_seconds(value).map(|_| GRACE);
@@ -59,7 +59,7 @@ pub(crate) fn connector_option(name: &str, value: &str) -> Option<&'static str> 
 }
 
 impl Check {
-    /// cloudflared's variables for what is set of ours, any case; what is unset is left to cloudflared.
+    /// Maps our variables that are set to cloudflared's; values may have any case. cloudflared decides what is unset.
     pub(super) fn connector_options(
         &mut self,
         given: &[(&str, Option<String>)],

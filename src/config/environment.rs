@@ -1,4 +1,4 @@
-//! Where the variables come from: the process, and a `.env` for what is unset there.
+//! Where the variables come from: the process, and a `.env` for those that are unset there.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -9,23 +9,23 @@ use dockflare_host::disk;
 
 use super::{BYTE_ORDER_MARK, MARK, text_of};
 
-/// Of a `.env`, which has some lines.
+/// Maximum size of a `.env`, which has a few lines.
 const MOST_BYTES: u64 = 1 << 20;
 
-/// What the process and `.env` set, and what is to be said of it.
+/// What the process and `.env` set, and what is wrong or odd about it.
 #[derive(Debug, Default)]
 pub(super) struct Environment {
-    /// The variables of the process, before them those of `.env`.
+    /// The variables of the process, and those of `.env` that are unset there.
     pub(super) vars: BTreeMap<String, String>,
     /// What is wrong with either.
     pub(super) errors: Vec<String>,
-    /// What is odd and was put right.
+    /// What was odd and has been corrected.
     pub(super) warnings: Vec<String>,
 }
 
 impl Environment {
-    /// Takes the byte order marks away that names and values begin or end with, as `$(cat file)` and readers of
-    /// `--env-file` hand them on. A name that is there without one counts before one that has it.
+    /// Removes byte order marks at the start of names and at both ends of values. `$(cat file)` and readers of
+    /// `--env-file` pass them on. A name without a mark takes precedence over the same name with one.
     fn drop_marks(&mut self) {
         let is_marked = |text: &str| text.contains(BYTE_ORDER_MARK);
         for (name, value) in std::mem::take(&mut self.vars) {
@@ -51,7 +51,7 @@ impl Environment {
     }
 }
 
-/// Reads both.
+/// Reads the environment of the process and `.env`.
 pub(super) fn environment() -> Environment {
     const OURS: [&str; 3] = ["DOCKFLARE_", "CF_ACCESS_", "CLOUDFLARED_"];
     let mut environment = match disk::read_at_start(Path::new(".env"), MOST_BYTES) {
@@ -75,8 +75,8 @@ pub(super) fn environment() -> Environment {
     environment
 }
 
-/// What the content of a `.env` sets. A byte order mark before its first line is dropped and said: other programs that
-/// read the file may take it for a part of the first name.
+/// The variables that a `.env` sets. Drops a byte order mark before the first line and warns of it: other programs that
+/// read the file may take it as part of the first name.
 fn of_file(bytes: Vec<u8>) -> Environment {
     let mut environment = Environment::default();
     match text_of(bytes) {
@@ -93,7 +93,7 @@ fn of_file(bytes: Vec<u8>) -> Environment {
     environment
 }
 
-/// Gives a text line by line, and counts the lines that were taken.
+/// Yields a text line by line and counts the lines read.
 struct Lines<'a> {
     rest: &'a [u8],
     taken: &'a Cell<usize>,
@@ -110,7 +110,7 @@ impl Read for Lines<'_> {
     }
 }
 
-/// Puts what a `.env` sets into `vars`. Gives what is wrong with it, by line: the line itself may hold a secret.
+/// Adds the variables of a `.env` to `vars`. Returns the errors by line number: the line itself may hold a secret.
 fn read_lines(text: &str, vars: &mut BTreeMap<String, String>) -> Vec<String> {
     let mut errors = Vec::new();
     let taken = Cell::new(0);

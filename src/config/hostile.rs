@@ -1,4 +1,4 @@
-//! Environments that nobody meant.
+//! Nonsensical environments.
 
 use proptest::prelude::*;
 
@@ -39,7 +39,7 @@ const NAMES: [&str; 31] = [
     "HOSTNAME",
 ];
 
-/// Values that are nearly right for one variable or another, among any.
+/// Nearly valid values for one variable or another, among arbitrary ones.
 fn value() -> impl Strategy<Value = String> {
     let known = proptest::sample::select(vec![
         "https://master.example.com",

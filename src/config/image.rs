@@ -1,4 +1,4 @@
-//! References to images, as far as the agent must understand them: to pull, to compare, to report.
+//! Image references, as far as the agent must understand them: to pull, to compare, to report.
 
 use std::fmt;
 use std::str::FromStr;
@@ -13,17 +13,17 @@ pub struct ImageRef {
 }
 
 impl ImageRef {
-    /// What goes into `fromImage` of the pull.
+    /// The pull's `fromImage` parameter.
     pub fn repository(&self) -> &str {
         &self.repository
     }
 
-    /// What goes into `tag` of the pull: the digest where there is one, since it says more.
+    /// The pull's `tag` parameter: the digest if there is one, since it is more precise.
     pub fn tag_or_digest(&self) -> &str {
         self.digest.as_deref().or(self.tag.as_deref()).unwrap_or("latest")
     }
 
-    /// The version of cloudflared in it, where the tag says so: `2025.9.0`.
+    /// The version of cloudflared, if the tag shows one: `2025.9.0`.
     pub(crate) fn version(&self) -> Option<String> {
         let tag = self.tag_or_digest();
         let numbers: Vec<_> = tag.split('.').collect();
@@ -31,12 +31,12 @@ impl ImageRef {
         (numbers.len() == 3 && numbers.iter().all(is_number)).then(|| tag.to_owned())
     }
 
-    /// Whether it names its content, so that what it means never changes.
+    /// Whether it has a digest, so that its content never changes.
     pub(crate) fn is_pinned(&self) -> bool {
         self.digest.is_some()
     }
 
-    /// Whether the operator named neither tag nor digest and `latest` was put in.
+    /// Whether the operator named neither tag nor digest, so `latest` was added.
     pub fn tag_was_added(&self) -> bool {
         self.tag_was_added
     }
@@ -59,7 +59,7 @@ impl FromStr for ImageRef {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        // Also the bound of what a master accepts in an acknowledgement.
+        // Also the longest that a master accepts in an acknowledgement.
         if text.len() > 255 {
             return Err("is longer than 255 characters");
         }

@@ -1,4 +1,4 @@
-//! The names of the variables, taken from the struct that they are read into, so that no list can lag behind it.
+//! The names of the variables, taken from the struct they are read into, so the list is always complete.
 
 use serde::Deserialize;
 use serde::de::value::Error;
@@ -8,7 +8,7 @@ use serde::forward_to_deserialize_any;
 /// The names, as they are spelled in the environment.
 pub(super) fn of<'de, T: Deserialize<'de>>() -> Vec<String> {
     let mut names = Vec::new();
-    // It fails, having been told the names.
+    // Always fails, but by then it has received the names.
     let _ = T::deserialize(Fields(&mut names));
     names
 }

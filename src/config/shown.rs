@@ -1,5 +1,5 @@
-//! The settings as they may be shown: every variable with what holds, secrets only as set or unset. For
-//! `dockflare-agent support-bundle`, also when the configuration has mistakes.
+//! The settings in a form that may be shown: every variable with its effective value, secrets only as set or unset. For
+//! `dockflare-agent support-bundle`, which also works when the configuration has mistakes.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,20 +12,20 @@ use super::check::{without_quotes, without_secrets};
 use super::environment::environment;
 use super::{DEFAULT_IMAGE, read_secret_file, shown_file};
 
-/// How a value is shown.
+/// How to show a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
-    /// As it is, or the default.
+    /// As it is, or this default.
     Plain(Option<&'static str>),
-    /// Without what may be a password in it.
+    /// Without what may be a password in it, or this default.
     Address(Option<&'static str>),
     /// `set` or `unset`.
     Secret,
-    /// The path of a file with a secret in it, which itself is none.
+    /// The path of a secret's file. The path itself is not secret.
     SecretFile,
 }
 
-/// All variables of the README's table, in its order.
+/// All variables of the README's table, in the same order.
 const SETTINGS: [(&str, Kind); 34] = {
     use Kind::{Address, Plain, Secret, SecretFile};
     [
@@ -66,20 +66,20 @@ const SETTINGS: [(&str, Kind); 34] = {
     ]
 };
 
-/// Where the state is kept unless told otherwise.
+/// Default folder of the state.
 pub(super) const DEFAULT_DATA_DIR: &str = "/app/data";
 
-/// The settings as they may be shown, and the secrets among them, which must not be anywhere else either.
+/// The settings as they may be shown, and the secrets among them, which must not appear elsewhere either.
 #[derive(Debug)]
 pub(crate) struct Settings {
-    /// By name; `null` where nothing is set and nothing is assumed.
+    /// By name; `null` if the variable is unset and has no default.
     pub(crate) shown: Map<String, Value>,
-    /// Values of the secrets, those in files included.
+    /// Values of the secrets, including those in files.
     pub(crate) secrets: Vec<SecretString>,
 }
 
 impl Settings {
-    /// Of this process, and of the `.env` in its working folder.
+    /// The settings of this process and of the `.env` in its working folder.
     pub(crate) fn of_environment() -> Self {
         Self::of(&environment().vars)
     }
@@ -93,7 +93,7 @@ impl Settings {
                 (Kind::Address(default), set) => set.map(without_secrets).or(default.map(str::to_owned)),
                 (Kind::Secret, Some(secret)) => {
                     secrets.push(secret.into());
-                    // As it is used, which is what leaves the agent.
+                    // Also without quotes: that is the value that the agent uses and sends.
                     let bare = Some(without_quotes(secret)).filter(|bare| *bare != secret);
                     secrets.extend(bare.map(Into::into));
                     Some("set".to_owned())
@@ -106,7 +106,7 @@ impl Settings {
                 }
                 (Kind::SecretFile, None) => None,
             };
-            // A password in an address is one, whether or not the address can be used.
+            // A password in an address is a secret, whether or not the address is valid.
             if let (Kind::Address(_), Some(address)) = (kind, set) {
                 secrets.extend(password(address).map(Into::into));
             }
@@ -138,7 +138,7 @@ mod tests {
         let first = |row: &&str| row.split('|').nth(1).unwrap_or_default().to_owned();
         let named: Vec<_> = rows.iter().map(first).collect();
         let mut listed: Vec<_> = named.iter().flat_map(|cell| cell.split('`').skip(1).step_by(2)).collect();
-        // Docker's own, by which the agent knows its container.
+        // Set by Docker; the agent recognizes its own container by it.
         listed.push("HOSTNAME");
         assert_eq!(SETTINGS.map(|(name, _)| name).to_vec(), listed);
     }

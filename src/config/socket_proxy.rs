@@ -1,4 +1,4 @@
-//! The settings of the socket proxy: where it listens and which Docker it opens. Its policy comes from the same
+//! Settings of the socket proxy: where it listens, and which Docker it exposes. Its policy comes from the same
 //! variables as the agent's tunnel; it needs neither master nor key.
 
 use std::net::SocketAddr;
@@ -11,35 +11,35 @@ use super::{ConfigErrors, DockerHost, LogConfig, Raw, TunnelConfig, from_environ
 /// The socket proxy's whole configuration, valid by construction.
 #[derive(Debug, Clone)]
 pub struct SocketProxyConfig {
-    /// Where the agent reaches it.
+    /// Where the agent connects to it.
     pub listen: Listen,
     /// Where Docker listens.
     pub docker_host: DockerHost,
-    /// What the tunnel container is made of, which is what the agent may ask for.
+    /// Settings of the tunnel container, which bound what the agent may ask for.
     pub tunnel: TunnelConfig,
-    /// What is logged, how, and in which time zone.
+    /// Log level, format and time zone.
     pub log: LogConfig,
 }
 
-/// In a folder of its own, which is what a volume shares between the two containers.
+/// In its own folder, so that a volume can share it between the two containers.
 const DEFAULT_LISTEN: &str = "unix:///run/dockflare/docker.sock";
 
 impl SocketProxyConfig {
-    /// Reads the process environment; a `.env` in the working folder fills what is unset there. With the warnings
-    /// to log once logging works.
+    /// Reads the process environment, and takes unset variables from a `.env` in the working folder. Also returns the
+    /// warnings to log once logging works.
     ///
     /// # Errors
-    /// All that is wrong, at once.
+    /// Everything that is wrong, at once.
     pub fn load() -> Result<(Self, Vec<String>), ConfigErrors> {
         let ((config, mut warnings), of_environment) = from_environment(Self::from_vars)?;
         warnings.splice(..0, of_environment);
         Ok((config, warnings))
     }
 
-    /// Checks a list of variables. An empty value counts as unset.
+    /// Validates a list of variables. An empty value counts as unset.
     ///
     /// # Errors
-    /// All that is wrong, at once.
+    /// Everything that is wrong, at once.
     pub fn from_vars(vars: impl IntoIterator<Item = (String, String)>) -> Result<(Self, Vec<String>), ConfigErrors> {
         let mut check = Check::default();
         let mut raw = Raw::read(vars, &mut check)?;

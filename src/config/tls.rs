@@ -1,6 +1,6 @@
-//! TLS with Docker, as Docker's own client has it: `DOCKER_CERT_PATH` is a folder with `ca.pem`, the authority that
-//! has signed Docker's certificate, and with `cert.pem` and `key.pem`, by which Docker knows us. Only that authority
-//! counts: not those of the system.
+//! TLS to Docker, as Docker's own client does it. `DOCKER_CERT_PATH` is a folder with `ca.pem`, the authority that
+//! signed Docker's certificate, and with `cert.pem` and `key.pem`, which identify the agent to Docker. Only that
+//! authority is trusted, none of the system's.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,10 +12,10 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
 
-/// A chain of certificates has some kilobytes.
+/// Maximum size of a file. A certificate chain has a few kilobytes.
 const MOST_BYTES: u64 = 1 << 20;
 
-/// What the folder holds.
+/// The folder's content.
 pub(super) struct Certificates {
     roots: RootCertStore,
     chain: Vec<CertificateDer<'static>>,
@@ -23,7 +23,7 @@ pub(super) struct Certificates {
 }
 
 impl Certificates {
-    /// Reads the three files; all that is wrong with them at once.
+    /// Reads the three files; returns everything that is wrong with them at once.
     pub(super) fn read(folder: &Path) -> Result<Self, Vec<String>> {
         let read = |name: &str| {
             let read = disk::read_at_start(&folder.join(name), MOST_BYTES);
@@ -50,7 +50,7 @@ impl Certificates {
 }
 
 impl Certificates {
-    /// What a connection to this address needs.
+    /// The TLS settings for a connection to this address.
     pub(super) fn with(self, host: &str, port: u16) -> Result<DockerTls, String> {
         let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned())
             .map_err(|_| format!("{host} is no name that a certificate could be for"))?;

@@ -1,5 +1,5 @@
-//! The certificate of an `https` master, also of one that is not to be trusted: a handshake and nothing more. Only
-//! `dockflare-agent check` asks for it; no credentials are sent.
+//! Fetches the certificate of an `https` master, even an untrusted one, with a handshake and nothing more. Only
+//! `dockflare-agent check` uses it. Sends no credentials.
 
 use std::sync::{Arc, Mutex};
 
@@ -17,18 +17,18 @@ use x509_cert::der::Decode;
 use super::error::distrusted;
 use super::{MasterError, lock, printable};
 
-/// What the other side showed.
+/// The certificate that the other side presented.
 #[derive(Debug)]
 pub(crate) struct Shown {
-    /// Who issued it: organisation and name.
+    /// Organization and name of the issuer.
     pub(crate) issuer: String,
-    /// Until when it is good; `None` when it cannot be read.
+    /// When it expires; `None` if that cannot be read.
     pub(crate) not_after: Option<Timestamp>,
-    /// Why it is not accepted, if it is not: the same as the agent would say.
+    /// Why the agent does not trust it, in the agent's own words; `None` if it does.
     pub(crate) distrust: Option<MasterError>,
 }
 
-/// Shakes hands on this connection, with the roots that the agent's HTTPS client has, and hangs up.
+/// Does a TLS handshake on this connection with the roots of the agent's HTTPS client, then closes it.
 ///
 /// # Errors
 /// One line: no roots are found, or the other side does not speak TLS.
@@ -71,7 +71,7 @@ fn distrust(error: Error) -> MasterError {
     }
 }
 
-/// Its issuer and end. Nothing of it is trusted: it is shown and compared with today.
+/// Issuer and expiry. Neither is trusted: they are only shown, and the date is compared with today.
 fn read(certificate: &CertificateDer<'_>) -> (String, Option<Timestamp>) {
     let Ok(certificate) = Certificate::from_der(certificate) else {
         return ("an authority that cannot be read".to_owned(), None);
@@ -82,13 +82,13 @@ fn read(certificate: &CertificateDer<'_>) -> (String, Option<Timestamp>) {
         part.ok().flatten().map(|text| printable(&text.value()))
     };
     let parts: Vec<_> = [text(issuer.organization()), text(issuer.common_name())].into_iter().flatten().collect();
-    // Not the whole name as text: the table of all kinds of names would make the program 190 kB larger.
+    // Formatting the whole name would pull in the table of all name types and make the program 190 kB larger.
     let issuer = if parts.is_empty() { "an authority without a name".to_owned() } else { parts.join(" ") };
     let end = i64::try_from(facts.validity().not_after.to_unix_duration().as_secs());
     (issuer, end.ok().and_then(|end| Timestamp::from_second(end).ok()))
 }
 
-/// Takes any certificate and keeps it, with what the agent's own verifier says of it.
+/// Accepts any certificate and stores it with the verdict of the agent's own verifier.
 #[derive(Debug)]
 struct Looker {
     inner: Verifier,
@@ -112,7 +112,7 @@ impl ServerCertVerifier for Looker {
     ) -> Result<ServerCertVerified, Error> {
         let verdict = self.inner.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now);
         *lock(&self.seen) = Some(Seen { certificate: end_entity.clone().into_owned(), verdict: verdict.map(drop) });
-        // Nothing is sent over this connection.
+        // Accept it: nothing is sent over this connection.
         Ok(ServerCertVerified::assertion())
     }
 

@@ -1,4 +1,4 @@
-//! What can go wrong with a request, sorted by what a caller does about it.
+//! Errors of a request, sorted by what the caller does about them.
 
 use std::fmt;
 use std::io;
@@ -12,77 +12,76 @@ use rustls::pki_types::UnixTime;
 
 use super::wire;
 
-/// How much of a refusal's message is repeated in the log.
+/// How much of a refusal's message goes into the log.
 const MAX_MESSAGE_CHARS: usize = 200;
 
-/// What can go wrong with a request. Sorted by what a caller does about it.
+/// Errors of a request, sorted by what the caller does about them.
 #[derive(Debug)]
 pub enum MasterError {
-    /// No answer, half an answer, or a page of something else. Only the door to the master makes this error, and says
-    /// so for all callers.
+    /// No answer, a truncated answer, or a page of something else. In a running agent only [`Master`](super::Master)
+    /// creates this error, and it logs it for all callers.
     Away {
         /// What happened.
         problem: String,
-        /// What the master asked for.
+        /// The wait that the master asked for.
         retry_after: Option<Duration>,
     },
-    /// An answer that says "later": 429, 5xx. The door says so as well. It may be the master or what stands before it
-    /// that is in trouble, or this one request that the master cannot digest.
+    /// 429 or 5xx: try again later. [`Master`](super::Master) logs this as well. Either the master or a proxy before it
+    /// is in trouble, or the master cannot handle this one request.
     Unavailable {
         /// The status.
         status: StatusCode,
-        /// v2's code.
+        /// The `code` of a v2 reply.
         code: String,
-        /// What the master asked for.
+        /// The wait that the master asked for.
         retry_after: Option<Duration>,
     },
-    /// A master has answered, in good order, with something that cannot be used: a protocol that was not offered, no
-    /// session, no account. The door takes it for an answer, so whoever tries again has to say it.
+    /// A master answered properly, but the agent cannot use the answer: a protocol that it did not offer, no session,
+    /// no account. [`Master`](super::Master) counts it as an answer, so the caller that retries must log it.
     Unusable {
-        /// What it was.
+        /// What is wrong with the answer.
         problem: String,
     },
-    /// There is no talking to whoever answers there, since their certificate is not to be trusted. Try again with
-    /// back-off: it may be renewed, or a clock set right.
+    /// The certificate of the other side is not trusted. Try again with back-off: somebody may renew it or set a clock.
     Certificate {
-        /// What is wrong with it; the same words each time.
+        /// What is wrong with it, in the same words each time.
         problem: String,
-        /// What an operator can do about it.
+        /// The remedy for the operator.
         remedy: &'static str,
     },
     /// 401 or 403: the key or the id is not accepted.
     Refused {
         /// 401 or 403.
         status: StatusCode,
-        /// v2's code.
+        /// The `code` of a v2 reply.
         code: String,
-        /// What the master said.
+        /// The master's message.
         message: String,
     },
-    /// Cloudflare Access stands before the master and did not let the request through.
+    /// Cloudflare Access is in front of the master and refused the request.
     Access {
-        /// What it answered.
+        /// The status.
         status: StatusCode,
     },
-    /// Something that is no master answered, on the way to it or at a wrong address. Try again with back-off.
+    /// Something other than a master answered, on the way to it or at a wrong address. Try again with back-off.
     Elsewhere {
-        /// What it answered.
+        /// The status.
         status: StatusCode,
-        /// What is the matter.
+        /// What is wrong.
         problem: String,
-        /// What an operator can do about it.
+        /// The remedy for the operator.
         remedy: &'static str,
     },
-    /// Another status that is not success.
+    /// Any other status that is not a success.
     Status {
         /// The status.
         status: StatusCode,
-        /// v2's code.
+        /// The `code` of a v2 reply.
         code: String,
-        /// What the master said.
+        /// The master's message.
         message: String,
     },
-    /// The configured client cannot be built or the address cannot be formed.
+    /// The client cannot be built, or a request cannot be put together.
     Client(String),
 }
 
@@ -120,7 +119,7 @@ impl fmt::Display for MasterError {
 impl std::error::Error for MasterError {}
 
 impl MasterError {
-    /// v2's code, or an empty string.
+    /// The `code` of a v2 reply, or an empty string.
     pub fn code(&self) -> &str {
         match self {
             Self::Refused { code, .. } | Self::Status { code, .. } => code,
@@ -128,7 +127,7 @@ impl MasterError {
         }
     }
 
-    /// The status, where there was an answer that counts as one.
+    /// The status, if there was an answer with one.
     pub fn status(&self) -> Option<u16> {
         match self {
             Self::Refused { status, .. }
@@ -140,8 +139,8 @@ impl MasterError {
         }
     }
 
-    /// Whether the request did not come to a master at all, or not to one that could answer it: it may be repeated
-    /// as it was, after a wait. The door to the master has said so.
+    /// Whether the request reached no master, or none that could answer it. It may be repeated unchanged, after a wait.
+    /// [`Master`](super::Master) has already logged it.
     pub fn is_away(&self) -> bool {
         matches!(
             self,
@@ -153,7 +152,7 @@ impl MasterError {
         )
     }
 
-    /// Whether a master says so itself: it gives a code or a message, and what stands between gives a page.
+    /// Whether the refusal comes from a master: a master sends a code or a message, a proxy sends a page.
     pub(crate) fn is_explained(&self) -> bool {
         match self {
             Self::Refused { code, message, .. } | Self::Status { code, message, .. } => {
@@ -163,7 +162,7 @@ impl MasterError {
         }
     }
 
-    /// What the master asked to wait.
+    /// The wait that the master asked for.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Away { retry_after, .. } | Self::Unavailable { retry_after, .. } => *retry_after,
@@ -171,7 +170,7 @@ impl MasterError {
         }
     }
 
-    /// What an operator can do, when nobody is trying again.
+    /// The remedy for the operator when nothing retries.
     pub(crate) fn advice(&self) -> &'static str {
         match self {
             Self::Away { .. } | Self::Unavailable { .. } => "see to the master, and to the way to it",
@@ -184,7 +183,7 @@ impl MasterError {
         }
     }
 
-    /// What an operator can do, for the end of a log line.
+    /// The remedy for the operator, for the end of a log line.
     pub fn remedy(&self) -> &'static str {
         match self {
             Self::Unusable { .. } => {
@@ -208,7 +207,7 @@ impl MasterError {
     }
 }
 
-/// Sorts what the HTTP client says.
+/// Sorts an error of the HTTP client.
 pub(super) fn away(error: &reqwest::Error) -> MasterError {
     match refused_by_tls(error) {
         Some(rustls::Error::InvalidCertificate(certificate)) => return distrusted(certificate),
@@ -228,14 +227,14 @@ pub(super) fn away(error: &reqwest::Error) -> MasterError {
     MasterError::Away { problem: format!("{kind}: {}", chain(error)), retry_after: None }
 }
 
-/// What the TLS library has against the other side, if that is the matter.
+/// The TLS library's objection to the other side, if that is the cause.
 fn refused_by_tls<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a rustls::Error> {
     let mut next = Some(error);
     while let Some(cause) = next {
         if let Some(refused) = cause.downcast_ref() {
             return Some(refused);
         }
-        // An I/O error does not count what it was made of among its causes, and may be made of another one.
+        // `io::Error::source` skips the error that it wraps, which may be another `io::Error`.
         next = match cause.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
             Some(inner) => Some(inner),
             None => cause.source(),
@@ -244,7 +243,7 @@ fn refused_by_tls<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'
     None
 }
 
-/// Says what is wrong in words that do not change from try to try, which the library's do: they tell the time.
+/// Describes the problem in words that stay the same from try to try. The library's words contain the time.
 pub(super) fn distrusted(certificate: &CertificateError) -> MasterError {
     let date = |time: UnixTime| {
         let seconds = i64::try_from(time.as_secs()).unwrap_or(i64::MAX);
@@ -260,7 +259,7 @@ pub(super) fn distrusted(certificate: &CertificateError) -> MasterError {
         }
         CertificateError::NotValidYet => ("has a certificate that is not valid yet".to_owned(), SET_CLOCK),
         CertificateError::NotValidForNameContext { presented, .. } => {
-            // The library's words for a name: `DnsName("master.example.com")`.
+            // The library formats a name as `DnsName("master.example.com")`.
             let names = presented.iter().map(|name| name.split('"').nth(1).unwrap_or(name));
             let names = printable(&names.collect::<Vec<_>>().join(", "));
             (format!("has a certificate for another name: {names}"), USE_NAME)
@@ -274,7 +273,7 @@ pub(super) fn distrusted(certificate: &CertificateError) -> MasterError {
     MasterError::Certificate { problem, remedy }
 }
 
-/// Sorts an answer that no master gives: of Cloudflare Access, of a proxy or a firewall, of a port for something else.
+/// Sorts an answer that does not come from a master: from Cloudflare Access, a proxy, a firewall, or another port.
 fn elsewhere(base: &Url, status: StatusCode, headers: &HeaderMap, text: &[u8]) -> Option<MasterError> {
     let location = headers.get(LOCATION).and_then(|to| base.join(to.to_str().ok()?).ok());
     let elsewhere = |problem, remedy| Some(MasterError::Elsewhere { status, problem, remedy });
@@ -307,7 +306,7 @@ fn elsewhere(base: &Url, status: StatusCode, headers: &HeaderMap, text: &[u8]) -
     }
 }
 
-/// Whether it is Cloudflare Access: by the host of its login page, by its headers or its cookies.
+/// Whether the answer is from Cloudflare Access: by the host of its login page, its headers or its cookies.
 fn is_access(location: Option<&Url>, headers: &HeaderMap) -> bool {
     let host = location.and_then(Url::host_str).unwrap_or_default();
     host == "cloudflareaccess.com"
@@ -320,7 +319,7 @@ fn is_access(location: Option<&Url>, headers: &HeaderMap) -> bool {
         })
 }
 
-/// The address that would need no redirect, where only what comes before the agent's own path differs.
+/// The base address that would need no redirect, if the redirect only changes what comes before the agent's own path.
 fn moved(base: &Url, to: &Url) -> Option<Url> {
     let at = to.path().find("/api/v2/agents").or_else(|| to.path().find("/accounts"))?;
     let mut moved = to.clone();
@@ -332,7 +331,7 @@ fn moved(base: &Url, to: &Url) -> Option<Url> {
     (moved.as_str().trim_end_matches('/') != base.as_str().trim_end_matches('/')).then_some(moved)
 }
 
-/// The words of nginx, Apache, HAProxy and Go for plain HTTP at a port for TLS.
+/// What nginx, Apache, HAProxy and Go answer to plain HTTP on a TLS port.
 fn is_tls_port(text: &[u8]) -> bool {
     let text = String::from_utf8_lossy(&text[..text.len().min(4096)]).to_lowercase();
     ["to https port", "to an https server", "speaking plain http to an ssl", "was sent to https"]
@@ -340,7 +339,7 @@ fn is_tls_port(text: &[u8]) -> bool {
         .any(|words| text.contains(words))
 }
 
-/// How the remedies for certificates end in the log.
+/// How the remedies for certificates and wrong addresses end in the log.
 const GOES_ON: &str = "; trying again, the tunnel is not touched";
 const USE_ADDRESS: &str = "set DOCKFLARE_MASTER_URL to that; trying again, the tunnel is not touched";
 const USE_HTTPS: &str = "set DOCKFLARE_MASTER_URL to an address with https://; trying again, the tunnel is not touched";
@@ -357,7 +356,8 @@ const USE_NAME: &str =
     "set DOCKFLARE_MASTER_URL to a name that the certificate is for; trying again, the tunnel is not touched";
 const KNOW_ISSUER: &str = "mount a file with the authority's certificate and set SSL_CERT_FILE to it; trying again, the tunnel is not touched";
 
-/// The causes of an error without its own text, which repeats the address; the last one names the matter.
+/// The causes of an error, joined; the last one names the problem. Leaves out the error's own text, which repeats the
+/// address.
 pub(super) fn chain(error: &dyn std::error::Error) -> String {
     let mut causes = Vec::<String>::new();
     let mut next = error.source();
@@ -388,7 +388,7 @@ pub(super) fn sort(base: &Url, status: StatusCode, headers: &HeaderMap, text: &[
     }
 }
 
-/// What another side says goes into one log line, and not all of it.
+/// Cuts text of the other side and makes it one line, for the log.
 pub(crate) fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_MESSAGE_CHARS).collect()
 }

@@ -65,7 +65,7 @@ proptest! {
             let error = sort(&Url::parse("https://m/x").unwrap(), StatusCode::from_u16(status).unwrap(), &headers, &body);
             prop_assert!(is_one_line(&error.to_string()), "{}", error);
             let _ = (error.remedy(), error.code(), error.status());
-            // As callers wait for it.
+            // Wait as callers do.
             let wait = crate::retry::Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
             let _ = Instant::now() + { wait }.next(error.retry_after());
         }

@@ -1,4 +1,4 @@
-//! What is said to a master and what it answers, as types. Unknown fields of replies are ignored.
+//! Requests to a master and its replies, as types. Unknown fields of replies are ignored.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -7,7 +7,7 @@ use crate::state::{AgentId, Phase, Token};
 
 /// Protocols this agent speaks, the preferred one first.
 pub(crate) const PROTOCOLS: [u32; 2] = [2, 1];
-/// What this agent can do beyond the first protocol.
+/// What this agent supports beyond the first protocol.
 pub(crate) const CAPABILITIES: [&str; 3] = ["decommission.v1", "tunnel_stop.v1", "self_stop.v1"];
 
 /// Body of `POST /register`.
@@ -22,7 +22,7 @@ pub(crate) struct Register<'a> {
     pub(crate) agent_id: Option<&'a AgentId>,
 }
 
-/// Reply to it, of either protocol.
+/// Reply to `POST /register`, of either protocol.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Registered {
     pub(crate) agent_id: AgentId,
@@ -35,7 +35,7 @@ pub(crate) struct Registered {
     pub(crate) agent: Option<AgentRecord>,
 }
 
-/// What a v1 master tells of the agent at registration.
+/// What a v1 master says about the agent at registration.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(crate) struct AgentRecord {
@@ -45,12 +45,12 @@ pub(crate) struct AgentRecord {
 }
 
 impl AgentRecord {
-    /// Whether it names a tunnel, with its token or without.
+    /// Whether it names a tunnel, with or without its token.
     pub(crate) fn has_tunnel(&self) -> bool {
         self.assigned_tunnel_id.as_ref().is_some_and(|id| !id.is_empty())
     }
 
-    /// The tunnel that was assigned, when the reply names id and token of it.
+    /// The assigned tunnel, if the reply has both its id and its token.
     pub(crate) fn assignment(self) -> Option<Assignment> {
         let given = |text: Option<String>| text.filter(|text| !text.is_empty());
         Some(Assignment {
@@ -61,7 +61,7 @@ impl AgentRecord {
     }
 }
 
-/// The tunnel that a master has given to this agent, as it came.
+/// The tunnel that a master assigned to this agent, as received.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Assignment {
     /// The tunnel's id.
@@ -72,14 +72,14 @@ pub struct Assignment {
     pub name: Option<String>,
 }
 
-/// Reply to `GET /commands`. Commands are looked at one by one, so that one that makes no sense costs no other.
+/// Reply to `GET /commands`. Commands are parsed one by one, so an invalid one does not affect the others.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Commands {
     #[serde(default)]
     pub(crate) commands: Vec<Value>,
 }
 
-/// What a refusal says: v2 has a `code`, v1 a `message`, proxies neither.
+/// Body of a refusal: v2 sends a `code`, v1 a `message`, proxies neither.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(crate) struct Refusal {
@@ -88,7 +88,7 @@ pub(crate) struct Refusal {
     pub(crate) error: Option<Value>,
 }
 
-/// Which protocol a refusal is of: v2 says `code`, v1 `status` and `message`; `None` when neither.
+/// Protocol of a refusal: v2 sends `code`, v1 `status` and `message`; `None` for neither.
 pub(crate) fn protocol_of_refusal(text: &[u8]) -> Option<u32> {
     let said: serde_json::Map<String, Value> = serde_json::from_slice(text).ok()?;
     let is_text = |key: &str| said.get(key).is_some_and(Value::is_string);
@@ -99,8 +99,7 @@ pub(crate) fn protocol_of_refusal(text: &[u8]) -> Option<u32> {
     }
 }
 
-/// Which protocol the answer to an event that was taken is of: v2 says `code`, v1 `status` without one; `None` when
-/// neither.
+/// Protocol of the reply to an accepted event: v2 sends `code`, v1 `status` without `code`; `None` for neither.
 pub(crate) fn protocol_of_success(text: &[u8]) -> Option<u32> {
     let said: serde_json::Map<String, Value> = serde_json::from_slice(text).ok()?;
     if said.get("code").is_some_and(Value::is_string) {
@@ -131,7 +130,7 @@ pub(crate) struct Ack {
     pub(crate) error_code: Option<&'static str>,
 }
 
-/// Which of the two acknowledgements it is.
+/// Which of the two acknowledgements this is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum AckPhase {
@@ -148,7 +147,7 @@ impl From<Phase> for AckPhase {
     }
 }
 
-/// A container as the master knows it; only the labels meant for it leave the host.
+/// A container as reported to the master. Only the labels meant for the master leave the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(crate) struct Container {
     pub(crate) id: String,

@@ -6,14 +6,14 @@ use serde_json::Value;
 
 use crate::config::{ConfigErrors, PageAddress};
 
-/// Docker gives the whole of a health check 5 s.
+/// Docker gives the whole health check 5 s.
 const LIMIT: Duration = Duration::from_secs(4);
 
-/// Whether the agent does its job, for Docker's HEALTHCHECK. One whose master, tunnel or Docker is away does: to
-/// start it again would not help.
+/// Whether the agent works, for Docker's HEALTHCHECK. It does even if the master, the tunnel or Docker is away:
+/// restarting the agent would not help.
 ///
 /// # Errors
-/// One line that says why the agent does not count as healthy.
+/// One line that says why the agent is not healthy.
 pub async fn check(page: Result<Option<PageAddress>, ConfigErrors>) -> Result<String, String> {
     let Some(page) = page.map_err(|errors| errors.to_string())? else {
         return Ok("the health page is switched off (HEALTH_CHECK_PORT=0), nothing can be asked".to_owned());
@@ -32,10 +32,10 @@ pub async fn check(page: Result<Option<PageAddress>, ConfigErrors>) -> Result<St
     }
 }
 
-/// What the page answers under this path, whatever its status.
+/// What the page answers at this path, whatever the status.
 ///
 /// # Errors
-/// One line, when nobody answers or it is not JSON.
+/// One line, when nobody answers or the answer is not JSON.
 pub(crate) async fn ask(page: PageAddress, path: &str) -> Result<Value, String> {
     dockflare_host::page::ask("the agent", page, path, LIMIT).await
 }

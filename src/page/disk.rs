@@ -1,4 +1,4 @@
-//! Whether the data folder can be written, looked at no more often than makes sense and never waited for for long.
+//! Whether the data folder can be written. Tested at most once a minute while all is well, and never waited for long.
 
 use std::time::Duration;
 
@@ -8,12 +8,12 @@ use tokio::time::Instant;
 
 use crate::state::Store;
 
-/// An answer is good for so long: asking makes a file and removes it.
+/// How long a good answer is reused: each test creates a file and removes it.
 const GOOD_FOR: Duration = Duration::from_secs(60);
-/// A disk that takes longer hangs.
+/// A disk that takes longer counts as hanging.
 const LIMIT: Duration = Duration::from_secs(2);
 
-/// Looks at the data folder.
+/// Tests the data folder.
 #[derive(Debug)]
 pub(crate) struct Disk {
     store: Store,
@@ -26,7 +26,7 @@ impl Disk {
         Self { store, looks: Aside::default(), known: Mutex::default() }
     }
 
-    /// What keeps the agent from writing its state.
+    /// Why the agent cannot write its state; `None` if it can.
     pub(super) async fn problem(&self) -> Option<String> {
         let mut known = self.known.lock().await;
         if let Some((at, problem)) = &*known
@@ -40,7 +40,7 @@ impl Disk {
             return Some(format!("the data folder {dir} does not answer: see to the disk or the network file system"));
         };
         let problem = looked.err();
-        // A folder that was mended is to be seen at once.
+        // Remember only a good answer, so that a repaired folder shows at once.
         *known = problem.is_none().then(|| (Instant::now(), None));
         problem
     }

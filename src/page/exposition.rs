@@ -1,4 +1,4 @@
-//! `/metrics`: the counters of the tasks, and what is read from the channels when somebody asks.
+//! `/metrics`: the counters of the tasks, and values read from the channels at each request.
 
 use std::sync::atomic::AtomicU64;
 
@@ -37,7 +37,7 @@ impl Sources {
             real(self.started.elapsed().as_secs_f64()),
         );
         let mut text = String::new();
-        // Only a writer that refuses can fail, and a string takes all.
+        // Cannot fail: a `String` accepts every write.
         let _ = prometheus_text::encode(&mut text, &registry);
         text
     }
@@ -47,7 +47,7 @@ impl Sources {
         registry.register("registered", "Whether the master knows the agent", number(self.is_registered()));
         let protocol = session.map_or(0, |session| session.protocol.version());
         registry.register("protocol", "Version of the protocol with the master; 0 before the first", number(protocol));
-        // Before the first contact it counts from the start, so that an alert on it needs no other case.
+        // Before the first contact, count from the start: alerts then need no special case.
         let since = self.master.last_contact().map_or(self.started.elapsed(), |contact| contact.elapsed());
         registry.register(
             "master_contact_age_seconds",

@@ -1,4 +1,4 @@
-//! What the agent knows of itself, put together from what the tasks publish: for `/health`, `/live` and `/ready`.
+//! What the agent knows about itself, from what the tasks publish: for `/health`, `/live` and `/ready`.
 
 use std::time::Duration;
 
@@ -12,25 +12,25 @@ use crate::pulse::Life;
 use crate::retry::Lasts;
 use crate::state::Phase;
 
-/// A master counts an agent online for this long.
+/// A master counts an agent as online for this long.
 const CONTACT_LIMIT: Duration = Duration::from_secs(60);
 
-/// Of one kind of concern; all are listed beside.
+/// Maximum number of sentences for one kind of concern; `concerns` lists them all.
 const MOST_SENTENCES: usize = 5;
 
-/// How the agent is as a whole.
+/// State of the agent as a whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     /// All is well.
     Healthy,
-    /// The agent does its job, and something around it is not well: to start it again would not help.
+    /// The agent works, but something around it does not: a restart would not help.
     Degraded,
-    /// The agent itself does not do its job.
+    /// The agent itself does not work.
     Unhealthy,
 }
 
 impl Sources {
-    /// What keeps the agent itself from doing its job: a task that hangs, a folder that cannot be written.
+    /// What keeps the agent itself from working: a task that hangs, a folder that cannot be written.
     pub(super) async fn ailments(&self) -> Vec<String> {
         let mut ailments = Vec::new();
         for pulse in &self.tasks {
@@ -40,7 +40,7 @@ impl Sources {
                 Life::Hangs(time) => ailments.push(format!("the task {} hangs for {}", pulse.name, Lasts(time))),
             }
         }
-        // What is known already need not be found out.
+        // A failed save already shows it: do not test the disk as well.
         let unsaved = self.wanted.borrow().unsaved.clone();
         ailments.extend(match unsaved {
             Some(unsaved) => Some(unsaved),
@@ -49,7 +49,7 @@ impl Sources {
         ailments
     }
 
-    /// `/health`: all of it.
+    /// `/health`: everything.
     pub(super) async fn health(&self) -> (StatusCode, Value) {
         let ailments = self.ailments().await;
         let session = self.session.borrow().clone();
@@ -116,7 +116,7 @@ impl Sources {
                 "reason": view.reason,
                 "name": view.name,
                 "id": view.tunnel_id,
-                // While the connector is another tunnel's.
+                // Set while the connector runs another tunnel.
                 "wanted": view.wanted.as_ref().map(|wanted| json!({ "name": wanted.name, "id": wanted.id })),
                 "container_running": view.container_running,
                 "since": view.since.map(|since| since.to_string()),
@@ -145,12 +145,12 @@ impl Sources {
         (if state == State::Unhealthy { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK }, summary)
     }
 
-    /// Whether the master knows the agent, as far as it has said.
+    /// Whether the master knows the agent, according to its last answer.
     pub(super) fn is_registered(&self) -> bool {
         self.session.borrow().is_some() && !*self.refused.borrow()
     }
 
-    /// `/live`: whether the agent itself does its job.
+    /// `/live`: whether the agent itself works.
     pub(super) async fn live(&self) -> (StatusCode, Value) {
         let ailments = self.ailments().await;
         if ailments.is_empty() {
@@ -188,7 +188,7 @@ pub(super) fn is_ready(view: &View) -> bool {
     view.looked && view.serves
 }
 
-/// One sentence for all containers that the tunnel cannot reach.
+/// One sentence about all containers that the tunnel cannot reach.
 fn unreachable_sentence(ways: &Ways) -> Option<String> {
     const MOST_NAMES: usize = 10;
     let count = ways.unreachable.len();
@@ -216,7 +216,7 @@ mod tests {
     use crate::pulse::Pulse;
     use crate::state::Store;
 
-    /// All is well but what a test changes.
+    /// All is well, except for what a test changes.
     fn sources(dir: &std::path::Path) -> Sources {
         let config = MasterConfig {
             url: "http://127.0.0.1:9".parse().unwrap(),

@@ -8,12 +8,12 @@ use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig};
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// Name of this agent at its master: 1 to 128 letters, digits, `_`, `.` or `-`, safe in a URL path.
+/// The agent's id at its master: 1 to 128 letters, digits, `_`, `.` or `-`, safe in a URL path.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct AgentId(String);
 
 impl AgentId {
-    /// The id as it is written on the wire.
+    /// The id as sent to the master.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -33,7 +33,7 @@ impl TryFrom<String> for AgentId {
     }
 }
 
-/// The shape of all ids: safe in a path, a label and a log, and of a length that all who are told it take.
+/// The form of every id: safe in a path, a label and a log, and short enough for everything that receives it.
 fn is_id(text: &str) -> bool {
     (1..=128).contains(&text.len())
         && text.starts_with(|c: char| c.is_ascii_alphanumeric())
@@ -46,14 +46,14 @@ impl<'de> Deserialize<'de> for AgentId {
     }
 }
 
-/// Id of a Cloudflare tunnel. A UUID in practice, and cloudflared takes nothing else; here it only must have the shape
-/// of an id, since a token that is refused for nothing is worse than one that cloudflared refuses.
+/// Id of a Cloudflare tunnel. In practice a UUID, and cloudflared accepts nothing else. The agent only checks the form
+/// of an id: wrongly refusing a token would be worse than passing on one that cloudflared refuses.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(transparent)]
 pub struct TunnelId(pub String);
 
 impl TunnelId {
-    /// Reads an id, without the white space around it.
+    /// Reads an id and trims it.
     ///
     /// # Errors
     /// What is wrong with it, without its content.
@@ -65,7 +65,7 @@ impl TunnelId {
 
 impl<'de> Deserialize<'de> for TunnelId {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        // What an earlier version stored is not thrown away for its shape.
+        // Keep what an earlier version stored, whatever its form.
         Ok(Self(String::deserialize(deserializer)?.trim().to_owned()))
     }
 }
@@ -76,14 +76,14 @@ impl fmt::Display for TunnelId {
     }
 }
 
-/// A connector token: whoever has it can serve the tunnel's hostnames. Hidden from `Debug`.
+/// A connector token. Anyone who has it can serve the tunnel's hostnames. Hidden from `Debug`.
 #[derive(Debug, Clone)]
 pub struct Token(SecretString);
 
-/// Several times as long as Cloudflare's.
+/// Maximum length in bytes, several times that of Cloudflare's tokens.
 const MOST_TOKEN: usize = 4096;
 
-/// What a token says of itself, without its secret.
+/// What a token says about itself, without its secret.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokenClaims {
     /// Cloudflare account that owns the tunnel.
@@ -93,23 +93,23 @@ pub struct TokenClaims {
 }
 
 impl Token {
-    /// Takes a token as it came, without the white space around it; [`Token::claims`] tells whether it is one.
+    /// Takes a token as received and trims it; [`Token::claims`] validates it.
     pub fn new(text: impl AsRef<str>) -> Self {
         Self(SecretString::from(text.as_ref().trim()))
     }
 
-    /// The token itself, for the container's environment and the state file only.
+    /// The token itself. Use it only for the container's environment and the state file.
     pub fn expose(&self) -> &str {
         self.0.expose_secret()
     }
 
-    /// The secret inside the token, to look for where it must not be; `None` when it cannot be decoded.
+    /// The secret inside the token, to search for where it must not appear; `None` if the token cannot be decoded.
     pub(crate) fn secret(&self) -> Option<SecretString> {
         self.decode().ok().map(|(_, secret)| secret)
     }
 
-    /// Decodes the token: base64 of a JSON object with the strings `a` (account), `t` (tunnel) and `s` (secret). The
-    /// one check of a token, for what a master sends as for what the socket proxy lets through.
+    /// Decodes the token: base64 of a JSON object with the strings `a` (account), `t` (tunnel) and `s` (secret). This
+    /// is the only validation of tokens, used for those a master sends and for those the socket proxy lets through.
     ///
     /// # Errors
     /// What is wrong, without any of the content.
@@ -131,7 +131,7 @@ impl Token {
         if self.expose().len() > MOST_TOKEN {
             return Err("the token is longer than 4096 bytes");
         }
-        // No eye sees it, and it is no white space.
+        // Invisible in an editor, and `trim` does not remove it.
         if self.expose().contains('\u{feff}') {
             return Err("the token has a byte order mark (U+FEFF, which no editor shows) in it");
         }
@@ -155,7 +155,7 @@ impl PartialEq for Token {
     }
 }
 
-/// What the master wants of the tunnel.
+/// The tunnel state that the master asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DesiredState {
@@ -163,14 +163,14 @@ pub enum DesiredState {
     Running,
     /// No connector runs.
     Stopped,
-    /// Nothing was said yet: what runs is left alone.
+    /// The master has not said yet: leave what runs alone.
     #[default]
     Unknown,
 }
 
-/// `tunnel_state.json`: the desired state of the tunnel, and what of it is still to be done.
+/// `tunnel_state.json`: the desired state of the tunnel, and what remains to be done for it.
 ///
-/// `token`, `id`, `name` and `desired_state` are the Python agent's; it ignores the rest.
+/// `token`, `id`, `name` and `desired_state` are the Python agent's keys; it ignores the others.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct TunnelState {
     /// The connector's token.
@@ -182,37 +182,37 @@ pub struct TunnelState {
     /// The tunnel's name, for people.
     #[serde(default)]
     pub name: Option<String>,
-    /// What the master wants.
+    /// The state that the master asks for.
     #[serde(default)]
     pub desired_state: DesiredState,
-    /// How many times the master asked for a new container. The container carries the number it was made for,
-    /// so that a crash between asking and doing neither skips nor repeats it.
+    /// How many times the master asked for a new container. Each container carries the number it was created for, so a
+    /// crash in between neither skips nor repeats a redeploy.
     #[serde(default)]
     pub redeploys: u64,
-    /// The master did not know this agent when it was last asked, and has given it no tunnel since: one of the two
-    /// signs that the host was removed.
+    /// When last asked, the master did not know this agent, and it has assigned no tunnel since. One of the two signs
+    /// that the host was removed.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub unclaimed: bool,
-    /// The ids that this agent had at its masters when it was given tunnels, the present one last: what its containers
-    /// are marked with, and know it by after it got another one.
+    /// The ids under which this agent was assigned tunnels, the current one last. The agent's containers are labelled
+    /// with them, so it still recognizes them after it gets a new id.
     #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "known_ids")]
     pub owners: Vec<AgentId>,
-    /// Ingress rules that were delivered and not yet accepted by Cloudflare, as the master sent them.
+    /// Ingress rules that the master delivered and Cloudflare has not accepted yet, as the master sent them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pending_ingress: Option<serde_json::Value>,
-    /// Keys of others, kept as they are.
+    /// Unknown keys, kept as they are.
     #[serde(flatten)]
     pub other: serde_json::Map<String, serde_json::Value>,
 }
 
 impl TunnelState {
-    /// What is left when the tunnel is forgotten: that there is none, and what is not about it.
+    /// What remains once the tunnel is forgotten: desired state stopped, and everything that is not about the tunnel.
     pub(crate) fn forgotten(&self) -> Self {
         let (redeploys, owners, other) = (self.redeploys, self.owners.clone(), self.other.clone());
         Self { desired_state: DesiredState::Stopped, redeploys, owners, other, ..Self::default() }
     }
 
-    /// Makes this the id that containers are marked with from now on.
+    /// Makes this the id that new containers are labelled with.
     pub(crate) fn be(&mut self, id: &AgentId) {
         self.owners.retain(|known| known != id);
         self.owners.push(id.clone());
@@ -221,10 +221,10 @@ impl TunnelState {
     }
 }
 
-/// Ids that are remembered: a new one comes with a new key.
+/// Maximum number of ids to remember. A new id comes only with a new key.
 const MOST_OWNERS: usize = 16;
 
-/// One that is none is left out: it would take the whole file with it.
+/// Skips an invalid id. An error would discard the whole file.
 fn known_ids<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<AgentId>, D::Error> {
     let given = serde_json::Value::deserialize(deserializer)?;
     let given = given.as_array().into_iter().flatten().filter_map(|id| id.as_str());
@@ -239,44 +239,44 @@ fn take_token<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Token
     Ok(Option::<String>::deserialize(deserializer)?.filter(|text| !text.is_empty()).map(Token::new))
 }
 
-/// How far a decommission has come.
+/// The phase of a decommission.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Phase {
     /// The tunnel is stopped; the master decides whether to go on.
     Prepared,
-    /// The agent is no longer one of the master's.
+    /// The agent no longer belongs to the master.
     Finalized,
 }
 
-/// `decommission.json`: this agent was told to leave, by which operation, and how far that came.
+/// `decommission.json`: the master decommissioned this agent, by which operation, and how far that got.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Tombstone {
     /// Always 1.
     pub schema_version: u32,
-    /// The master's operation.
+    /// The id of the master's operation.
     pub operation_id: String,
-    /// The agent that was told.
+    /// The agent that was decommissioned.
     pub agent_id: AgentId,
-    /// How far it came.
+    /// How far the operation got.
     pub phase: Phase,
     /// Always `stop`.
     pub requested_self_action: String,
-    /// When the first phase was written, RFC 3339.
+    /// When the first phase was recorded, RFC 3339.
     pub prepared_at: Option<String>,
-    /// When the second was.
+    /// When the second phase was recorded.
     pub finalized_at: Option<String>,
-    /// Whether the master has taken the last acknowledgement. Absent in files of the Python agent, which then
-    /// count as acknowledged.
+    /// Whether the master has accepted the last acknowledgement. The Python agent's files lack this key and count as
+    /// acknowledged.
     #[serde(default = "yes")]
     pub acknowledged: bool,
 }
 
-/// `reported.json`: what the master may believe to run here. Kept only while a report may go without something, since
-/// the rules of what is missing in one are removed.
+/// `reported.json`: the containers that the master may believe run here. Kept only while a report may be incomplete,
+/// since the master removes the rules of containers that a report leaves out.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reported {
-    /// The agent that told it.
+    /// The agent that reported them.
     pub agent_id: String,
     /// Ids of the containers, with their names.
     pub containers: std::collections::BTreeMap<String, String>,

@@ -1,4 +1,4 @@
-//! Files that a broken disk or a stranger left, at every place; and tokens that nobody made.
+//! Files damaged by a broken disk or by somebody else, at every position; and forged tokens.
 
 use base64::Engine as _;
 use proptest::prelude::*;
@@ -33,7 +33,7 @@ fn tombstone() -> Tombstone {
     }
 }
 
-/// What the folder says when one of its documents has this text: the document as JSON, or nothing and a word.
+/// What the store makes of a document with this text: the document as JSON, or why it was set aside.
 fn found(store: &Store, name: &'static str, text: &[u8]) -> Result<Value, String> {
     fs::write(store.dir().join(name), text).unwrap();
     let (document, set_aside) = match name {
@@ -82,7 +82,7 @@ fn a_file_that_is_cut_off_or_zeroed_anywhere_is_set_aside() {
                 text
             };
             let mut broken = vec![zeroed(at..at + 1), zeroed(at..whole.len()), zeroed(0..at + 1)];
-            // A shorter id is an id as well: nothing in that file, which is the Python agent's, could tell.
+            // A truncated id is still an id. The file has the Python agent's form, which has no checksum.
             if name != AGENT_ID || at == 0 {
                 broken.push(whole[..at].to_vec());
             }
@@ -110,8 +110,8 @@ fn a_file_with_one_byte_changed_anywhere_says_what_it_said_or_what_it_says_now_o
                     continue;
                 };
                 taken += 1;
-                // No file of the Python agent's form can tell a changed letter in a name from another name. But
-                // nothing may come out that is not in the file, and no word of ours may turn into another one.
+                // The Python agent's form has no checksum, so a changed letter in a name is another name. But nothing
+                // may come out that is not in the file, and none of the agent's own words may turn into another one.
                 if name == AGENT_ID {
                     assert_eq!(document, json!(String::from_utf8(text).unwrap().trim()));
                     continue;
@@ -133,7 +133,7 @@ fn a_file_with_one_byte_changed_anywhere_says_what_it_said_or_what_it_says_now_o
     assert!(set_aside > taken);
 }
 
-/// What a document says of a key that its file does not have.
+/// Whether this is the value of a key that the file does not have.
 fn is_default(key: &str, value: &Value) -> bool {
     [("desired_state", json!("unknown")), ("redeploys", json!(0)), ("acknowledged", json!(true))]
         .contains(&(key, value.clone()))

@@ -1,7 +1,8 @@
-//! What a crash between writing a document and renaming it leaves, or a disk that refuses either: a hidden file beside it with a random end.
+//! Removes the files that a crash or a failing disk leaves between the write of a document and its rename: hidden files
+//! beside the document, with a random suffix.
 //!
-//! Nobody reads such a file, and each crash would leave one more, with a token in it. Only what carries such a name
-//! is removed.
+//! Nobody reads such a file, it may hold a token, and each crash would add one more. Only files with such a name are
+//! removed.
 
 #![expect(clippy::disallowed_methods, reason = "called by the store as it opens, on a thread of its own")]
 
@@ -10,11 +11,11 @@ use std::path::Path;
 
 use super::{AGENT_ID, REPORTED, TOMBSTONE, TUNNEL, WRITABLE};
 
-/// Length of the random end that atomic-write-file (0.3) gives its files.
+/// Length of the random suffix that atomic-write-file (0.3) gives its files.
 const SUFFIX: usize = 6;
 
-/// Removes the leftovers of earlier runs and writes. What cannot be removed does no harm, and is tried again with the
-/// next write and at the next start.
+/// Removes what earlier runs and writes left. A file that cannot be removed does no harm; the next write or the next
+/// start tries again.
 pub(super) fn remove(dir: &Path) {
     let Ok(entries) = fs::read_dir(dir) else { return };
     for entry in entries.flatten() {

@@ -1,4 +1,4 @@
-//! Reading the folder without taking it: beside the agent that has it, or before one starts. Writes nothing, sets
+//! Reads the folder without opening it, beside the agent that owns it or before one starts. Writes nothing, sets
 //! nothing aside, locks nothing.
 
 #![expect(clippy::disallowed_methods, reason = "a look runs on a thread of its own")]
@@ -20,18 +20,18 @@ use super::{parse_id, parse_json, parse_tombstone};
 /// What could be seen of the folder.
 #[derive(Debug)]
 pub(crate) struct Folder {
-    /// Whether anything could be seen of it: its disk, or a network file system, may hang.
+    /// Whether the folder answered at all: its disk or network file system may hang.
     pub(crate) answers: bool,
-    /// Whether it is part of the container, and lost with it.
+    /// Whether the folder is part of the container and is lost with it.
     pub(crate) is_lost: bool,
-    /// Whether it is there; a missing one is made at the start of an agent.
+    /// Whether the folder exists; an agent creates it when it starts.
     pub(crate) exists: bool,
-    /// Whether an agent that runs as this user could write there.
+    /// Whether an agent running as this user could write there.
     pub(crate) writable: Result<(), Unusable>,
-    /// Bytes that are free for this user, and whether a further file could be made.
+    /// Free bytes for this user, and whether another file could be created.
     pub(crate) free: Option<(u64, bool)>,
-    /// What the agent that holds the folder wrote of itself, as far as its lock can be seen from here: from within
-    /// the same container or on the host, not from another container.
+    /// What the agent that owns the folder wrote about itself. Its lock is visible from the same container or from the
+    /// host, not from another container.
     pub(crate) holder: Option<String>,
     /// `agent_id.txt`, or what is wrong with it.
     pub(crate) agent_id: Result<Option<AgentId>, String>,
@@ -44,13 +44,13 @@ pub(crate) struct Folder {
 /// Why the folder could not be used.
 #[derive(Debug)]
 pub(crate) struct Unusable {
-    /// What is the matter, without the folder's name.
+    /// What is wrong.
     pub(crate) problem: String,
-    /// What an operator can do.
+    /// The remedy for the operator.
     pub(crate) remedy: String,
 }
 
-/// A file of the folder, from outside.
+/// A file of the folder, without its content.
 #[derive(Debug, serde::Serialize)]
 pub(crate) struct FileFacts {
     name: String,
@@ -63,14 +63,14 @@ pub(crate) struct FileFacts {
     modified: String,
 }
 
-/// More than these are not the agent's.
+/// Maximum number of files to list. The agent has far fewer.
 const MOST_FILES: usize = 100;
 
-/// A healthy disk answers in moments.
+/// Limit for one look. A healthy disk answers in moments.
 const LIMIT: Duration = Duration::from_secs(5);
 
 impl Folder {
-    /// What is known of a folder that does not answer.
+    /// The result for a folder that does not answer.
     fn silent(dir: &Path) -> Self {
         let problem = format!("{} did not answer within {} s", dir.display(), LIMIT.as_secs());
         let remedy = "see to its disk or network file system: an agent that runs goes on without it and stores nothing";
@@ -88,14 +88,14 @@ impl Folder {
     }
 }
 
-/// Looks at the folder on a thread of its own, and not for long.
+/// Looks at the folder on a separate thread, for at most [`LIMIT`].
 pub(crate) async fn peek_soon(dir: PathBuf) -> Folder {
     let folder = dir.clone();
     let seen = Aside::default().after_earlier(LIMIT, move || peek(&folder)).await;
     seen.unwrap_or_else(|| Folder::silent(&dir))
 }
 
-/// The files of the folder by name, never what is in them. Not waited for for long.
+/// Lists the files of the folder, never their content. Waits at most [`LIMIT`].
 ///
 /// # Errors
 /// When the folder cannot be read.
@@ -104,13 +104,13 @@ pub(crate) async fn files(dir: PathBuf) -> io::Result<Vec<FileFacts>> {
     seen.unwrap_or_else(|| Err(super::hangs()))
 }
 
-/// Looks at the folder. Blocks as long as its disk does.
+/// Looks at the folder. Blocks as long as the disk does.
 pub(crate) fn peek(dir: &Path) -> Folder {
     let exists = dir.exists();
-    // What is missing is made in the nearest folder that is there.
+    // A missing folder would be created in its nearest existing ancestor.
     let place = dir.ancestors().find(|place| place.exists()).unwrap_or(dir);
     let free = statvfs(place).ok().map(|disk| {
-        // The sizes of these differ between platforms.
+        // These types differ between platforms.
         #[allow(clippy::useless_conversion, clippy::unnecessary_cast)]
         let bytes = (disk.blocks_available() as u64).saturating_mul(disk.fragment_size() as u64);
         (bytes, disk.files() == 0 || disk.files_available() > 0)
@@ -132,7 +132,7 @@ fn list(dir: &Path) -> io::Result<Vec<FileFacts>> {
     let mut files = Vec::new();
     for entry in fs::read_dir(dir)?.take(MOST_FILES) {
         let entry = entry?;
-        // Of a link the link itself, which says enough.
+        // For a link, the metadata of the link itself, which is enough.
         let Ok(facts) = entry.metadata() else { continue };
         let modified = jiff::Timestamp::from_second(facts.mtime()).map(|at| at.to_string()).unwrap_or_default();
         files.push(FileFacts {

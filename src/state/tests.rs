@@ -12,7 +12,7 @@ fn store() -> (tempfile::TempDir, Store) {
     (dir, store)
 }
 
-/// What is in the folder, sorted.
+/// The names of the folder's files, sorted.
 fn names(dir: &Path) -> Vec<String> {
     let mut names: Vec<_> =
         fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
@@ -209,7 +209,7 @@ fn a_second_store_on_one_folder_is_refused_and_told_by_whom() {
 
 #[test]
 fn an_unusable_folder_names_the_owner_and_what_helps() {
-    // A file stands where the folder should be: refused for every user, root included.
+    // A file is in the folder's place: an error for every user, root included.
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("data");
     fs::write(&path, "").unwrap();

@@ -1,5 +1,5 @@
-//! Requests that the socket proxy must refuse, each with the name of the rule that refuses it. Shared by its own
-//! tests, where an upstream proves that nothing was forwarded, and by those on a real Engine, whose state is compared.
+//! Requests that the socket proxy must refuse, each with the rule that refuses it. The proxy's own tests prove with an
+//! upstream that it forwards nothing. The tests on a real Engine compare the Engine's state before and after.
 
 use serde_json::{Value, json};
 
@@ -9,7 +9,7 @@ mod create;
 mod mutate;
 pub(crate) use mutate::mutated;
 
-/// One of them.
+/// One request that must be refused.
 pub(crate) struct Attack {
     pub(crate) name: String,
     pub(crate) bytes: Vec<u8>,
@@ -20,19 +20,19 @@ pub(crate) struct Attack {
 pub(crate) struct Target<'a> {
     /// Name of the tunnel container.
     pub(crate) tunnel: &'a str,
-    /// Its network.
+    /// Name of the tunnel's network.
     pub(crate) network: &'a str,
-    /// Its image.
+    /// Image of the tunnel container.
     pub(crate) image: &'a str,
     /// Name of somebody else's container.
     pub(crate) victim: &'a str,
-    /// Its full id.
+    /// The full id of that container.
     pub(crate) id: &'a str,
     /// The body of the agent's own create call.
     pub(crate) body: Value,
 }
 
-/// A number from the environment, or this one: how often something is tried, or the seed of what is tried.
+/// A number from the environment, or `otherwise`: a number of tries or a random seed.
 pub(crate) fn number(variable: &str, otherwise: u64) -> u64 {
     match std::env::var(variable) {
         Ok(text) => text.parse().unwrap_or_else(|error| panic!("{variable}={text}: {error}")),
@@ -40,7 +40,7 @@ pub(crate) fn number(variable: &str, otherwise: u64) -> u64 {
     }
 }
 
-/// All of them.
+/// All attacks.
 pub(crate) fn attacks(target: &Target<'_>) -> Vec<Attack> {
     let mut attacks = Attacks::default();
     routes(&mut attacks, target);
@@ -63,7 +63,7 @@ impl Attacks {
         self.0.push(Attack { name: name.into(), bytes: bytes.into(), rule });
     }
 
-    /// Without a body.
+    /// A request without a body.
     fn line(&mut self, line: &str, rule: &'static str) {
         self.raw(line, format!("{line} HTTP/1.1\r\nHost: docker\r\n\r\n"), rule);
     }
@@ -187,7 +187,8 @@ fn names(attacks: &mut Attacks, target: &Target<'_>) {
     let Target { tunnel, victim, id, .. } = target;
     let upper = tunnel.to_ascii_uppercase();
     let prefix = &id[..12];
-    // What acts upon a container names its full id: a name, the tunnel's own too, may be another one's by then.
+    // Calls that act on a container must use its full id. A name, even the tunnel's own, may belong to another
+    // container by then.
     let next = format!("{tunnel}-next");
     let long = format!("{id}0");
     for name in [*victim, prefix, &id[..63], &long, &id.to_ascii_uppercase(), &upper, *tunnel, &next] {
@@ -387,7 +388,7 @@ fn queries(attacks: &mut Attacks, target: &Target<'_>) {
         ("GET /info?x=1".to_owned(), "query_key"),
         ("GET /_ping?x=1".to_owned(), "query_key"),
     ] {
-        // A double quote is a byte that hosts of requests do send unencoded.
+        // Some clients send a double quote unencoded.
         attacks.line(&line, rule);
     }
     for (key, value) in [("platform", "linux/arm64"), ("x", "y")] {

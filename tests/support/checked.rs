@@ -1,4 +1,4 @@
-//! `dockflare-agent check` run to its end, and what it found.
+//! Runs `dockflare-agent check` to its end and reads its findings.
 
 use std::path::Path;
 
@@ -8,14 +8,14 @@ use testkit::AgentProcess;
 
 use super::{SOON, agent_binary};
 
-/// What a check found.
+/// The result of a check.
 #[derive(Debug)]
 pub(crate) struct Checked {
     pub(crate) code: Option<i32>,
     pub(crate) document: Value,
 }
 
-/// Runs the program with these arguments; gives its exit code and all it wrote. It must not write what is planted.
+/// Runs the program with these arguments; returns its exit code and its output. The output must not contain `secrets`.
 pub(crate) async fn run(
     args: &[&str],
     env: &[(String, String)],
@@ -29,7 +29,7 @@ pub(crate) async fn run(
 }
 
 impl Checked {
-    /// Runs `check --json`: nothing but the document may be written.
+    /// Runs `check --json`, which may print nothing but the document.
     pub(crate) async fn new(env: &[(String, String)], folder: &Path, secrets: &[&str]) -> Result<Self> {
         let (code, text) = run(&["check", "--json"], env, folder, secrets).await?;
         let document: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
@@ -53,14 +53,15 @@ impl Checked {
         Self::all(&self.document).filter(|finding| finding["id"] == id).collect()
     }
 
-    /// The one finding with this id, which must have come out like this; gives its detail and remedy as one text.
+    /// Asserts that there is one finding with this id and that it has this outcome. Returns its detail and remedy as
+    /// text.
     pub(crate) fn is(&self, id: &str, outcome: &str) -> Result<String> {
         let found = self.findings(id);
         ensure!(found.len() == 1 && found[0]["outcome"] == outcome, "{id} is not {outcome}: {:#}", self.document);
         Ok(format!("{} -> {}", found[0]["detail"].as_str().unwrap_or_default(), found[0]["remedy"]))
     }
 
-    /// The ids of what came out like this, in order.
+    /// The ids of the findings with this outcome, in order.
     pub(crate) fn ids(&self, outcome: &str) -> Vec<&str> {
         let found = Self::all(&self.document).filter(|finding| finding["outcome"] == outcome);
         found.filter_map(|finding| finding["id"].as_str()).collect()

@@ -1,4 +1,4 @@
-//! What the integration tests share: a host with an agent on it, and a master that it talks to.
+//! Shared by the integration tests: a host with an agent on it, and a master for the agent.
 #![allow(dead_code, reason = "each test target uses its own part")]
 
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ pub(crate) mod relay;
 /// Longest wait for anything that should take moments; the machine may be busy.
 pub(crate) const SOON: Duration = Duration::from_secs(30);
 
-/// One master, one data folder, one scope of containers, and the settings of an agent between them.
+/// One master, one data folder, one scope of containers, and the settings of an agent for them.
 pub(crate) struct Stage {
     pub(crate) master: DevMaster,
     pub(crate) scope: Scope,
@@ -34,7 +34,7 @@ impl Stage {
         Self::with_image(protocol, testkit::images().stand_in_with(&[("STAND_IN_DRAIN", "300")]).await?).await
     }
 
-    /// The tunnel container runs `image`.
+    /// As [`Stage::new`], but the tunnel container runs `image`.
     pub(crate) async fn with_image(protocol: Protocol, image: String) -> Result<Self> {
         let master = DevMaster::builder().protocol(protocol).start().await?;
         let scope = Scope::new(testkit::docker()?);
@@ -55,7 +55,7 @@ impl Stage {
             ("REPORT_INTERVAL_SECONDS", "5".to_owned()),
             ("HEALTH_CHECK_PORT", "0".to_owned()),
             ("LOG_LEVEL", "DEBUG".to_owned()),
-            // Whatever this host is called: a name that many hosts have takes a second registration.
+            // Independent of this host's name: with a name that many hosts have, the agent registers a second time.
             ("AGENT_DISPLAY_NAME", "kitchen".to_owned()),
         ];
         let mut env = env.map(|(name, value)| (name.to_owned(), value)).to_vec();
@@ -72,8 +72,8 @@ impl Stage {
         self.env.push((name.to_owned(), value.into()));
     }
 
-    /// Starts an agent. Its log must not show the agent key or a tunnel token, at whatever level. Unless the case has
-    /// set another way, the agent reaches Docker as [`proxies::chosen`] says.
+    /// Starts an agent whose log must not show the agent key or a tunnel token at any level. It reaches Docker as
+    /// [`proxies::chosen`] says, unless the case has set `DOCKER_HOST`.
     pub(crate) fn agent(&self) -> Result<AgentProcess> {
         let mut env = self.env.clone();
         if proxies::chosen() == Between::Own && !env.iter().any(|(name, _)| name == "DOCKER_HOST") {
@@ -84,14 +84,14 @@ impl Stage {
         Ok(agent)
     }
 
-    /// Waits until the master knows an agent, and returns it.
+    /// Waits until an agent registers, assigns it a tunnel, and returns it.
     pub(crate) async fn enrolled_agent(&self, tunnel_name: &str) -> Result<Agent> {
         let agent = self.master.wait_for("an agent to register", SOON, |known| known.only_agent().cloned()).await?;
         self.master.enroll(&agent.id, tunnel_name)?;
         Ok(agent)
     }
 
-    /// Waits until the master is told this status of the tunnel.
+    /// Waits until the agent reports this status of the tunnel.
     pub(crate) async fn tunnel_is(&self, status: &str) -> Result<Agent> {
         let what = format!("the tunnel to be reported as {status}");
         self.master
@@ -101,12 +101,12 @@ impl Stage {
             .await
     }
 
-    /// What the agent keeps, as text.
+    /// A file of the agent's data folder, as text.
     pub(crate) fn file(&self, name: &str) -> Result<String> {
         Ok(std::fs::read_to_string(self.data.path().join(name))?)
     }
 
-    /// Nobody said of this container that it stopped, nor left it out of a report.
+    /// Asserts that no agent reported this container as stopped or left it out of a report.
     pub(crate) fn assert_never_missed(&self, id: &str) -> Result<()> {
         let snapshot = self.master.snapshot();
         let known = snapshot.only_agent().context("no agent")?;
@@ -115,15 +115,15 @@ impl Stage {
         Ok(())
     }
 
-    /// What the master saw that no agent should do.
+    /// Asserts that the master saw no protocol violation.
     pub(crate) fn assert_no_violations(&self) {
         let violations = self.master.violations();
         assert!(violations.is_empty(), "protocol violations: {violations:#?}");
     }
 }
 
-/// What an agent warned of. Labelled containers of other cases come and go on the same Engine, and it says of each
-/// that the tunnel cannot reach it, or that its labels nearly enable it: that is left out.
+/// The agent's warnings. Leaves out those about labelled containers of other cases, which come and go on the same
+/// Engine: that the tunnel cannot reach one, or that its labels nearly enable it.
 pub(crate) fn complaints(agent: &AgentProcess) -> Vec<String> {
     let log = agent.log();
     let of_others = ["cannot reach the container", "the container is not enabled"];

@@ -1,4 +1,4 @@
-//! What stands between an agent and Docker in all cases that do not say so themselves.
+//! The proxy between an agent and Docker, in all cases that do not choose one themselves.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -7,7 +7,7 @@ use testkit::{Between, SocketProxy};
 
 use super::agent_binary;
 
-/// Chosen by `TEST_DOCKER_PROXY`; the agent's own if nothing is.
+/// The choice from `TEST_DOCKER_PROXY`; by default the agent's own socket proxy.
 pub(crate) fn chosen() -> Between {
     match std::env::var("TEST_DOCKER_PROXY") {
         Ok(word) => word.parse().unwrap_or_else(|error| panic!("TEST_DOCKER_PROXY: {error}")),
@@ -20,7 +20,7 @@ pub(crate) fn chosen() -> Between {
 pub(crate) struct Proxies(Mutex<Vec<SocketProxy>>);
 
 impl Proxies {
-    /// What an agent with these settings puts into `DOCKER_HOST`.
+    /// The `DOCKER_HOST` for an agent with these settings.
     pub(crate) fn for_agent(&self, env: &[(String, String)], key: &str) -> Result<String> {
         let mut running = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(proxy) = running.iter().find(|proxy| proxy.serves(env)) {
@@ -34,7 +34,7 @@ impl Proxies {
     }
 }
 
-/// What an agent asks for is let through; a refusal would be a mistake of one of the two.
+/// Fails the case if a proxy refused a request: the agent must not need what the proxy forbids.
 impl Drop for Proxies {
     fn drop(&mut self) {
         let running = std::mem::take(self.0.get_mut().unwrap_or_else(PoisonError::into_inner));

@@ -1,4 +1,4 @@
-//! A door before the Docker Engine that a test can move, shut, or make lie, at one address all the while.
+//! A relay in front of the Docker Engine, at a fixed address, that a test can redirect, cut, or make lie.
 
 use std::net::{Ipv4Addr, SocketAddr};
 
@@ -15,24 +15,24 @@ pub(crate) enum Way {
     Engine,
     /// To a socket proxy at this `host:port`.
     Proxy(String),
-    /// To the Engine; but a request whose first line has all that stands between the `*` of `line` is answered with
-    /// these bytes.
+    /// To the Engine. But the relay answers with `with` if the request's first line contains every part of `line`
+    /// between its `*`.
     Answer { line: &'static str, with: &'static str },
-    /// To the Engine, or to a socket proxy at this `host:port`; but of the networks only this one may be connected to.
+    /// To the Engine, or to a socket proxy at this `host:port`. But containers can be connected to this network only.
     OneNetwork(String, Option<String>),
 }
 
-/// What a socket proxy answers to what it does not let through.
+/// How a socket proxy answers a request that it refuses.
 pub(crate) const REFUSAL: &str =
     "HTTP/1.0 403 Forbidden\r\nConnection: close\r\nContent-Type: text/html\r\n\r\n<html>403 Forbidden</html>\n";
 
-/// The relay; dropped, it cuts all connections.
+/// The relay. Dropping it cuts all connections.
 pub(crate) struct Relay {
     address: SocketAddr,
     way: watch::Sender<Way>,
-    /// How often the connections of the moment were made deaf and dumb.
+    /// How often the open connections were frozen.
     frozen: watch::Sender<u64>,
-    /// How many requests were answered here.
+    /// How many requests the relay answered itself.
     answered: watch::Receiver<u64>,
     server: JoinHandle<()>,
 }
@@ -53,22 +53,22 @@ impl Relay {
         Ok(Self { address, way, frozen, answered, server })
     }
 
-    /// What an agent puts into `DOCKER_HOST`.
+    /// Value for an agent's `DOCKER_HOST`.
     pub(crate) fn host_url(&self) -> String {
         format!("tcp://{}", self.address)
     }
 
-    /// Cuts all connections; new ones go another way.
+    /// Cuts all connections; new ones go this way.
     pub(crate) fn switch(&self, way: Way) {
         self.way.send_replace(way);
     }
 
-    /// Nothing more passes through the connections that are open now, and they stay open. New ones work.
+    /// Passes nothing more through the open connections, but keeps them open. New connections work.
     pub(crate) fn freeze(&self) {
         self.frozen.send_modify(|count| *count += 1);
     }
 
-    /// Goes this way, and waits until a request was answered here.
+    /// Switches to this way and waits until the relay has answered a request.
     pub(crate) async fn answer_one(&mut self, way: Way) -> Result<()> {
         self.answered.mark_unchanged();
         self.switch(way);
@@ -90,7 +90,7 @@ async fn serve(
 ) {
     let way = ways.borrow_and_update().clone();
     freezes.mark_unchanged();
-    // All arms may be dropped half-way: that is what a cut is.
+    // Dropping an arm halfway is the cut that a test asks for.
     tokio::select! {
         _ = ways.changed() => {}
         _ = freezes.changed() => drop(ways.changed().await),
@@ -113,7 +113,7 @@ async fn forward(client: &mut TcpStream, way: Way, answered: &watch::Sender<u64>
     }
 }
 
-/// Answers a request whose first line is meant, and hands any other on.
+/// Answers a request if `is_meant` accepts its first line, and forwards any other.
 async fn answer(
     client: &mut TcpStream,
     is_meant: impl Fn(&str) -> bool,

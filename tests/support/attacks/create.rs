@@ -1,4 +1,4 @@
-//! Bodies that are not the agent's.
+//! Bodies that differ from the agent's.
 
 use serde_json::{Value, json};
 
@@ -61,7 +61,7 @@ pub(super) fn bodies(attacks: &mut Attacks, target: &Target<'_>) {
     attacks.post("a label twice", &path, good.replace(&labels, &twice), "body_fields");
 }
 
-/// Fields that the agent does not send, at their place, and where they do not belong.
+/// Fields that the agent does not send, in their proper place and in a wrong one.
 pub(super) fn fields(attacks: &mut Attacks, target: &Target<'_>) {
     let path = create_path(target);
     let mut with = |place: Option<&str>, key: &str, value: Value| {
@@ -112,7 +112,7 @@ pub(super) fn fields(attacks: &mut Attacks, target: &Target<'_>) {
     ];
     for (key, value) in host {
         with(Some("HostConfig"), key, value.clone());
-        // Up to Engine 26 they are honoured there as well.
+        // Up to Engine 26, Docker honors them there as well.
         with(None, key, value);
     }
     for (key, value) in [
@@ -138,7 +138,7 @@ pub(super) fn fields(attacks: &mut Attacks, target: &Target<'_>) {
     ] {
         with(None, key, value);
     }
-    // As Go folds them: case, the long s, the Kelvin sign.
+    // Keys that Go's case folding makes equal: case, the long s, the Kelvin sign.
     for key in ["hostconfig", "HOSTCONFIG", "HoſtConfig", "hoſtconfig"] {
         with(None, key, json!({ "Privileged": true }));
     }
@@ -163,7 +163,7 @@ pub(super) fn fields(attacks: &mut Attacks, target: &Target<'_>) {
     }
 }
 
-/// Fields that the agent sends, with values that it does not.
+/// Fields that the agent sends, with values that it does not send.
 pub(super) fn values(attacks: &mut Attacks, target: &Target<'_>) {
     let path = create_path(target);
     let mut with = |pointer: &str, value: Value, rule: &'static str| {

@@ -1,10 +1,10 @@
-//! Requests that are nearly the agent's own, or nearly one of the attacks: some bytes, words or lines are others. The
-//! same seed gives the same ones.
+//! The agent's own requests and the attacks, with some bytes, words or lines changed. The same seed gives the same
+//! requests.
 
 use super::{Attack, Target, attacks, create_path, post};
 
-/// The agent's own calls, as it makes them; `own` is the full id of the tunnel container. Without those that have no end
-/// or ask a registry.
+/// The agent's own calls, as it sends them, except those that never end or that contact a registry. `own` is the full
+/// id of the tunnel container.
 fn own_calls(target: &Target<'_>, own: &str) -> Vec<Vec<u8>> {
     let Target { tunnel, network, image, .. } = target;
     let line = |line: String| format!("{line} HTTP/1.1\r\nHost: docker\r\n\r\n").into_bytes();
@@ -35,7 +35,7 @@ fn own_calls(target: &Target<'_>, own: &str) -> Vec<Vec<u8>> {
     ]
 }
 
-/// What an attacker would try in the place of another word.
+/// What an attacker would try instead of another word.
 fn words(target: &Target<'_>, own: &str) -> Vec<String> {
     let fixed = [
         "exec",
@@ -105,7 +105,7 @@ fn words(target: &Target<'_>, own: &str) -> Vec<String> {
     fixed.iter().map(|word| (*word).to_owned()).chain(known.map(str::to_owned)).collect()
 }
 
-/// So many of them, from this seed.
+/// The first `count` mutated requests of this seed.
 pub(crate) fn mutated(target: &Target<'_>, own: &str, seed: u64, count: usize) -> impl Iterator<Item = Vec<u8>> {
     let mut rng = fastrand::Rng::with_seed(seed);
     let own_calls = own_calls(target, own);
@@ -115,12 +115,12 @@ pub(crate) fn mutated(target: &Target<'_>, own: &str, seed: u64, count: usize) -
     (0..count).map(move |_| {
         let from = if rng.bool() { &own_calls } else { &others };
         let mut bytes = from[rng.usize(0..from.len())].clone();
-        // The most telling differ in one thing.
+        // The most telling requests differ in one thing.
         let changes = if rng.bool() { 1 } else { rng.usize(1..=4) };
         for _ in 0..changes {
             change(&mut bytes, &mut rng, &own_calls, &words);
         }
-        // Otherwise few would get as far as their body.
+        // Otherwise the proxy would refuse most of them before it reads the body.
         if rng.u8(0..4) > 0 {
             mend_length(&mut bytes);
         }
@@ -144,7 +144,7 @@ fn change(bytes: &mut Vec<u8>, rng: &mut fastrand::Rng, others: &[Vec<u8>], word
             drop(bytes.splice(end..end, twice));
         }
         4 => drop(bytes.splice(at..at, word.iter().copied())),
-        // The word that is there.
+        // Replace the word at this position.
         5..=9 => {
             let is_part = |byte: &u8| byte.is_ascii_alphanumeric() || b"_.-".contains(byte);
             let begin = bytes[..at].iter().rposition(|byte| !is_part(byte)).map_or(0, |before| before + 1);
@@ -164,7 +164,7 @@ fn change(bytes: &mut Vec<u8>, rng: &mut fastrand::Rng, others: &[Vec<u8>], word
     }
 }
 
-/// Has the head say how long the body is, where it says anything of it.
+/// Corrects `Content-Length`, if the head has one.
 fn mend_length(bytes: &mut Vec<u8>) {
     const NAME: &[u8] = b"Content-Length: ";
     let Some(end) = bytes.windows(4).position(|four| four == b"\r\n\r\n") else { return };
