@@ -1,11 +1,11 @@
-//! The one door to Docker: every call the agent makes of the Engine, and no others.
+//! The only way to Docker: every call that the agent makes to the Engine, and no others.
 //!
-//! Nothing else imports the client library. Each call has a time limit that covers its whole answer, and each
-//! failure is sorted into what a caller does about it ([`DockerError`]); a refusal names the socket proxy's
-//! variable that would allow the call. No connection is kept for a second call, so that one that a proxy closed
-//! in the meantime is never used for a call that must not be made twice. A container is looked for by its name and
-//! acted upon by the id that was seen: somebody else's may have taken the name in between. What people can write into
-//! without end, as labels, is read into little memory (`sieve`).
+//! Nothing else imports the client library. Each call has a time limit that covers its whole answer. Each failure is
+//! sorted by what the caller does about it ([`DockerError`]); a refusal names the socket proxy's variable that would
+//! allow the call. Each call opens a new connection: a proxy may have closed an old one, and some calls must not be
+//! sent twice. The agent looks a container up by name and acts on the id that it saw, because another container may
+//! have taken the name in between. Texts that people can make as long as they like, such as labels, are read in bounded
+//! memory (`sieve`).
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Mutex;
@@ -50,9 +50,10 @@ pub(crate) use types::{JOINED, Placed};
 #[derive(Debug)]
 pub struct Docker {
     client: Client,
-    /// Whether this project's own socket proxy answered last, where that was seen. No await happens under it.
+    /// Whether this project's own socket proxy answered last; `None` before the first answer. No await happens under
+    /// the lock.
     own_proxy: Mutex<Option<bool>>,
-    /// Held by whoever makes a network.
+    /// Held while a network is created.
     making_a_network: tokio::sync::Mutex<()>,
 }
 
@@ -60,11 +61,11 @@ type Result<T> = std::result::Result<T, DockerError>;
 
 /// Longest silence of a pull before it counts as stuck.
 const PULL_SILENCE: Duration = Duration::from_secs(120);
-/// The kinds of things whose events are asked for.
+/// The object types whose events the agent subscribes to.
 pub(crate) const EVENT_TYPES: [&str; 2] = ["container", "network"];
 
 impl Docker {
-    /// Nothing is asked of Docker yet.
+    /// Creates the client without calling Docker.
     pub fn new(host: DockerHost) -> Self {
         Self { client: Client::new(host), own_proxy: Mutex::new(None), making_a_network: tokio::sync::Mutex::default() }
     }
@@ -74,13 +75,13 @@ impl Docker {
         self.client.host()
     }
 
-    /// Running containers that carry one of the two keys, whatever its value: the filter compares exactly.
+    /// Lists running containers that carry one of these label keys, whatever its value: the filter compares exactly.
     ///
     /// # Errors
-    /// An answer that is not whole is an error, never a short list.
+    /// An incomplete answer is an error, never a short list.
     pub async fn list_with_label_keys(&self, keys: &[&str]) -> Result<Vec<Container>> {
         let mut found = BTreeMap::new();
-        // Filters of one kind must all hold, so each key is a listing of its own.
+        // Docker requires all filters of one kind to match, so each key needs its own listing.
         for key in keys {
             for container in self.client.listed(LIST, false, Some(key)).await? {
                 let container = Container::from(container);
@@ -90,26 +91,26 @@ impl Docker {
         Ok(found.into_values().collect())
     }
 
-    /// Containers that agents have made, running or not, whatever they are called by now.
+    /// Lists the containers that agents have created, running or not, whatever their names are now.
     ///
     /// # Errors
-    /// As all calls.
+    /// When the call fails.
     pub(crate) async fn list_made(&self) -> Result<Vec<Container>> {
         Ok(self.client.listed(LIST, true, Some(OWNER_LABEL.0)).await?.into_iter().map(Container::from).collect())
     }
 
-    /// All running containers, whosever they are.
+    /// Lists all running containers, whoever made them.
     ///
     /// # Errors
-    /// An answer that is not whole is an error, never a short list.
+    /// An incomplete answer is an error, never a short list.
     pub async fn list_running(&self) -> Result<Vec<Container>> {
         Ok(self.client.listed(LIST, false, None).await?.into_iter().map(Container::from).collect())
     }
 
-    /// Where the running containers are that carry one of the two keys.
+    /// Lists the networks of running containers that carry one of these label keys.
     ///
     /// # Errors
-    /// As all calls.
+    /// When the call fails.
     pub(crate) async fn placed_with_label_keys(&self, keys: &[&str]) -> Result<Vec<Placed>> {
         let mut found = Vec::new();
         for key in keys {
@@ -126,53 +127,54 @@ impl Docker {
         self.client.ping(PING).await
     }
 
-    /// What Engine this is.
+    /// The Engine's version.
     ///
     /// # Errors
-    /// As all calls.
+    /// When the call fails.
     pub async fn version(&self) -> Result<Version> {
         let docker = self.client.library(VERSION)?;
         limited(VERSION, READ_LIMIT, docker.version()).await.map(Version::from)
     }
 
-    /// What the host is called.
+    /// The host's name.
     ///
     /// # Errors
-    /// As all calls.
+    /// When the call fails.
     pub(crate) async fn host_name(&self) -> Result<String> {
         self.client.host_name(INFO).await
     }
 
-    /// Events of containers and networks from now on, or from `since` (seconds and nanoseconds of the Engine's
-    /// clock) to bridge a gap. The stream may be silent for hours; its end and its errors mean "connect again".
+    /// Subscribes to the events of containers and networks from now on, or from `since` to bridge a gap (seconds and
+    /// nanoseconds of the Engine's clock). The stream may be silent for hours. Its end and its errors mean "connect
+    /// again".
     ///
     /// # Errors
-    /// When Docker cannot be called at all; what happens to the stream comes out of the stream.
+    /// When the call cannot be made at all. Later errors come out of the stream.
     pub fn events(&self, since: Option<String>) -> Result<impl Stream<Item = Result<Event>> + use<>> {
         let told = self.client.told(EVENTS, since.as_deref(), &EVENT_TYPES, &EVENT_ACTIONS)?;
         Ok(told.map_ok(Event::from))
     }
 
-    /// A container by name or id; `None` when there is none.
+    /// Inspects a container by name or id. `None` if there is none.
     ///
     /// # Errors
-    /// As all calls.
+    /// When the call fails.
     pub async fn inspect(&self, name: &str) -> Result<Option<Inspected>> {
         Ok(absent_is_none(self.client.inspected(INSPECT, name).await)?.map(Inspected::from))
     }
 
-    /// The first lines that a container wrote from this second of 1970 on, both streams, at most `lines`.
+    /// Reads the first lines that a container wrote since this Unix time in seconds: both streams, at most `lines`.
     ///
     /// # Errors
-    /// As all calls.
+    /// When the call fails.
     pub async fn log_start(&self, id: &str, since: i64, lines: usize) -> Result<Vec<String>> {
         self.log(id, since, "all".to_owned(), lines).await
     }
 
-    /// The last of them, at most `lines`.
+    /// Reads the last of these lines, at most `lines`.
     ///
     /// # Errors
-    /// As all calls.
+    /// When the call fails.
     pub async fn log_tail(&self, id: &str, since: i64, lines: usize) -> Result<Vec<String>> {
         self.log(id, since, lines.to_string(), lines).await
     }
@@ -188,18 +190,19 @@ impl Docker {
     /// Whether the network exists.
     ///
     /// # Errors
-    /// As all calls.
+    /// When the call fails.
     pub async fn has_network(&self, name: &str) -> Result<bool> {
         let docker = self.client.library(NETWORK)?;
         let found = limited(NETWORK, READ_LIMIT, docker.inspect_network(name, None)).await;
         Ok(absent_is_none(found)?.is_some())
     }
 
-    /// Creates a bridge network, one with a way out or an internal one, unless there is one of that name by now: up to
-    /// Engine 24 Docker makes as many of a name as it is asked for, and two of this process may ask at the same time.
+    /// Creates a bridge network, internal or with a way out, unless one of that name exists. Up to Engine 24, Docker
+    /// creates another network of the same name each time it is asked, and two tasks of this process may ask at the
+    /// same time.
     ///
     /// # Errors
-    /// As all calls.
+    /// When the call fails.
     pub(crate) async fn make_network(&self, name: &str, internal: bool) -> Result<bool> {
         let _alone = self.making_a_network.lock().await;
         if self.has_network(name).await? {
@@ -208,10 +211,10 @@ impl Docker {
         self.create_network(name, internal, &owner_labels()).await.map(|()| true)
     }
 
-    /// Creates a bridge network, one with a way out or an internal one. Its being there already is a success.
+    /// Creates a bridge network, internal or with a way out. Succeeds if Docker says that it already exists.
     ///
     /// # Errors
-    /// As all calls.
+    /// When the call fails.
     pub async fn create_network(&self, name: &str, internal: bool, labels: &BTreeMap<String, String>) -> Result<()> {
         let docker = self.client.library(NEW_NETWORK)?;
         let request = models::NetworkCreateRequest {
@@ -230,25 +233,26 @@ impl Docker {
     /// Whether the image is on this host.
     ///
     /// # Errors
-    /// As all calls.
+    /// When the call fails.
     pub async fn has_image(&self, image: &ImageRef) -> Result<bool> {
         Ok(self.image_id(image).await?.is_some())
     }
 
-    /// What the reference means on this host: the image's id, empty where that is not told, `None` where there is none.
+    /// The id of the image that the reference names on this host. Empty if Docker does not tell it, `None` if there is
+    /// no such image.
     ///
     /// # Errors
-    /// As all calls.
+    /// When the call fails.
     pub(crate) async fn image_id(&self, image: &ImageRef) -> Result<Option<String>> {
         let docker = self.client.library(IMAGE)?;
         let found = limited(IMAGE, READ_LIMIT, docker.inspect_image(&image.to_string())).await;
         Ok(absent_is_none(found)?.map(|found| found.id.unwrap_or_default()))
     }
 
-    /// Pulls an image, telling `progress` at each step the bytes that came and the bytes that are known to be due.
+    /// Pulls an image. Reports to `progress` at each step the bytes received and the bytes known to be due.
     ///
     /// # Errors
-    /// As all calls; [`DockerError::TimedOut`] when nothing moves for two minutes.
+    /// When the call fails; [`DockerError::TimedOut`] after two minutes without progress.
     pub async fn pull(&self, image: &ImageRef, mut progress: impl FnMut(u64, u64)) -> Result<()> {
         let docker = self.client.library(PULL)?;
         let options = query::CreateImageOptions {
@@ -274,7 +278,7 @@ impl Docker {
         }
     }
 
-    /// Creates a container, without starting it. Gives its id.
+    /// Creates a container without starting it. Returns its id.
     ///
     /// # Errors
     /// [`DockerError::Conflict`] when the name is taken, [`DockerError::NotFound`] when the image is missing.
@@ -284,7 +288,7 @@ impl Docker {
         limited(CREATE, CHANGE_LIMIT, docker.create_container(Some(options), spec.body())).await.map(|made| made.id)
     }
 
-    /// Starts a container; its running already is a success.
+    /// Starts a container. Succeeds if it already runs.
     ///
     /// # Errors
     /// [`DockerError::NotFound`] also when its network is gone.
@@ -292,26 +296,26 @@ impl Docker {
         self.client.start(START, id).await
     }
 
-    /// Stops a container, with SIGKILL after `grace`; its not running is a success, as is its not being there.
+    /// Stops a container, with SIGKILL after `grace`. Succeeds if it is not running or does not exist.
     ///
     /// # Errors
-    /// As all calls.
+    /// When the call fails.
     pub async fn stop(&self, id: &str, grace: Duration) -> Result<()> {
         self.client.stop(STOP, id, Some(grace), Duration::ZERO).await
     }
 
-    /// Stops the agent's own container with the time-out it was created with. Rarely returns.
+    /// Stops the agent's own container with the timeout it was created with. Rarely returns.
     ///
     /// # Errors
-    /// As all calls.
+    /// When the call fails.
     pub async fn stop_self(&self, id: &str) -> Result<()> {
         self.client.stop(SELF_STOP, id, None, Duration::ZERO).await
     }
 
-    /// Stops a container as it was made to be stopped: with SIGKILL after its own time-out.
+    /// Stops a container with the timeout it was created with, then with SIGKILL.
     ///
     /// # Errors
-    /// As all calls.
+    /// When the call fails.
     pub(crate) async fn stop_as_made(&self, id: &str) -> Result<()> {
         self.client.stop(STOP, id, None, Duration::from_secs(MOST_PATIENCE)).await
     }
@@ -319,12 +323,12 @@ impl Docker {
     /// Restarts a container, with SIGKILL after `grace`.
     ///
     /// # Errors
-    /// As all calls.
+    /// When the call fails.
     pub async fn restart(&self, id: &str, grace: Duration) -> Result<()> {
         self.client.restart(RESTART, id, Some(grace), Duration::ZERO).await
     }
 
-    /// Gives a container another name.
+    /// Renames a container.
     ///
     /// # Errors
     /// [`DockerError::Conflict`] when the name is taken.
@@ -334,16 +338,16 @@ impl Docker {
         limited(RENAME, CHANGE_LIMIT, docker.rename_container(id, options)).await
     }
 
-    /// Connects a container to one more network, so that it can be told that it was the agent who did
-    /// (`Endpoint::is_joined`); its being there already is a success, and stays whose it is.
+    /// Connects a container to another network, with an alias that shows that the agent did it (`Endpoint::is_joined`).
+    /// Succeeds if the container is already connected, and leaves that connection to whoever made it.
     ///
     /// # Errors
-    /// [`DockerError::NotFound`] when one of the two is gone.
+    /// [`DockerError::NotFound`] when the container or the network is gone.
     pub async fn connect(&self, network: &str, id: &str) -> Result<()> {
         self.connect_as(JOINED, network, id).await
     }
 
-    /// Connects a container that has not started yet to the network where its metrics are served.
+    /// Connects a container that has not started yet to the network on which it will serve its metrics.
     ///
     /// # Errors
     /// As [`Docker::connect`].
@@ -356,16 +360,16 @@ impl Docker {
         let endpoint = models::EndpointSettings { aliases: Some(vec![alias.to_owned()]), ..Default::default() };
         let request = models::NetworkConnectRequest { container: id.to_owned(), endpoint_config: Some(endpoint) };
         match limited(CONNECT, CHANGE_LIMIT, docker.connect_network(network, request)).await {
-            // Docker itself says 403 as well: "endpoint with name … already exists in network …".
+            // Docker itself also answers 403: "endpoint with name … already exists in network …".
             Err(DockerError::Forbidden { .. }) if self.is_on(id, network).await => Ok(()),
             connected => connected,
         }
     }
 
-    /// Disconnects a container from a network; its not being there, or the network's, is a success.
+    /// Disconnects a container from a network. Succeeds if it is not connected, or if either does not exist.
     ///
     /// # Errors
-    /// As all calls.
+    /// When the call fails.
     pub async fn disconnect(&self, network: &str, id: &str) -> Result<()> {
         let docker = self.client.library(DISCONNECT)?;
         let request = models::NetworkDisconnectRequest { container: id.to_owned(), ..Default::default() };
@@ -380,10 +384,10 @@ impl Docker {
         matches!(self.inspect(id).await, Ok(Some(found)) if found.networks.contains_key(network))
     }
 
-    /// Removes a container, killing it when it runs; its not being there is a success.
+    /// Removes a container, and kills it if it runs. Succeeds if it does not exist.
     ///
     /// # Errors
-    /// As all calls.
+    /// When the call fails.
     pub async fn remove(&self, id: &str) -> Result<()> {
         let docker = self.client.library(REMOVE)?;
         let options = query::RemoveContainerOptions { force: true, ..Default::default() };
@@ -391,7 +395,7 @@ impl Docker {
     }
 }
 
-/// Waits for Docker to answer again: quick at first, since it may only have been restarted.
+/// Back-off while Docker does not answer: short at first, because Docker may only have restarted.
 pub(crate) fn reconnect_backoff() -> Backoff {
     Backoff::new(Duration::from_millis(500), Duration::from_secs(15))
 }

@@ -1,28 +1,28 @@
-//! `dockflare-agent socket-proxy`: stands between the agent and the Docker socket, and lets through the agent's own
-//! calls and nothing more.
+//! `dockflare-agent socket-proxy`: sits between the agent and the Docker socket, and lets through the agent's own calls
+//! and nothing else.
 //!
-//! A second process of the same program, meant for a container of its own: it holds the Docker socket and has no
-//! network, the agent has the network and reaches Docker through the socket that this one makes. Whoever takes over
-//! the agent can then stop the tunnel or change its token, and that is all.
+//! It is a second process of the same program, meant for a container of its own. The proxy holds the Docker socket and
+//! has no network; the agent has the network and reaches Docker through the socket that the proxy creates. An attacker
+//! who takes over the agent can then stop the tunnel or change its token, and nothing else.
 //!
 //! ```text
 //!  agent ──unix socket──> server ──Head, body──> plan ──Call──> perform ──typed call──> crate::docker ──> Docker
 //!                           │                     │                │
-//!                           │<─── Refusal, told by refusals ───────┤
+//!                           │<─── Refusal, logged by refusals ─────┤
 //!                           └<──────────── answer, made anew ──────┘
 //! ```
 //!
-//! - [`dockflare_engine::proxy`] reads one request of a connection within narrow limits, how strictly is told there.
-//! - `plan` is a pure function from a request to one of a closed set of calls. What may be asked for comes from the
-//!   agent's own settings: image, network, name of the tunnel container. `create` reads the bodies.
-//! - `perform` makes the call through [`crate::docker`], as the agent would: what Docker gets was written there, from
-//!   checked values, under no version of the API but Docker's own. Before it changes a container it looks whose it is.
-//! - `answer` makes the answer from what the agent's own types hold of Docker's, and of that what it may see.
+//! - [`dockflare_engine::proxy`] reads one request per connection within narrow limits, and documents how strictly.
+//! - `plan` is a pure function from a request to one of a closed set of calls. The agent's own settings define what it
+//!   may ask for: image, network, name of the tunnel container. `create` reads the bodies.
+//! - `perform` makes the call through [`crate::docker`], as the agent would. The proxy writes what Docker gets from
+//!   checked values, under Docker's own version of the API only. Before it changes a container, it checks the owner.
+//! - `answer` writes the answer from what the agent's own types hold of Docker's, as far as the agent may see it.
 //!
-//! - `lease` holds the tunnel when the agent has said goodbye, until one comes back, and removes it otherwise.
+//! - `lease` holds the tunnel after the agent has said goodbye until an agent comes back, and otherwise removes it.
 //!
-//! Nothing but that lease is on disk or remembered: it may be killed at any time. Its socket is then in the way of the
-//! next one, which replaces it; the agent makes a connection for each call and finds that.
+//! Only the lease is on disk or remembered, so the proxy may be killed at any time. The next proxy replaces the socket
+//! that it leaves behind. The agent opens a connection for each call and so finds the new socket.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -49,7 +49,7 @@ mod plan;
 use lease::{Leases, Presence};
 use plan::{Call, Policy};
 
-/// What the agent may ask for, and what is done for it.
+/// The agent's proxy: its policy, its leases and the Docker that it calls.
 #[derive(Debug)]
 struct AgentProxy {
     docker: Arc<Docker>,
@@ -87,7 +87,7 @@ impl Proxy for AgentProxy {
 /// Serves until `shutdown`.
 ///
 /// # Errors
-/// When it cannot listen, and when Docker's socket is dead for ever.
+/// When it cannot listen, and when Docker's socket is dead for good.
 pub async fn run(config: SocketProxyConfig, shutdown: CancellationToken) -> Result<(), RunError> {
     let listener = Listener::bind("SOCKET_PROXY_LISTEN", &config.listen).await.map_err(RunError::Config)?;
     let tunnel = &config.tunnel;
@@ -114,7 +114,7 @@ pub async fn run(config: SocketProxyConfig, shutdown: CancellationToken) -> Resu
         refusals: Refusals::default(),
     });
     let given_up = CancellationToken::new();
-    // The connections live for as long as the lease is kept: that they are open says that an agent is there.
+    // The connections stay open for as long as the lease is kept: an open one shows that an agent is there.
     let serve = async {
         let (connections, orphan) = accept_all(&listener, &service, orphaned, &shutdown).await;
         let ended = orphan.map_or(Ok(()), |path| Err(RunError::Orphaned(path)));
@@ -127,7 +127,7 @@ pub async fn run(config: SocketProxyConfig, shutdown: CancellationToken) -> Resu
         }
         (connections, ended)
     };
-    // Without Docker nothing can be removed: the next one goes on with the lease.
+    // Without Docker, the proxy cannot remove anything. The next one goes on with the lease.
     let keep = async {
         tokio::select! {
             () = leases.keep(&*docker, &shutdown) => {}
@@ -140,7 +140,7 @@ pub async fn run(config: SocketProxyConfig, shutdown: CancellationToken) -> Resu
     ended
 }
 
-/// Where the lease is kept: beside the socket, in the folder that is the proxy's own.
+/// Path of the lease file: beside the socket, in the folder that belongs to the proxy.
 fn lease_file(listen: &Listen) -> Option<PathBuf> {
     match listen {
         Listen::Unix(path) => Some(PathBuf::from(format!("{path}.lease"))),

@@ -1,19 +1,19 @@
-//! How Podman's API differs from Docker's, where the agent would notice. Everything else of it was tried and is the
-//! same to the agent (Podman 4.3.1).
+//! How Podman's API differs from Docker's where it matters to the agent. All other calls were tried on Podman 4.3.1 and
+//! behave the same.
 //!
 //! | | Docker | Podman |
 //! |---|---|---|
 //! | the end of a container, as a filter | `die`, `destroy` | `died` and `remove`; before 4.4 `die` matches nothing |
-//! | the same, as it is told | `die`, `destroy` | `die` or `died`, `remove` |
+//! | the same, as reported | `die`, `destroy` | `die` or `died`, `remove` |
 //! | an event of a network | has the network's id and name | has the container's |
-//! | a health check | run by the daemon | run by systemd; without it there is never a verdict |
-//! | an image's name | as it was asked for | with its registry before it |
+//! | a health check | run by the daemon | run by systemd; without systemd there is never a verdict |
+//! | an image's name | as requested | prefixed with its registry |
 
 use super::Action;
 
-/// The events that are asked for, by all their names. Not `exec_*`, which the container's own health check would send
-/// all day. `kill` tells of each signal: one that is stopped by hand takes no new requests from then on, and ends only
-/// when its drain is over.
+/// The events that the agent subscribes to, under all their names. Not `exec_*`, which the container's own health check
+/// would send all day. `kill` reports each signal: a container that is stopped by hand takes no new requests from then
+/// on, and ends only when its drain is over.
 pub(crate) const EVENT_ACTIONS: [&str; 13] = [
     "start",
     "kill",
@@ -30,7 +30,7 @@ pub(crate) const EVENT_ACTIONS: [&str; 13] = [
     "disconnect",
 ];
 
-/// What an event of a container says.
+/// The action that an event of a container reports.
 pub(super) fn action(name: &str) -> Action {
     match name {
         "start" => Action::Start,

@@ -1,4 +1,4 @@
-//! The calls of the agent, each with what allows it, and what an operator can do about what goes wrong with them.
+//! The calls of the agent, each with the grant that allows it, and the remedies for their errors.
 
 pub use dockflare_engine::DockerError;
 pub(super) use dockflare_engine::{Call, last_cause, one_line, sort};
@@ -30,27 +30,26 @@ pub(super) const PULL: Call = call("pull the cloudflared image", "IMAGES=1 and P
 
 const SWARM_NETWORK: &str = "the network is one of a swarm, for its services only: make it with docker network create -d overlay --attachable, or set CLOUDFLARED_NETWORK_NAME to another; trying again";
 
-/// How a refusal of the agent's own socket proxy begins.
+/// The start of a refusal by the agent's own socket proxy.
 #[cfg(test)]
 pub(crate) const OWN_REFUSAL: &str = "dockflare-agent socket-proxy refuses this";
-/// What allows a call there.
+/// What allows a call that the agent's own socket proxy refuses.
 const OWN_GRANT: &str = "the version and the settings of the agent (CLOUDFLARED_IMAGE, CLOUDFLARED_NETWORK_NAME, CLOUDFLARED_METRICS_NETWORK, TUNNEL_CONTAINER_NAME, AUTO_CONNECT_NETWORKS), and its log names the rule";
 
-/// For a caller that gave up sooner than the call itself would have.
+/// The error for a caller that gave up before the call's own time limit.
 pub(crate) fn silent() -> DockerError {
     DockerError::Unreachable { call: INSPECT, problem: "no answer in time".to_owned() }
 }
 
-/// What an operator can do.
+/// Tells an operator what to do about an error.
 pub(crate) trait Remedy {
-    /// When nobody is trying again.
+    /// The remedy when the agent does not retry.
     fn advice(&self) -> String;
-    /// For the end of a log line.
+    /// The remedy for the end of a log line.
     fn remedy(&self) -> &'static str;
 }
 
 impl Remedy for DockerError {
-    /// What an operator can do, when nobody is trying again.
     fn advice(&self) -> String {
         match self {
             DockerError::Unreachable { problem, .. } if problem.contains("Permission denied") => {
@@ -74,7 +73,6 @@ impl Remedy for DockerError {
         }
     }
 
-    /// What an operator can do, for the end of a log line.
     fn remedy(&self) -> &'static str {
         match self {
             DockerError::Unreachable { .. } | DockerError::TimedOut { .. } => {
@@ -82,7 +80,7 @@ impl Remedy for DockerError {
             }
             DockerError::Forbidden { .. } => "trying again; set what it needs on the socket proxy and recreate it",
             _ if self.is_of_swarm() => SWARM_NETWORK,
-            // Up to Engine 24 two who create a network at the same moment get one each.
+            // Up to Engine 24, two clients that create a network at the same moment get one each.
             DockerError::Failed { message, .. } if message.contains("ambiguous") => {
                 "trying again; several networks have this name, remove all but one: docker network ls, docker network rm with the id"
             }
@@ -91,7 +89,7 @@ impl Remedy for DockerError {
     }
 }
 
-/// What doubles answer.
+/// Errors that test doubles answer with.
 #[cfg(test)]
 pub(crate) trait Samples {
     fn refusal() -> DockerError;
@@ -103,7 +101,7 @@ pub(crate) trait Samples {
 
 #[cfg(test)]
 impl Samples for DockerError {
-    /// What doubles answer.
+    /// Errors that test doubles answer with.
     fn refusal() -> DockerError {
         DockerError::Forbidden { call: CREATE }
     }

@@ -1,4 +1,4 @@
-//! The agent's goodbye to its own socket proxy, and how the agent knows that it is behind one. No call of Docker.
+//! The agent's goodbye to its own socket proxy, and how the agent knows that it is behind one. Calls no Docker API.
 
 use std::pin::Pin;
 use std::sync::PoisonError;
@@ -21,22 +21,22 @@ use super::{Docker, reconnect_backoff};
 use crate::config::DockerHost;
 use crate::state::AgentId;
 
-/// An agent that is asked to stop waits no longer for the answer: where no proxy answers it is to end within 2 s.
+/// Longest wait for the answer while the agent stops. Where no proxy answers, the agent must end within 2 s.
 const GOODBYE_LIMIT: Duration = Duration::from_millis(1500);
 
-/// How a goodbye was taken.
+/// The answer to a goodbye.
 pub(crate) enum Parting {
-    /// The socket proxy holds the tunnel. It sees that the agent is there for as long as this lives; this ends when
-    /// the proxy does.
+    /// The socket proxy holds the tunnel. While this future lives, the proxy sees that the agent is still there. It
+    /// completes when the proxy ends.
     Held(Pin<Box<dyn Future<Output = ()> + Send>>),
-    /// What answers there is not the agent's own socket proxy, or one that knows no goodbye.
+    /// The answer did not come from the agent's own socket proxy, or from one that knows no goodbye.
     Unknown,
-    /// Nobody answered; why.
+    /// No answer, and why.
     Silent(String),
 }
 
 impl Docker {
-    /// Whether this project's own socket proxy stands before Docker; `None` while nobody has answered yet.
+    /// Whether this project's own socket proxy is in front of Docker; `None` before the first answer.
     pub(crate) fn is_behind_own_proxy(&self) -> Option<bool> {
         *self.own_proxy.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -45,8 +45,8 @@ impl Docker {
         *self.own_proxy.lock().unwrap_or_else(PoisonError::into_inner) = Some(own_proxy);
     }
 
-    /// Asks until it is known whether the agent's own socket proxy stands before Docker. Asked while the agent runs:
-    /// when it stops, the proxy may be gone.
+    /// Asks until it knows whether the agent's own socket proxy is in front of Docker. It asks while the agent runs,
+    /// because the proxy may be gone when the agent stops.
     pub(crate) async fn recognise(&self) -> bool {
         let mut pauses = reconnect_backoff();
         loop {
@@ -60,8 +60,8 @@ impl Docker {
         }
     }
 
-    /// Says goodbye: the tunnel is to be held for so long for an agent that comes back. `agents` are the ids by which
-    /// its containers are known.
+    /// Says goodbye: asks the proxy to hold the tunnel for `lease`, for an agent that comes back. `agents` are the ids
+    /// that mark the agent's containers.
     pub(crate) async fn goodbye(&self, lease: Duration, agents: &[AgentId]) -> Parting {
         if self.is_behind_own_proxy() == Some(false) {
             return Parting::Unknown;
@@ -101,14 +101,14 @@ impl Docker {
     }
 }
 
-/// An answer that has begun.
+/// An answer whose head has arrived.
 struct Answer {
     response: Response<hyper::body::Incoming>,
     connection: tokio::task::JoinHandle<()>,
 }
 
 impl Answer {
-    /// Reads until the other side ends. Dropping it closes the connection.
+    /// Reads until the proxy closes the answer. Dropping it closes the connection.
     async fn ends(mut self) {
         while let Some(Ok(_)) = self.response.body_mut().frame().await {}
     }
@@ -127,7 +127,7 @@ async fn say(
 ) -> Result<Answer, String> {
     let problem = |error: hyper::Error| last_cause(&error);
     let (mut sender, connection) = client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(problem)?;
-    // What goes wrong with it is told by the answer that does not come.
+    // If the connection fails, the missing answer reports it.
     let connection = tokio::spawn(async move { drop(connection.await) });
     let request = Request::builder().method(Method::POST).uri(path).header(HOST, host).body(Empty::<Bytes>::new());
     let request = request.map_err(|error| error.to_string())?;

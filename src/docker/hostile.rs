@@ -1,4 +1,5 @@
-//! Events, listings and inspections that no Engine sends, as far as its client's models let them through.
+//! Feeds the agent events, listings and inspections that no Engine sends, as far as the client library's models accept
+//! them.
 
 use bollard::models;
 use proptest::prelude::*;

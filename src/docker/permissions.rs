@@ -1,10 +1,10 @@
-//! What Docker, or a socket proxy before it, lets the agent do: asked call by call, without an effect.
+//! Finds out what Docker, or a socket proxy in front of it, lets the agent do. It probes each call without an effect.
 //!
-//! A call that reads is made as it is. A call that changes something names a container, network or image that there
-//! cannot be, or has a body that Docker refuses before it does anything: a JSON list where an object is due (read in
-//! Docker's source, tried on Engine 20.10). Docker says 400, 404, 500 or 503 to these and explains itself in JSON; a
-//! proxy or an authorisation plugin says 403. The client library reads away what tells the two apart, so these few
-//! requests are made without it.
+//! It makes a call that reads as it is. A call that changes something names a container, network or image that cannot
+//! exist, or has a body that Docker refuses before it acts: a JSON list instead of an object (read in Docker's source,
+//! tried on Engine 20.10). Docker answers these with 400, 404, 500 or 503 and an explanation in JSON; a proxy or an
+//! authorization plugin answers 403. The client library discards what distinguishes the two, so these few requests
+//! bypass it.
 
 use std::time::Duration;
 
@@ -22,34 +22,34 @@ use super::error::*;
 use super::{Docker, DockerError, Result, Version};
 use crate::config::{DockerHost, ImageRef};
 
-/// For one of these requests: Docker refuses most of them without looking anything up.
+/// Time limit for one probe: Docker refuses most of them without a lookup.
 const LIMIT: Duration = Duration::from_secs(5);
-/// Docker asks the registry, which may be slow.
+/// Time limit when Docker asks the registry, which may be slow.
 const REGISTRY_LIMIT: Duration = Duration::from_secs(20);
-/// The longest of these answers is one container of a listing.
+/// Most bytes of an answer. The longest one lists one container.
 const MAX_ANSWER_BYTES: usize = 1 << 20;
-/// Asked at the same time: few enough for a small proxy.
+/// Probes at the same time: few enough for a small proxy.
 const AT_ONCE: usize = 4;
-/// How the socket proxy of this project names itself in the header `Server`.
+/// The `Server` header of this project's socket proxy.
 pub(crate) const OWN_PROXY: &str = "dockflare-socket-proxy";
 
-/// What is known of the Engine.
+/// The Engine, as far as it is known.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Engine {
-    /// What `GET /version` says; `None` when it may not be asked.
+    /// The answer to `GET /version`; `None` if a proxy refuses that call.
     pub(crate) version: Option<Version>,
-    /// Whether this project's own socket proxy stands before it, which lets through the agent's calls and no others.
+    /// Whether this project's own socket proxy is in front of it, which lets through the agent's calls and no others.
     pub(crate) own_proxy: bool,
 }
 
 /// One call and whether it is let through.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Permission {
-    /// Short and stable.
+    /// A short and stable name.
     pub(crate) id: &'static str,
-    /// What the call is for.
+    /// What the call does.
     pub(crate) doing: &'static str,
-    /// The variables of the common socket proxy that open it.
+    /// The variables of the common socket proxy that allow it.
     pub(crate) grant: &'static str,
     pub(crate) gate: Gate,
 }
@@ -58,25 +58,25 @@ pub(crate) struct Permission {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Gate {
     Open,
-    /// A socket proxy or an authorisation plugin refuses it.
+    /// A socket proxy or an authorization plugin refuses it.
     Closed,
-    /// It cannot be told; why.
+    /// Unknown, and why.
     Unclear(String),
 }
 
-/// Whether an image can be had from its registry.
+/// Whether an image's registry offers it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Registry {
     Has,
-    /// It has not, or asks for a login; its words.
+    /// The registry does not have it, or asks for a login; its message.
     HasNot(String),
-    /// It cannot be reached from Docker; why.
+    /// Docker cannot reach the registry, and why.
     Away(String),
-    /// Docker may not be asked.
+    /// A proxy refuses the call.
     Closed,
 }
 
-/// A request that has no effect; `{}` stands for a name that nothing has.
+/// A request without an effect. `{}` is a placeholder for a name that nothing has.
 struct Probe {
     id: &'static str,
     call: Call,
@@ -89,14 +89,14 @@ const fn probe(id: &'static str, call: Call, method: Method, path: &'static str,
     Probe { id, call, method, path, body }
 }
 
-/// No object: Docker refuses it before it knows what is asked for.
+/// Not an object: Docker refuses it before it reads what is asked for.
 const NOTHING: &str = "[]";
 
 static NEEDED: [Probe; 16] = [
     probe("list", LIST, Method::GET, "/containers/json?limit=1", ""),
     probe("inspect", INSPECT, Method::GET, "/containers/{}/json", ""),
     probe("logs", LOGS, Method::GET, "/containers/{}/logs?stdout=true&tail=1", ""),
-    // The events of one second of 1970: none, and the stream ends at once.
+    // Events of one second of 1970: there are none, and the stream ends at once.
     probe("events", EVENTS, Method::GET, "/events?since=1&until=1", ""),
     probe("create", CREATE, Method::POST, "/containers/create", NOTHING),
     probe("start", START, Method::POST, "/containers/{}/start", ""),
@@ -109,14 +109,14 @@ static NEEDED: [Probe; 16] = [
     probe("connect", CONNECT, Method::POST, "/networks/{}/connect", r#"{"Container":"{}"}"#),
     probe("disconnect", DISCONNECT, Method::POST, "/networks/{}/disconnect", r#"{"Container":"{}"}"#),
     probe("image", IMAGE, Method::GET, "/images/{}/json", ""),
-    // Capitals are in no image's name.
+    // No image's name has capital letters.
     probe("pull", PULL, Method::POST, "/images/create?fromImage=NOTHING&tag=none", ""),
 ];
 
-/// What starts a program inside a container.
+/// The call that starts a program inside a container.
 static EXEC: Probe = probe("exec", INSPECT, Method::POST, "/exec/{}/start", r#"{"Detach":true}"#);
 
-/// Further parts of the API that the agent needs nothing of: the proxy's variable and a path that leads nowhere.
+/// Parts of the API that the agent does not need: the proxy's variable, and a path that leads nowhere.
 const SURPLUS: [(&str, &str); 10] = [
     ("BUILD", "/build/{}"),
     ("COMMIT", "/commit/{}"),
@@ -130,7 +130,7 @@ const SURPLUS: [(&str, &str); 10] = [
     ("VOLUMES", "/volumes/{}"),
 ];
 
-/// An answer, as far as it is looked at.
+/// The parts of an answer that are read.
 #[derive(Debug, Clone, Default)]
 struct Answer {
     status: u16,
@@ -139,7 +139,7 @@ struct Answer {
 }
 
 impl Answer {
-    /// What Docker says of a call that it does not carry out. A proxy's page is none.
+    /// Docker's message about a call that it does not carry out. `None` for a proxy's page.
     fn message(&self) -> Option<String> {
         #[derive(Deserialize)]
         struct Said {
@@ -152,9 +152,9 @@ impl Answer {
         let said = self.message();
         match (self.status, said) {
             (200..=399, _) => Gate::Open,
-            // Docker itself says none of these to any of the probes.
+            // Docker itself answers none of the probes with these.
             (401 | 403 | 405, _) => Gate::Closed,
-            // Some proxies hide what they do not let through.
+            // Some proxies hide what they refuse.
             (404, None) => Gate::Closed,
             (_, Some(_)) => Gate::Open,
             (status, None) => Gate::Unclear(format!("it answered {status}")),
@@ -163,13 +163,14 @@ impl Answer {
 }
 
 impl Docker {
-    /// Whether Docker answers, and what it says of itself. Any answer counts, a refusal too.
+    /// Asks Docker for its version. Any answer counts, even a refusal.
     ///
     /// # Errors
-    /// [`DockerError::Unreachable`] and [`DockerError::TimedOut`]; other answers than a version or a refusal.
+    /// [`DockerError::Unreachable`] and [`DockerError::TimedOut`], or an answer that is neither a version nor a
+    /// refusal.
     pub(crate) async fn engine(&self) -> Result<Engine> {
         let answer = self.ask(VERSION, LIMIT, Method::GET, "/version", "").await?;
-        // So says a proxy that cannot reach Docker itself.
+        // The answer of a proxy that cannot reach Docker itself.
         if let (500..=599, Some(problem)) = (answer.status, answer.message()) {
             return Err(DockerError::Unreachable { call: VERSION, problem });
         }
@@ -185,7 +186,7 @@ impl Docker {
         Ok(Engine { version, own_proxy: answer.own_proxy })
     }
 
-    /// Tries each call that the agent makes, in the order of its life. Changes nothing.
+    /// Probes each call that the agent makes, in the order of its life. Changes nothing.
     pub(crate) async fn permissions(&self) -> Vec<Permission> {
         let asked = NEEDED.iter().map(async |probe| {
             let gate = self.gate(probe).await;
@@ -194,14 +195,15 @@ impl Docker {
         stream::iter(asked).buffered(AT_ONCE).collect().await
     }
 
-    /// Whether programs may be started inside containers, which the agent never does. Changes nothing.
+    /// Probes whether the agent could start programs inside containers, which it never does. Changes nothing.
     pub(crate) async fn may_exec(&self) -> bool {
         self.gate(&EXEC).await == Gate::Open
     }
 
-    /// Variables of the common socket proxy for what is let through and not needed. Changes nothing.
+    /// Probes which parts of the API are open that the agent does not need, and gives their variables in the common
+    /// socket proxy. Changes nothing.
     ///
-    /// All of them means that there is no proxy.
+    /// If all are open, there is no proxy.
     pub(crate) async fn surplus(&self) -> Surplus {
         let asked = SURPLUS.iter().map(async |(variable, path)| {
             let gate = self.gate(&probe("surplus", INSPECT, Method::GET, path, "")).await;
@@ -212,11 +214,11 @@ impl Docker {
         if variables.len() == SURPLUS.len() { Surplus::Everything } else { Surplus::Some(variables) }
     }
 
-    /// Whether the image's registry has it, as Docker sees it. Nothing is pulled. Not one of the agent's calls, so
-    /// that a proxy may well refuse it.
+    /// Whether the image's registry has it, as Docker sees it. Pulls nothing. The agent itself never makes this call,
+    /// so a proxy may well refuse it.
     ///
     /// # Errors
-    /// As all calls.
+    /// When the call fails.
     pub(crate) async fn registry_has(&self, image: &ImageRef) -> Result<Registry> {
         let path = format!("/distribution/{image}/json");
         let answer = self.ask(IMAGE, REGISTRY_LIMIT, Method::GET, &path, "").await?;
@@ -231,7 +233,7 @@ impl Docker {
     }
 
     async fn gate(&self, probe: &Probe) -> Gate {
-        // No two alike, so that a proxy that remembers answers does not answer by itself.
+        // Use a fresh name each time, so that a caching proxy cannot answer.
         let nothing = format!("dockflare-agent-check-{:016x}", fastrand::u64(..));
         let fill = |text: &str| text.replace("{}", &nothing);
         match self.ask(probe.call, LIMIT, probe.method.clone(), &fill(probe.path), &fill(probe.body)).await {
@@ -243,7 +245,7 @@ impl Docker {
         }
     }
 
-    /// One request on a connection of its own.
+    /// Sends one request on its own connection.
     async fn ask(&self, call: Call, limit: Duration, method: Method, path: &str, body: &str) -> Result<Answer> {
         let answered = timeout(limit, async {
             let asked = exchange(self.host(), method, path, body).await;
@@ -255,12 +257,12 @@ impl Docker {
     }
 }
 
-/// What is let through besides what the agent needs.
+/// The parts of the API that are open without need.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Surplus {
-    /// All that was asked for: nothing stands before Docker.
+    /// Everything that was probed: there is no proxy in front of Docker.
     Everything,
-    /// What these variables of the common proxy open; none at best.
+    /// Those of these variables of the common proxy; ideally none.
     Some(Vec<&'static str>),
 }
 

@@ -1,4 +1,4 @@
-//! What a tunnel container is made of, and the hash by which one that is there is compared with it.
+//! The spec of a tunnel container, and the hash that compares it with an existing container.
 
 use std::collections::BTreeMap;
 
@@ -8,107 +8,108 @@ use ring::digest;
 use crate::config::patience;
 use crate::state::Token;
 
-/// Everything a tunnel container is made of. Two specs with the same [`Spec::hash`] make the same container.
+/// Everything that defines a tunnel container. Two specs with the same [`Spec::hash`] create the same container.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Spec {
     /// Reference of the image.
     pub image: String,
-    /// The one network it is on.
+    /// The network that it is created on.
     pub network: String,
     /// The connector's token.
     pub token: Token,
-    /// Further variables of cloudflared, by name.
+    /// Other cloudflared variables, by name.
     pub options: BTreeMap<&'static str, String>,
-    /// Whether it knows this host as `host.docker.internal`.
+    /// Whether the container resolves `host.docker.internal` to this host.
     pub host_gateway: bool,
-    /// Labels that say whose it is.
+    /// Labels that name its owner.
     pub labels: BTreeMap<String, String>,
-    /// Where its metrics are served alone, if not on all of its networks.
+    /// The only network that serves its metrics; `None` if all of its networks do.
     pub metrics: Option<MetricsPlace>,
 }
 
-/// The container's place on the network where its metrics are served, and nowhere else: cloudflared listens on the
-/// address that its own name there leads to. A container that goes on under another address after a restart is found
-/// under that name again, so no address is written into its settings.
+/// The container's place on the only network that serves its metrics. cloudflared listens on the address that the
+/// container's name there resolves to. If a restart changes that address, the name still finds it, so no setting holds
+/// an address.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MetricsPlace {
     /// Name of the network.
     pub network: String,
-    /// What it is called there, and there alone. Of each container another one, since a container and its successor
-    /// are on that network together; and hard to guess, so that no neighbour on another network can take it.
+    /// The container's name there, and nowhere else. Each container has its own, because a container and its successor
+    /// are on that network together. It is hard to guess, so that no neighbor on another network can take it.
     pub name: String,
 }
 
 impl MetricsPlace {
-    /// A place with a name that no container has had.
+    /// Creates a place with a name that no container has had.
     pub(crate) fn new(network: String) -> Self {
         Self { network, name: format!("{METRICS_NAME}{:032x}", fastrand::u128(..)) }
     }
 
-    /// Whether a name is one that [`MetricsPlace::new`] gives.
+    /// Whether [`MetricsPlace::new`] could have created this name.
     pub(crate) fn is_name(name: &str) -> bool {
         let random = name.strip_prefix(METRICS_NAME);
         random.is_some_and(|hex| hex.len() == 32 && hex.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')))
     }
 }
 
-/// How the names begin by which cloudflared finds the address for its metrics.
+/// Prefix of the names by which cloudflared finds the address for its metrics.
 const METRICS_NAME: &str = "dockflare-agent-metrics-";
 
-/// The entry of the container's hosts by which it knows this host. The Engine fills in the address, from 20.10 on.
+/// The `ExtraHosts` entry that lets the container resolve this host. The Engine fills in the address, from 20.10 on.
 pub(crate) const HOST_GATEWAY: &str = "host.docker.internal:host-gateway";
 
 /// Label whose value is the hash of the spec.
 pub const SPEC_LABEL: &str = "com.dockflare.agent.spec";
 /// Label whose value is the id of the tunnel.
 pub(crate) const TUNNEL_LABEL: &str = "com.dockflare.agent.tunnel-id";
-/// Label whose value is the name of the tunnel, for people: it may change without another container.
+/// Label whose value is the name of the tunnel, for people. It may change without a new container.
 pub(crate) const TUNNEL_NAME_LABEL: &str = "com.dockflare.agent.tunnel-name";
-/// Label whose value is the number of the redeploy that it was made for.
+/// Label whose value is the number of the redeploy that created the container.
 pub(crate) const REDEPLOY_LABEL: &str = "com.dockflare.agent.redeploy";
-/// Label whose value is the name of the tunnel container that it was made for: its own name may have been changed.
+/// Label whose value is the name of the tunnel container that it was created as: the container may have been renamed.
 pub(crate) const NAME_LABEL: &str = "com.dockflare.agent.container-name";
-/// Label whose value is the network where its metrics are served, if there is one for them.
+/// Label whose value is the network that serves its metrics, if there is one.
 pub(crate) const METRICS_LABEL: &str = "com.dockflare.agent.metrics-network";
-/// Label whose value is the id of the image that it was made of, where the tag of that may move: another id makes
+/// Label whose value is the id of the image that it was created from, if the image's tag may move: another id makes
 /// another spec.
 pub(crate) const IMAGE_LABEL: &str = "com.dockflare.agent.image-id";
-/// What everything that the agent makes is marked with: key and value. On a container the value is the id of the
-/// agent at its master, where that is known; earlier versions did not write it.
+/// Key and value of the label on everything that the agent creates. On a container, the value is the agent's id at its
+/// master, if that is known. Earlier versions did not write the id.
 pub(crate) const OWNER_LABEL: (&str, &str) = ("com.dockflare.agent.owner", "dockflare-agent");
 
-/// The labels of a thing of which nothing is said but whose it is.
+/// The labels of an object that needs none but its owner.
 pub(crate) fn owner_labels() -> BTreeMap<String, String> {
     BTreeMap::from([(OWNER_LABEL.0.to_owned(), OWNER_LABEL.1.to_owned())])
 }
 
-/// A name as the value of a label: one line of bounded length.
+/// A name as the value of a label: one line of at most 128 characters.
 pub(crate) fn label_text(name: &str) -> String {
     name.chars().filter(|c| !c.is_control()).take(MOST_NAME).collect()
 }
 
 const MOST_NAME: usize = 128;
 
-/// What a tunnel container runs, after its image's entry point.
+/// The command of a tunnel container, after its image's entry point.
 pub(crate) const COMMAND: [&str; 3] = ["tunnel", "--no-autoupdate", "run"];
 
-/// The variable that tells cloudflared where to serve its metrics.
+/// The variable that sets the address on which cloudflared serves its metrics.
 pub(crate) const METRICS_VARIABLE: &str = "TUNNEL_METRICS";
 
-/// Its value: all addresses of the container, or the one of this name.
+/// The value of [`METRICS_VARIABLE`]: all addresses of the container, or the one that this name resolves to.
 pub(crate) fn metrics_address(name: Option<&str>) -> String {
     format!("{}:{METRICS_PORT}", name.unwrap_or("0.0.0.0"))
 }
 
-/// Where cloudflared serves `/ready` and `/metrics`. Pinned, since left alone it moves when the port is taken.
+/// Port on which cloudflared serves `/ready` and `/metrics`. Pinned, because by default cloudflared moves to another
+/// port if this one is taken.
 pub const METRICS_PORT: u16 = 20241;
 
 impl Spec {
-    /// SHA-256 over everything that the container is made of, the token included, as lower-case hex.
+    /// SHA-256 over everything that defines the container, the token included, as lower-case hex.
     ///
-    /// Not over whose it is, what it was called and what its tunnel is called: an agent that was given another id, or
-    /// whose container was made by an earlier version, goes on with the container that it has. Nor over the name that
-    /// it has for its metrics, which is another one each time.
+    /// It leaves out the owner, the container's name and the tunnel's name: an agent that was given another id, or
+    /// whose container an earlier version created, keeps the container that it has. It also leaves out the name for the
+    /// metrics, which changes each time.
     pub fn hash(&self) -> String {
         let mut plain = self.plain_body("");
         if let Some(labels) = &mut plain.labels {
@@ -121,15 +122,15 @@ impl Spec {
         digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// The same over HTTP/2, where that is not what it asks for anyway: there cloudflared says why it is refused, and
-    /// serves where only QUIC is at fault.
+    /// The same spec over HTTP/2, or `None` if it uses that already. Over HTTP/2, cloudflared says why it is refused,
+    /// and serves if only QUIC is at fault.
     pub(crate) fn over_http2(&self) -> Option<Self> {
         const PROTOCOL: &str = "TUNNEL_TRANSPORT_PROTOCOL";
         if self.options.get(PROTOCOL).is_some_and(|protocol| protocol == "http2") {
             return None;
         }
         let mut spec = self.clone();
-        // Needs QUIC.
+        // Post-quantum needs QUIC.
         spec.options.retain(|name, value| *name != "TUNNEL_POST_QUANTUM" || value != "true");
         spec.options.insert(PROTOCOL, "http2".to_owned());
         Some(spec)
@@ -142,13 +143,13 @@ impl Spec {
         body
     }
 
-    /// The same, as it is written.
+    /// The body of the create call as JSON.
     #[cfg(test)]
     pub(crate) fn body_for_tests(&self) -> serde_json::Value {
         serde_json::to_value(self.body()).unwrap_or_default()
     }
 
-    /// With this name for its metrics, where it has one.
+    /// The body without the spec label, and with this name for its metrics if it has a place for them.
     fn plain_body(&self, name: &str) -> models::ContainerCreateBody {
         let name = self.metrics.as_ref().map(|_| name);
         let mut labels = self.labels.clone();
@@ -166,7 +167,7 @@ impl Spec {
             env: Some(env),
             labels: Some(labels.into_iter().collect()),
             stop_timeout: i64::try_from(patience(&self.options).as_secs()).ok(),
-            // Docker asks cloudflared itself, so nobody needs the right to execute anything in the container.
+            // Docker runs the check itself, so nobody needs the right to execute anything in the container.
             healthcheck: Some(models::HealthConfig {
                 test: words(&[
                     "CMD",
@@ -179,7 +180,7 @@ impl Spec {
                 interval: seconds(15),
                 timeout: seconds(5),
                 start_period: seconds(15),
-                // From Engine 25 on: each second until it is first ready. Older ones do not know it.
+                // From Engine 25 on, checks every second until it is first ready. Older Engines ignore it.
                 start_interval: seconds(1),
                 retries: Some(3),
             }),
@@ -197,7 +198,7 @@ impl Spec {
                 cap_drop: words(&["ALL"]),
                 security_opt: words(&["no-new-privileges:true"]),
                 readonly_rootfs: Some(true),
-                // Threads count: Go makes one for each call that blocks.
+                // Threads count too: Go starts one for each blocking call.
                 pids_limit: Some(512),
                 ..Default::default()
             }),
@@ -217,7 +218,7 @@ mod tests {
             token: Token::new("s3cret"),
             options: BTreeMap::from([("TUNNEL_REGION", "us".to_owned())]),
             host_gateway: true,
-            // Enough of them that an order left to chance would show.
+            // Enough labels that a random order would show.
             labels: ('a'..='p').map(|key| (key.to_string(), "1".to_owned())).collect(),
             metrics: None,
         }

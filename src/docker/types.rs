@@ -1,4 +1,4 @@
-//! What the agent knows of containers, in its own words, and how that is read from and written for the Engine.
+//! The agent's own types for containers, networks and events, and how they are read from and written for the Engine.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -14,7 +14,7 @@ pub struct Container {
     pub id: String,
     /// Name, without Docker's leading slash.
     pub name: String,
-    /// All of its labels.
+    /// All labels.
     pub labels: BTreeMap<String, String>,
     /// `running`, `paused`, …
     pub status: String,
@@ -24,7 +24,7 @@ pub struct Container {
 
 impl From<models::ContainerSummary> for Container {
     fn from(summary: models::ContainerSummary) -> Self {
-        // A container has one name of its own; further ones, with a second slash, are links of others.
+        // A container has one name of its own. Further names, with a second slash, are links of other containers.
         let names = summary.names.unwrap_or_default();
         let name = names.iter().map(|name| name.trim_start_matches('/')).find(|name| !name.contains('/'));
         Self {
@@ -37,12 +37,12 @@ impl From<models::ContainerSummary> for Container {
     }
 }
 
-/// What Engine it is.
+/// The Engine's version and host.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Version {
     /// Its version, such as `28.2.2`.
     pub engine: String,
-    /// Version of the newest API that it speaks.
+    /// The newest API version that it supports.
     pub api: String,
     /// Its operating system, such as `linux`.
     pub os: String,
@@ -50,7 +50,7 @@ pub struct Version {
     pub arch: String,
     /// Version of its kernel.
     pub kernel: String,
-    /// Whether it is Docker Desktop, in whose containers `host.docker.internal` is known without being asked for.
+    /// Whether it is Docker Desktop, whose containers resolve `host.docker.internal` without an entry.
     pub is_desktop: bool,
 }
 
@@ -67,10 +67,10 @@ impl From<models::SystemVersion> for Version {
     }
 }
 
-/// A running container's place on networks, from a listing.
+/// The networks of a running container, from a listing.
 #[derive(Debug, Clone)]
 pub(crate) struct Placed {
-    /// All of its labels.
+    /// All labels.
     pub(crate) labels: BTreeMap<String, String>,
     /// As in [`Inspected`].
     pub(crate) network_mode: String,
@@ -89,38 +89,38 @@ impl From<models::ContainerSummary> for Placed {
     }
 }
 
-/// Something that happened to a container or a network.
+/// An event of a container or a network.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Event {
     /// Nanoseconds since 1970 by the Engine's clock.
     pub at: i64,
     /// What happened.
     pub action: Action,
-    /// Full id of what it happened to.
+    /// Full id of the container or network.
     pub id: String,
-    /// Its name.
+    /// Its name, without the slash.
     pub name: String,
-    /// Labels, and what else the Engine says beside them.
+    /// Labels, and the other attributes that the Engine lists among them.
     pub attributes: BTreeMap<String, String>,
 }
 
-/// What happened, as far as the agent tells it apart.
+/// What happened, as finely as the agent distinguishes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
-    /// A container began to run.
+    /// A container started.
     Start,
-    /// A container ended, whatever the cause: `die` comes first, `stop` and `destroy` may follow or be all there is.
+    /// A container ended, for whatever reason. `die` comes first; `stop` and `destroy` may follow it, or come alone.
     End,
-    /// A container has another name.
+    /// A container was renamed.
     Rename,
-    /// Something else about a container, such as a pause or a health status.
+    /// Another event of a container, such as a pause or a health status.
     Container,
-    /// Something about a network.
+    /// An event of a network.
     Network,
 }
 
 impl Action {
-    /// Short and stable, for the metrics.
+    /// A short and stable name, for the metrics.
     pub(crate) fn name(&self) -> &'static str {
         match self {
             Self::Start => "start",
@@ -154,39 +154,39 @@ pub struct Inspected {
     pub id: String,
     /// Name, without the slash.
     pub name: String,
-    /// What it is doing.
+    /// Its state.
     pub state: RunState,
-    /// When it was last started, RFC 3339 as the Engine writes it.
+    /// When it was last started: RFC 3339, as the Engine writes it.
     pub started_at: String,
-    /// How it last ended; 0 while it never did.
+    /// Exit code of the last run; 0 before the first end.
     pub exit_code: i64,
-    /// Whether the kernel ended it for want of memory.
+    /// Whether the kernel killed it for lack of memory.
     pub out_of_memory: bool,
-    /// How often Docker's restart policy has started it again; a start by hand sets it back to 0.
+    /// How often Docker's restart policy has restarted it. A manual start resets it to 0.
     pub restarts: u64,
-    /// What Docker says of a start that failed.
+    /// Docker's message about a failed start.
     pub error: String,
-    /// What its own health check says.
+    /// The result of its health check.
     pub health: Option<Health>,
-    /// How the health check's last try ended.
+    /// The result of the last run of the health check.
     pub last_check: Option<LastCheck>,
     /// Reference of the image it was created from.
     pub image: String,
-    /// Entrypoint and command together, without the values of options that may be secret.
+    /// Entry point and command together, without the values of options that may be secret.
     pub command: Vec<String>,
-    /// Names of the variables it was given; the values may be secrets and are not kept.
+    /// Names of its variables. The values may be secrets and are not kept.
     pub env_names: Vec<String>,
-    /// The tunnel whose connector it is, where a token in its environment or its command says so.
+    /// The tunnel that it serves as a connector, according to a token in its environment or command.
     pub serves: Option<TunnelId>,
     /// Its labels.
     pub labels: HashMap<String, String>,
-    /// Where it is reached, by network.
+    /// Its place on each network, by name.
     pub networks: BTreeMap<String, Endpoint>,
-    /// `host`, `none`, `container:<id>`, or the name of the network it began on.
+    /// `host`, `none`, `container:<id>`, or the name of the network it was created on.
     pub network_mode: String,
-    /// The TCP ports that its image or whoever made it declares.
+    /// The TCP ports that its image or its creator declares.
     pub ports: BTreeSet<u16>,
-    /// Whether it was made to know this host as `host.docker.internal`.
+    /// Whether it was created with an entry for `host.docker.internal`.
     pub knows_host: bool,
 }
 
@@ -197,36 +197,36 @@ pub struct Endpoint {
     pub address: String,
     /// The host's address there; empty while it does not run.
     pub gateway: String,
-    /// What it is called there besides its own name, as Docker's DNS has it.
+    /// Its names there, as in Docker's DNS.
     pub aliases: Vec<String>,
 }
 
-/// The name that the tunnel container has on a network which the agent connected it to. Docker keeps it with the
-/// connection, so that it is noted in the same instant as that is made, and one that was made by hand never has it.
+/// Alias of the tunnel container on a network that the agent connected it to. Docker stores it with the connection, so
+/// the mark appears in the same instant. A connection made by hand never has it.
 pub(crate) const JOINED: &str = "dockflare-agent-joined";
 
 impl Endpoint {
-    /// Whether it was the agent who connected the container.
+    /// Whether the agent made this connection.
     pub(crate) fn is_joined(&self) -> bool {
         self.aliases.iter().any(|alias| alias == JOINED)
     }
 }
 
-/// How a try of the health check ended.
+/// The result of one run of the health check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LastCheck {
     /// cloudflared answered that it is ready.
     Ready,
-    /// It answered that it is not.
+    /// cloudflared answered that it is not ready.
     NotReady,
-    /// It did not answer in time.
+    /// cloudflared did not answer in time.
     TimedOut,
-    /// The check itself could not be run.
+    /// Docker could not run the check.
     Broken,
 }
 
 impl LastCheck {
-    /// `tunnel ready` exits 0 or 1; Docker notes a time-out as exit code -1 and says so (Engine 20.10 to 29).
+    /// `tunnel ready` exits with 0 or 1. Docker records a timeout as exit code -1 and a text (Engine 20.10 to 29).
     fn of(result: &models::HealthcheckResult) -> Self {
         let output = result.output.as_deref().unwrap_or_default();
         match result.exit_code.unwrap_or(-1) {
@@ -238,7 +238,7 @@ impl LastCheck {
     }
 }
 
-/// What a container is doing.
+/// The state of a container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RunState {
     /// Never started.
@@ -247,22 +247,22 @@ pub enum RunState {
     Running,
     /// Frozen.
     Paused,
-    /// Between two runs of Docker's restart policy.
+    /// Waiting for Docker's restart policy to start it again.
     Restarting,
     /// Ended.
     Exited,
-    /// Half removed.
+    /// Partly removed.
     Dead,
 }
 
-/// What a container's own health check says.
+/// The result of a container's health check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Health {
-    /// Not tried often enough yet.
+    /// No verdict yet.
     Starting,
-    /// Its last try succeeded.
+    /// The last run succeeded.
     Healthy,
-    /// Several tries failed.
+    /// Several runs in a row failed.
     Unhealthy,
 }
 
@@ -321,7 +321,7 @@ impl From<models::ContainerInspectResponse> for Inspected {
 impl From<models::EndpointSettings> for Endpoint {
     fn from(settings: models::EndpointSettings) -> Self {
         let mut aliases = settings.aliases.unwrap_or_default();
-        // From Engine 25 on this is the whole list, the container's own name and host name included.
+        // From Engine 25 on, this is the complete list, with the container's own name and host name.
         aliases.extend(settings.dns_names.unwrap_or_default());
         aliases.sort_unstable();
         aliases.dedup();
@@ -333,7 +333,7 @@ impl From<models::EndpointSettings> for Endpoint {
     }
 }
 
-/// The tunnel that a token in the environment, or behind `--token` of the command, is for.
+/// The tunnel of a token in the environment, or after `--token` in the command.
 fn tunnel_of(env: &[String], command: &[String]) -> Option<TunnelId> {
     let in_env = env.iter().find_map(|entry| entry.strip_prefix("TUNNEL_TOKEN="));
     let in_command = || {
@@ -347,7 +347,7 @@ fn tunnel_of(env: &[String], command: &[String]) -> Option<TunnelId> {
     Token::new(text).claims().ok().map(|claims| claims.tunnel)
 }
 
-/// The command with nothing of a token in it.
+/// The command without any part of a token.
 fn without_tokens(command: Vec<String>) -> Vec<String> {
     let mut hide = false;
     let hidden = command.into_iter().map(|word| {
@@ -359,7 +359,7 @@ fn without_tokens(command: Vec<String>) -> Vec<String> {
 
 #[cfg(test)]
 impl Inspected {
-    /// A container of which nothing is known, for tests to add to.
+    /// An empty container for tests to fill in.
     pub(crate) fn blank() -> Self {
         Self::from(models::ContainerInspectResponse::default())
     }

@@ -1,13 +1,13 @@
-//! What the agent is shown: each answer is made anew from what the agent's own types hold of Docker's, and of that
-//! only what it needs. Pure.
+//! Writes each answer anew from what the agent's own types hold of Docker's, and shows the agent only what it needs.
+//! Pure.
 //!
-//! | container | what is shown of it |
+//! | container | what the agent sees of it |
 //! |---|---|
-//! | the tunnel's or its successor's, made by the agent | state, networks, our labels; no value of a variable |
-//! | somebody else's under one of the two names | name, image, state |
-//! | made for one of the two names and renamed by hand | the same as the tunnel's |
-//! | labelled | name, image, state, networks, ports, labels that may leave the host |
-//! | one that lends its network to a labelled one | name, state, networks, ports |
+//! | the tunnel's or its successor's, created by the agent | state, networks, our labels; no value of a variable |
+//! | another owner's under one of these two names | name, image, state |
+//! | created for one of these names and renamed by hand | the same as the tunnel's |
+//! | labeled | name, image, state, networks, ports, labels that may leave the host |
+//! | one whose network a labeled one shares | name, state, networks, ports |
 //! | a connector | name, image, state, command and tunnel id, no secret |
 //! | the agent's own | name, image, state, and its place on the tunnel's networks |
 //! | one that a service label names | its name, in a listing |
@@ -26,10 +26,10 @@ use crate::health::{Owner, Whose, is_own, owner};
 use crate::labels::{COMPOSE_SERVICE, is_enabled, may_leave, nearly};
 use crate::neighbours::{is_connector, named_host, services, tells_connector};
 
-/// How the labels begin that the agent puts on its container.
+/// Prefix of the labels that the agent puts on its container.
 const OUR_LABELS: &str = "com.dockflare.agent.";
 
-/// What an inspection may show, given that it was asked for by `name` or by id.
+/// What an inspection by name or by full id may show.
 pub(super) fn shown(policy: &Policy, mut seen: Inspected) -> Option<Inspected> {
     let is_tunnel = policy.is_tunnels(&seen);
     let connector = is_connector(&seen.image, seen.labels.values());
@@ -61,7 +61,7 @@ pub(super) fn shown(policy: &Policy, mut seen: Inspected) -> Option<Inspected> {
     is_own(&seen).then(|| own(policy, seen))
 }
 
-/// What is shown of the agent's own container: that it is, and whether it is on the tunnel's networks.
+/// What the agent may see of its own container: that it exists, and its place on the tunnel's networks.
 pub(super) fn own(policy: &Policy, mut seen: Inspected) -> Inspected {
     let labels = seen.labels.get(COMPOSE_SERVICE).map(|name| (COMPOSE_SERVICE.to_owned(), name.clone()));
     let (labels, network_mode) = (labels.into_iter().collect(), std::mem::take(&mut seen.network_mode));
@@ -70,7 +70,7 @@ pub(super) fn own(policy: &Policy, mut seen: Inspected) -> Inspected {
     Inspected { labels, networks, network_mode, ..bare(seen) }
 }
 
-/// What is shown of a container on whose networks a labelled one is.
+/// What the agent may see of a container whose network a labeled one shares.
 pub(super) fn place_only(mut seen: Inspected) -> Inspected {
     let (networks, ports) = (std::mem::take(&mut seen.networks), std::mem::take(&mut seen.ports));
     let network_mode = std::mem::take(&mut seen.network_mode);
@@ -85,7 +85,8 @@ pub(super) fn place_only(mut seen: Inspected) -> Inspected {
     }
 }
 
-/// No tunnel has so long a name, and such a word may be a secret: a service token of Access has 64 letters.
+/// Words of this length or more are hidden. No tunnel has so long a name, and such a word may be a secret: a service
+/// token of Access has 64 letters.
 const MOST_LETTERS: usize = 64;
 
 fn connector_only(mut seen: Inspected) -> Inspected {
@@ -96,18 +97,18 @@ fn connector_only(mut seen: Inspected) -> Inspected {
     Inspected { command, serves, env_names, ..bare(seen) }
 }
 
-/// A command without its secrets, as far as one can tell them.
+/// A command without its secrets, as far as they can be recognized.
 fn without_secrets(command: &[String]) -> Vec<String> {
     let mut tells = false;
     let mut brief = |word: &str| {
         let (is_option, has_value) = (word.starts_with('-'), word.contains('='));
         let names_one = is_option && ["token", "secret", "key", "pass"].iter().any(|name| word.contains(name));
         let is_told = std::mem::replace(&mut tells, names_one && !has_value) && !is_option;
-        // Of the token itself only a mark is left by now, which tells that there is one.
+        // By now only a placeholder is left of the token, which shows that there is one.
         let is_secret = (is_told && !word.starts_with('<')) || (names_one && has_value && !word.ends_with('>'));
         if is_secret || word.len() >= MOST_LETTERS { "<hidden>" } else { word }.to_owned()
     };
-    // An entry may be a line for a shell.
+    // An entry may be a shell command line.
     command.iter().map(|entry| entry.split(' ').map(&mut brief).collect::<Vec<_>>().join(" ")).collect()
 }
 
@@ -131,9 +132,9 @@ fn bare(seen: Inspected) -> Inspected {
 
 const TOKEN: &str = "TUNNEL_TOKEN";
 
-/// An inspection as the Engine would write it.
+/// Writes an inspection as the Engine would.
 pub(super) fn inspection(seen: &Inspected) -> Value {
-    // The agent compares the tunnel's id: a token for that tunnel without its secret serves that, and nothing else.
+    // The agent compares the tunnel's id. A token for that tunnel without its secret allows this, and nothing else.
     let token = seen.serves.as_ref().map_or("hidden".to_owned(), |tunnel| {
         STANDARD.encode(json!({ "a": "hidden", "t": tunnel.0, "s": "hidden" }).to_string())
     });
@@ -190,7 +191,7 @@ fn health_status(health: Health) -> &'static str {
     }
 }
 
-/// As Docker notes it, so that the agent reads the same again.
+/// Writes the result as Docker records it, so that the agent reads it back unchanged.
 fn last_check(check: LastCheck) -> Value {
     let (code, output) = match check {
         LastCheck::Ready => (0, ""),
@@ -201,10 +202,10 @@ fn last_check(check: LastCheck) -> Value {
     json!({ "ExitCode": code, "Output": output })
 }
 
-/// A hostname, or a word that was to mean yes, is shorter.
+/// Longest value of a label that nearly enables a container. A hostname, or a word meant as yes, is shorter.
 const MOST_IN_A_LABEL: usize = 255;
 
-/// A listing of what is asked for with a label: the labelled ones, or of all that run what the agent may see.
+/// Writes a listing: the labeled containers, or of all running ones those that the agent may see.
 pub(super) fn listing(policy: &Policy, listed: &[Container], labelled_only: bool) -> Value {
     let named: BTreeSet<String> = listed
         .iter()
@@ -244,7 +245,7 @@ pub(super) fn listing(policy: &Policy, listed: &[Container], labelled_only: bool
     listed.iter().filter_map(one).collect()
 }
 
-/// A listing of what was made for the tunnel's name, whatever it is called by now.
+/// Lists the containers that were created for the tunnel's name, whatever their names are now.
 pub(super) fn made(policy: &Policy, listed: &[Container]) -> Value {
     let ours = |one: &&Container| policy.is_tunnel(&one.name) || policy.is_made_for(one.labels.get(NAME_LABEL));
     let one = |container: &Container| {
@@ -255,8 +256,8 @@ pub(super) fn made(policy: &Policy, listed: &[Container]) -> Value {
     listed.iter().filter(ours).map(one).collect()
 }
 
-/// An event as the Engine would write it, if it is one that the agent may see. Of networks that are not the
-/// tunnel's it is told that something happened, not to which: a container may have been connected to one.
+/// Writes an event as the Engine would, if the agent may see it. For networks other than the tunnel's, it says that
+/// something happened but not to which: a container may have been connected to one.
 pub(super) fn event(policy: &Policy, event: &Event) -> Option<Value> {
     let (kind, action) = match event.action {
         Action::Start => ("container", "start"),
@@ -294,7 +295,7 @@ pub(super) fn event(policy: &Policy, event: &Event) -> Option<Value> {
     }))
 }
 
-/// Lines of a log as the Engine frames them: the stream, three empty bytes, the length, the line.
+/// Frames the lines of a log as the Engine does: the stream, three zero bytes, the length, the line.
 pub(super) fn log(lines: &[String]) -> Vec<u8> {
     const STDOUT: u8 = 1;
     let frame = |line: &String| {

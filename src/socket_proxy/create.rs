@@ -1,8 +1,8 @@
-//! The bodies that are read: each as a closed set of fields, spelled exactly, none of them twice.
+//! Reads the bodies of requests. Each is a closed set of fields, spelled exactly, none of them twice.
 //!
-//! Docker's own reader takes `hostconfig`, `HoſtConfig` and a second `HostConfig` for the same field. Here the first
-//! two are unknown and the third is one too many. From the body of a create call comes a [`Spec`], which writes the
-//! body that Docker gets: command, hardening, health check and log limits are in it whatever the client sent.
+//! Docker's own reader takes `hostconfig`, `HoſtConfig` and a second `HostConfig` for the same field. Here, the first
+//! two are unknown fields and the third is a duplicate. The body of a create call becomes a [`Spec`], which writes the
+//! body that Docker gets: it holds command, hardening, health check and log limits, whatever the client sent.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -20,7 +20,7 @@ use crate::state::{AgentId, Token, TunnelId};
 
 type Rule = &'static str;
 
-/// The body of a create call, as far as [`Spec`] writes one.
+/// The fields of a create call that [`Spec`] writes.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "PascalCase")]
 struct Container {
@@ -29,7 +29,7 @@ struct Container {
     env: Vec<String>,
     labels: Labels,
     host_config: HostConfig,
-    // What follows is made anew; it only must be what it is called.
+    // The proxy writes the following fields anew; here they only need the right type.
     #[serde(default, rename = "StopTimeout")]
     _stop_timeout: Option<u16>,
     #[serde(default, rename = "Healthcheck")]
@@ -118,7 +118,7 @@ struct Disconnect {
     container: String,
 }
 
-/// Names with values, no name twice.
+/// Labels with their values; no name may occur twice.
 struct Labels(BTreeMap<String, String>);
 
 impl<'de> Deserialize<'de> for Labels {
@@ -145,7 +145,7 @@ impl<'de> Deserialize<'de> for Labels {
     }
 }
 
-/// Reads a body: one JSON object, nothing behind it. The rule tells what is wrong with it without saying what it holds.
+/// Reads a body: one JSON object with nothing after it. The rule says what is wrong without revealing the content.
 fn read<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, Rule> {
     serde_json::from_slice(body).map_err(|_| match serde_json::from_slice::<IgnoredAny>(body) {
         Ok(_) => "body_fields",
@@ -153,7 +153,7 @@ fn read<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, Rule> {
     })
 }
 
-/// What a create call may make: the container of the agent's settings, with some token.
+/// Reads what a create call may create: the container of the agent's settings, with any valid token.
 pub(super) fn container(policy: &Policy, body: &[u8]) -> Result<Spec, Rule> {
     let asked: Container = read(body)?;
     let tunnel = &policy.tunnel;
@@ -179,7 +179,7 @@ pub(super) fn container(policy: &Policy, body: &[u8]) -> Result<Spec, Rule> {
     check_labels(policy, &labels)?;
     let network = tunnel.network.clone();
     let spec = Spec { image: asked.image, network, token, options, host_gateway, labels, metrics };
-    // A container with another hash than its agent expects would be replaced again and again.
+    // The agent would replace a container with an unexpected hash again and again.
     if hash.is_none_or(|hash| hash != spec.hash()) {
         return Err("create_spec_label");
     }
@@ -211,7 +211,8 @@ fn environment(policy: &Policy, entries: &[String]) -> Result<Environment, Rule>
     Ok((token, metrics, options))
 }
 
-/// Where the metrics are served: with a network for them under a name there, otherwise on all addresses.
+/// Where the container serves its metrics: under a name on the network for them if there is one, otherwise on all
+/// addresses.
 fn metrics_place(policy: &Policy, address: &str) -> Result<Option<MetricsPlace>, Rule> {
     let name = address.rsplit_once(':').map(|(name, _)| name).filter(|name| MetricsPlace::is_name(name));
     let is_whole = address == metrics_address(name);
@@ -224,7 +225,7 @@ fn metrics_place(policy: &Policy, address: &str) -> Result<Option<MetricsPlace>,
     }
 }
 
-/// The owner's, and of the others only those that the agent sets.
+/// Accepts the owner label, and of the others only those that the agent sets.
 fn check_labels(policy: &Policy, labels: &BTreeMap<String, String>) -> Result<(), Rule> {
     let is_number = |text: &str| text.parse::<u64>().is_ok_and(|number| number.to_string() == text);
     let fits = labels.iter().all(|(key, value)| match key.as_str() {
@@ -233,7 +234,7 @@ fn check_labels(policy: &Policy, labels: &BTreeMap<String, String>) -> Result<()
         REDEPLOY_LABEL => is_number(value),
         IMAGE_LABEL => is_image_id(value),
         NAME_LABEL => *value == policy.tunnel.container_name,
-        // Which agent it is, the proxy does not know.
+        // The proxy does not know which agent it serves.
         key => key == OWNER_LABEL.0 && AgentId::try_from(value.clone()).is_ok(),
     });
     if fits && labels.contains_key(OWNER_LABEL.0) { Ok(()) } else { Err("create_labels") }
@@ -244,7 +245,7 @@ fn is_image_id(text: &str) -> bool {
     hex.is_some_and(|hex| hex.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')))
 }
 
-/// Only the tunnel's network and that of its metrics, as the agent makes them.
+/// Accepts only the tunnel's network and the one for its metrics, as the agent creates them.
 pub(super) fn network(policy: &Policy, body: &[u8]) -> Result<String, Rule> {
     let asked: Network = read(body)?;
     if !policy.is_network(&asked.name) {
@@ -262,7 +263,7 @@ pub(super) fn network(policy: &Policy, body: &[u8]) -> Result<String, Rule> {
     Ok(asked.name)
 }
 
-/// The container that is to be connected to the network of its metrics, and its name there.
+/// Reads which container to connect to the network for its metrics, and its name there.
 pub(super) fn place(body: &[u8]) -> Result<(String, String), Rule> {
     let Connect { container, endpoint_config } = read(body)?;
     match endpoint_config {
@@ -271,7 +272,7 @@ pub(super) fn place(body: &[u8]) -> Result<(String, String), Rule> {
     }
 }
 
-/// The container that is to be connected, and is marked as such.
+/// Reads which container to connect, with the alias that marks the connection as the agent's.
 pub(super) fn joined(body: &[u8]) -> Result<String, Rule> {
     let Connect { container, endpoint_config } = read(body)?;
     match endpoint_config {
@@ -280,7 +281,7 @@ pub(super) fn joined(body: &[u8]) -> Result<String, Rule> {
     }
 }
 
-/// The container that is to be connected.
+/// Reads which container to connect.
 pub(super) fn connect(body: &[u8]) -> Result<String, Rule> {
     let Connect { container, endpoint_config } = read(body)?;
     match endpoint_config {
@@ -289,7 +290,7 @@ pub(super) fn connect(body: &[u8]) -> Result<String, Rule> {
     }
 }
 
-/// The container that is to be disconnected.
+/// Reads which container to disconnect.
 pub(super) fn disconnect(body: &[u8]) -> Result<String, Rule> {
     read(body).map(|Disconnect { container }| container)
 }

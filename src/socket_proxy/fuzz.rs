@@ -1,4 +1,5 @@
-//! For the fuzz targets, see [`crate::fuzzing`]: whatever comes in, what is let through is what was written here.
+//! The fuzz targets of the proxy, see [`crate::fuzzing`]: whatever comes in, what the proxy lets through was written
+//! here.
 
 use dockflare_engine::proxy::Head;
 

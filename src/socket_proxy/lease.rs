@@ -1,4 +1,4 @@
-//! The lease: for how long the tunnel stays when its agent has said goodbye, and what ends that.
+//! The lease: how long the tunnel stays after its agent has said goodbye, and what ends that.
 //!
 //! ```text
 //!              goodbye            its connection closes             the lease ends
@@ -7,19 +7,19 @@
 //!      └──────────────────────────────────────────────────────────────────────────────┘
 //! ```
 //!
-//! An agent is connected while it listens to events: that call only an agent that runs makes, `check` and Docker's
-//! own checks do not. Without a goodbye, as after a crash or a kill, nothing is ever removed.
+//! An agent counts as connected while it listens to events. Only a running agent makes that call; `check` and Docker's
+//! health checks do not. Without a goodbye, as after a crash or a kill, the proxy never removes anything.
 //!
-//! A proxy that is asked to stop has to tell an upgrade from the end of all. Compose stops the agent first only on
-//! `down`, so there its connection has closed by then; on `restart` and `up` both are asked at the same moment, and the
-//! agent stays connected for a second after its goodbye. So the tunnel goes when a goodbye was said and the connection
-//! has closed, and stays otherwise.
+//! A proxy that is asked to stop must tell an upgrade from a final shutdown. Compose stops the agent first only on
+//! `down`, so the agent's connection has closed by then. On `restart` and `up`, Compose asks both at the same moment,
+//! and the agent stays connected for a second after its goodbye. So the proxy removes the tunnel if a goodbye was said
+//! and the connection has closed, and keeps it otherwise.
 //!
-//! The lease is also on disk, beside the socket, before the goodbye is answered: a proxy that was killed goes on with
-//! it. Its time is that of the host's uptime, which nobody sets. After a reboot, when nobody knows how long it took,
-//! it begins anew, and in any case the agent gets [`LEAST_LEFT`] to connect to a proxy that has just started. While
-//! Docker does not answer, as when it starts its containers before its API, no agent can come back: that time counts
-//! from its first answer.
+//! The proxy also writes the lease to disk, beside the socket, before it answers the goodbye. After a SIGKILL, the next
+//! proxy goes on with it. The lease is timed by the host's uptime, which nobody can set. After a reboot of unknown
+//! length, the lease begins anew. In any case, the agent gets [`LEAST_LEFT`] to connect to a proxy that has just
+//! started. While Docker does not answer, no agent can come back, for example when Docker starts its containers before
+//! its API. Then [`LEAST_LEFT`] counts from Docker's first answer.
 
 #![expect(clippy::disallowed_methods, reason = "a file is read once at the start, and written by `Aside`")]
 
@@ -43,36 +43,36 @@ use crate::health::{Owner, Whose, owner};
 use crate::retry::{Backoff, Trouble};
 use crate::state::AgentId;
 
-/// The longest that an agent may ask for, in seconds.
+/// The longest lease that an agent may ask for, in seconds.
 pub(super) const LONGEST: u64 = 3600;
-/// What a proxy that has just started leaves of a lease, at least: an agent that starts with it needs a moment.
+/// The least time that a proxy leaves of a lease when it starts: an agent that starts with it needs a moment.
 const LEAST_LEFT: Duration = Duration::from_secs(15);
-/// How often a Docker that does not answer is asked again, and what it gets for its answer.
+/// How often to ask Docker while it does not answer. [`ANSWERS_WITHIN`] is the time limit for its answer.
 const ASK_EVERY: Duration = Duration::from_secs(1);
 const ANSWERS_WITHIN: Duration = Duration::from_secs(2);
-/// The goodbye is to be answered by then.
+/// Time limit for the write, because the goodbye waits for it.
 const WRITE_LIMIT: Duration = Duration::from_secs(1);
-/// What a proxy that is asked to stop allows itself to notice which connections have closed before.
+/// How long a proxy that is asked to stop waits to notice connections that have already closed.
 const SETTLE: Duration = Duration::from_millis(100);
-/// Names in a file; there are two when the tunnel container was given another name.
+/// Most names in a file. There are two after the tunnel container's name has changed in the settings.
 const MOST_NAMES: usize = 8;
-/// As many names with as many ids of the greatest length are no more.
+/// Most bytes of a file: enough for the most names with the most ids, each of the greatest length.
 const MOST_BYTES: u64 = 64 << 10;
 
-/// The ids of an agent that are known to have been its own.
+/// Most ids of one agent that are known to have been its own.
 pub(super) const MOST_AGENTS: usize = 32;
 
-/// The tunnel containers that a lease is about: of this name, and of another one when the setting was changed since.
-/// With each the ids of the agents that may have made it; another agent's is never touched.
+/// The tunnel containers of a lease, by name: the current name, and another one if the setting has changed since. Each
+/// has the ids of the agents that may have created it; the proxy never touches another agent's container.
 type Containers = BTreeMap<String, Vec<AgentId>>;
 
-/// What is known of the agent and its goodbye. Pure; the tables of tests are the specification.
+/// The state of the agent and its goodbye. Pure; the tables in the tests are the specification.
 #[derive(Debug, Default)]
 struct Standing {
     lease: Option<Lease>,
-    /// Connections on which a goodbye was said and that are still open.
+    /// Open connections on which an agent has said goodbye.
     parting: usize,
-    /// Agents that are connected.
+    /// Connected agents.
     agents: usize,
 }
 
@@ -83,14 +83,14 @@ struct Lease {
     ends: Instant,
 }
 
-/// What becomes of the tunnel.
+/// What to do with the tunnel.
 #[derive(Debug, PartialEq, Eq)]
 enum Verdict {
-    /// It stays: nobody has said goodbye, or an agent is there.
+    /// Keep it: nobody has said goodbye, or an agent is connected.
     Stays,
-    /// It stays until then, or until something happens.
+    /// Keep it until this instant, or until something changes.
     Held(Option<Instant>),
-    /// Of these names, with their successors.
+    /// Remove the containers of these names, and their successors.
     Goes(Containers),
 }
 
@@ -102,20 +102,20 @@ impl Standing {
         self.parting += 1;
     }
 
-    /// Docker answers again: an agent gets a moment to come back through this proxy, however long that took.
+    /// Docker answers again: give an agent time to come back through this proxy, however long the outage was.
     fn docker_is_back(&mut self, now: Instant) {
         if let Some(lease) = &mut self.lease {
             lease.ends = lease.ends.max(now + LEAST_LEFT);
         }
     }
 
-    /// After each change: an agent that is connected when none is parting has taken over the container of this name.
-    /// Whether it has just done so.
+    /// Called after each change. An agent that is connected while none is parting takes over the container of this
+    /// name. Returns whether it has just done so.
     fn settle(&mut self, own: &str) -> bool {
         self.parting == 0 && self.agents > 0 && self.ended(own)
     }
 
-    /// The container of this name is not to be removed any more. Whether it was.
+    /// Drops the container of this name from the lease. Returns whether the lease held it.
     fn ended(&mut self, name: &str) -> bool {
         let Some(lease) = &mut self.lease else { return false };
         let was_held = lease.containers.remove(name).is_some();
@@ -134,7 +134,7 @@ impl Standing {
         }
     }
 
-    /// When the proxy is asked to stop.
+    /// The verdict when the proxy is asked to stop.
     fn last_verdict(&self) -> Verdict {
         match &self.lease {
             Some(lease) if self.parting == 0 && self.agents == 0 => Verdict::Goes(lease.containers.clone()),
@@ -144,12 +144,12 @@ impl Standing {
     }
 }
 
-/// What the lease does to containers. The tests have a double of it.
+/// The lease's actions on containers. Tests use a double.
 pub(super) trait Hands: Sync {
     /// Whether Docker answers.
     fn answers(&self) -> impl Future<Output = bool>;
 
-    /// Stops and removes, with the drain, what one of these agents made under this name.
+    /// Stops the container of this name, with its drain, and removes it, if one of these agents created it.
     fn remove(
         &self,
         name: &str,
@@ -164,14 +164,14 @@ impl Hands for Docker {
     }
 
     async fn remove(&self, name: &str, agents: &[AgentId], is_back: &dyn Fn() -> bool) -> Result<(), DockerError> {
-        // Docker also finds a container by the start of its id.
+        // Docker also finds a container by a prefix of its id.
         let found = self.inspect(name).await?.filter(|seen| seen.name == name);
         let Some(found) = found.filter(|seen| owner(seen, Whose::Of(agents)) == Owner::Agent) else { return Ok(()) };
         if found.state == RunState::Running {
             info!(container = name, "stopping the tunnel");
             self.stop_as_made(&found.id).await?;
         }
-        // It has seen by now that the tunnel is down, and makes it anew.
+        // An agent that is back has seen that the tunnel is down, and creates it again.
         if is_back() {
             return Ok(());
         }
@@ -186,7 +186,7 @@ impl Hands for Docker {
 pub(super) struct Leases {
     /// Name of the tunnel container.
     own: String,
-    /// A lease was there at the start.
+    /// Whether a lease existed at the start.
     resumed: bool,
     /// A std mutex: no await happens under it.
     standing: Mutex<Standing>,
@@ -194,16 +194,16 @@ pub(super) struct Leases {
     file: AsyncMutex<File>,
 }
 
-/// Where the lease is kept. Nowhere for a proxy that has no folder of its own.
+/// The file that stores the lease. None for a proxy without a folder of its own.
 #[derive(Debug)]
 struct File {
     path: Option<PathBuf>,
-    /// What it says there; `None` for what a proxy before this one has written.
+    /// The lease in the file; `None` if unknown, because an earlier proxy or a failed write left it.
     written: Option<Option<Lease>>,
     aside: Aside<io::Result<()>>,
 }
 
-/// Somebody is there for as long as this lives.
+/// An agent's connection; the agent counts as present while this lives.
 #[derive(Debug)]
 pub(super) struct Presence {
     leases: Arc<Leases>,
@@ -220,12 +220,12 @@ impl Drop for Presence {
 }
 
 impl Leases {
-    /// `path`: where a lease is kept. One that is there already goes on.
+    /// Opens the lease file at `path`, if there is one. An existing lease goes on.
     pub(super) fn open(own: &str, path: Option<PathBuf>) -> Arc<Self> {
         let found = path.as_deref().map(|path| read(path, &Uptime::now())).unwrap_or(Ok(None));
         let lease = found.unwrap_or_else(|problem| {
             warn!("the lease of the tunnel {problem}; it is dropped and the tunnel stays as it is, remove it with docker rm -f if it is not wanted any more");
-            // What cannot be read now will not be read later.
+            // A file that cannot be read now will not be readable later.
             let _ = path.as_deref().map(std::fs::remove_file);
             None
         });
@@ -236,7 +236,7 @@ impl Leases {
                 "an agent said goodbye before this start; the tunnel is held for one that comes back"
             );
         }
-        // What is there is written again: its time may have begun anew.
+        // Write an existing lease again: its time may have begun anew.
         let written = if lease.is_some() { None } else { Some(None) };
         Arc::new(Self {
             own: own.to_owned(),
@@ -247,7 +247,8 @@ impl Leases {
         })
     }
 
-    /// An agent says goodbye: the tunnel is held for so many seconds once it has gone. On disk when this returns.
+    /// An agent says goodbye: hold the tunnel for this many seconds after the agent has gone. The lease is on disk when
+    /// this returns, unless its disk refuses or hangs.
     pub(super) async fn goodbye(self: &Arc<Self>, seconds: u64, agents: Vec<AgentId>) -> Presence {
         self.change(|standing, own| standing.goodbye(own, seconds, agents, Instant::now()));
         let presence = Presence { leases: self.clone(), is_parting: true };
@@ -256,7 +257,7 @@ impl Leases {
         presence
     }
 
-    /// An agent is connected.
+    /// An agent connects.
     pub(super) async fn agent(self: &Arc<Self>) -> Presence {
         let was_held = self.standing().lease.is_some();
         self.change(|standing, _| standing.agents += 1);
@@ -281,13 +282,13 @@ impl Leases {
         self.changed.notify_one();
     }
 
-    /// Brings the file in line with what is known.
+    /// Writes the current lease to the file, or removes the file.
     async fn persist(&self) {
         let mut file = self.file.lock().await;
         let lease = self.standing().lease.clone();
         let Some(path) = file.path.clone().filter(|_| file.written.as_ref() != Some(&lease)) else { return };
         let due = lease.clone();
-        // A disk that hangs must keep neither an agent that is back from Docker, nor one that stops.
+        // A disk that hangs must delay neither an agent that comes back, nor one that stops.
         let written = file.aside.after_earlier(WRITE_LIMIT, move || write(&path, due.as_ref(), &Uptime::now())).await;
         let problem = match written {
             Some(Ok(())) => {
@@ -303,11 +304,11 @@ impl Leases {
         );
     }
 
-    /// Carries out what the lease says, until `stop`, and then what the last verdict is.
+    /// Carries out the lease until `stop`, and then the last verdict.
     pub(super) async fn keep(&self, hands: &impl Hands, stop: &CancellationToken) {
         let mut pauses = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
         let mut trouble = Trouble::new("the tunnel that no agent came back for");
-        // Whoever comes to a lease that is there already has just started, perhaps with Docker itself.
+        // A proxy that finds a lease has just started, perhaps together with Docker.
         let mut is_away = self.resumed;
         loop {
             let changed = self.changed.notified();
@@ -361,7 +362,7 @@ impl Leases {
         self.end(hands).await;
     }
 
-    /// The proxy is asked to stop.
+    /// Carries out the last verdict when the proxy is asked to stop.
     async fn end(&self, hands: &impl Hands) {
         sleep(SETTLE).await;
         let verdict = self.standing().last_verdict();
@@ -384,10 +385,10 @@ impl Leases {
         self.persist().await;
     }
 
-    /// Removes the containers of these names and their successors. What was removed is no lease any more.
+    /// Removes the containers of these names and their successors, and takes what was removed off the lease.
     async fn carry_out(&self, hands: &impl Hands, containers: &Containers) -> Result<(), DockerError> {
         for (name, agents) in containers {
-            // Another goodbye begins another lease, of another container.
+            // Another goodbye begins another lease, for another container.
             let ends = self.standing().lease.as_ref().map(|lease| lease.ends);
             let still = |standing: &Standing| {
                 standing
@@ -397,7 +398,7 @@ impl Leases {
             };
             let is_back = || !still(&self.standing());
             let next = successor_of(name);
-            // Side by side: each may drain for half a minute.
+            // In parallel: each may drain for 30 s.
             let (main, next) =
                 tokio::join!(hands.remove(name, agents, &is_back), hands.remove(&next, agents, &is_back));
             main.and(next)?;
@@ -419,7 +420,7 @@ impl fmt::Display for Unremoved {
     }
 }
 
-/// The host's own clock: since when it runs, and in which of its lives.
+/// The host's own clock: the current boot, and the time since it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Uptime {
     boot: String,
@@ -427,7 +428,7 @@ struct Uptime {
 }
 
 impl Uptime {
-    /// Where the system does not tell, each look is in a life of its own, and a lease begins anew.
+    /// If the system does not report its boot, no two boots count as the same, and a lease begins anew.
     fn now() -> Self {
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
         let uptime = std::fs::read_to_string("/proc/uptime").unwrap_or_default();
@@ -442,12 +443,12 @@ impl Uptime {
 struct Document {
     containers: BTreeMap<String, Vec<String>>,
     seconds: u64,
-    /// In which life of the host, and when in it, the lease ends: milliseconds since its start.
+    /// The boot during which the lease ends, and when: milliseconds since that boot.
     boot: String,
     ends: u64,
 }
 
-/// Writes the file, or removes it.
+/// Writes the file, or removes it if there is no lease.
 fn write(path: &Path, lease: Option<&Lease>, now: &Uptime) -> io::Result<()> {
     let Some(lease) = lease else {
         return match std::fs::remove_file(path) {
@@ -463,8 +464,8 @@ fn write(path: &Path, lease: Option<&Lease>, now: &Uptime) -> io::Result<()> {
         ends: now.millis + left,
     };
     let text = serde_json::to_vec(&document).map_err(io::Error::other)?;
-    // Under one name, so that a kill in the middle leaves nothing that adds up. What a power cut loses is no loss: the
-    // tunnel stays then.
+    // Writes a new file and renames it, so that a kill in between never leaves half a lease. A power cut may lose the
+    // file, which does no harm: the tunnel stays then.
     let new = path.with_extension("new");
     let mut file = std::fs::File::create(&new)?;
     file.write_all(&text)?;
@@ -472,7 +473,7 @@ fn write(path: &Path, lease: Option<&Lease>, now: &Uptime) -> io::Result<()> {
     std::fs::rename(&new, path)
 }
 
-/// Reads the file. One that cannot be read is an error, for people.
+/// Reads the file. An unreadable file is an error, worded for people.
 fn read(path: &Path, now: &Uptime) -> Result<Option<Lease>, String> {
     let file = match std::fs::File::open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -501,7 +502,7 @@ fn texts(agents: &[AgentId]) -> Vec<String> {
     agents.iter().map(|id| id.as_str().to_owned()).collect()
 }
 
-/// None when a name or an id in it is none.
+/// `None` if one of its names or ids is invalid.
 fn containers(document: &Document) -> Option<Containers> {
     let is_name = |name: &str| {
         let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte);

@@ -1,5 +1,5 @@
-//! Makes the calls, through the same door as the agent does. What changes a container is preceded by a look at it,
-//! and then means it by the id that was seen, so that nothing can be put under its name in between.
+//! Makes the calls through [`crate::docker`], as the agent does. Before it changes a container, it inspects it, and
+//! then acts on the id that it saw, so that no other container can take the name in between.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -17,15 +17,15 @@ use crate::docker::{Docker, DockerError, Endpoint, Inspected, RunState, owner_la
 use crate::health::{Owner, Whose, is_own, owner};
 use crate::labels::{ENABLE_KEYS, is_enabled};
 
-/// Docker refuses a subscription at once, or not at all.
+/// How long to wait for the refusal of a subscription: Docker refuses at once, or not at all.
 const REFUSAL_LIMIT: Duration = Duration::from_millis(50);
 
-/// Held by whoever makes a network.
+/// Held while a network is created.
 static MAKING_A_NETWORK: Mutex<()> = Mutex::const_new(());
 
-/// Makes a network of the tunnel's if there is none. Up to Engine 24 whoever asks for one twice gets two of that name, and
-/// there is room for some thirty on a host: so only one is made at a time, after a look, and to its end, also when
-/// the client has gone.
+/// Creates one of the tunnel's networks if it does not exist. Up to Engine 24, a client that asks twice gets two
+/// networks of that name, and a host has room for some thirty. So the proxy checks first, creates one at a time, and
+/// finishes even if the client has disconnected.
 async fn new_network(docker: &Arc<Docker>, policy: &Policy, name: String) -> Result<Answer, Failure> {
     let (docker, internal) = (docker.clone(), policy.is_for_metrics(&name));
     let there = Answer::Json(409, json!({ "message": format!("network with name {name} already exists") }));
@@ -42,12 +42,12 @@ async fn new_network(docker: &Arc<Docker>, policy: &Policy, name: String) -> Res
         Ok(Ok(Some(name))) => Ok(Answer::Json(201, json!({ "Id": name, "Warning": "" }))),
         Ok(Ok(None)) => Ok(there),
         Ok(Err(error)) => Err(error.into()),
-        // Only the end of the runtime ends it.
+        // Only the end of the runtime aborts the task.
         Err(_) => Err(Failure::Docker(crate::docker::silent())),
     }
 }
 
-/// Makes the call. Cancel-safe in so far as Docker is: a call that is cut off may have been carried out.
+/// Makes the call. As cancel-safe as Docker: a call that is cut off may have been carried out.
 pub(super) async fn perform(docker: &Arc<Docker>, policy: &Policy, call: Call) -> Result<Answer, Failure> {
     Ok(match call {
         Call::Ping => {
@@ -94,7 +94,7 @@ pub(super) async fn perform(docker: &Arc<Docker>, policy: &Policy, call: Call) -
         Call::NewNetwork(name) => new_network(docker, policy, name).await?,
         Call::Place { id, place } => {
             let seen = own_container(docker, policy, &id, &[Owner::Agent]).await?;
-            // Later it would serve nobody: cloudflared has found its address by then.
+            // Too late after a start: cloudflared has looked up its address by then.
             if seen.state != RunState::Created {
                 return Err(Failure::Refused("container_started"));
             }
@@ -123,7 +123,7 @@ pub(super) async fn perform(docker: &Arc<Docker>, policy: &Policy, call: Call) -
             let Some(agent) = agents_own(docker, policy, &id).await? else {
                 return Err(Failure::Refused("network_name"));
             };
-            // What was declared, or connected by hand, stays.
+            // Connections that were declared or made by hand stay.
             if !agent.networks.get(&network).is_some_and(Endpoint::is_joined) {
                 return Err(Failure::Refused("network_not_joined"));
             }
@@ -132,7 +132,7 @@ pub(super) async fn perform(docker: &Arc<Docker>, policy: &Policy, call: Call) -
         }
         Call::Disconnect { network, id } => {
             let seen = own_container(docker, policy, &id, &[Owner::Agent]).await?;
-            // What was connected by hand is not the agent's to take away.
+            // The agent must not remove connections that were made by hand.
             if !seen.networks.get(&network).is_some_and(Endpoint::is_joined) {
                 return Err(Failure::Refused("network_not_joined"));
             }
@@ -184,7 +184,7 @@ pub(super) async fn perform(docker: &Arc<Docker>, policy: &Policy, call: Call) -
             docker.remove(&seen.id).await?;
             Answer::Done
         }
-        // It ends when the agent goes, by which that is known.
+        // The stream ends when the agent disconnects, which tells the proxy that the agent has gone.
         Call::Goodbye { seconds, .. } => {
             let held = stream::iter([Ok(json!({ "seconds": seconds }))]);
             Answer::Stream(Box::pin(held.chain(stream::pending())))
@@ -192,9 +192,9 @@ pub(super) async fn perform(docker: &Arc<Docker>, policy: &Policy, call: Call) -
     })
 }
 
-/// The container with exactly this id; refused unless it is the tunnel's, by name or label, and of one of these.
+/// The container with exactly this id. Refuses it unless it is the tunnel's by name or label, with one of these owners.
 async fn own_container(docker: &Docker, policy: &Policy, id: &str, owners: &[Owner]) -> Result<Inspected, Failure> {
-    // A container may be named like another one's id.
+    // A container's name may equal another container's id.
     match docker.inspect(id).await?.filter(|seen| seen.id == id) {
         Some(seen) if policy.is_tunnels(&seen) && owners.contains(&owner(&seen, Whose::Any)) => Ok(seen),
         Some(_) => Err(Failure::Refused("owner")),
@@ -202,7 +202,7 @@ async fn own_container(docker: &Docker, policy: &Policy, id: &str, owners: &[Own
     }
 }
 
-/// The container with exactly this id, if it is the agent's own and not the tunnel's.
+/// The container with exactly this id, if it is the agent's own container and not the tunnel's.
 async fn agents_own(docker: &Docker, policy: &Policy, id: &str) -> Result<Option<Inspected>, DockerError> {
     let seen = docker.inspect(id).await?.filter(|seen| seen.id == id);
     Ok(seen.filter(|seen| is_own(seen) && !policy.is_tunnels(seen)))
@@ -231,14 +231,14 @@ async fn inspect(docker: &Docker, policy: &Policy, subject: Subject) -> Result<A
     }
 }
 
-/// Whether a labelled container is on the networks of this one.
+/// Whether a labeled container shares this container's network.
 async fn lends(docker: &Docker, lender: &Inspected) -> Result<bool, DockerError> {
     let placed = docker.placed_with_label_keys(&ENABLE_KEYS).await?;
     let mut modes = placed.iter().filter(|placed| is_enabled(&placed.labels)).map(|placed| &placed.network_mode);
     Ok(modes.any(|mode| mode.strip_prefix("container:").is_some_and(|of| of == lender.id || of == lender.name)))
 }
 
-/// The networks that labelled containers are on, by themselves or by whom they lend them from.
+/// The networks of labeled containers: their own, or those of the container whose network they share.
 async fn networks_of_labelled(docker: &Docker) -> Result<BTreeSet<String>, DockerError> {
     let mut networks = BTreeSet::new();
     for placed in docker.placed_with_label_keys(&ENABLE_KEYS).await? {
@@ -257,7 +257,7 @@ async fn networks_of_labelled(docker: &Docker) -> Result<BTreeSet<String>, Docke
 
 async fn events(docker: &Docker, policy: &Policy, since: Option<String>) -> Result<Answer, Failure> {
     let mut told = Box::pin(docker.events(since)?);
-    // The head of the answer waits for a refusal that may come; asking for the first event sends the subscription.
+    // Waits for a possible refusal before the head of the answer. Asking for the first event sends the subscription.
     let first = match timeout(REFUSAL_LIMIT, told.next()).await {
         Ok(Some(Err(error))) => return Err(error.into()),
         Ok(first) => stream::iter(first),
@@ -273,11 +273,11 @@ async fn events(docker: &Docker, policy: &Policy, since: Option<String>) -> Resu
     Ok(Answer::Stream(Box::pin(shown)))
 }
 
-/// Pulls the image, and tells how much of it has come. A refusal that comes before anything has is told as such.
+/// Pulls the image and reports how much has arrived. Reports a refusal as a refusal when it comes before any progress.
 async fn pull(docker: &Arc<Docker>, policy: &Policy) -> Result<Answer, Failure> {
     let (steps, mut newest) = watch::channel((0, 0));
     let (docker, image) = (docker.clone(), policy.tunnel.image.clone());
-    // Nobody listens any more once the client has gone.
+    // Nobody receives the steps once the client has disconnected.
     let pulled = async move { docker.pull(&image, |come, due| steps.send((come, due)).unwrap_or_default()).await };
     let mut pulled = Box::pin(pulled);
     tokio::select! {

@@ -1,9 +1,9 @@
-//! From a request to the one call of Docker that it may be, or to the rule that refuses it. Pure; the tables of
+//! Maps a request to the only call of Docker that it may be, or to the rule that refuses it. Pure; the tables in the
 //! tests are the specification.
 //!
-//! There is no rule language: the routes are the ones of [`crate::docker`], the values are those of the agent's own
-//! settings. A call that comes out of here holds nothing but values that were checked, and is made by the same door
-//! as the agent's own, so what reaches Docker was written here.
+//! There is no rule language: the routes are those of [`crate::docker`], and the values those of the agent's own
+//! settings. A [`Call`] holds nothing but checked values, and the proxy makes it through the same code as the agent's
+//! own calls. So everything that reaches Docker was written here.
 
 use std::collections::BTreeMap;
 
@@ -17,20 +17,20 @@ use crate::docker::{EVENT_ACTIONS, EVENT_TYPES, Inspected, MetricsPlace, NAME_LA
 use crate::labels::ENABLE_KEYS;
 use crate::state::AgentId;
 
-/// What the agent may ask for.
+/// The calls that the agent may make.
 #[derive(Debug, Clone)]
 pub(super) struct Policy {
-    /// Its own settings.
+    /// The agent's own settings.
     pub(super) tunnel: TunnelConfig,
 }
 
 impl Policy {
-    /// Whether it is the tunnel's network, or that of its metrics.
+    /// Whether this is the tunnel's network or the one for its metrics.
     pub(super) fn is_network(&self, name: &str) -> bool {
         name == self.tunnel.network || self.is_for_metrics(name)
     }
 
-    /// Whether it is the network of its metrics.
+    /// Whether this is the network for the tunnel's metrics.
     pub(super) fn is_for_metrics(&self, name: &str) -> bool {
         self.tunnel.metrics_network.as_deref() == Some(name)
     }
@@ -40,57 +40,57 @@ impl Policy {
         name == self.tunnel.container_name || name == self.tunnel.successor_name()
     }
 
-    /// Whether it was made for one of those names, whatever it is called by now.
+    /// Whether the container was created for one of these names, whatever its name is now.
     pub(super) fn is_made_for(&self, label: Option<&String>) -> bool {
         label == Some(&self.tunnel.container_name)
     }
 
-    /// Whether it has one of those names, or was made for them and renamed by hand.
+    /// Whether the container has one of these names, or was created for one and renamed by hand.
     pub(super) fn is_tunnels(&self, seen: &Inspected) -> bool {
         self.is_tunnel(&seen.name) || self.is_made_for(seen.labels.get(NAME_LABEL))
     }
 }
 
-/// A container that is to be looked at.
+/// A container to inspect.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Subject {
     /// The tunnel container or its successor.
     Named(String),
     /// Full id.
     Id(String),
-    /// The start of an id, as a container's host name has it: the agent asks for itself.
+    /// The start of an id, as in a container's host name: the agent asks for its own container.
     Start(String),
 }
 
-/// A call of Docker. What acts upon a container, or reads its log, names its full id: whose it is, is looked up before
-/// the call is made, and a name might be somebody else's by then.
+/// A call of Docker. A call that acts on a container or reads its log names the full id: the proxy checks the owner
+/// first, and a name might belong to another container by then.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Call {
     Ping,
     Version,
-    /// The host's name, and nothing else of what Docker tells of itself.
+    /// The host's name, and nothing else from `GET /info`.
     HostName,
-    /// Running containers, all or those with this label.
+    /// Running containers: all, or those with this label.
     List(Option<&'static str>),
-    /// The containers that agents have made, running or not.
+    /// The containers that agents have created, running or not.
     Made,
     Events(Option<String>),
     Inspect(Subject),
-    /// The first lines, or so many of the last.
+    /// The first lines, or this many of the last.
     Logs {
         id: String,
         since: i64,
         last: Option<usize>,
     },
-    /// Whether this one is there.
+    /// Whether this network exists.
     Network(String),
     NewNetwork(String),
-    /// The tunnel's container, or the agent's own: whose it is decides what it may be connected to.
+    /// The tunnel's container or the agent's own: the owner decides what it may be connected to.
     Connect {
         network: String,
         id: String,
     },
-    /// The container that has not started yet is connected to the network of its metrics.
+    /// Connects a container that has not started yet to the network for its metrics.
     Place {
         id: String,
         place: MetricsPlace,
@@ -99,7 +99,7 @@ pub(super) enum Call {
         network: String,
         id: String,
     },
-    /// The agent's own container leaves one of the tunnel's networks.
+    /// Disconnects the agent's own container from one of the tunnel's networks.
     Leave {
         network: String,
         id: String,
@@ -115,24 +115,24 @@ pub(super) enum Call {
         id: String,
         seconds: u16,
     },
-    /// Full id of what must be the agent's own container.
+    /// Full id; it must be the agent's own container.
     StopSelf(String),
     Restart {
         id: String,
         seconds: u16,
     },
-    /// The container with this id gets the tunnel's name.
+    /// Gives the tunnel's name to the container with this id.
     Rename(String),
     Remove(String),
-    /// No call of Docker: the agent says that it stops, and for how many seconds the tunnel is to be held.
+    /// Not a call of Docker: the agent says that it stops, and for how many seconds to hold the tunnel.
     Goodbye {
         seconds: u64,
-        /// The ids by which its containers are known.
+        /// The ids that mark the agent's containers.
         agents: Vec<AgentId>,
     },
 }
 
-/// A route, with what its path names.
+/// A route, with the names in its path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Route<'a> {
     Ping,
@@ -157,7 +157,7 @@ pub(super) enum Route<'a> {
     Goodbye,
 }
 
-/// Most lines of a log that are given at once.
+/// Most lines of a log in one answer.
 pub(super) const MOST_LINES: usize = 200;
 
 impl<'a> Route<'a> {
@@ -219,7 +219,8 @@ impl<'a> Route<'a> {
     }
 }
 
-/// The route of a head, if a body may follow it or not as it says. Asked before that is read.
+/// Finds the route of a head, and checks that it may or may not have a body, as the head says. Called before the body
+/// is read.
 pub(super) fn admits(head: &Head) -> Result<Route<'_>, Refusal> {
     let route = Route::of(head).ok_or(Refusal { status: 403, route: "-", rule: "route" })?;
     match (route.takes_body(), head.length) {
@@ -229,7 +230,7 @@ pub(super) fn admits(head: &Head) -> Result<Route<'_>, Refusal> {
     }
 }
 
-/// The call that a request may be. Its body is as long as its head says.
+/// Turns a request into its call. The body is as long as the head says.
 pub(super) fn plan(policy: &Policy, head: &Head, body: &[u8]) -> Result<Planned<Call>, Refusal> {
     let route = admits(head)?;
     let refused = |rule| Refusal { status: 403, route: route.template(), rule };
@@ -287,11 +288,11 @@ fn call(policy: &Policy, route: Route<'_>, head: &Head, body: &[u8]) -> Result<C
             Ok((id, name)) => {
                 Call::Place { id: full_id(&id)?, place: MetricsPlace { network: network.to_owned(), name } }
             }
-            // The agent's own container, which is never placed there.
+            // The agent's own container, which never serves metrics there.
             Err(_) => Call::Connect { network: network.to_owned(), id: full_id(&create::joined(body)?)? },
         },
         Route::Connect(network) => {
-            // To its own it is connected again when somebody has taken it away.
+            // The agent reconnects its container to the tunnel's network if somebody disconnected it.
             if !policy.tunnel.auto_connect && network != policy.tunnel.network {
                 return Err("connect_not_asked_for");
             }
@@ -332,7 +333,7 @@ fn call(policy: &Policy, route: Route<'_>, head: &Head, body: &[u8]) -> Result<C
         Route::Start(id) => Call::Start(full_id(id)?),
         Route::Stop(id) => match query.take("t") {
             Some(seconds) => Call::Stop { id: full_id(id)?, seconds: grace(&seconds)? },
-            // The agent's own has its time-out from whoever made it.
+            // The agent's own container has the timeout that it was created with.
             None => Call::StopSelf(full_id(id)?),
         },
         Route::Restart(id) => {
@@ -351,7 +352,7 @@ fn call(policy: &Policy, route: Route<'_>, head: &Head, body: &[u8]) -> Result<C
         }
         Route::Goodbye => {
             let seconds = number(&query.take("lease").ok_or("query_value")?, LONGEST)?;
-            // Who wants nothing held removes it before.
+            // An agent that wants nothing held removes the tunnel before it stops.
             if seconds == 0 {
                 return Err("query_value");
             }
@@ -365,7 +366,7 @@ fn call(policy: &Policy, route: Route<'_>, head: &Head, body: &[u8]) -> Result<C
     Ok(call)
 }
 
-/// The pairs of a query that nobody has asked for yet.
+/// The pairs of a query that have not been read yet.
 struct Query(BTreeMap<String, String>);
 
 impl Query {
@@ -373,7 +374,7 @@ impl Query {
         self.0.remove(key)
     }
 
-    /// It may be left out, and must have this value where it is not.
+    /// The key may be missing, and otherwise must have this value.
     fn is(&mut self, key: &str, value: &str) -> Result<(), Rule> {
         match self.take(key) {
             Some(given) if given != value => Err("query_value"),
@@ -404,7 +405,7 @@ fn is_full_id(name: &str) -> bool {
     name.len() == 64 && name.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-/// Names of Docker's own networks are no names here: nobody is connected to those by choice.
+/// Refuses Docker's own networks: nobody connects a container to those on purpose.
 fn network_name(name: &str) -> Result<String, Rule> {
     let fits = !crate::neighbours::DOCKERS_OWN.contains(&name) && !name.contains([':', '@']);
     if fits { Ok(name.to_owned()) } else { Err("network_name") }
@@ -434,7 +435,7 @@ fn event_filter(text: &str) -> Result<(), Rule> {
     if fits(&r#type, &EVENT_TYPES) && fits(&event, &EVENT_ACTIONS) { Ok(()) } else { Err("query_filters") }
 }
 
-/// Seconds of the Engine's clock, with nanoseconds or without.
+/// Reads seconds of the Engine's clock, with or without nanoseconds.
 fn moment(text: String) -> Result<String, Rule> {
     let (seconds, nanos) = text.split_once('.').unwrap_or((&text, "0"));
     let fits = |digits: &str, most: usize| {
@@ -453,7 +454,7 @@ fn number(text: &str, most: u64) -> Result<u64, Rule> {
     text.parse().ok().filter(|number| fits && *number <= most).ok_or("query_value")
 }
 
-/// How long a container gets to end by itself: no longer than the agent ever waits.
+/// Reads how long a container has to end by itself: no longer than the agent ever waits.
 fn grace(text: &str) -> Result<u16, Rule> {
     Ok(number(text, MOST_PATIENCE)? as u16)
 }

@@ -1,4 +1,4 @@
-//! What the agent sends is let through, and does what it should; the attacks are in `attacks`.
+//! The proxy lets through what the agent sends, and each call does what it should. The attacks are in `attacks`.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -26,13 +26,13 @@ fn agent(id: &str) -> AgentId {
 /// Full id of a container.
 pub(super) const ID: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 
-/// The policy of default settings that connects networks.
+/// The policy of the default settings, with `AUTO_CONNECT_NETWORKS` on.
 pub(super) fn policy() -> Policy {
     let vars = [("AUTO_CONNECT_NETWORKS", "true")].map(|(name, value)| (name.to_owned(), value.to_owned()));
     Policy { tunnel: SocketProxyConfig::from_vars(vars).unwrap().0.tunnel }
 }
 
-/// What the agent would make of the policy's settings.
+/// The spec that the agent would create from the policy's settings.
 pub(super) fn spec() -> Spec {
     let tunnel = policy().tunnel;
     let mut labels = owner_labels();
@@ -49,7 +49,7 @@ pub(super) fn spec() -> Spec {
     }
 }
 
-/// The same policy with a network for the metrics, what the agent would make then, and its place there.
+/// The same policy with a network for the metrics, the spec that the agent would then create, and its place there.
 fn with_metrics_network() -> (Policy, Spec, MetricsPlace) {
     let mut policy = policy();
     policy.tunnel.metrics_network = Some("metrics".to_owned());
@@ -57,13 +57,13 @@ fn with_metrics_network() -> (Policy, Spec, MetricsPlace) {
     (policy, Spec { metrics: Some(place.clone()), ..spec() }, place)
 }
 
-/// Head and body of a request that is there as bytes.
+/// Splits the bytes of a request into head and body.
 pub(super) fn taken_apart(bytes: &[u8]) -> (&[u8], &[u8]) {
     let end = bytes.windows(4).position(|window| window == b"\r\n\r\n").unwrap() + 4;
     bytes.split_at(end)
 }
 
-/// A Docker that answers everything with an error and notes what it was sent.
+/// A Docker that answers everything with an error and records each request.
 async fn recorder() -> (crate::docker::Docker, Arc<Mutex<Vec<Vec<u8>>>>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let docker = crate::docker::Docker::new(DockerHost::Http(listener.local_addr().unwrap().to_string()));
@@ -140,7 +140,7 @@ async fn each_call_that_the_agent_makes_is_planned_as_what_it_is() {
         Call::NewNetwork(tunnel.network.clone()),
         Call::Connect { network: owned("app_default"), id: owned(ID) },
         Call::Disconnect { network: owned("app_default"), id: owned(ID) },
-        // Whether it is there after all.
+        // Checks whether the connection exists after all.
         Call::Inspect(Subject::Id(owned(ID))),
         Call::Image,
         Call::Pull,
@@ -225,7 +225,7 @@ fn what_differs_from_the_agents_own_place_for_the_metrics_is_refused() {
         refused(&format!("POST /networks/{network}/connect"), &body).map(|planned| planned.call)
     };
     assert!(matches!(connect("metrics", name), Ok(Call::Place { .. })));
-    // The agent's own container, which is looked at before the call is made.
+    // The agent's own container, which the proxy inspects before it makes the call.
     let own = Call::Connect { network: "metrics".to_owned(), id: ID.to_owned() };
     assert_eq!(connect("metrics", crate::docker::JOINED), Ok(own));
     for (network, alias) in [("metrics", "web"), ("app", name), ("cloudflare-net", name)] {
@@ -249,7 +249,7 @@ fn what_differs_from_the_agents_own_place_for_the_metrics_is_refused() {
 #[path = "../../tests/support/attacks.rs"]
 mod attacks;
 
-/// What this makes of a target with the policy's settings.
+/// Calls `make` with a target for the policy's settings.
 fn of_target<T>(make: impl FnOnce(&attacks::Target<'_>) -> T) -> T {
     let tunnel = policy().tunnel;
     let image = tunnel.image.to_string();
@@ -264,7 +264,7 @@ fn of_target<T>(make: impl FnOnce(&attacks::Target<'_>) -> T) -> T {
     })
 }
 
-/// Sends these bytes to the service and gives all that it answers.
+/// Sends these bytes to the service and returns its whole answer.
 async fn answer_to(service: &Service<AgentProxy>, bytes: &[u8]) -> String {
     let (mut client, server) = duplex(1 << 20);
     client.write_all(bytes).await.unwrap();
@@ -276,7 +276,7 @@ async fn answer_to(service: &Service<AgentProxy>, bytes: &[u8]) -> String {
         answer
     };
     let (served, answer) = tokio::join!(service.serve(server), talk);
-    // A stream's writer may see the end that the client made.
+    // The writer of a stream may see that the client closed.
     let _ = served;
     answer
 }
@@ -308,7 +308,7 @@ async fn every_attack_is_refused_by_its_rule_and_nothing_is_forwarded() {
     assert!(forwarded.is_empty(), "{:?}", String::from_utf8_lossy(&forwarded[0]));
 }
 
-/// `TEST_SEED` and `TEST_MUTATIONS` repeat it, or try others and more.
+/// `TEST_SEED` repeats a run, and `TEST_MUTATIONS` sets the number of mutations.
 #[tokio::test]
 async fn whatever_becomes_of_a_request_docker_is_asked_for_nothing_that_the_agent_may_not_ask() {
     let seed = attacks::number("TEST_SEED", fastrand::u64(..));
@@ -334,7 +334,8 @@ async fn whatever_becomes_of_a_request_docker_is_asked_for_nothing_that_the_agen
     assert!(forwarded > count / 100, "the mutations get nowhere: {forwarded} of {count}");
 }
 
-/// As [`answer_to`], with nothing more to come from the client: what is cut off is waited for by nobody.
+/// Like [`answer_to`], but for requests that may be cut off: the client sends nothing more and does not wait for the
+/// rest.
 async fn cut_answer(service: &Service<AgentProxy>, bytes: &[u8]) -> String {
     let (mut client, server) = duplex(1 << 20);
     client.write_all(bytes).await.unwrap();
@@ -344,7 +345,7 @@ async fn cut_answer(service: &Service<AgentProxy>, bytes: &[u8]) -> String {
             client.shutdown().await.unwrap();
         }
         let mut answer = Vec::new();
-        // A body that is shorter than was said ends with the client.
+        // A body shorter than announced ends when the client closes.
         if timeout(Duration::from_millis(50), client.read_to_end(&mut answer)).await.is_err() {
             client.shutdown().await.unwrap();
             let _ = client.read_to_end(&mut answer).await;
@@ -380,10 +381,10 @@ async fn on_a_network_idle_connections_of_one_peer_keep_no_other_from_an_answer(
     let mut other = from("127.0.0.1").await;
     other.write_all(b"GET /nothing HTTP/1.1\r\nHost: d\r\n\r\n").await.unwrap();
     let mut answer = String::new();
-    // Those that idle have five seconds for a head: who had to wait for them would wait as long.
+    // Idle connections have 5 s to send a head. A client that had to wait for them would wait as long.
     timeout(Duration::from_secs(4), other.read_to_string(&mut answer)).await.expect("served at once").unwrap();
     assert!(answer.starts_with("HTTP/1.1 403 ") && answer.contains("route"), "{answer}");
-    // Without a place a connection is closed at once and without a word; with one it is told that it was slow.
+    // A connection without a place is closed at once without an answer. One with a place is told that it was slow.
     let mut told = 0;
     for mut one in idle {
         let mut answer = String::new();
@@ -447,7 +448,7 @@ async fn a_request_that_is_cut_off_is_refused_and_a_connection_without_one_is_no
     }
 }
 
-/// A Docker that answers each request with this, and tells when its connection has ended.
+/// A Docker that gives each request this answer, and reports when its connection has ended.
 async fn engine(answer: String, stays_open: bool) -> (crate::docker::Docker, tokio::sync::mpsc::Receiver<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let docker = crate::docker::Docker::new(DockerHost::Http(listener.local_addr().unwrap().to_string()));
@@ -488,7 +489,7 @@ async fn a_goodbye_is_answered_when_it_is_on_disk_lasts_until_the_agent_goes_and
         assert!(answer.starts_with("HTTP/1.1 200 ") && answer.contains(crate::docker::OWN_PROXY), "{answer}");
         let lease = std::fs::read_to_string(&path).unwrap();
         assert!(lease.contains("dockflare-agent-tunnel"), "{lease}");
-        // Docker's own check of the proxy does not end it; a running agent does.
+        // A health check of the proxy does not end the lease; a running agent does.
         answer_to(&service, b"GET /_ping HTTP/1.1\r\nHost: d\r\n\r\n").await;
         assert!(path.exists());
         drop(client);
@@ -528,12 +529,12 @@ async fn a_stream_shows_only_what_it_may_and_ends_at_docker_when_the_client_goes
         while !String::from_utf8_lossy(&seen).contains("dockflare-agent-tunnel") {
             assert!(client.read_buf(&mut seen).await.unwrap() > 0);
         }
-        // The client goes; nothing more has to happen at Docker for the proxy to notice.
+        // The client disconnects. The proxy must notice without anything further from Docker.
         drop(client);
         String::from_utf8(seen).unwrap()
     };
     let (served, seen) = tokio::join!(service.serve(server), talk);
-    // Either end may see first that the other one has gone.
+    // Either end may notice first that the other has gone.
     let _ = served;
     assert!(seen.contains("\"web\"") && seen.contains("dockflare.hostname"), "{seen}");
     for hidden in ["\"other\"", "quiet", "s3cret"] {
@@ -565,7 +566,7 @@ async fn what_docker_refuses_or_does_not_answer_is_told_in_its_own_shape() {
     }
 }
 
-/// As Go's JSON reader compares names of fields.
+/// Folds a field name as Go's JSON reader does to compare it.
 fn folded(name: &str) -> String {
     name.chars()
         .map(|c| match c {
@@ -576,7 +577,7 @@ fn folded(name: &str) -> String {
         .collect()
 }
 
-/// Every field of this document, folded, as a path.
+/// Collects the path of every field of this document, folded.
 fn fields(value: &serde_json::Value, at: &str, found: &mut std::collections::BTreeSet<String>) {
     match value {
         serde_json::Value::Object(map) => map.iter().for_each(|(key, value)| {
@@ -592,7 +593,7 @@ fn fields(value: &serde_json::Value, at: &str, found: &mut std::collections::BTr
 proptest::proptest! {
     #![proptest_config(proptest::prelude::ProptestConfig::with_cases(2000))]
 
-    /// What is forwarded is what was written here: the same fields as in the agent's own call, whatever came in.
+    /// The proxy forwards only what it wrote itself: the same fields as in the agent's own call, whatever came in.
     #[test]
     fn whatever_create_call_is_let_through_has_only_the_allowed_fields(
         body in crate::hostile::body(spec().body_for_tests()),
@@ -616,7 +617,7 @@ proptest::proptest! {
         }
     }
 
-    /// Any bytes that pass for a head are one request, with one way to read it.
+    /// Any bytes that are accepted as a head are one request that can be read in only one way.
     #[test]
     fn any_head_is_read_or_refused(line in "(GET|POST|DELETE|HEAD) /[ -~]{0,40}", rest in "([A-Za-z-]{1,20}: [ -~]{0,20}\r\n){0,3}") {
         let bytes = format!("{line} HTTP/1.1\r\nHost: d\r\n{rest}\r\n");

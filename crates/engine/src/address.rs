@@ -1,4 +1,4 @@
-//! Where Docker is reached.
+//! The address of the Docker Engine.
 
 use std::fmt;
 use std::sync::Arc;
@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 
-/// Where the Docker Engine API is reached.
+/// The address of the Docker Engine API.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DockerHost {
     /// Path of a unix socket.
@@ -27,14 +27,14 @@ impl fmt::Display for DockerHost {
     }
 }
 
-/// Where Docker is, and how the two know each other.
+/// The address of a Docker Engine behind TLS, and the certificates of both sides.
 #[derive(Clone)]
 pub struct DockerTls {
     /// `host:port`.
     pub address: String,
     /// The name that Docker's certificate must be for.
     pub name: ServerName<'static>,
-    /// With our certificate and the only authority that counts.
+    /// Holds our client certificate and the only CA that we trust.
     pub config: Arc<ClientConfig>,
 }
 

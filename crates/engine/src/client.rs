@@ -1,5 +1,6 @@
-//! The calls. Those that read what people have written, labels above all, are made without the client library, which
-//! holds a whole answer in memory, however large: a connection each, and the answer through a [`Sieve`].
+//! Makes the calls to Docker. Calls whose answers hold what people have written, labels above all, bypass the client
+//! library, which keeps a whole answer in memory however large it is. Each of them opens its own connection and reads
+//! the answer through a [`Sieve`].
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -30,25 +31,26 @@ use crate::error::{Call, last_cause, sort};
 use crate::sieve::Sieve;
 use crate::{DockerError, Result, transport};
 
-/// For calls that read.
+/// Time limit for calls that read.
 pub const READ_LIMIT: Duration = Duration::from_secs(20);
-/// For calls that change something: a busy Engine takes its time to set up a container.
+/// Time limit for calls that change something: a busy Engine takes its time to set up a container.
 pub const CHANGE_LIMIT: Duration = Duration::from_secs(60);
-/// Longer than any limit above, so that ours is the one that counts: theirs covers the headers only.
+/// Longer than any limit above, so that ours applies: the client library's limit covers the headers only.
 const CLIENT_TIMEOUT_SECONDS: u64 = 3600;
 
-/// A Docker Engine, or the part of it that a socket proxy lets through. Each call is given the words for its errors.
+/// A Docker Engine, or the part of it that a socket proxy lets through. The [`Call`] that each method takes holds the
+/// words for its errors.
 #[derive(Debug)]
 pub struct Client {
     host: DockerHost,
-    /// Made at the first use, since the client library refuses a socket that is not there yet.
+    /// Created at first use: the client library refuses a socket that does not exist yet.
     library: OnceLock<bollard::Docker>,
 }
 
-/// What Docker says of a call that it does not carry out.
+/// Most bytes that are read of the message with which Docker refuses a call.
 const MESSAGE_BYTES: usize = 64 << 10;
 
-/// An answer under way.
+/// An answer that is being read.
 struct Answer {
     call: Call,
     body: Incoming,
@@ -63,7 +65,7 @@ impl Drop for Answer {
 }
 
 impl Client {
-    /// Nothing is asked of Docker yet.
+    /// Creates the client without calling Docker.
     pub fn new(host: DockerHost) -> Self {
         Self { host, library: OnceLock::new() }
     }
@@ -82,7 +84,7 @@ impl Client {
         limited(call, READ_LIMIT, docker.ping()).await.map(drop)
     }
 
-    /// Starts a container; its running already is a success.
+    /// Starts a container. Succeeds if it already runs.
     ///
     /// # Errors
     /// [`DockerError::NotFound`] also when its network is gone.
@@ -91,11 +93,11 @@ impl Client {
         limited(call, CHANGE_LIMIT, docker.start_container(id, None)).await
     }
 
-    /// Stops a container, with SIGKILL after `grace`, or after its own time-out, for which `most` is waited besides;
-    /// its not running is a success, as is its not being there.
+    /// Stops a container. Docker sends SIGKILL after `grace`, or without one after the container's own timeout, for
+    /// which the call then allows `most`. Succeeds if the container is not running or does not exist.
     ///
     /// # Errors
-    /// As all calls.
+    /// When the call fails.
     pub async fn stop(&self, call: Call, id: &str, grace: Option<Duration>, most: Duration) -> Result<()> {
         let docker = self.library(call)?;
         let seconds = grace.and_then(|grace| i32::try_from(grace.as_secs()).ok());
@@ -104,10 +106,11 @@ impl Client {
         absent_is_none(limited(call, limit, docker.stop_container(id, Some(options))).await).map(drop)
     }
 
-    /// Restarts a container, with SIGKILL after `grace`, or after its own time-out, for which `most` is waited besides.
+    /// Restarts a container. Docker sends SIGKILL after `grace`, or without one after the container's own timeout, for
+    /// which the call then allows `most`.
     ///
     /// # Errors
-    /// As all calls.
+    /// When the call fails.
     pub async fn restart(&self, call: Call, id: &str, grace: Option<Duration>, most: Duration) -> Result<()> {
         let docker = self.library(call)?;
         let seconds = grace.and_then(|grace| i32::try_from(grace.as_secs()).ok());
@@ -115,10 +118,10 @@ impl Client {
         limited(call, CHANGE_LIMIT + grace.unwrap_or(most), docker.restart_container(id, Some(options))).await
     }
 
-    /// Sends a signal such as `SIGHUP` to a container's first process.
+    /// Sends a signal such as `SIGHUP` to a container's main process.
     ///
     /// # Errors
-    /// [`DockerError::Conflict`] when it does not run.
+    /// [`DockerError::Conflict`] when the container does not run.
     pub async fn kill(&self, call: Call, id: &str, signal: &str) -> Result<()> {
         let docker = self.library(call)?;
         let options = query::KillContainerOptions { signal: signal.to_owned() };
@@ -128,7 +131,7 @@ impl Client {
     /// `GET /containers/json`, whole or not at all.
     ///
     /// # Errors
-    /// An answer that is not whole is an error, never a short list.
+    /// An incomplete answer is an error, never a short list.
     pub async fn listed(&self, call: Call, all: bool, label: Option<&str>) -> Result<Vec<models::ContainerSummary>> {
         let filters = label.map(|label| HashMap::from([("label", vec![label])]));
         let mut url = address(call, &["containers", "json"])?;
@@ -139,24 +142,24 @@ impl Client {
     /// `GET /containers/{name}/json`.
     ///
     /// # Errors
-    /// [`DockerError::NotFound`] when there is none.
+    /// [`DockerError::NotFound`] when there is no such container.
     pub async fn inspected(&self, call: Call, name: &str) -> Result<models::ContainerInspectResponse> {
         self.document(call, address(call, &["containers", name, "json"])?).await
     }
 
-    /// What the host is called, by `GET /info`.
+    /// The host's name, from `GET /info`.
     ///
     /// # Errors
-    /// As all calls.
+    /// When the call fails.
     pub async fn host_name(&self, call: Call) -> Result<String> {
         let info: Info = self.document(call, address(call, &["info"])?).await?;
         Ok(info.name)
     }
 
-    /// `GET /events`; connects when it is first read.
+    /// `GET /events`. Connects when the stream is first read.
     ///
     /// # Errors
-    /// When Docker cannot be called at all; what happens to the stream comes out of the stream.
+    /// When the call cannot be made at all. Later errors come out of the stream.
     pub fn told(
         &self,
         call: Call,
@@ -197,7 +200,7 @@ impl Client {
         timeout(limit, read).await.unwrap_or(Err(DockerError::TimedOut { call, limit }))
     }
 
-    /// The client library, for the calls that only one program makes.
+    /// The client library, for calls that only one program makes.
     ///
     /// # Errors
     /// [`DockerError::Unreachable`] while there is no socket.
@@ -228,10 +231,10 @@ impl Client {
     }
 }
 
-/// Waits for a whole answer, up to a limit.
+/// Waits for a whole answer, at most for `limit`.
 ///
 /// # Errors
-/// [`DockerError::TimedOut`], or what the answer says.
+/// [`DockerError::TimedOut`], or the error that Docker answers.
 pub async fn limited<T>(
     call: Call,
     limit: Duration,
@@ -243,10 +246,10 @@ pub async fn limited<T>(
     }
 }
 
-/// That a thing is not there is an answer.
+/// Turns [`DockerError::NotFound`] into `None`.
 ///
 /// # Errors
-/// All others.
+/// Every other error.
 pub fn absent_is_none<T>(answer: Result<T>) -> Result<Option<T>> {
     match answer {
         Ok(found) => Ok(Some(found)),
@@ -262,7 +265,7 @@ enum Reading {
     Goes(Answer),
 }
 
-/// The host of it says nothing; Docker looks at the path.
+/// The host in the URL is a placeholder; Docker only looks at the path.
 fn address(call: Call, path: &[&str]) -> Result<Url> {
     let failed = |error| DockerError::Failed { call, message: format!("400 {error}") };
     let mut url = Url::parse("http://docker/").map_err(failed)?;
@@ -274,7 +277,7 @@ fn address(call: Call, path: &[&str]) -> Result<Url> {
 
 fn with_filters(mut url: Url, filters: Option<HashMap<&str, Vec<&str>>>) -> Url {
     if let Some(filters) = filters {
-        // Texts and lists of texts.
+        // Cannot fail: only strings and lists of strings.
         url.query_pairs_mut().append_pair("filters", &serde_json::to_string(&filters).unwrap_or_default());
     }
     url
@@ -319,7 +322,7 @@ impl Answer {
         };
         let (mut sender, connection) =
             client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(unreachable)?;
-        // It ends with the answer; what goes wrong with it is told by the answer that does not come.
+        // The task ends with the answer. If the connection fails, the missing answer reports it.
         let connection = tokio::spawn(async move { drop(connection.await) });
         let path = url.query().map_or_else(|| url.path().to_owned(), |query| format!("{}?{query}", url.path()));
         let request = Request::get(path).header(HOST, host).body(Empty::<Bytes>::new());
@@ -339,7 +342,7 @@ impl Answer {
         Err(sort(call, EngineError::DockerResponseServerError { status_code: status.as_u16(), message }))
     }
 
-    /// The next document; `None` at the end.
+    /// The next document, or `None` at the end.
     async fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>> {
         let call = self.call;
         let not_whole = || DockerError::Unreachable { call, problem: NOT_WHOLE.to_owned() };
@@ -359,7 +362,7 @@ impl Answer {
     }
 }
 
-/// Of all that Docker tells of itself.
+/// The only field of `GET /info` that is read.
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct Info {

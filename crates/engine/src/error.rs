@@ -1,4 +1,4 @@
-//! The calls, each with what allows it, and how what goes wrong with them is sorted.
+//! Describes the calls, each with the grant that allows it, and sorts their errors.
 
 use std::fmt;
 use std::time::Duration;
@@ -8,21 +8,21 @@ use bollard::errors::Error as EngineError;
 use crate::proxy::REFUSES;
 use crate::transport::tls_words;
 
-/// What a call is for and what allows it, for error texts.
+/// What a call does and which grant allows it, for error texts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Call {
-    /// What for, after "to".
+    /// What the call does, worded to follow "to".
     pub doing: &'static str,
-    /// Variables of the common socket proxy.
+    /// The variables of the common socket proxy that allow it.
     pub grant: &'static str,
-    /// What allows it where the program's own socket proxy refuses it.
+    /// What allows it when the program's own socket proxy refuses it.
     pub own_grant: &'static str,
 }
 
-/// Why a call did not succeed.
+/// Why a call failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DockerError {
-    /// Nobody listens, the connection was cut or the answer was not whole.
+    /// Nothing listens, the connection was cut, or the answer was incomplete.
     #[error("cannot be reached to {}: {problem}", .call.doing)]
     Unreachable {
         /// The call.
@@ -38,13 +38,13 @@ pub enum DockerError {
         /// The limit.
         limit: Duration,
     },
-    /// 403: a socket proxy or an authorisation plugin refuses the call.
+    /// 403: a socket proxy or an authorization plugin refuses the call.
     #[error("refuses to {}; the socket proxy needs {}", .call.doing, .call.grant)]
     Forbidden {
         /// The call.
         call: Call,
     },
-    /// 404: the thing named is not there.
+    /// 404: there is no such object.
     #[error("cannot {}: {message}", .call.doing)]
     NotFound {
         /// The call.
@@ -52,7 +52,7 @@ pub enum DockerError {
         /// What Docker said.
         message: String,
     },
-    /// 409: the name is taken or the thing is in use.
+    /// 409: the name is taken or the object is in use.
     #[error("cannot {}: {message}", .call.doing)]
     Conflict {
         /// The call.
@@ -60,7 +60,7 @@ pub enum DockerError {
         /// What Docker said.
         message: String,
     },
-    /// Anything else that Docker answered.
+    /// Any other error that Docker answered.
     #[error("cannot {}: {message}", .call.doing)]
     Failed {
         /// The call.
@@ -70,14 +70,15 @@ pub enum DockerError {
     },
 }
 
-/// What a swarm says of a network that only its services may use, with a status that else is a proxy's refusal.
+/// A swarm's message for a network that only its services may use. It comes with status 403, which otherwise means that
+/// a proxy refuses.
 pub const NOT_ATTACHABLE: &str = "not manually attachable";
 
-/// What Docker says to plain HTTP at its port for TLS.
+/// Docker's answer to plain HTTP on its TLS port.
 const TO_TLS_PORT: &str = "HTTP request to an HTTPS server";
 
 impl DockerError {
-    /// The status and the text of an answer that says this.
+    /// The status and text of the HTTP answer that reports this error.
     pub fn answer(&self) -> (u16, String) {
         match self {
             Self::Unreachable { problem, .. } => (502, problem.clone()),
@@ -94,23 +95,24 @@ impl DockerError {
         }
     }
 
-    /// Whether Docker itself is away, as against a call that it answered.
+    /// Whether Docker itself is unavailable, rather than refusing or failing the call.
     pub fn is_away(&self) -> bool {
         matches!(self, Self::Unreachable { .. } | Self::TimedOut { .. })
     }
 
-    /// Whether a network of a swarm takes no single containers. In the words of its manager, believed, not tried.
+    /// Whether the error is about a swarm network that takes no standalone containers. The manager's wording is
+    /// believed, not tried.
     pub fn is_of_swarm(&self) -> bool {
         matches!(self, Self::Failed { message, .. } if message.contains(NOT_ATTACHABLE))
     }
 
-    /// Whether it is a refusal by this project's own socket proxy, which lets through all that the agent needs.
+    /// Whether this project's own socket proxy refuses, which lets through everything that the agent needs.
     pub fn is_of_own_proxy(&self) -> bool {
         matches!(self, Self::Forbidden { call } if call.grant == call.own_grant)
     }
 }
 
-/// Sorts what the client library says.
+/// Sorts an error of the client library.
 pub fn sort(call: Call, error: EngineError) -> DockerError {
     match error {
         EngineError::DockerResponseServerError { status_code, message } => {
@@ -126,7 +128,7 @@ pub fn sort(call: Call, error: EngineError) -> DockerError {
                 502..=504 if message.is_empty() || message.starts_with('<') => {
                     DockerError::Unreachable { call, problem: format!("the proxy answered {status_code}") }
                 }
-                // Its own words, where it has some, name the cause.
+                // The proxy's own message, if there is one, names the cause.
                 502..=504 => DockerError::Unreachable { call, problem: message },
                 400 if message.contains(TO_TLS_PORT) => {
                     let problem = "it wants TLS at this port: set DOCKER_TLS_VERIFY=1 and DOCKER_CERT_PATH".to_owned();
@@ -139,7 +141,7 @@ pub fn sort(call: Call, error: EngineError) -> DockerError {
         EngineError::JsonDataError { .. } | EngineError::JsonSerdeError { .. } => {
             DockerError::Unreachable { call, problem: "the answer was not whole or not JSON".to_owned() }
         }
-        // It does not count the error that it was made of among its causes.
+        // `source()` of this variant skips the error that it wraps.
         EngineError::IOError { err } => {
             let problem = tls_words(&err).unwrap_or_else(|| last_cause(&err));
             DockerError::Unreachable { call, problem }
@@ -151,7 +153,7 @@ pub fn sort(call: Call, error: EngineError) -> DockerError {
     }
 }
 
-/// The last cause names the matter ("Connection refused"); what is around it repeats the address.
+/// The innermost cause, which names the problem ("Connection refused"). The causes around it repeat the address.
 pub fn last_cause(error: &dyn std::error::Error) -> String {
     let mut last = error;
     while let Some(cause) = last.source() {
@@ -160,7 +162,7 @@ pub fn last_cause(error: &dyn std::error::Error) -> String {
     one_line(&last.to_string())
 }
 
-/// What Docker says goes into one log line, and not all of it.
+/// Puts Docker's message into one log line of at most 300 characters.
 pub fn one_line(text: &str) -> String {
     const MAX_CHARS: usize = 300;
     text.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(MAX_CHARS).collect()

@@ -1,10 +1,10 @@
-//! The one door to Docker, for every program of the project: how the Engine is reached, how it is asked, what its
-//! errors mean ([`Client`], [`DockerError`]), and the strict socket proxy that a program puts between itself and the
-//! socket ([`proxy`]). What a program asks of Docker, and what its proxy lets through, is its own.
+//! The only way to Docker, for every program of the project: how to reach the Engine, how to call it, what its errors
+//! mean ([`Client`], [`DockerError`]), and the strict socket proxy that a program puts between itself and the socket
+//! ([`proxy`]). Each program defines its own calls, and what its proxy lets through.
 //!
-//! Each call has a time limit that covers its whole answer. No connection is kept for a second call, so that one that a
-//! proxy closed in the meantime is never used for a call that must not be made twice. What people can write into without
-//! end, as labels, is read into little memory ([`sieve`]).
+//! Each call has a time limit that covers its whole answer. Each call opens a new connection: a proxy may have closed
+//! an old one, and some calls must not be sent twice. Texts that people can make as long as they like, such as labels,
+//! are read in bounded memory ([`sieve`]).
 
 #![cfg_attr(
     test,
@@ -24,5 +24,5 @@ pub use client::{CHANGE_LIMIT, Client, READ_LIMIT, absent_is_none, limited};
 pub use error::{Call, DockerError, NOT_ATTACHABLE, last_cause, one_line, sort};
 pub use orphan::orphaned;
 
-/// What a call gives.
+/// The result of a call.
 pub type Result<T> = std::result::Result<T, DockerError>;

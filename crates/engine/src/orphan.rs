@@ -1,9 +1,10 @@
-//! Notices a Docker socket that is dead for ever: mounted into a container as a file, and removed since by a daemon
-//! that made a new one under the same name, as one with `live-restore` does that systemd gives no socket to. Who mounts
-//! the folder sees the new one; who mounts the file keeps the old one for as long as the container runs.
+//! Detects a Docker socket that is dead for good. The socket was mounted into the container as a file, and the daemon
+//! has since removed it and created a new one under the same name. A daemon with `live-restore` does so if systemd
+//! gives it no socket. A container that mounts the folder sees the new socket; one that mounts the file keeps the old
+//! one for as long as it runs.
 //!
-//! Used by the socket proxies, and by an agent that has the socket itself. Both end by it, so that their restart policy
-//! mounts what is there now. Changes nothing and keeps nothing.
+//! Used by the socket proxies, and by an agent that has the socket itself. Both exit when they find one, and their
+//! restart policy then mounts the current socket. This module changes nothing and stores nothing.
 
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
@@ -15,15 +16,15 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::address::DockerHost;
 
-/// How often it looks: one call of the system while all is well.
+/// How often it checks: one system call while all is well.
 const EVERY: Duration = Duration::from_secs(5);
-/// Dead for this long, it stays so.
+/// After this long without a listener, the socket counts as dead for good.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// A daemon that hangs is not dead.
+/// Limit for one check. A daemon that hangs does not count as dead.
 const LIMIT: Duration = Duration::from_secs(5);
 
-/// Returns when Docker's socket is orphaned and nobody has listened on it for half a minute; its path. Never for
-/// anything but a socket. Cancel-safe.
+/// Returns the socket's path once Docker's socket is orphaned and nothing has listened on it for 30 s. Never returns
+/// for another kind of address. Cancel-safe.
 pub async fn orphaned(host: DockerHost) -> String {
     let DockerHost::Unix(path) = host else { return std::future::pending().await };
     let (looks, mut since) = (Aside::default(), None);
@@ -40,7 +41,8 @@ pub async fn orphaned(host: DockerHost) -> String {
     }
 }
 
-/// Whether what is there has no name any more anywhere. A file that is found by its name has one, unless it is a mount.
+/// Whether the file at this path has no links left. A file that is found by its name has one, unless the path is a
+/// mount point.
 #[expect(clippy::disallowed_methods, reason = "on a thread of its own")]
 async fn is_orphan(looks: &Aside<bool>, path: &str) -> bool {
     let path = path.to_owned();
@@ -64,7 +66,7 @@ mod tests {
 
     use super::*;
 
-    /// Names what is open, as a mount does: it leads there also when there is no name for it any more.
+    /// Opens a reference to the file, like a mount: it stays valid after the file has lost its name.
     const O_PATH: i32 = 0o10_000_000;
 
     #[tokio::test(start_paused = true)]
@@ -84,7 +86,7 @@ mod tests {
         let began = Instant::now();
         assert_eq!(watch(&mounted).await.unwrap(), mounted);
         assert!(began.elapsed() >= PATIENCE && began.elapsed() < PATIENCE * 2, "{:?}", began.elapsed());
-        // Who sees the folder has the new one, or none for a while: both end by themselves.
+        // A container that mounts the folder sees the new socket, or none for a while: neither is an orphan.
         assert!(watch(&text).await.is_err());
         std::fs::remove_file(&path).unwrap();
         assert!(watch(&text).await.is_err());

@@ -1,15 +1,15 @@
-//! A strict socket proxy: stands between a program and the Docker socket, and lets through the program's own calls and
-//! nothing more. What these are is the program's ([`Proxy`]); how a request is read, refused and answered is here.
+//! A strict socket proxy: sits between a program and the Docker socket, and lets through the program's own calls and
+//! nothing else. The program defines these calls ([`Proxy`]); this module reads, refuses and answers requests.
 //!
 //! ```text
 //!  program ──unix socket──> listen ──> server ──Head, body──> Proxy::plan ──Call──> Proxy::perform ──> Docker
 //!                                        │                        │                     │
-//!                                        │<─── Refusal, told by refusals ───────────────┤
+//!                                        │<─── Refusal, logged by refusals ─────────────┤
 //!                                        └<──────────── answer, made anew ──────────────┘
 //! ```
 //!
-//! Nothing is forwarded: a request becomes one of a closed set of calls, which the proxy makes itself, from checked
-//! values; an answer is made anew from what was read of Docker's.
+//! The proxy forwards nothing. It turns a request into one of a closed set of calls, which it makes itself from checked
+//! values, and writes the answer anew from what it read of Docker's.
 
 use std::pin::Pin;
 
@@ -27,41 +27,42 @@ pub use refusals::Refusals;
 pub use request::{Head, MOST_BODY, MOST_HEAD, Method, Refusal};
 pub use server::Service;
 
-/// What stands in a refusal behind the program's name; a client of ours knows by it that no other proxy spoke.
+/// Follows the program's name in a refusal. Our clients recognize their own proxy by it.
 pub const REFUSES: &str = " socket-proxy refuses this";
 
-/// What a program lets through.
+/// The calls that a program lets through.
 pub trait Proxy: Send + Sync {
     /// The program's name, for refusals.
     const PROGRAM: &str;
-    /// How the proxy names itself in the header `Server`.
+    /// The proxy's value of the header `Server`.
     const SERVER: &str;
 
     /// One of its calls.
     type Call: Send;
-    /// Kept for as long as the connection that a call came by.
+    /// A value that lives as long as the connection of its call.
     type Held: Send;
 
-    /// Whether there is such a route, and a body may follow or not as the head says. Asked before that is read.
+    /// Checks that the route exists, and that its method may or may not have a body, as the head says. Called before
+    /// the body is read.
     ///
     /// # Errors
-    /// The rule that refuses it.
+    /// The rule that refuses the request.
     fn admits(&self, head: &Head) -> Result<(), Refusal>;
 
-    /// The call that a request may be. Its body is as long as its head says.
+    /// Turns a request into its call. The body is as long as the head says.
     ///
     /// # Errors
-    /// The rule that refuses it.
+    /// The rule that refuses the request.
     fn plan(&self, head: &Head, body: &[u8]) -> Result<Planned<Self::Call>, Refusal>;
 
-    /// Takes note that a call has come.
+    /// Records that a call has arrived.
     fn hold(&self, call: &Self::Call) -> impl Future<Output = Self::Held> + Send;
 
-    /// Makes the call. Dropped when the client goes.
+    /// Makes the call. Dropped when the client disconnects.
     fn perform(&self, call: Self::Call) -> impl Future<Output = Result<Answer, Failure>> + Send;
 }
 
-/// A call and the template of the route that it came by, for the log.
+/// A call, and the template of its route for the log.
 #[derive(Debug)]
 pub struct Planned<C> {
     /// Such as `POST /containers/{name}/start`.
@@ -70,25 +71,25 @@ pub struct Planned<C> {
     pub call: C,
 }
 
-/// What goes back.
+/// The answer to a request.
 pub enum Answer {
     /// Status and a JSON body.
     Json(u16, Value),
     /// 204.
     Done,
-    /// 200 with these bytes.
+    /// 200 with this content type and these bytes.
     Bytes(&'static str, Vec<u8>),
-    /// 200 and one JSON value after another. An error ends it as a cut would.
+    /// 200 and one JSON value after another. An error ends the stream as a cut connection would.
     Stream(Pin<Box<dyn Stream<Item = Result<Value, DockerError>> + Send>>),
 }
 
-/// Why a call was not made, or what became of it.
+/// Why a call was not made, or how it failed.
 pub enum Failure {
-    /// By the rule of this name, which needs a look at Docker.
+    /// Refused by this rule, which needs a look at Docker.
     Refused(&'static str),
     /// There is no such container.
     Absent(String),
-    /// What Docker said, or that it said nothing.
+    /// Docker's error, or its silence.
     Docker(DockerError),
 }
 

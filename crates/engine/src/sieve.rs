@@ -1,47 +1,47 @@
-//! JSON of any size, read into little memory: what Docker answers holds whatever somebody wrote into a label.
+//! Reads JSON of any size in bounded memory: Docker's answers hold whatever people wrote into labels.
 //!
-//! Bytes go in as they come, and what comes out is JSON of the same shape in which texts that are too long are cut
-//! short, and of maps of labels only so much is left as anybody here looks at. What is still beyond a bound
-//! afterwards is left out and said there: a text that was cut is longer than any that is taken. No I/O.
+//! Takes bytes as they arrive and gives JSON of the same shape. It cuts texts that are too long and drops labels beyond
+//! the limits below. Readers drop and report what still exceeds a limit of theirs: a cut text stays longer than any
+//! text that they accept. No I/O.
 
-/// A container counts for the agent when one of these says yes; never left out.
+/// The labels that enable a container for the agent; never dropped.
 pub const ENABLE_KEYS: [&str; 2] = ["dockflare.enable", "cloudflare.tunnel.enable"];
-/// Bytes of a label's key: what masters are known to take.
+/// Most bytes of a label's key: what masters are known to accept.
 pub const KEY_BYTES: usize = 256;
-/// The same of its value.
+/// Most bytes of a label's value.
 pub const VALUE_BYTES: usize = 4096;
-/// Of one container: how many of its labels are looked at.
+/// Most labels of one container that are read.
 pub const LABELS: usize = 256;
-/// And their bytes.
+/// Most bytes of these labels.
 pub const CONTAINER_BYTES: usize = 64 << 10;
-/// Of all containers together.
+/// Most bytes of these labels of all containers together.
 pub const REPORT_BYTES: usize = 2 << 20;
 
 /// Longest text outside of labels: a name, a path, an argument, a variable with a token in it.
 const TEXT_BYTES: usize = 8 << 10;
-/// Of labels that are none of ours.
+/// Most bytes of one container's other labels.
 const OTHER_LABELS_BYTES: usize = 16 << 10;
-/// Of a whole document, when all that may be cut was.
+/// Most bytes of a whole document, after all cuts.
 pub const DOCUMENT_BYTES: usize = 8 << 20;
-/// Docker's documents have about ten.
+/// Deepest nesting. Docker's documents have about ten levels.
 const DEPTH: usize = 64;
-/// What stands among them in an event, and matters as much as what enables a container.
+/// Facts that an event lists among its labels; never dropped, like the enabling labels.
 const FACTS: [&str; 4] = ["name", "image", "exitCode", "containerExitCode"];
-/// Under which a container's labels stand in a listing and an inspection, and in an event.
+/// The fields that hold a container's labels: in a listing or an inspection, and in an event.
 const MAPS: [&[u8]; 2] = [b"Labels", b"Attributes"];
 
-/// Why a document is not read on.
+/// Why reading a document stops.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Clogged {
     /// See [`DOCUMENT_BYTES`].
     #[error("has more than {} MiB also without its long texts", DOCUMENT_BYTES >> 20)]
     TooLarge,
-    /// More than a document of Docker's ever is.
+    /// Nested deeper than any document of Docker's.
     #[error("is nested more than {DEPTH} deep")]
     TooDeep,
 }
 
-/// See the module.
+/// Filters JSON, as the module describes.
 #[derive(Debug, Default)]
 pub struct Sieve {
     out: Vec<u8>,
@@ -49,57 +49,57 @@ pub struct Sieve {
     ends: Vec<usize>,
     stack: Vec<Frame>,
     text: Option<Text>,
-    /// Bytes of labels of ours in this document.
+    /// Bytes of our labels in this document so far.
     spent: usize,
-    /// Above zero nothing comes out.
+    /// Above zero, nothing is written to `out`.
     muted: usize,
 }
 
 #[derive(Debug, Default)]
 struct Frame {
     is_object: bool,
-    /// A key is next, not a value.
+    /// Whether a key comes next, not a value.
     wants_key: bool,
-    /// The last key, as far as it matters.
+    /// The start of the last key, as much as is compared.
     key: Vec<u8>,
     labels: Option<Map>,
 }
 
-/// A map of labels, and how much of it came out.
+/// A map of labels, and how much of it has been kept.
 #[derive(Debug, Default)]
 struct Map {
     members: usize,
     ours: (usize, usize),
     others: usize,
-    /// The member under way is left out.
+    /// Whether the current member is dropped.
     is_muted: bool,
 }
 
-/// A text under way.
+/// A text that is being read.
 #[derive(Debug)]
 struct Text {
     is_key: bool,
-    /// Kept for a decision that is due at its end.
+    /// Held back until its end, when the sieve decides whether to keep it.
     held: Option<Vec<u8>>,
     bytes: usize,
     most: usize,
-    /// The rest is passed over.
+    /// Whether the rest is skipped.
     is_cut: bool,
-    /// The last of it was half of a pair of escapes.
+    /// Whether the last unit was the first half of a surrogate pair.
     is_half: bool,
-    /// An escape under way, with its backslash.
+    /// The escape sequence that is being read, with its backslash.
     escape: Vec<u8>,
 }
 
 impl Sieve {
-    /// Takes what came.
+    /// Takes the next bytes.
     ///
     /// # Errors
     /// [`Clogged`]; the document is lost.
     pub fn feed(&mut self, chunk: &[u8]) -> Result<(), Clogged> {
         let mut rest = chunk;
         while let Some((&byte, after)) = rest.split_first() {
-            // Most of a text that is too long is passed over in one step.
+            // Skips most of an over-long text in one step.
             if self.text.as_ref().is_some_and(|text| text.is_cut && text.escape.is_empty()) {
                 let skipped = rest.iter().position(|byte| matches!(byte, b'"' | b'\\')).unwrap_or(rest.len());
                 if skipped > 0 {
@@ -114,7 +114,7 @@ impl Sieve {
         if open > DOCUMENT_BYTES { Err(Clogged::TooLarge) } else { Ok(()) }
     }
 
-    /// The first document that is whole.
+    /// Takes the first complete document.
     pub fn document(&mut self) -> Option<Vec<u8>> {
         if self.ends.is_empty() {
             return None;
@@ -125,7 +125,7 @@ impl Sieve {
         Some(std::mem::replace(&mut self.out, rest))
     }
 
-    /// Whether no document is under way.
+    /// Whether no document is being read.
     pub fn is_between(&self) -> bool {
         self.stack.is_empty() && self.text.is_none()
     }
@@ -167,7 +167,7 @@ impl Sieve {
                     frame.wants_key = frame.is_object;
                 }
             }
-            // That of a label comes with its key.
+            // A label's colon is written with its key.
             b':' if self.stack.last().is_some_and(|frame| frame.labels.is_some()) => {}
             byte if byte.is_ascii_whitespace() => {}
             byte => self.emit(byte),
@@ -213,7 +213,7 @@ impl Sieve {
                         && high.contains(&escape[3].to_ascii_lowercase())
                 };
                 let (is_first, is_second) = (half(b"89ab"), half(b"cdef"));
-                // A pair is one letter.
+                // A surrogate pair is one character.
                 let was_half = std::mem::replace(&mut text.is_half, is_first);
                 self.unit(&escape, is_second && was_half);
             }
@@ -222,15 +222,15 @@ impl Sieve {
         match byte {
             b'\\' => text.escape.push(byte),
             b'"' => self.end_text(),
-            // The rest of a letter belongs to its beginning.
+            // UTF-8 continuation bytes stay with the byte before them.
             byte => self.unit(&[byte], (0x80..0xc0).contains(&byte)),
         }
     }
 
-    /// Takes what must not be parted: a byte or an escape. `belongs`: to the one before.
+    /// Takes a unit that must not be split: a byte or an escape. `belongs` says that it continues the unit before it.
     fn unit(&mut self, unit: &[u8], belongs: bool) {
         let Some(text) = &mut self.text else { return };
-        // One letter more than the most, so that whoever reads it sees that it was too much.
+        // Keeps one character beyond the limit, so that the reader can tell that the text was cut.
         text.is_cut |= text.bytes > text.most && !belongs;
         if text.is_cut {
             return;
@@ -268,7 +268,7 @@ impl Sieve {
         let (bytes, spent) = (key.len(), self.spent);
         let Some(map) = self.stack.last_mut().and_then(|frame| frame.labels.as_mut()) else { return };
         let is_needed = ENABLE_KEYS.iter().chain(&FACTS).any(|needed| needed.as_bytes() == key);
-        // One more than is taken, so that whoever reads it sees that it was too much.
+        // Keeps one label beyond the limit, so that the reader can tell that labels were dropped.
         let has_room = match is_ours(&key) {
             true => map.ours.0 <= LABELS && map.ours.1 <= CONTAINER_BYTES && spent <= REPORT_BYTES,
             false => map.others + bytes <= OTHER_LABELS_BYTES,
@@ -288,14 +288,14 @@ impl Sieve {
             self.out.extend_from_slice(&key);
             self.out.extend_from_slice(b"\":");
         }
-        // A map of labels has no key that is looked for further down.
+        // Nothing looks up the keys of a map of labels further down.
         if let Some(frame) = self.stack.last_mut() {
             frame.key = key;
         }
         self.spend(bytes);
     }
 
-    /// Notes the bytes of a key or a value that came out.
+    /// Counts the bytes of a key or a value that was kept.
     fn spend(&mut self, bytes: usize) {
         let Some(frame) = self.stack.last_mut() else { return };
         let Some(map) = frame.labels.as_mut() else { return };
@@ -307,7 +307,7 @@ impl Sieve {
         }
     }
 
-    /// A member of a map of labels is over, and with it its silence.
+    /// Ends a member of a map of labels, and unmutes the output if the member was dropped.
     fn end_member(&mut self) {
         if let Some(map) = self.stack.last_mut().and_then(|frame| frame.labels.as_mut())
             && std::mem::take(&mut map.is_muted)
@@ -317,7 +317,7 @@ impl Sieve {
     }
 }
 
-/// Whether anybody here looks at a label with this key, in whatever form it was meant.
+/// Whether any program of ours reads a label with this key, misspelled or not.
 fn is_ours(key: &[u8]) -> bool {
     let has = |part: &[u8]| key.windows(part.len()).any(|window| window.eq_ignore_ascii_case(part));
     has(b"dockflare") || has(b"cloudflare") || key == b"com.docker.compose.service"

@@ -1,5 +1,5 @@
-//! How Docker is connected to: by its socket, by plain HTTP, by TLS with a certificate on both sides. A connection
-//! carries one request, for the client library as for the few requests that are made without it.
+//! Connects to Docker: over its socket, over plain HTTP, or over TLS with certificates on both sides. A connection
+//! carries one request, for the client library and for the few requests that bypass it.
 
 use std::io;
 use std::pin::Pin;
@@ -22,12 +22,12 @@ use crate::error::last_cause;
 pub enum Failed {
     /// No connection.
     Io(io::Error),
-    /// No answer on it.
+    /// No answer on the connection.
     Http(hyper::Error),
 }
 
 impl Failed {
-    /// One line.
+    /// The error in one line.
     pub fn words(&self) -> String {
         let error: &(dyn std::error::Error + 'static) = match self {
             Self::Io(error) => error,
@@ -37,10 +37,10 @@ impl Failed {
     }
 }
 
-/// An answer on its way.
+/// A future answer.
 type Answering = Pin<Box<dyn Future<Output = Result<Response<Incoming>, bollard::errors::Error>> + Send>>;
 
-/// What the client library makes its requests by, where it has no way of its own.
+/// The transport of the client library's requests over TLS, for which it has none of its own.
 pub fn custom(tls: DockerTls) -> impl Fn(BollardRequest) -> Answering + Send + Sync {
     let host = DockerHost::Tls(tls);
     move |request: BollardRequest| {
@@ -54,7 +54,7 @@ pub fn custom(tls: DockerTls) -> impl Fn(BollardRequest) -> Answering + Send + S
     }
 }
 
-/// One request on a connection of its own, which ends with the answer's body.
+/// Sends one request on its own connection, which ends with the answer's body.
 ///
 /// # Errors
 /// [`Failed`].
@@ -69,7 +69,7 @@ where
     };
     let name = HeaderValue::from_str(name).map_err(|error| Failed::Io(io::Error::other(error)))?;
     request.headers_mut().insert(HOST, name);
-    // To a server the path alone is sent.
+    // A request to a server holds only the path.
     if let Some(path) = request.uri().path_and_query() {
         *request.uri_mut() = Uri::from(path.clone());
     }
@@ -82,10 +82,10 @@ where
     }
 }
 
-/// A connection on which the two have shown their certificates.
+/// Connects and completes the TLS handshake, with certificates on both sides.
 ///
 /// # Errors
-/// When there is none, or one does not accept the other.
+/// When there is no connection, or one side does not accept the other's certificate.
 pub async fn shaken(tls: &DockerTls) -> io::Result<TlsStream<TcpStream>> {
     let stream = TcpStream::connect(tls.address.as_str()).await?;
     TlsConnector::from(tls.config.clone()).connect(tls.name.clone(), stream).await
@@ -99,12 +99,12 @@ where
     B: Body<Data: Send, Error: Into<Box<dyn std::error::Error + Send + Sync>>> + Send + 'static,
 {
     let (mut sender, connection) = client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(Failed::Http)?;
-    // It ends with the answer, or when nobody reads that any more; what goes wrong with it shows in the answer.
+    // The task ends with the answer, or when nobody reads it any more. The answer reports errors of the connection.
     tokio::spawn(connection);
     sender.send_request(request).await.map_err(Failed::Http)
 }
 
-/// What TLS has against the other side, or the other side against us, for people.
+/// Says in plain words why one side rejects the other's TLS or certificate.
 pub fn tls_words(error: &(dyn std::error::Error + 'static)) -> Option<String> {
     use rustls::{AlertDescription as Alert, CertificateError, Error, InvalidMessage};
     let mut next = Some(error);

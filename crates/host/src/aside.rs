@@ -1,6 +1,6 @@
-//! Blocking work, beside the one thread that everything else runs on. A disk or a network file system may never come
-//! back, and then costs one thread and nothing more: whoever asked is told after a time, and no further thread is
-//! sent after the first.
+//! Runs blocking work outside the one thread that everything else runs on. A disk or a network file system may hang
+//! forever. That costs one thread and nothing more: the caller gets an answer after its time limit, and no second
+//! thread starts while the first one hangs.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use tokio::sync::Mutex;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{Instant, timeout_at};
 
-/// Blocking work of one kind, one piece at a time.
+/// Runs blocking work of one kind, one piece at a time.
 #[derive(Debug)]
 pub struct Aside<T>(Mutex<Option<JoinHandle<T>>>);
 
@@ -19,9 +19,9 @@ impl<T> Default for Aside<T> {
 }
 
 impl<T: Send + 'static> Aside<T> {
-    /// Does a piece of work after any earlier one has ended, so that what was begun first is done first. `None` when
-    /// one of the two has not ended within `limit`: the earlier one, and then the new one is not begun, or the new
-    /// one, which goes on. Cancel-safe in the same sense.
+    /// Runs `work` after any earlier piece has ended, so that pieces run in order. Returns `None` if one of the two has
+    /// not ended within `limit`: if it is the earlier one, `work` is never started; if it is `work`, it goes on.
+    /// Cancel-safe in the same sense.
     pub async fn after_earlier(&self, limit: Duration, work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
         let deadline = Instant::now() + limit;
         let mut under_way = timeout_at(deadline, self.0.lock()).await.ok()?;
@@ -30,11 +30,11 @@ impl<T: Send + 'static> Aside<T> {
         }
         let done = timeout_at(deadline, under_way.insert(spawn_blocking(work))).await.ok()?;
         *under_way = None;
-        // A panic ends the process elsewhere.
+        // The panic hook has already ended the process after a panic.
         done.ok()
     }
 
-    /// Does a piece of work, or waits for one that is under way and takes what comes of that. `None` when it has not
+    /// Runs `work`, or waits for a piece that is already running and returns its result. Returns `None` if that has not
     /// ended within `limit`.
     pub async fn or_earlier(&self, limit: Duration, work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
         let deadline = Instant::now() + limit;

@@ -1,25 +1,25 @@
-//! What a program can tell of the container that it runs in.
+//! Finds out about the container that a program runs in.
 
 use std::path::Path;
 
-/// Whether this is a container with a network of its own, in which `localhost` is nobody but the container itself.
+/// Whether this is a container with its own network, in which `localhost` is only the container itself.
 pub fn has_own_network() -> bool {
     own_network(Path::new("/"))
 }
 
-/// Whether this is a container at all.
+/// Whether this is a container.
 pub fn is_inside() -> bool {
     is_container(Path::new("/"))
 }
 
-/// The full id of the container, as its list of mounts tells it, whatever its host name is: Docker and Podman mount
-/// files of their own into it from a folder that is named by the id.
+/// The full id of the container from its list of mounts, whatever its host name. Docker and Podman mount files of their
+/// own into it, from a folder named after the id.
 pub fn own_id() -> Option<String> {
     mounts().and_then(|mounts| id_in(&mounts).map(str::to_owned))
 }
 
-/// Whether what is written under this path is lost with the container: it is on none of its mounts, or in memory.
-/// Of a folder for temporary files nobody expects anything else.
+/// Whether data under this path is lost with the container, because the path is on none of its mounts, or in memory.
+/// `false` for the folder for temporary files, where this is expected.
 pub fn dies_with_container(path: &Path) -> bool {
     !path.starts_with(std::env::temp_dir())
         && is_container(Path::new("/"))
@@ -31,7 +31,7 @@ fn mounts() -> Option<String> {
     std::fs::read_to_string("/proc/self/mountinfo").ok()
 }
 
-/// Docker and Podman leave a mark.
+/// Docker and Podman each leave a marker file.
 #[expect(clippy::disallowed_methods, reason = "in the container's own root")]
 fn is_container(root: &Path) -> bool {
     ["", "run"]
@@ -40,7 +40,7 @@ fn is_container(root: &Path) -> bool {
         .any(|(folder, mark)| root.join(folder).join(mark).exists())
 }
 
-/// The host's network has at least one interface that is not the end of a pair whose other end is elsewhere.
+/// The host's network has at least one interface that is not one end of a pair whose other end is elsewhere.
 #[expect(clippy::disallowed_methods, reason = "the kernel itself answers")]
 fn own_network(root: &Path) -> bool {
     let Ok(interfaces) = std::fs::read_dir(root.join("sys/class/net")) else { return false };
@@ -50,7 +50,8 @@ fn own_network(root: &Path) -> bool {
     is_container(root) && interfaces.flatten().all(|interface| is_end_of_pair(&interface.path()))
 }
 
-/// By the list of mounts, proc(5): the innermost one that holds the path is the container's own root, or in memory.
+/// From the list of mounts, proc(5): whether the innermost mount that holds the path is the container's own root, or in
+/// memory.
 fn is_lost(mounts: &str, path: &Path) -> bool {
     let innermost = mounts
         .lines()
@@ -59,15 +60,15 @@ fn is_lost(mounts: &str, path: &Path) -> bool {
             let at = fields.split(' ').nth(4)?.replace("\\040", " ");
             path.starts_with(&at).then(|| (at.len(), kind.split(' ').next().unwrap_or_default().to_owned()))
         })
-        // The last one of those at the same place is on top.
+        // Of several mounts at the same place, the last one is on top.
         .max_by_key(|(length, _)| *length);
     innermost.is_some_and(|(length, kind)| length == 1 || kind == "tmpfs" || kind == "ramfs")
 }
 
-/// Files that are mounted into each container, and not by whoever made it.
+/// Files that the runtime mounts into every container.
 const RUNTIMES_OWN: [&str; 3] = ["/etc/hostname", "/etc/hosts", "/etc/resolv.conf"];
 
-/// By the list of mounts, proc(5): the fourth field is the path on the host's file system, the fifth the place here.
+/// From the list of mounts, proc(5): the fourth field is the path on the host's file system, the fifth the path here.
 fn id_in(mounts: &str) -> Option<&str> {
     let is_id = |part: &&str| part.len() == 64 && part.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
     mounts.lines().find_map(|line| {

@@ -1,5 +1,5 @@
-//! Small files that somebody else writes: keys, settings. Never read without end, never anything but a file, and not
-//! waited for when their disk hangs.
+//! Reads small files that others write, such as keys and settings. It reads regular files only, up to a size limit, and
+//! gives up on a disk that hangs.
 
 use std::fmt;
 use std::fs::{File, FileType, OpenOptions};
@@ -10,21 +10,21 @@ use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Duration;
 
-/// A file of some kilobytes that takes longer is on a disk that hangs.
+/// Time limit: if a file of some kilobytes takes longer, its disk hangs.
 pub const LIMIT: Duration = Duration::from_secs(5);
 
 /// Why a file could not be read.
 #[derive(Debug)]
 pub enum Unread {
-    /// The system refuses.
+    /// The system refused.
     Io(io::Error),
-    /// It is something else than a file.
+    /// It is not a regular file.
     NoFile(&'static str),
-    /// It has more than so many bytes.
+    /// It is longer than this many bytes.
     TooLong(u64),
-    /// It was not read in time.
+    /// It was not read within [`LIMIT`].
     Hangs,
-    /// The system starts no thread to read it.
+    /// The system refused a thread to read it.
     NoThread,
 }
 
@@ -43,22 +43,22 @@ impl fmt::Display for Unread {
 }
 
 impl Unread {
-    /// Whether there is nothing of that name.
+    /// Whether no file of that name exists.
     pub fn is_missing(&self) -> bool {
         matches!(self, Self::Io(error) if error.kind() == io::ErrorKind::NotFound)
     }
 }
 
-/// Reads a file whole. Blocks, for as long as its disk does: for threads that may.
+/// Reads a whole file. Blocks for as long as its disk does, so only call it on threads that may block.
 ///
 /// # Errors
-/// When it is no file, too long, or cannot be read.
+/// When it is not a regular file, is longer than `most` bytes, or cannot be read.
 #[expect(clippy::disallowed_methods, reason = "the callers run it on threads that may block")]
 pub fn read(path: &Path, most: u64) -> Result<Vec<u8>, Unread> {
-    // Opened, a FIFO would wait for somebody who writes, and a device may do anything.
+    // Check before opening: a FIFO would wait for a writer, and a device may do anything.
     regular(std::fs::metadata(path).map_err(Unread::Io)?.file_type())?;
     let file = OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(path).map_err(Unread::Io)?;
-    // It may have been replaced in between.
+    // Another file may have replaced it in between.
     regular(file.metadata().map_err(Unread::Io)?.file_type())?;
     take(file, most)
 }
@@ -69,10 +69,10 @@ fn take(file: File, most: u64) -> Result<Vec<u8>, Unread> {
     if length as u64 > most { Err(Unread::TooLong(most)) } else { Ok(bytes) }
 }
 
-/// As [`read()`], at the start of a program, when there is nothing else to do: waits for [`LIMIT`] at the most.
+/// Like [`read()`], for the start of a program, when there is nothing else to do. Waits for [`LIMIT`] at most.
 ///
 /// # Errors
-/// As there, and [`Unread::Hangs`].
+/// Those of [`read()`], [`Unread::Hangs`] and [`Unread::NoThread`].
 #[expect(clippy::disallowed_methods, reason = "nothing runs yet that would be blocked, and the wait has a limit")]
 pub fn read_at_start(path: &Path, most: u64) -> Result<Vec<u8>, Unread> {
     let (done, read_it) = channel();

@@ -1,5 +1,5 @@
-//! What every program of this project shares: how it logs, waits, stops, serves its pages, asks others over HTTP,
-//! and keeps secrets out of what it shows. Nothing here knows what a program is for.
+//! The parts that every program of this project shares: it logs, waits, stops, serves its pages, calls others over
+//! HTTP, and keeps secrets out of what it shows. Nothing here depends on the purpose of a program.
 
 #![cfg_attr(
     test,
@@ -23,13 +23,13 @@ pub mod retry;
 pub mod signals;
 pub mod words;
 
-/// An error with its causes, in one line.
+/// Formats an error with its causes in one line.
 pub fn error_chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {
         let cause_text = cause.to_string();
-        // Some libraries repeat their cause in their own words.
+        // Some libraries repeat the cause in their own text.
         if !text.ends_with(&cause_text) {
             text.push_str(": ");
             text.push_str(&cause_text);

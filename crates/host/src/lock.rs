@@ -1,8 +1,8 @@
-//! One process for one folder or file: a lock on a file beside it, held as long as the [`Lock`] lives.
+//! Limits a folder or file to one process, with a lock on a file beside it that is held as long as the [`Lock`] lives.
 //!
-//! The kernel holds the lock and not the file's existence, so it is free the moment its holder is gone, however it
-//! went, and it works between containers that share the folder. The text in the file is for people only: who holds
-//! it, for the message of the next one who asks.
+//! The lock is in the kernel and does not depend on whether the file exists. It is free as soon as its holder is gone,
+//! for whatever reason, and it works between containers that share the folder. The text in the file is for people only:
+//! it names the holder in the message to the next process.
 
 #![expect(
     clippy::disallowed_methods,
@@ -16,32 +16,31 @@ use std::path::Path;
 
 use tracing::warn;
 
-/// What is read of what the holder wrote: an honest line is far shorter.
+/// Most bytes read of the holder's text. An honest line is far shorter.
 const MAX_TEXT_BYTES: u64 = 300;
 
-/// What came of asking for the lock: the open file, which holds it, or nothing where the file system has no locks and
-/// nobody can be kept out.
+/// The lock: the open file that holds it, or `None` if the file system has no locks and cannot keep anyone out.
 #[derive(Debug)]
 pub struct Lock(Option<File>);
 
 impl Lock {
-    /// Whether it keeps others out.
+    /// Whether it keeps other processes out.
     pub fn is_held(&self) -> bool {
         self.0.is_some()
     }
 }
 
-/// Why it is somebody else's.
+/// Why the lock was not granted.
 #[derive(Debug)]
 pub enum Refused {
-    /// Another process holds the lock; what it wrote of itself.
+    /// Another process holds the lock; its own description of itself.
     Taken(String),
     /// The file cannot be made or opened.
     Io(io::Error),
 }
 
-/// Takes the lock on this file, which is made where it is not there and stays: only the lock in the kernel counts. Says
-/// who has it where it is taken.
+/// Takes the lock on this file. Creates the file if it does not exist, and never removes it: only the lock in the
+/// kernel counts. If the lock is taken, says who holds it.
 ///
 /// # Errors
 /// [`Refused`].
@@ -51,7 +50,7 @@ pub fn take(path: &Path) -> Result<Lock, Refused> {
     let asked = file.try_lock();
     match asked {
         Ok(()) => {
-            // A full disk is no reason not to start: then the next one is told less.
+            // A full disk must not prevent a start. The next process then learns less about the holder.
             let _ = file.set_len(0).and_then(|()| file.write_all(own_line().as_bytes()));
             Ok(Lock(Some(file)))
         }
@@ -60,7 +59,7 @@ pub fn take(path: &Path) -> Result<Lock, Refused> {
     }
 }
 
-/// Network file systems may have no locks: better a program that cannot be protected than none.
+/// Network file systems may have no locks. An unprotected program is better than none.
 fn without_locks(path: &Path, problem: &io::Error) -> Lock {
     let folder = path.parent().unwrap_or(path).display();
     warn!(
@@ -69,25 +68,25 @@ fn without_locks(path: &Path, problem: &io::Error) -> Lock {
     Lock(None)
 }
 
-/// `pid 7 on host 0f9c3a21b4d5 since 2026-01-31T10:00:00Z`; inside a container its host name is the start of its id.
+/// `pid 7 on host 0f9c3a21b4d5 since 2026-01-31T10:00:00Z`. Inside a container, the host name is the start of its id.
 fn own_line() -> String {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let now = jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ");
     format!("pid {} on host {} since {now}\n", std::process::id(), host.trim())
 }
 
-/// The first line of what the holder wrote. It may be in the middle of writing, and the file may hold anything.
+/// The first line of the holder's text. The holder may be writing it, and the file may hold anything.
 fn holder(file: &mut File) -> String {
     let mut text = Vec::new();
-    // What cannot be read is the same as what was not written.
+    // An unreadable text counts as none.
     let _ = file.take(MAX_TEXT_BYTES).read_to_end(&mut text);
     let text = String::from_utf8_lossy(&text);
     let line: String = text.lines().next().unwrap_or_default().chars().filter(|c| !c.is_control()).collect();
     if line.trim().is_empty() { "one that has not said which".to_owned() } else { line.trim().to_owned() }
 }
 
-/// Who holds the lock on this file, without asking for the lock: that would refuse an agent that starts at this moment. The
-/// kernel lists the locks of the processes that can be seen from here (proc(5), `/proc/locks`).
+/// Who holds the lock on this file. Does not try to take the lock: that would refuse an agent that starts at this
+/// moment. The kernel lists the locks of the processes that are visible from here (proc(5), `/proc/locks`).
 pub fn seen_holder(path: &Path) -> Option<String> {
     let mut file = File::open(path).ok()?;
     let inode = file.metadata().ok()?.ino();
@@ -95,8 +94,8 @@ pub fn seen_holder(path: &Path) -> Option<String> {
     locks.lines().any(|line| is_lock_of(line, inode)).then(|| holder(&mut file))
 }
 
-/// `1: FLOCK  ADVISORY  WRITE 708 fe:01:1048581 0 EOF`. Not compared with the device: some file systems show another
-/// one for a file than for its locks.
+/// `1: FLOCK  ADVISORY  WRITE 708 fe:01:1048581 0 EOF`. Ignores the device, since some file systems report another one
+/// for a file than for its locks.
 fn is_lock_of(line: &str, inode: u64) -> bool {
     let mut words = line.split_whitespace();
     let is_flock = words.nth(1) == Some("FLOCK") && words.nth(1) == Some("WRITE");
@@ -110,7 +109,7 @@ mod tests {
 
     const LOCK: &str = "agent.lock";
 
-    /// The lock, or what is said of its holder.
+    /// The lock, or the description of its holder.
     fn asked(dir: &Path) -> Result<Lock, String> {
         take(&dir.join(LOCK)).map_err(|refused| match refused {
             Refused::Taken(holder) => holder,

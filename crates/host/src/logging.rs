@@ -1,8 +1,8 @@
-//! The log: one line for each record, times in the operator's zone, no colour codes outside a terminal. The last
-//! lines are kept in memory as well ([`Ring`]), for whoever asks the running program for them.
+//! The log: one line for each record, with times in the operator's zone, and colors only on a terminal. The last lines
+//! also stay in memory ([`Ring`]), for anyone who asks the running program for them.
 //!
-//! Nobody who logs waits for whoever reads the log: a pipe that is full costs lines, which are counted, and the count
-//! is logged once somebody reads again.
+//! Logging never waits for the reader of the log. A full pipe drops lines and counts them, and the log reports the
+//! count once somebody reads again.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -30,29 +30,29 @@ mod asked;
 
 pub use asked::{Asked, read};
 
-/// What is logged, how, and in which time zone.
+/// What to log, in which format and time zone.
 #[derive(Debug, Clone)]
 pub struct LogConfig {
-    /// Levels by target; libraries that print request bodies stay at `info` or above whatever is asked.
+    /// Levels by target. Libraries that print request bodies stay at `info` or less verbose, whatever the setting says.
     pub filter: Targets,
     /// One line of text or one JSON object for each record.
     pub format: LogFormat,
-    /// Zone of the times in the log; the wire is always UTC.
+    /// Time zone of the log. Times on the wire are always UTC.
     pub time_zone: TimeZone,
 }
 
-/// Shape of a log record.
+/// Format of a log record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogFormat {
     /// `2026-01-31T10:00:00+01:00  INFO sentence key=value`.
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
-/// Lines kept.
+/// Lines kept in memory.
 const KEPT_LINES: usize = 200;
-/// Longest line kept; what is beyond is cut off. Most lines have a tenth of that.
+/// Longest kept line in bytes; the rest is cut off. Most lines have a tenth of that.
 const KEPT_BYTES: usize = 2000;
 
 /// The last 200 lines of the log, shared by all clones.
@@ -60,14 +60,14 @@ const KEPT_BYTES: usize = 2000;
 pub struct Ring(Arc<Mutex<VecDeque<String>>>);
 
 impl Ring {
-    /// The lines, oldest first, without the ends of those that are longer than 2000 bytes.
+    /// The lines, oldest first, each cut to 2000 bytes.
     pub fn lines(&self) -> Vec<String> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
     }
 }
 
 impl io::Write for Ring {
-    /// Takes whole lines: a record is written at once.
+    /// Takes whole lines: each call writes one record.
     fn write(&mut self, record: &[u8]) -> io::Result<usize> {
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         for line in String::from_utf8_lossy(record).lines() {
@@ -84,24 +84,24 @@ impl io::Write for Ring {
     }
 }
 
-/// The way to standard output, for [`flush`].
+/// The outlet to standard output, for [`flush`].
 static OUTLET: OnceLock<Outlet> = OnceLock::new();
-/// Whoever ends waits no longer than this for whoever reads the log.
+/// How long a program that ends waits for the reader of the log.
 const FLUSH_LIMIT: Duration = Duration::from_secs(1);
-/// What is said on standard error fits into any pipe that somebody reads.
+/// How long to wait for a reader of standard error. The text fits into any pipe that is being read.
 const ERROR_LIMIT: Duration = Duration::from_secs(5);
 
 /// Starts logging to standard output and into the ring, for the rest of the process.
 ///
-/// The `log` facade is not connected: what the Docker client prints there at its lower levels holds request
-/// bodies, the tunnel token in them.
+/// The `log` facade is not connected: at its lower levels, the Docker client prints request bodies there, and with them
+/// the tunnel token.
 ///
 /// # Errors
-/// When something else in the process logs already, or the system starts no thread.
+/// When something else in the process already logs, or the system starts no thread.
 pub fn start(config: &LogConfig) -> io::Result<Ring> {
     let ring = Ring::default();
     let kept = ring.clone();
-    // Past the standard library's own buffer, which two writers share by a lock.
+    // Bypasses the standard library's buffer, which two writers would share under a lock.
     let stdout = std::fs::File::from(io::stdout().as_fd().try_clone_to_owned()?);
     let outlet = Outlet::start(stdout, |lines| {
         tracing::error!(lines, "log lines were dropped here, since nobody read the log in time");
@@ -113,14 +113,14 @@ pub fn start(config: &LogConfig) -> io::Result<Ring> {
     Ok(ring)
 }
 
-/// Waits until the log is written, for a second at the most. To be called before the process ends.
+/// Waits until the log is written, for 1 s at most. Call it before the process ends.
 pub fn flush() {
     if let Some(outlet) = OUTLET.get() {
         outlet.flush(FLUSH_LIMIT);
     }
 }
 
-/// Prints what a subcommand has to say, and waits for whoever reads it, but not beyond a request to stop.
+/// Prints the output of a subcommand, and waits for its reader until asked to stop.
 pub async fn print(text: &str) {
     let written = outlet::hand_over(io::stdout, text);
     match (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) {
@@ -131,7 +131,7 @@ pub async fn print(text: &str) {
     }
 }
 
-/// Says on standard error why a program ends, and waits only shortly for whoever reads it.
+/// Prints on standard error why a program ends, and waits for its reader for 5 s at most.
 pub async fn print_error(text: &str) {
     let _ = timeout(ERROR_LIMIT, outlet::hand_over(io::stderr, text)).await;
 }
@@ -150,14 +150,14 @@ fn layer(config: &LogConfig, colours: bool, to: impl for<'w> MakeWriter<'w> + Se
     }
 }
 
-/// Makes a panic anywhere the end of the process with this exit code, said in one line that begins with `what`.
+/// Makes any panic end the process with this exit code, after one log line that begins with `what`.
 ///
-/// A task that is gone while the others go on would be the worst of all states: nobody would notice.
+/// A task that dies while the others go on would be the worst case: nobody would notice.
 pub fn end_on_panic(what: String, exit_code: u8) {
     std::panic::set_hook(Box::new(move |panic| {
         let place = panic.location().map(ToString::to_string).unwrap_or_default();
         let text = panic.payload_as_str().unwrap_or("no message");
-        // The runtime's words for a thread that the system refuses.
+        // The runtime's message when the system refuses a thread.
         if text.contains("can't spawn worker thread") {
             tracing::error!("{NO_THREAD} ({text})");
         } else {
@@ -168,10 +168,11 @@ pub fn end_on_panic(what: String, exit_code: u8) {
     }));
 }
 
-/// What to do when the system starts no thread. `nproc` counts all that one user runs on the host, in every container.
+/// The remedy when the system starts no thread. `nproc` counts everything that a user runs on the host, in all
+/// containers.
 pub const NO_THREAD: &str = "the system starts no further thread: raise the limit on processes of this container (--ulimit nproc, --pids-limit), or run it as a user of its own";
 
-/// `key=value`; quoted only where it would not read as one word.
+/// Writes `key=value`, quoted only where it would not read as one word.
 fn write_field(writer: &mut Writer<'_>, name: &str, value: &dyn fmt::Debug) -> fmt::Result {
     if name == "message" {
         return write!(writer, "{value:?}");
@@ -209,7 +210,7 @@ mod tests {
             let _ = runtime.block_on(task);
             return;
         }
-        // Itself once more, in a process of its own.
+        // Runs this test again in its own process.
         let test = ["--exact", "logging::tests::a_panic_in_a_task_ends_the_process_with_70"];
         let ended = Command::new(std::env::current_exe().unwrap()).args(test).env(ROLE, "1").output().unwrap();
         assert_eq!(ended.status.code(), Some(70), "{ended:?}");

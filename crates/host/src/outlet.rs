@@ -1,6 +1,6 @@
-//! A way out of the process that nobody waits for: whoever writes leaves a record and goes on, and a thread of its own
-//! hands the records to whoever reads them. A reader that stands still costs records and nothing else; once it reads
-//! again, it is told how many.
+//! Writes output without making the writer wait. A writer leaves a record and goes on, and a dedicated thread hands the
+//! records to the reader. A reader that stalls costs records and nothing else; when it reads again, it gets their
+//! number.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -12,14 +12,14 @@ use tokio::sync::oneshot;
 
 use crate::logging::NO_THREAD;
 
-/// What waits for a reader, in bytes: some 1,500 lines. What comes beyond is dropped and counted.
+/// Most bytes that wait for a reader: some 1,500 lines. Further records are dropped and counted.
 const MOST_WAITING: usize = 256 << 10;
-/// What each record costs beside its text.
+/// Bytes that each record costs besides its text.
 const RECORD_COST: usize = 64;
-/// After a reader that takes nothing right now, as a pipe that somebody made non-blocking says.
+/// Pause while the reader accepts nothing, as on a pipe that somebody made non-blocking.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// Takes whole records and never waits. Shared by all clones.
+/// Accepts whole records and never waits. Shared by all clones.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Outlet(Arc<Shared>);
 
@@ -33,19 +33,19 @@ struct Shared {
 struct Waiting {
     records: VecDeque<Vec<u8>>,
     bytes: usize,
-    /// The thread has a record in its hands that is not written yet.
+    /// The thread holds a record that is not written yet.
     writing: bool,
-    /// Records that found no room, or that the system refused to write, since the reader was last told.
+    /// Records that found no room or that the system refused to write, since the reader last got their number.
     dropped: u64,
-    /// No record is taken: first the reader is to be told what is missing before it.
+    /// Accept no records until the reader knows how many are missing.
     gap: bool,
-    /// Whose records are taken all the same: what it says is what closes the gap.
+    /// The thread whose records are accepted despite a gap: its message closes the gap.
     own: Option<ThreadId>,
 }
 
 impl Outlet {
-    /// Starts the thread that writes into `to`. It calls `missing` with the number of records that were dropped, once
-    /// what came before them is written: that leaves a record of it, which is taken whatever waits.
+    /// Starts the thread that writes into `to`. After a loss, it writes everything from before and then calls `missing`
+    /// with the number of dropped records. The record that `missing` leaves is accepted even if the outlet is full.
     ///
     /// # Errors
     /// When the system starts no thread.
@@ -56,7 +56,7 @@ impl Outlet {
         Ok(outlet)
     }
 
-    /// Waits until all is written, for no longer than `limit`: whoever ends must not wait for a reader.
+    /// Waits until everything is written, for `limit` at most: a process that ends must not wait for a reader.
     #[expect(clippy::disallowed_methods, reason = "the process ends, and the wait has a limit")]
     pub(crate) fn flush(&self, limit: Duration) {
         let deadline = Instant::now() + limit;
@@ -72,7 +72,7 @@ impl Outlet {
 }
 
 impl Write for Outlet {
-    /// Takes a whole record, or drops it.
+    /// Accepts a whole record, or drops it.
     fn write(&mut self, record: &[u8]) -> io::Result<usize> {
         let mut waiting = self.0.lock();
         let closes = waiting.own == Some(thread::current().id());
@@ -105,7 +105,8 @@ impl Shared {
             let mut waiting = self.lock();
             waiting.writing = false;
             if written.is_err() {
-                // Nobody reads any longer, or the disk under a file is full: it is told if a later one can be written.
+                // The reader is gone, or the disk under a file is full. A later record that can be written reports the
+                // loss.
                 waiting.dropped += 1;
             } else if waiting.dropped > 0 {
                 waiting.gap = true;
@@ -114,7 +115,7 @@ impl Shared {
         }
     }
 
-    /// The next record; none where a gap was told instead, of which there is a record then.
+    /// The next record. `None` after reporting a gap, which leaves a record.
     #[expect(clippy::disallowed_methods, reason = "runs on the log's own thread")]
     fn next(&self, missing: &impl Fn(u64)) -> Option<Vec<u8>> {
         let mut waiting = self.lock();
@@ -130,7 +131,7 @@ impl Shared {
                 missing(dropped);
                 waiting = self.lock();
                 waiting.dropped -= dropped;
-                // What was dropped in this moment is told as well before anything is taken.
+                // Report what was dropped in this moment, too, before accepting records.
                 waiting.gap = waiting.dropped > 0;
                 self.changed.notify_all();
                 return None;
@@ -140,7 +141,7 @@ impl Shared {
     }
 }
 
-/// Writes all of it, however long the reader takes.
+/// Writes all bytes, however long the reader takes.
 #[expect(clippy::disallowed_methods, reason = "runs on threads of its own")]
 fn write_whole(to: &mut impl Write, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
@@ -155,13 +156,13 @@ fn write_whole(to: &mut impl Write, mut bytes: &[u8]) -> io::Result<()> {
     to.flush()
 }
 
-/// Hands a text to whoever reads it, on a thread of its own. Resolves when it is written or cannot be. Where the system
-/// starts no thread it is written here, and that is said: whoever prints is about to end, and must not end in silence.
+/// Writes a text on its own thread. Resolves when the text is written or cannot be. If the system starts no thread,
+/// writes it here and adds the reason: a program that is about to end must not end in silence.
 pub(crate) fn hand_over<W: Write + Send + 'static>(mut to: impl FnMut() -> W, text: &str) -> oneshot::Receiver<()> {
     let (done, written) = oneshot::channel();
     let (mut from_thread, bytes) = (to(), text.as_bytes().to_vec());
     let started = thread::Builder::new().spawn(move || {
-        // Whoever reads it may have enough and hang up.
+        // The reader may close early.
         let _ = write_whole(&mut from_thread, &bytes);
         let _ = done.send(());
     });
@@ -177,7 +178,7 @@ mod tests {
 
     use super::*;
 
-    /// An outlet that tells gaps as a line of their own.
+    /// An outlet that reports each gap as a line of its own.
     fn outlet(to: impl Write + Send + 'static) -> Outlet {
         let own = Arc::new(Mutex::new(None::<Outlet>));
         let known = own.clone();

@@ -1,8 +1,8 @@
-//! A program's own pages: one GET for each connection, within narrow limits, and nothing secret. What is on them is
-//! the program's business ([`Pages`]).
+//! Serves a program's own pages: one GET per connection, within narrow limits, and nothing secret. The program defines
+//! their content ([`Pages`]).
 //!
-//! Whoever shares a network with the program may ask, so nothing here waits for a client. Who holds connections open
-//! takes places from nobody but themselves: each peer has a few, and those on this machine have their own.
+//! Anyone on the program's networks may ask, so nothing here waits for a client. A client that holds connections open
+//! takes places only from itself: each peer has a few, and peers on this machine have a pool of their own.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -24,15 +24,15 @@ use tracing::warn;
 use crate::places::{Place, Places, is_near};
 use crate::{error_chain, http};
 
-/// Connections served at once from elsewhere, and as many from this machine; further ones are closed.
+/// Most connections at a time from elsewhere, and again as many from this machine. Further ones are closed.
 const MOST_CONNECTIONS: usize = 64;
-/// Of these for each peer: a person's browser opens six.
+/// Most connections of one peer. A browser opens six.
 const MOST_OF_ONE_PEER: usize = 8;
-/// A client has this long to send its request, which is one packet.
+/// Time limit for a client to send its request, which is one packet.
 const HEAD_LIMIT: Duration = Duration::from_secs(5);
-/// A client that takes longer for its request and our answer is cut off.
+/// Time limit for a request and its answer; after it, the client is cut off.
 const CONNECTION_LIMIT: Duration = Duration::from_secs(10);
-/// A request has a line and some headers. 8 KiB is the least that the library takes.
+/// Most bytes of a request, which has a line and some headers. 8 KiB is the least that the library accepts.
 const MAX_REQUEST_BYTES: usize = 8 << 10;
 
 /// Address and port of a program's own pages.
@@ -45,7 +45,7 @@ impl fmt::Display for PageAddress {
     }
 }
 
-/// What is answered.
+/// The answer to a request.
 #[derive(Debug)]
 pub struct Page {
     status: StatusCode,
@@ -65,21 +65,21 @@ impl Page {
     }
 }
 
-/// Who knows what is on the pages.
+/// The content of the pages.
 pub trait Pages: Send + Sync + 'static {
-    /// The page under this path, for a client on this machine or one from elsewhere.
+    /// The page at this path, for a client on this machine or elsewhere.
     fn page(&self, path: &str, is_near: bool) -> impl Future<Output = Page> + Send;
 }
 
-/// Opens the port; inside a container nothing is published by that.
+/// Opens the port. Inside a container, this publishes nothing.
 ///
 /// # Errors
-/// When the port is taken or the address may not be used.
+/// When the port is taken, or the address may not be used.
 pub async fn bind(page: PageAddress) -> std::io::Result<TcpListener> {
     TcpListener::bind(page.0).await
 }
 
-/// Serves the pages for ever. Cancel-safe.
+/// Serves the pages forever. Cancel-safe.
 pub async fn serve(listener: TcpListener, pages: impl Pages) -> Infallible {
     let pages = Arc::new(pages);
     let places = Places::new(MOST_CONNECTIONS, MOST_OF_ONE_PEER);
@@ -87,20 +87,20 @@ pub async fn serve(listener: TcpListener, pages: impl Pages) -> Infallible {
         let (stream, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
-                // Out of descriptors, most likely: others must have a chance to close theirs.
+                // Most likely out of file descriptors: give others a chance to close theirs.
                 warn!("the health page cannot take a connection: {error}; trying again");
                 tokio::time::sleep(Duration::from_secs(1)).await;
                 continue;
             }
         };
-        // Who finds no place is closed at once, so that nobody waits behind those who dawdle.
+        // A connection without a place is closed at once, so that slow clients delay nobody else.
         if let Some(place) = places.take(peer.ip()) {
             tokio::spawn(converse(stream, peer, pages.clone(), place));
         }
     }
 }
 
-/// One connection, one request.
+/// Serves one request on one connection.
 async fn converse(stream: TcpStream, peer: SocketAddr, pages: Arc<impl Pages>, place: Place) {
     let service = service_fn(move |request| answer(request, peer, pages.clone()));
     let connection = hyper::server::conn::http1::Builder::new()
@@ -109,7 +109,7 @@ async fn converse(stream: TcpStream, peer: SocketAddr, pages: Arc<impl Pages>, p
         .max_buf_size(MAX_REQUEST_BYTES)
         .keep_alive(false)
         .serve_connection(TokioIo::new(stream), service);
-    // A client that breaks off or dawdles is its own problem.
+    // A client that disconnects or stalls is not our problem.
     let _ = timeout(CONNECTION_LIMIT, connection).await;
     drop(place);
 }
@@ -134,11 +134,11 @@ fn response(page: Page) -> Response<Full<Bytes>> {
     response
 }
 
-/// What the page of a program in the same container answers under this path, whatever its status. `who` is the
-/// subject of the sentence when nobody does.
+/// Asks a program in the same container for the page at this path, and returns it whatever its status. `who` is the
+/// subject of the error sentence.
 ///
 /// # Errors
-/// One line, when nobody answers within `limit` or it is not JSON.
+/// One line, when nothing answers within `limit` or the answer is not JSON.
 pub async fn ask(who: &str, page: PageAddress, path: &str, limit: Duration) -> Result<Value, String> {
     let at = reached_at(page);
     let get = async { http::neighbour(limit)?.get(format!("http://{at}{path}")).send().await?.bytes().await };
@@ -146,7 +146,7 @@ pub async fn ask(who: &str, page: PageAddress, path: &str, limit: Duration) -> R
     serde_json::from_slice(&body).map_err(|_| format!("{at} is served by something else"))
 }
 
-/// Where a page that listens there is reached from this machine.
+/// The address at which this machine reaches a page that listens there.
 fn reached_at(page: PageAddress) -> SocketAddr {
     let ip = match page.0.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
@@ -208,7 +208,7 @@ mod tests {
         }
         let began = Instant::now();
         for mut idle in idle {
-            // Reset where it had no place.
+            // The server resets connections that found no place.
             let _ = idle.read_to_end(&mut Vec::new()).await;
         }
         assert!(began.elapsed() < CONNECTION_LIMIT, "{:?}", began.elapsed());

@@ -1,11 +1,12 @@
-//! Places at a server that others share: each peer has a few, so that who holds connections open takes them from nobody
-//! but themselves. Peers on this machine have places of their own, as many as all others together.
+//! Limits the connections to a shared server. Each peer has a few places, so that a peer that holds connections open
+//! takes places only from itself. Peers on this machine have a pool of their own, as large as that of all others
+//! together.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// The connections that are served, by the peer that they are of.
+/// The open connections, counted by peer.
 #[derive(Debug, Clone)]
 pub struct Places {
     most: usize,
@@ -14,7 +15,7 @@ pub struct Places {
     taken: Arc<Mutex<HashMap<IpAddr, usize>>>,
 }
 
-/// One connection's place; dropping it gives it back.
+/// The place of one connection; returned on drop.
 #[derive(Debug)]
 pub struct Place {
     of: IpAddr,
@@ -22,12 +23,12 @@ pub struct Place {
 }
 
 impl Places {
-    /// So many places for peers elsewhere, as many for those on this machine, and of them so many for each peer.
+    /// `most` places for peers elsewhere and again as many for peers on this machine, with `most_of_one` for each peer.
     pub fn new(most: usize, most_of_one: usize) -> Self {
         Self { most, most_of_one, taken: Arc::default() }
     }
 
-    /// A place for one more connection of this peer, where there is one.
+    /// Takes a place for another connection of this peer, if there is one left.
     pub fn take(&self, peer: IpAddr) -> Option<Place> {
         let of = one_peer(peer);
         let mut taken = self.lock();
@@ -61,7 +62,7 @@ pub fn is_near(peer: IpAddr) -> bool {
     peer.to_canonical().is_loopback()
 }
 
-/// Addresses that one host can choose among count as one.
+/// Counts the addresses that one host can choose among as one peer.
 fn one_peer(ip: IpAddr) -> IpAddr {
     match ip.to_canonical() {
         IpAddr::V6(ip) if !ip.is_loopback() => {

@@ -1,8 +1,8 @@
-//! Whether each task is still at work, for the health page.
+//! Reports for the health page whether each task is still at work.
 //!
-//! A task that waits for something does so with a time limit, and while it waits for long it shows itself every
-//! 30 s. So one whose turn has not come for longer than its deadline hangs: it waits for a lock, a channel or a
-//! disk that will not come back. That is found out from outside, by noting when the runtime last gave it its turn.
+//! A task waits with a time limit, and shows itself every 30 s during a long wait. If its turn has not come for longer
+//! than its deadline, it hangs: it waits for a lock, a channel or a disk that does not come back. The pulse detects
+//! this from outside, by recording when the runtime last polled the task.
 
 use std::future::poll_fn;
 use std::pin::pin;
@@ -11,13 +11,13 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-/// A task that waits for longer shows itself at least this often.
+/// How often a task shows itself during a longer wait, at least.
 pub const BEAT: Duration = Duration::from_secs(30);
 
-/// When a task was last at work.
+/// Records when a task last worked.
 #[derive(Debug, Clone)]
 pub struct Pulse {
-    /// Name of the task.
+    /// The task's name.
     pub name: &'static str,
     deadline: Duration,
     last: Arc<Mutex<Last>>,
@@ -29,24 +29,24 @@ enum Last {
     Ended,
 }
 
-/// What the pulse of a task says of it.
+/// The state of a task, according to its pulse.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Life {
-    /// It does its work.
+    /// The task works.
     AtWork,
-    /// Its turn has not come for so long, which is more than it should ever be.
+    /// The task has not had its turn for this long, which is longer than its deadline.
     Hangs(Duration),
-    /// It came to its end.
+    /// The task has ended.
     Ended,
 }
 
 impl Pulse {
-    /// For a task that has not begun. `deadline` is the longest time for which it may wait in one piece.
+    /// Creates the pulse of a task that has not started. `deadline` is the longest time that it may wait in one piece.
     pub fn new(name: &'static str, deadline: Duration) -> Self {
         Self { name, deadline, last: Arc::new(Mutex::new(Last::Turn(Instant::now()))) }
     }
 
-    /// How the task is.
+    /// The state of the task.
     pub fn life(&self) -> Life {
         let last = *self.last.lock().unwrap_or_else(PoisonError::into_inner);
         match last {
@@ -56,9 +56,9 @@ impl Pulse {
         }
     }
 
-    /// Does `work` and notes each of its turns.
+    /// Runs `work` and records each of its turns.
     pub async fn watch<T>(self, work: impl Future<Output = T>) -> T {
-        // Also when it panics or is dropped.
+        // Records the end even if `work` panics or is dropped.
         let ended = Ended(self.last.clone());
         let mut work = pin!(work);
         poll_fn(|context| {
@@ -69,7 +69,7 @@ impl Pulse {
     }
 }
 
-/// Notes the end of a task, however it comes.
+/// Records the end of a task, however it comes.
 struct Ended(Arc<Mutex<Last>>);
 
 impl Ended {
@@ -84,7 +84,7 @@ impl Drop for Ended {
     }
 }
 
-/// Waits for so long, and shows every [`BEAT`] that nothing hangs. Cancel-safe, like a sleep.
+/// Sleeps for this long, and shows every [`BEAT`] that nothing hangs. Cancel-safe, like a sleep.
 pub async fn rest(mut left: Duration) {
     while !left.is_zero() {
         let step = left.min(BEAT);
@@ -93,7 +93,7 @@ pub async fn rest(mut left: Duration) {
     }
 }
 
-/// Waits for something that others may keep for long, and shows every [`BEAT`] that nothing hangs.
+/// Waits for something that others may hold for long, and shows every [`BEAT`] that nothing hangs.
 pub async fn rest_until<T>(mut something: impl Future<Output = T> + Unpin) -> T {
     loop {
         tokio::select! {

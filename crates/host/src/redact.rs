@@ -1,25 +1,25 @@
-//! Keeps secrets out of a document that is made to be shown: the known words are taken out of all its texts.
+//! Keeps secrets out of a document that will be shown: removes the known words from all its texts.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::Value;
 
-/// A shorter secret is in too many other words, and no key or token is one.
+/// Shorter secrets occur in too many other words, and no key or token is that short.
 const LEAST_SECRET_CHARS: usize = 6;
 
-/// The words that must be nowhere: these secrets, each also in base64.
+/// The words to remove: these secrets, each also in base64.
 pub fn words(mut secrets: Vec<SecretString>) -> Vec<SecretString> {
     let encoded: Vec<SecretString> =
         secrets.iter().map(|secret| STANDARD.encode(secret.expose_secret()).into()).collect();
     secrets.extend(encoded);
     secrets.retain(|secret| secret.expose_secret().len() >= LEAST_SECRET_CHARS);
-    // A token before the secret that is part of it.
+    // Remove a token before the secret that is part of it.
     secrets.sort_by_key(|secret| std::cmp::Reverse(secret.expose_secret().len()));
     secrets
 }
 
-/// Takes the words out of every text of the document, keys included.
+/// Removes the words from every text of the document, keys included.
 pub fn redact(value: &mut Value, words: &[SecretString]) {
     const HIDDEN: &str = "<redacted>";
     let clean =

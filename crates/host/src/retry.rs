@@ -1,4 +1,4 @@
-//! Waiting before trying again, and saying so once instead of at each try.
+//! Waits before a retry, and logs a lasting failure once instead of at each try.
 
 use std::fmt;
 use std::time::Duration;
@@ -18,7 +18,7 @@ pub struct Backoff {
     bounds: ExponentialBackoff,
 }
 
-/// No retry comes sooner than this.
+/// The shortest wait.
 const FLOOR: Duration = Duration::from_millis(100);
 
 impl Backoff {
@@ -28,16 +28,16 @@ impl Backoff {
         Self { bounds: builder.build(), builder }
     }
 
-    /// The wait before the next try, at least what the other side asked for.
+    /// The wait before the next try, at least as long as the other side asked for, up to an hour.
     pub fn next(&mut self, asked: Option<Duration>) -> Duration {
         let bound = self.bounds.next().unwrap_or(FLOOR).max(FLOOR);
         let jittered = FLOOR + (bound - FLOOR).mul_f64(fastrand::f64());
-        // A master that asks for a day is not believed for longer than an hour.
+        // Cap what a master may ask for at one hour.
         let asked = asked.unwrap_or_default().min(Duration::from_secs(3600));
         asked + jittered
     }
 
-    /// The bound itself, for what others do not do at the same moment.
+    /// The bound without jitter, for tries that others do not make at the same moment.
     pub fn next_whole(&mut self) -> Duration {
         self.bounds.next().unwrap_or(FLOOR)
     }
@@ -48,7 +48,7 @@ impl Backoff {
     }
 }
 
-/// Something that should work and does not, for as long as that lasts.
+/// Something that should work and does not.
 ///
 /// Logs when it begins, at most every ten minutes while it lasts, and when it ends.
 #[derive(Debug)]
@@ -60,26 +60,26 @@ pub struct Trouble {
 #[derive(Debug)]
 struct Lasting {
     began: Instant,
-    /// The same by the wall clock, for people.
+    /// The same in wall-clock time, for people.
     since: Timestamp,
     said: Instant,
     tries: u32,
-    /// The causes that were told; each is news once.
+    /// The causes that were logged; each is news once.
     told: Vec<String>,
 }
 
-/// How many causes of one trouble are told as news; a text that never repeats itself must not fill the log.
+/// How many causes of one trouble are logged as news, so that an error text that varies each time cannot fill the log.
 const MOST_CAUSES: usize = 5;
-/// How often a lasting trouble is repeated in the log.
+/// How often the log repeats a lasting trouble.
 const REPEAT: Duration = Duration::from_secs(600);
 
 impl Trouble {
-    /// `what` is the subject of the sentences: "the master", "Docker".
+    /// Creates a trouble that has not occurred yet. `what` is the subject of the sentences: "the master", "Docker".
     pub fn new(what: &'static str) -> Self {
         Self { what, since: None }
     }
 
-    /// Notes a failure; `next` says what happens now and what the operator can do.
+    /// Records a failure. `next` says what happens now and what the operator can do.
     pub fn failed(&mut self, error: &dyn fmt::Display, next: &str) {
         let (what, now, text) = (self.what, Instant::now(), error.to_string());
         match &mut self.since {
@@ -105,12 +105,12 @@ impl Trouble {
         }
     }
 
-    /// Nobody asks for it any more: nothing is said, since nothing works again.
+    /// Forgets the trouble without a log line: nobody needs the thing any more, so it does not work again.
     pub fn dropped(&mut self) {
         self.since = None;
     }
 
-    /// Notes that it works. Returns whether it did not before.
+    /// Records that it works. Returns whether it did not before.
     pub fn ended(&mut self) -> bool {
         let Some(lasting) = self.since.take() else { return false };
         info!(tries = lasting.tries, after = %Lasts(lasting.began.elapsed()), "{} works again", self.what);
@@ -118,7 +118,7 @@ impl Trouble {
     }
 }
 
-/// A length of time as people say it: `3.2s`, `4m10s`, `2h05m`.
+/// Formats a duration as people say it: `3.2s`, `4m10s`, `2h05m`.
 #[derive(Debug, Clone, Copy)]
 pub struct Lasts(
     /// How long.
@@ -156,7 +156,7 @@ mod tests {
     fn the_other_side_is_never_asked_sooner_than_it_said() {
         let longest = Duration::from_secs(60);
         let mut backoff = Backoff::new(Duration::from_secs(1), longest);
-        // However short that is, it is not what a master is asked after each time.
+        // However short the requested wait is, the back-off comes on top.
         for asked in [1, 30].map(Duration::from_secs) {
             let waits: Vec<_> = (0..200).map(|_| backoff.next(Some(asked))).collect();
             assert!(waits.iter().all(|wait| *wait >= asked && *wait <= asked + longest), "{waits:?}");
@@ -165,8 +165,8 @@ mod tests {
         assert!(backoff.next(Some(Duration::from_secs(1 << 40))) <= Duration::from_secs(7200));
     }
 
-    /// When one who asks in vain asks again, over so long a time: the same waits that poller, reporter and registrar
-    /// draw, added up.
+    /// The moments of the retries during an outage of this length: the sum of the waits that poller, reporter and
+    /// registrar draw.
     fn tries(first: Duration, cap: Duration, over: Duration) -> Vec<Duration> {
         let mut backoff = Backoff::new(first, cap);
         let mut at = Duration::ZERO;
@@ -200,7 +200,7 @@ mod tests {
         let hour = Duration::from_secs(3600);
         let mut tenths = [0; 10];
         for _ in 0..1000 {
-            // All lost it at one instant, and it is back an hour later.
+            // All agents lose the master at one instant, and it is back an hour later.
             let back = tries(first, cap, hour + 2 * cap).into_iter().find(|at| *at >= hour).unwrap() - hour;
             tenths[((back.as_secs_f64() / 6.0) as usize).min(9)] += 1;
         }

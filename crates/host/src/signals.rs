@@ -11,9 +11,9 @@ use crate::logging;
 /// A token that the first of the two signals cancels.
 ///
 /// # Errors
-/// When the system refuses to tell of signals.
+/// When the system refuses to deliver signals.
 pub fn shutdown_on_signals() -> io::Result<CancellationToken> {
-    // As PID 1 a process is sent only the signals that it asks for.
+    // PID 1 receives only the signals that it asks for.
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let shutdown = CancellationToken::new();
     let asked = shutdown.clone();

@@ -1,14 +1,14 @@
-//! What somebody meant who misspelt a word.
+//! Guesses what a misspelled word was meant to be.
 
-/// The candidate that differs least, if not by more than a third of its letters. Case and `_` count for nothing.
+/// The nearest candidate, if no more than a third of its letters differ. Ignores case and `_`.
 pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let (nearest, distance) =
         candidates.into_iter().map(|candidate| (candidate, distance(word, candidate))).min_by_key(|(_, far)| *far)?;
     (distance <= nearest.len() / 3).then_some(nearest)
 }
 
-/// How many letters must be added, left out, changed or swapped with their neighbour to make one word of the other.
-/// Words beyond 64 letters count as far from everything.
+/// The number of letters to insert, delete, change, or swap with their neighbor to turn one word into the other. Words
+/// beyond 64 letters count as far from everything.
 pub fn distance(one: &str, other: &str) -> usize {
     const LONGEST: usize = 64;
     if one.len().max(other.len()) > LONGEST {

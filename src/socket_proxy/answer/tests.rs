@@ -7,7 +7,7 @@ use crate::docker::{Endpoint, SPEC_LABEL};
 use crate::socket_proxy::tests::{ID, policy};
 use crate::state::TunnelId;
 
-/// Something of everything, under this name, with this image and these labels.
+/// A container with every field set, and this name, image and labels.
 fn full(name: &str, image: &str, labels: &[(&str, &str)]) -> Inspected {
     let place = Endpoint { address: "10.0.0.2".into(), gateway: "10.0.0.1".into(), aliases: vec!["alias".into()] };
     Inspected {
@@ -33,7 +33,7 @@ fn full(name: &str, image: &str, labels: &[(&str, &str)]) -> Inspected {
     }
 }
 
-/// What the agent reads of what it is shown.
+/// The inspection as the agent reads it from the proxy's answer.
 fn read(seen: &Inspected) -> Inspected {
     let shown: models::ContainerInspectResponse = serde_json::from_value(inspection(seen)).unwrap();
     Inspected::from(shown)
@@ -114,7 +114,7 @@ fn of_each_other_kind_only_what_is_needed_is_shown() {
     let shell = Inspected { command: vec![long], ..full("other", "cloudflare/cloudflared:1", &[]) };
     let shell = read(&shown(&policy(), shell).unwrap());
     assert_eq!(shell.command, ["cloudflared tunnel <hidden> run edge"]);
-    // The Python agent's container is told from anybody's by its command and the name of its variable.
+    // The agent recognizes the Python agent's container by its command and the name of its variable.
     let python = sees("dockflare-agent-tunnel", "cloudflare/cloudflared:1", &[]).unwrap();
     assert_eq!(owner(&python, Whose::Any), Owner::PythonAgent);
     let foreign = Inspected { command: vec!["nginx".into()], ..full("dockflare-agent-tunnel", "nginx", &[]) };

@@ -1,4 +1,4 @@
-//! What becomes of the tunnel, whatever agent and proxy do and wherever the proxy is killed.
+//! Checks what happens to the tunnel, whatever agent and proxy do and wherever the proxy is killed.
 
 use std::collections::BTreeSet;
 use std::future::pending;
@@ -18,33 +18,34 @@ fn names(names: &[&str]) -> Containers {
     names.iter().map(|name| ((*name).to_owned(), vec![an_agent()])).collect()
 }
 
-/// Goodbye said, its connection open, an agent connected, lease over, asked to stop; and then the tunnel.
+/// Goodbye said, its connection open, an agent connected, lease over, asked to stop; and the verdict on the tunnel.
 type Row = (bool, bool, bool, bool, bool, &'static str);
 
 const TABLE: [Row; 20] = [
-    // Nobody said goodbye: a crash, a kill, or all is well. Nothing is removed, whoever is there.
+    // Nobody said goodbye: a crash, a kill, or normal operation. Nothing is removed, whether an agent is connected or
+    // not.
     (false, false, false, false, false, "stays"),
     (false, false, true, false, false, "stays"),
     (false, false, false, false, true, "stays"),
     (false, false, true, false, true, "stays"),
-    // The agent is about to go.
+    // The agent is about to disconnect.
     (true, true, false, false, false, "held"),
     (true, true, false, true, false, "held"),
     // `restart`, and `up` with changes to both.
     (true, true, false, false, true, "held"),
     (true, true, false, true, true, "held"),
-    // It has gone.
+    // The agent has gone.
     (true, false, false, false, false, "held"),
     (true, false, false, true, false, "goes"),
     // `down`.
     (true, false, false, false, true, "goes"),
     (true, false, false, true, true, "goes"),
-    // It is back, or another one is there.
+    // The agent is back, or another one is connected.
     (true, false, true, false, false, "stays"),
     (true, false, true, true, false, "stays"),
     (true, false, true, false, true, "stays"),
     (true, false, true, true, true, "stays"),
-    // Both at once: what is left of the old one's connections, or a new one that is early. Nothing is removed.
+    // Both at once: remaining connections of the old agent, or a new agent that is early. Nothing is removed.
     (true, true, true, false, false, "held"),
     (true, true, true, true, false, "held"),
     (true, true, true, false, true, "held"),
@@ -54,7 +55,7 @@ const TABLE: [Row; 20] = [
 #[tokio::test(start_paused = true)]
 async fn the_verdict_follows_from_what_was_said_and_who_is_there() {
     for (row, (said, open, agent, over, stop, expected)) in TABLE.into_iter().enumerate() {
-        // The order in which it happens makes no difference.
+        // The order of the events makes no difference.
         for agent_first in [true, false] {
             let mut standing = Standing::default();
             let now = Instant::now();
@@ -89,7 +90,7 @@ async fn a_tunnel_container_of_another_name_goes_when_its_time_is_over_though_th
     standing.settle("new");
     assert_eq!(standing.verdict(now), Verdict::Held(Some(now + Duration::from_secs(60))));
     assert_eq!(standing.last_verdict(), Verdict::Held(None));
-    // And when the agent under the new name says goodbye as well, both go.
+    // When the agent under the new name also says goodbye, both go.
     standing.agents -= 1;
     standing.goodbye("new", 60, vec![an_agent()], now + Duration::from_secs(30));
     standing.parting -= 1;
@@ -97,17 +98,17 @@ async fn a_tunnel_container_of_another_name_goes_when_its_time_is_over_though_th
     assert_eq!(standing.verdict(now + Duration::from_secs(90)), Verdict::Goes(names(&["new", "old"])));
 }
 
-/// Docker, as far as the lease uses it: two containers, of which each removal takes its time.
+/// Docker, as far as the lease uses it: two containers that each take a while to remove.
 #[derive(Debug, Default)]
 struct Double {
     there: Mutex<BTreeSet<String>>,
-    /// Removals that were begun.
+    /// Removals that have started.
     begun: AtomicUsize,
-    /// The proxy is killed at the removal of this number: before it, or after it was done.
+    /// The removal at which the proxy is killed: before it, or after it was done.
     dies: Option<(usize, bool)>,
-    /// So many fail before one succeeds.
+    /// How many removals fail before one succeeds.
     failing: AtomicUsize,
-    /// Until then Docker does not answer.
+    /// Docker does not answer before this instant.
     away_until: Option<Instant>,
 }
 
@@ -150,13 +151,13 @@ impl Hands for Double {
     }
 }
 
-/// Keeps the lease for so long, as a proxy does that is killed then.
+/// Keeps the lease for this long, like a proxy that is then killed.
 async fn keep_for(leases: &Leases, hands: &Double, seconds: u64) {
     let never = CancellationToken::new();
     let _ = timeout(Duration::from_secs(seconds), leases.keep(hands, &never)).await;
 }
 
-/// As a proxy does that is asked to stop.
+/// Keeps the lease like a proxy that is asked to stop.
 async fn keep_to_the_end(leases: &Leases, hands: &Double) {
     let stop = CancellationToken::new();
     stop.cancel();
@@ -173,14 +174,14 @@ async fn the_tunnel_goes_when_no_agent_comes_back_and_stays_when_one_does() {
     assert_eq!(hands.there(), ALL);
     keep_for(&leases, &hands, 5).await;
     assert_eq!(hands.there(), ["other"]);
-    // Once.
+    // Only once.
     keep_for(&leases, &hands, 600).await;
     assert_eq!(hands.begun.load(Ordering::Relaxed), 2);
 
     let (hands, leases) = (Double::new(), Leases::open(OWN, None));
     drop(leases.goodbye(60, vec![an_agent()]).await);
     keep_for(&leases, &hands, 59).await;
-    // It is killed a moment later: it has said nothing by then.
+    // The agent is killed a moment later, without a goodbye.
     drop(leases.agent().await);
     keep_for(&leases, &hands, 6000).await;
     keep_to_the_end(&leases, &hands).await;
@@ -216,7 +217,7 @@ async fn what_docker_does_not_do_is_tried_again_and_left_to_an_agent_that_is_bac
     assert_eq!((hands.begun.load(Ordering::Relaxed), hands.there()), (tried, ALL.map(str::to_owned).to_vec()));
 }
 
-/// Docker starts its containers before its API, and the more there are the longer that takes.
+/// Docker starts its containers before its API. The more containers, the longer that takes.
 #[tokio::test(start_paused = true)]
 async fn the_time_in_which_a_docker_that_starts_does_not_answer_is_not_taken_from_the_agent() {
     let folder = tempfile::tempdir().unwrap();
@@ -252,7 +253,7 @@ async fn an_agent_that_comes_back_during_the_drain_keeps_what_it_makes() {
     let back = async {
         sleep(Duration::from_secs(2)).await;
         let agent = leases.agent().await;
-        // And it says goodbye again while the drain still lasts: that is another lease.
+        // The agent says goodbye again during the drain, which begins another lease.
         drop(agent);
         leases.goodbye(600, vec![an_agent()]).await
     };
@@ -267,12 +268,13 @@ async fn a_proxy_that_is_killed_anywhere_is_followed_by_one_that_goes_on() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("docker.sock.lease");
     let open = || Leases::open(OWN, Some(path.clone()));
-    // Before the goodbye is said: there is none.
+    // Killed before the goodbye: there is no lease.
     let hands = Double::new();
     keep_for(&open(), &hands, 600).await;
     assert_eq!(hands.there(), ALL);
 
-    // After it; while the lease lasts; before and after each removal; and each time with an agent that is back then.
+    // Killed after the goodbye, during the lease, and before and after each removal, each time also with an agent that
+    // is back.
     let deaths = [(0, false), (1, false), (0, true), (1, true)];
     for (at, dies) in [(0, None), (30, None)].into_iter().chain(deaths.map(|at| (64, Some(at)))) {
         for is_back in [false, true] {
@@ -326,15 +328,15 @@ async fn the_time_on_disk_is_the_hosts_own_and_begins_anew_with_it() {
     };
     assert_eq!(left(at("one", 1000)), 60);
     assert_eq!(left(at("one", 1020)), 40);
-    // A proxy that has just started gives an agent that starts with it a moment.
+    // A proxy that has just started gives an agent that starts with it some time.
     assert_eq!(left(at("one", 1059)), 15);
     assert_eq!(left(at("one", 9000)), 15);
-    // Never more than the whole.
+    // Never more than the whole lease.
     assert_eq!(left(at("one", 900)), 60);
-    // Another life of the host, and one of which nothing is known.
+    // Another boot of the host, and one that is unknown.
     assert_eq!(left(at("two", 10)), 60);
     assert_eq!(left(at("", 1020)), 60);
-    // Also of a short one: it starts no sooner for that.
+    // This also holds for a short lease: an agent does not start any faster for it.
     let short = Lease { seconds: 5, ends: Instant::now() + Duration::from_secs(5), ..lease };
     write(&path, Some(&short), &at("one", 1000)).unwrap();
     assert_eq!((read(&path, &at("one", 9000)).unwrap().unwrap().ends - Instant::now()).as_secs(), 15);

@@ -1,4 +1,4 @@
-//! Where a socket proxy is reached, and its connections.
+//! Listens for a socket proxy's clients and serves their connections.
 
 use std::fmt;
 use std::io;
@@ -22,7 +22,7 @@ use super::{Proxy, Refusal, Service};
 /// Where the socket proxy listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Listen {
-    /// Path of a unix socket that it makes.
+    /// Path of a unix socket that the proxy creates.
     Unix(String),
     /// An address of this host, plain HTTP.
     Tcp(SocketAddr),
@@ -37,16 +37,17 @@ impl fmt::Display for Listen {
     }
 }
 
-/// A program needs no more than six at a time. On a unix socket, which only it reaches, who opens more waits.
+/// Most connections at a time; a program needs six at most. On a unix socket, which only the program reaches, further
+/// connections wait.
 pub const MOST_CONNECTIONS: usize = 64;
-/// Of these for each peer on a network: a program's, a `check` beside it, and some that are about to close. Further ones
-/// are closed, so that nobody waits behind those who dawdle.
+/// Most connections of one peer on a network: a program's, those of a `check` beside it, and some that are closing. The
+/// proxy closes further ones at once, so that slow clients delay nobody else.
 pub const MOST_OF_ONE_PEER: usize = 16;
-/// After the system could not accept a connection, for want of file handles as a rule.
+/// Pause after the system could not accept a connection, usually for lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Serves until `shutdown`, or until Docker's socket is dead for ever; gives the connections that are open then, and
-/// the path of that socket.
+/// Serves until `shutdown`, or until Docker's socket is dead for good. Returns the connections that are still open, and
+/// the path of a dead socket.
 pub async fn accept_all<P: Proxy + 'static>(
     listener: &Listener,
     service: &Arc<Service<P>>,
@@ -77,7 +78,7 @@ pub async fn accept_all<P: Proxy + 'static>(
     }
 }
 
-/// The next one would replace the socket; without it a client is told at once that nobody is there.
+/// Removes the socket. The next proxy would replace it, but without it clients see at once that nothing listens.
 #[expect(clippy::disallowed_methods, reason = "the last thing that it does")]
 pub fn leave(path: &str) {
     let _ = std::fs::remove_file(path);
@@ -90,13 +91,13 @@ where
 {
     let service = service.clone();
     connections.spawn(async move {
-        // That the client went is no news.
+        // A client that disconnects is nothing to report.
         drop(service.serve(stream).await);
         drop(place);
     });
 }
 
-/// What is listened on.
+/// A socket that listens.
 pub enum Listener {
     /// A unix socket.
     Unix(UnixListener),
@@ -106,15 +107,15 @@ pub enum Listener {
 
 enum Connection {
     Unix(UnixStream),
-    /// And whose it is.
+    /// With the peer's address.
     Tcp(TcpStream, IpAddr),
 }
 
 impl Listener {
-    /// Listens. `setting` is the name of the setting that says where.
+    /// Starts listening. `setting` names the setting that holds the address.
     ///
     /// # Errors
-    /// A sentence that names it.
+    /// A sentence that names the setting.
     #[expect(clippy::disallowed_methods, reason = "at the start, when nothing runs yet, in the volume of the socket")]
     pub async fn bind(setting: &str, listen: &Listen) -> Result<Self, String> {
         let said = |problem: &dyn std::fmt::Display, remedy: &str| {
@@ -125,7 +126,7 @@ impl Listener {
                 const REMEDY: &str = "its folder must exist and belong to the user that the socket proxy runs as";
                 replace_stale(Path::new(path)).await.map_err(|error| said(&error, REMEDY))?;
                 let listener = UnixListener::bind(path).map_err(|error| said(&error, REMEDY))?;
-                // The folder is what keeps others out: it is shared with the agent alone, whoever that runs as.
+                // The folder keeps others out: it is shared with the agent alone, whichever user that runs as.
                 std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o666))
                     .map_err(|error| said(&error, REMEDY))?;
                 Ok(Self::Unix(listener))
@@ -137,11 +138,11 @@ impl Listener {
         }
     }
 
-    /// Whether one more may come while so many are served.
+    /// Whether to accept another connection while `served` are open.
     fn may_accept(&self, served: usize) -> bool {
         match self {
             Self::Unix(_) => served < MOST_CONNECTIONS,
-            // Each peer has its bound, and all together.
+            // `Places` limits each peer, and all peers together.
             Self::Tcp(_) => true,
         }
     }
@@ -155,7 +156,7 @@ impl Listener {
     }
 }
 
-/// Removes the socket of one that was killed; never a socket on which somebody listens, nor anything else.
+/// Removes the socket of a proxy that was killed, but never a socket with a listener, or anything else.
 #[expect(clippy::disallowed_methods, reason = "at the start, when nothing runs yet, in the volume of the socket")]
 async fn replace_stale(path: &Path) -> io::Result<()> {
     match std::fs::symlink_metadata(path) {
@@ -171,10 +172,10 @@ async fn replace_stale(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Whether the Docker socket can be opened. `setting` is the name of the setting that says where it is.
+/// Checks that the Docker socket can be opened. `setting` names the setting that holds its path.
 ///
 /// # Errors
-/// What would help.
+/// The problem and its remedy.
 #[expect(clippy::disallowed_methods, reason = "at the start, and its folder has just been looked into")]
 pub async fn openable(path: &str, setting: &str) -> Result<(), String> {
     let Err(error) = UnixStream::connect(path).await else { return Ok(()) };
@@ -195,10 +196,10 @@ pub async fn openable(path: &str, setting: &str) -> Result<(), String> {
     })
 }
 
-/// What `socket-proxy --check` does: asks the one that runs here whether it reaches Docker.
+/// Runs `socket-proxy --check`: asks the running proxy whether it reaches Docker.
 ///
 /// # Errors
-/// One line that says why not.
+/// One line with the reason.
 pub async fn check(listen: &Listen) -> Result<String, String> {
     const LIMIT: Duration = Duration::from_secs(4);
     let ask = async {

@@ -1,4 +1,4 @@
-//! One line in the log for each refusal: route and rule, nothing of what the client sent. A flood is counted instead.
+//! Logs one line for each refusal, with route and rule and nothing that the client sent. A flood is only counted.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -10,11 +10,11 @@ use tracing::warn;
 use super::request::Refusal;
 use crate::DockerError;
 
-/// Lines in a row before the rest of a minute is only counted.
+/// Lines per minute; further refusals are only counted.
 const MOST_LINES: u32 = 30;
 const WINDOW: Duration = Duration::from_secs(60);
 
-/// What was told, and how much was not.
+/// Which refusals were logged, and how many were not.
 #[derive(Debug)]
 pub struct Refusals {
     // Std mutexes: no await happens under them.
@@ -37,7 +37,7 @@ impl Default for Refusals {
 }
 
 impl Refusals {
-    /// Notes a refusal.
+    /// Logs or counts a refusal.
     pub fn tell(&self, refusal: Refusal) {
         self.turn();
         let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
@@ -52,7 +52,7 @@ impl Refusals {
         }
     }
 
-    /// Ends a window that is over, and tells what was not told in it. Called now and then.
+    /// Ends a window that is over, and logs how many refusals it left out. Called now and then.
     pub fn turn(&self) {
         let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
         if window.began.elapsed() < WINDOW {
@@ -64,12 +64,12 @@ impl Refusals {
         *window = Window { began: Instant::now(), told: 0, untold: 0 };
     }
 
-    /// How long [`Refusals::turn`] has nothing to do.
+    /// Until when [`Refusals::turn`] has nothing to do.
     pub fn next_turn(&self) -> Instant {
         self.window.lock().unwrap_or_else(PoisonError::into_inner).began + WINDOW
     }
 
-    /// Notes that Docker did not answer, or that it answered with an error.
+    /// Records that Docker did not answer, or answered with an error.
     pub fn docker_failed(&self, error: &DockerError) {
         if error.is_away() {
             self.docker.lock().unwrap_or_else(PoisonError::into_inner).failed(error, "trying again at the next call");
@@ -78,7 +78,7 @@ impl Refusals {
         }
     }
 
-    /// Notes that Docker answered.
+    /// Records that Docker answered.
     pub fn docker_answered(&self) {
         self.docker.lock().unwrap_or_else(PoisonError::into_inner).ended();
     }

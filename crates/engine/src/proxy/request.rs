@@ -1,29 +1,29 @@
-//! The head of a request, read strictly: one way to write each thing, anything else is refused.
+//! Reads the head of a request strictly: there is one way to write each thing, and anything else is refused.
 //!
-//! Nothing of what is read here is handed on as bytes, so what is refused is less a danger than a doubt: a request
-//! that two programs could read in two ways is not answered at all.
+//! None of the bytes read here are passed on, so what is refused is less a danger than an ambiguity: a request that two
+//! programs could read in two ways gets no service.
 
 use std::collections::BTreeMap;
 
-/// Why a request is not served. The names are stable; none holds anything that the client sent.
+/// Why a request is refused. The names are stable and hold nothing that the client sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Refusal {
     /// HTTP status of the answer.
     pub status: u16,
-    /// Template of the route, `-` while it is not known.
+    /// Template of the route, or `-` if it is unknown.
     pub route: &'static str,
     /// Name of the rule.
     pub rule: &'static str,
 }
 
 impl Refusal {
-    /// Of a request that is no proper HTTP.
+    /// A refusal of a request that is not proper HTTP.
     pub const fn http(rule: &'static str) -> Self {
         Self { status: 400, route: "-", rule }
     }
 }
 
-/// What is asked to be done.
+/// The HTTP method.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Method {
     /// `GET`
@@ -39,23 +39,23 @@ pub enum Method {
 /// A request without its body.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Head {
-    /// What is asked to be done.
+    /// The HTTP method.
     pub method: Method,
-    /// The path without its version: at least one segment, none empty, plain bytes only.
+    /// The path without its version: at least one segment, none of them empty, plain bytes only.
     pub path: Vec<String>,
-    /// The query, decoded; no key twice.
+    /// The query, decoded. No key occurs twice.
     pub query: BTreeMap<String, String>,
-    /// Length of the body that follows.
+    /// Length of the body in bytes.
     pub length: usize,
 }
 
-/// A head with a listing's filters has some hundred bytes.
+/// Most bytes of a head. One with the filters of a listing has a few hundred.
 pub const MOST_HEAD: usize = 16 << 10;
-/// A create call with a token has some two thousand.
+/// Most bytes of a body. A create call with a token has about two thousand.
 pub const MOST_BODY: usize = 64 << 10;
 const MOST_HEADERS: usize = 32;
 
-/// Headers that would change what the request is, or how it is to be read.
+/// Headers that would change the meaning of the request, or how to read it.
 const REFUSED_HEADERS: [(&str, &str); 11] = [
     ("transfer-encoding", "header_transfer_encoding"),
     ("expect", "header_expect"),
@@ -74,7 +74,7 @@ impl Head {
     /// Reads a head, from its first byte to the empty line that ends it.
     ///
     /// # Errors
-    /// The rule that it breaks.
+    /// The rule that the head breaks.
     pub fn read(bytes: &[u8]) -> Result<Self, Refusal> {
         plain(bytes)?;
         let mut headers = [httparse::EMPTY_HEADER; MOST_HEADERS];
@@ -103,7 +103,7 @@ impl Head {
     }
 }
 
-/// Only what can be printed, in lines that each end in CR LF, the first beginning with a method.
+/// Accepts only printable characters, in lines that each end in CR LF. The first line begins with a method.
 fn plain(bytes: &[u8]) -> Result<(), Refusal> {
     let odd = Err(Refusal::http("head_bytes"));
     if !bytes.first().is_some_and(u8::is_ascii_uppercase) {
@@ -198,7 +198,7 @@ fn is_like_version(segment: &str) -> bool {
     matches!(bytes.next(), Some(b'v' | b'V')) && bytes.next().is_none_or(|byte| !byte.is_ascii_alphabetic())
 }
 
-/// Older ones than 1.24 read a body where none belongs.
+/// Versions before 1.24 read a body where none belongs.
 fn is_version(segment: &str) -> bool {
     let minor = segment.strip_prefix("v1.").filter(|minor| minor.len() == 2);
     minor.is_some_and(|minor| minor.bytes().all(|byte| byte.is_ascii_digit()) && minor >= "24")
@@ -208,7 +208,7 @@ fn is_version(segment: &str) -> bool {
 fn read_query(text: &str) -> Result<BTreeMap<String, String>, Refusal> {
     let odd = Refusal::http("query_malformed");
     let mut query = BTreeMap::new();
-    // The agent's Docker client writes a question mark with nothing behind it.
+    // The agent's Docker client may send a bare question mark.
     for pair in text.split('&').filter(|_| !text.is_empty()) {
         let (key, value) = pair.split_once('=').ok_or(odd)?;
         if key.is_empty() || !key.bytes().all(|byte| byte.is_ascii_alphabetic()) {
@@ -222,7 +222,7 @@ fn read_query(text: &str) -> Result<BTreeMap<String, String>, Refusal> {
     Ok(query)
 }
 
-/// Undoes the encoding of forms, for printable characters only.
+/// Decodes a form-encoded value of printable characters.
 fn decode(value: &str) -> Option<String> {
     let mut bytes = value.bytes();
     let mut text = String::new();
@@ -236,7 +236,7 @@ fn decode(value: &str) -> Option<String> {
                 }
                 u8::from_str_radix(std::str::from_utf8(&digits).ok()?, 16).ok()?
             }
-            // What delimits, or would have been encoded.
+            // Delimiters, and characters that an encoder would have encoded.
             b'=' | b'?' | b'#' | b';' => return None,
             other => other,
         };

@@ -1,8 +1,7 @@
-//! One connection, one request, one answer: reads the head and the body within their limits, has the call planned and
-//! made, writes what came of it, and closes.
+//! Serves one connection with one request and one answer. It reads the head and the body within their limits, has the
+//! [`Proxy`] plan and make the call, writes the answer, and closes.
 //!
-//! The client's end of the connection is read all the while, so that a stream, or a call that takes long, ends when
-//! the client goes.
+//! It keeps reading from the client throughout, so that a stream or a long call ends when the client disconnects.
 
 use std::time::Duration;
 
@@ -15,26 +14,26 @@ use super::refusals::Refusals;
 use super::request::{Head, MOST_HEAD, Method, Refusal};
 use super::{Answer, Failure, Planned, Proxy, REFUSES};
 
-/// What serves the connections.
+/// Serves the connections of a proxy.
 #[derive(Debug)]
 pub struct Service<P> {
-    /// What is let through.
+    /// The calls that are let through.
     pub proxy: P,
-    /// What was refused.
+    /// The log of refusals.
     pub refusals: Refusals,
 }
 
-/// The head, and then the body, must have come within this time.
+/// Time limit for the head, and then again for the body.
 const READ_LIMIT: Duration = Duration::from_secs(5);
-/// The client must take an answer that is no stream within this time.
+/// Time limit for the client to take an answer, or one piece of a stream.
 const WRITE_LIMIT: Duration = Duration::from_secs(30);
 
-/// A refused client has this long to read its answer and close, however much it still sends.
+/// How long a refused client has to read its answer and close, however much it still sends.
 const REST_LIMIT: Duration = Duration::from_millis(500);
 
 /// How reading a request ended.
 enum Unread {
-    /// The client went before it had sent one.
+    /// The client disconnected before it sent a request.
     Gone,
     Refused(Refusal),
 }
@@ -46,10 +45,10 @@ impl From<Refusal> for Unread {
 }
 
 impl<P: Proxy> Service<P> {
-    /// Serves the one request of a connection.
+    /// Serves the only request of a connection.
     ///
     /// # Errors
-    /// The client's going.
+    /// When the client disconnects.
     pub async fn serve(&self, stream: impl AsyncRead + AsyncWrite + Send) -> std::io::Result<()> {
         let (mut from, mut to) = split(stream);
         let (head, body) = match read(&self.proxy, &mut from).await {
@@ -62,7 +61,7 @@ impl<P: Proxy> Service<P> {
             Err(refusal) => return self.refuse(&mut from, &mut to, refusal).await,
         };
         drop(body);
-        // Until this connection ends.
+        // Held until this connection ends.
         let _held = self.proxy.hold(&call).await;
         let answer = tokio::select! {
             answer = self.proxy.perform(call) => answer,
@@ -101,14 +100,14 @@ impl<P: Proxy> Service<P> {
         self.refusals.tell(refusal);
         let message = format!("{}{REFUSES}: {}", P::PROGRAM, refusal.rule);
         write::<P, _>(to, Answer::Json(refusal.status, json!({ "message": message })), false).await?;
-        // Closed with bytes that were not read, the answer would be lost on its way.
+        // A close with unread bytes would lose the answer on its way.
         let rest = async { while from.read(&mut [0; 4096]).await.is_ok_and(|read| read > 0) {} };
         let _ = timeout(REST_LIMIT, rest).await;
         Ok(())
     }
 }
 
-/// Reads head and body.
+/// Reads the head and the body.
 async fn read<S: AsyncRead>(proxy: &impl Proxy, from: &mut ReadHalf<S>) -> Result<(Head, Vec<u8>), Unread> {
     let slow = |rule| Unread::Refused(Refusal { status: 408, ..Refusal::http(rule) });
     let (head, mut body) = timeout(READ_LIMIT, read_head(from)).await.map_err(|_| slow("head_slow"))??;
@@ -128,7 +127,7 @@ async fn read<S: AsyncRead>(proxy: &impl Proxy, from: &mut ReadHalf<S>) -> Resul
     Ok((head, body))
 }
 
-/// Reads up to the empty line; gives the head, and what has come of the body.
+/// Reads up to the empty line. Returns the head, and the part of the body that came with it.
 async fn read_head<S: AsyncRead>(from: &mut ReadHalf<S>) -> Result<(Head, Vec<u8>), Unread> {
     const END: &[u8] = b"\r\n\r\n";
     let mut bytes = Vec::with_capacity(4096);
@@ -151,7 +150,7 @@ async fn read_head<S: AsyncRead>(from: &mut ReadHalf<S>) -> Result<(Head, Vec<u8
     }
 }
 
-/// Returns when the client has gone, or has sent what no request of its may be followed by.
+/// Returns when the client disconnects, or sends bytes that must not follow its request.
 async fn gone<S: AsyncRead>(from: &mut ReadHalf<S>) {
     let _ = from.read(&mut [0]).await;
 }
@@ -164,17 +163,17 @@ async fn write<P: Proxy, S: AsyncWrite>(to: &mut WriteHalf<S>, answer: Answer, h
         Answer::Stream(mut values) => {
             in_time(to, head::<P>(200, "application/json", "Transfer-Encoding: chunked\r\n").as_bytes()).await?;
             while let Some(value) = values.next().await {
-                // Without the last chunk the client sees that it was cut.
+                // Without the last chunk, the client sees that the stream was cut.
                 let Ok(value) = value else { return Ok(()) };
                 let line = format!("{value}\n");
-                // It may be silent for days, but who does not read keeps Docker from telling others.
+                // A stream may be silent for days, but a client that does not read keeps Docker from serving others.
                 in_time(to, format!("{:x}\r\n{line}\r\n", line.len()).as_bytes()).await?;
             }
             in_time(to, b"0\r\n\r\n").await?;
             return to.shutdown().await;
         }
     };
-    // A 204 has no body and says nothing of one.
+    // A 204 has no body, and no length.
     let length = if status == 204 { String::new() } else { format!("Content-Length: {}\r\n", body.len()) };
     let mut bytes = head::<P>(status, kind, &length).into_bytes();
     if !head_only {
@@ -206,7 +205,7 @@ fn head<P: Proxy>(status: u16, kind: &str, more: &str) -> String {
         _ => "Refused",
     };
     let kind = if kind.is_empty() { String::new() } else { format!("Content-Type: {kind}\r\n") };
-    // By this `check` knows that it need not try each call.
+    // A `check` recognizes this proxy by `Server`, and need not try each call.
     format!("HTTP/1.1 {status} {reason}\r\nServer: {}\r\n{kind}{more}Connection: close\r\n\r\n", P::SERVER)
 }
 

@@ -1,4 +1,4 @@
-//! What of the log is shown: `LOG_LEVEL`, `LOG_FORMAT` and `TZ`, read alike for every program.
+//! The settings of the log: `LOG_LEVEL`, `LOG_FORMAT` and `TZ`, read the same way for every program.
 
 use jiff::tz::TimeZone;
 use tracing::level_filters::LevelFilter;
@@ -7,7 +7,7 @@ use tracing_subscriber::filter::Targets;
 use super::{LogConfig, LogFormat};
 use crate::words;
 
-/// The three as they stand in the environment, without white space around them; `None` for one that is not set.
+/// The three values from the environment, without surrounding white space. `None` if a variable is not set.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Asked<'a> {
     /// `LOG_LEVEL`.
@@ -18,8 +18,8 @@ pub struct Asked<'a> {
     pub zone: Option<&'a str>,
 }
 
-/// What counts, with the default in the place of what is wrong, and a line for each that is. `program` is the name of
-/// its crate, such as `dockflare_agent`.
+/// Returns the effective settings, with the default in place of each wrong value, and one line for each problem.
+/// `program` is the name of its crate, such as `dockflare_agent`.
 pub fn read(asked: Asked<'_>, program: &str) -> (LogConfig, Vec<String>) {
     let mut problems = vec![];
     let filter = filter(asked.level.unwrap_or("INFO"), program, &mut problems);
@@ -42,7 +42,7 @@ pub fn read(asked: Asked<'_>, program: &str) -> (LogConfig, Vec<String>) {
     (LogConfig { filter, format, time_zone }, problems)
 }
 
-/// Python's level names and numbers, for people who come from the Python agent, or `tracing` directives.
+/// Reads Python's level names and numbers, for people who come from the Python agent, or `tracing` directives.
 fn filter(value: &str, program: &str, problems: &mut Vec<String>) -> Targets {
     let mut asked = Targets::new().with_default(LevelFilter::INFO);
     for part in value.split(',').map(str::trim).filter(|part| !part.is_empty()) {
@@ -62,7 +62,7 @@ fn filter(value: &str, program: &str, problems: &mut Vec<String>) -> Targets {
     }
     let is_loud = |target: &str| LOUD.iter().any(|loud| target == *loud || target.starts_with(&format!("{loud}::")));
     let mut filter = Targets::new();
-    // What programs share logs for each of them here.
+    // The shared crate logs at the level of the program.
     let ours = asked.iter().find(|(target, _)| *target == program).map(|(_, level)| level);
     filter = filter.with_targets(ours.map(|level| ("dockflare_host", level)));
     if let Some(default) = asked.default_level() {
@@ -81,15 +81,15 @@ fn filter(value: &str, program: &str, problems: &mut Vec<String>) -> Targets {
     filter
 }
 
-/// A part of a list without a level names what logs: a module of ours, or a library.
+/// Whether a part of the list without a level names a log target: a module of ours, or a library.
 fn is_target(part: &str) -> bool {
     part.contains("::") || part.starts_with("dockflare_") || LOUD.contains(&part)
 }
 
-/// Below `info` these print addresses, headers and bodies, secrets among them.
+/// Libraries that print addresses, headers and bodies at levels below `info`, secrets included.
 const LOUD: [&str; 6] = ["bollard", "h2", "hyper", "hyper_util", "reqwest", "rustls"];
 
-/// Names of both worlds. Python shows what is at or above a number, and its levels have those of 10, 20 and so on.
+/// Level names of Python and `tracing`. Python shows records at or above a number; its levels are 10, 20 and so on.
 const LEVELS: [(&str, LevelFilter); 11] = [
     ("DEBUG", LevelFilter::DEBUG),
     ("INFO", LevelFilter::INFO),
@@ -118,7 +118,7 @@ fn level_of(word: &str) -> Option<LevelFilter> {
     LEVELS.iter().find(|(name, _)| name.eq_ignore_ascii_case(word)).map(|(_, level)| *level)
 }
 
-/// The level that a word is nearest to, in letters or in what other programs mean by it.
+/// The level nearest to a misspelled word, or the one that the word means in other programs.
 fn meant(word: &str) -> Option<&'static str> {
     const OTHERS: [(&str, &[&str]); 4] = [
         ("DEBUG", &["VERBOSE", "V", "VV", "FINE", "SILLY"]),
