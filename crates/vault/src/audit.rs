@@ -1,12 +1,13 @@
-//! Who asked for what, and what was decided: one JSON line each, in a file that cannot be edited without a trace.
+//! Records who asked for what and what was decided: one JSON line each, in a file that nobody can edit unnoticed.
 //!
-//! Each line carries the keyed hash of itself and of the one before, and the store holds the newest. So a line that was
-//! changed, removed, put in or moved breaks the chain, and lines that were cut off at the end are missed by the store.
-//! The key never leaves the store. A line is in the file before what it tells has an effect; a read's line survives
-//! the end of the process, a change's also the loss of power. What cannot be written is not answered.
+//! Each line carries a keyed hash of itself and of the line before, and the store holds the newest hash. Changing,
+//! removing, inserting or moving a line breaks the chain, and the store notices when lines are cut off at the end.
+//! The store alone keeps the key. A line is in the file before the operation takes effect. The line of a read survives
+//! the end of the process, and the line of a change also survives a loss of power. If the line cannot be written, the
+//! request is not answered.
 //!
-//! The file is renamed to `….1` when it is full, `….1` to `….2`, and so on. What is beyond the number that is kept goes
-//! later: first the store remembers where the newest of those ended, so that nobody can remove more.
+//! A full file is renamed to `….1`, `….1` to `….2`, and so on. Files beyond the number to keep are removed later: the
+//! store first remembers where the newest of them ended, so that removing any more than those is noticed.
 
 #![expect(clippy::disallowed_methods, reason = "blocks on the disk; whoever serves calls it on a thread of its own")]
 
@@ -26,36 +27,36 @@ use crate::seal::Key;
 use crate::secret::SecretName;
 use crate::store::{AuditHead, advice};
 
-/// Longest line that is read: a principal, a name and a missing row have 255 bytes each.
+/// Longest line to read. A principal and a name have about 255 bytes each at most, and a missing row repeats both.
 const MAX_LINE_BYTES: u64 = 4096;
 const MAC_HEX: usize = 64;
-/// Of the number behind a file's name: some thousand files are beyond what anybody may keep.
+/// Most digits in the number after a file's name. The settings allow far fewer files.
 const MAX_DIGITS: usize = 5;
 const MAC_KEY: &str = ",\"mac\":\"";
 
-/// Where the audit is and how much of it is kept.
+/// Where the audit is and how much of it to keep.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AuditConfig {
-    /// The newest file; older ones have `.1`, `.2`, ... behind their name.
+    /// The newest file. Older ones have `.1`, `.2`, ... after their name.
     pub file: PathBuf,
-    /// Size from which on a new file is begun.
+    /// Size from which a new file is started.
     pub max_bytes: u64,
-    /// Older files that are kept.
+    /// Number of older files to keep.
     pub keep: usize,
 }
 
-/// What one line tells.
+/// What one line records.
 #[derive(Debug, Clone, Copy)]
 pub struct Entry<'a> {
     /// Who asked.
     pub principal: &'a Principal,
-    /// For what.
+    /// Which operation.
     pub operation: Operation,
-    /// Of which secret.
+    /// On which secret.
     pub name: Option<&'a SecretName>,
     /// Which version was read or made.
     pub version: Option<u64>,
-    /// Id of the master key that the keys were wrapped for.
+    /// Id of the master key for which the keys were rewrapped.
     pub master_key: Option<&'a str>,
     /// What was decided.
     pub decision: &'a Decision,
@@ -79,31 +80,31 @@ pub enum Broken {
     Chain {
         /// Name of the file.
         file: String,
-        /// From 1.
+        /// Number of the line, from 1.
         line: u64,
     },
     /// Lines are missing at the end.
     #[error("the audit ends with line {found}, and the store knows {known}: lines were cut off at the end")]
     Cut {
-        /// Number of the newest line there is.
+        /// Number of the newest line in the files.
         found: u64,
         /// Number of the newest line that was written.
         known: u64,
     },
 }
 
-/// What a whole audit came to.
+/// The result of verifying a whole audit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Verified {
     /// Lines that were read.
     pub lines: u64,
-    /// Files that they are in.
+    /// Files that were read.
     pub files: usize,
     /// What is wrong, in the order of the files.
     pub broken: Vec<Broken>,
 }
 
-/// The files as they were at one instant, oldest first, and the end that the store knew then.
+/// The files at one instant, oldest first, and the end of the audit as known then.
 #[derive(Debug)]
 pub struct Snapshot {
     /// Name, size, and the file.
@@ -140,11 +141,11 @@ struct Line<'a> {
 }
 
 impl Audit {
-    /// Opens the newest file. What a crash left of a line that nobody was answered for is cut off. Lines that are ahead
-    /// of `head`, since the process was killed, are taken into it when the chain shows that they are ours.
+    /// Checks the files and prepares the newest. Cuts off an unfinished line that a crash left: nobody got an answer
+    /// for it. After a SIGKILL the file can be ahead of `head`. Moves `head` to the last line if the chain holds.
     ///
     /// # Errors
-    /// [`AuditError`] when it cannot be read or written. What is wrong with its content is returned.
+    /// [`AuditError`] when the audit cannot be read or written. What is wrong with its content is returned instead.
     pub fn open(config: AuditConfig, key: Key, head: &mut AuditHead) -> Result<(Self, Vec<Broken>), AuditError> {
         let audit = Self { config, key, open: Mutex::new(None), problem: Mutex::new(None) };
         audit.cut_torn_line().map_err(|error| audit.error("read", error))?;
@@ -158,17 +159,17 @@ impl Audit {
         Ok((audit, broken))
     }
 
-    /// Writes one line. `durable`: it is on disk when this returns.
+    /// Writes one line. With `durable`, the line is on disk when this returns.
     ///
     /// # Errors
-    /// [`AuditError`]; the line is then not in the file, and `head` as it was.
+    /// [`AuditError`]; the line is then not in the file, and `head` is unchanged.
     pub fn record(&self, head: &mut AuditHead, entry: &Entry<'_>, durable: bool) -> Result<(), AuditError> {
         let written = self.append(head, entry, durable);
         *self.problem.lock().unwrap_or_else(PoisonError::into_inner) = written.as_ref().err().map(ToString::to_string);
         written
     }
 
-    /// Why the newest line could not be written, where it could not.
+    /// Why the newest line could not be written, if it failed.
     pub fn problem(&self) -> Option<String> {
         self.problem.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -182,12 +183,12 @@ impl Audit {
             self.begin_new_file().map_err(|error| self.error("renamed", error))?;
             self.opened(&mut open)?
         } else {
-            // Borrowed anew: the other branch lets go of it.
+            // Borrow again: the other branch needs `open` free.
             self.opened(&mut open)?
         };
         let written = file.write_all(text.as_bytes()).and_then(|()| if durable { file.sync_data() } else { Ok(()) });
         if let Err(error) = written {
-            // Half a line would break the next one.
+            // Half a line would corrupt the next one.
             let _ = file.set_len(*bytes);
             *open = None;
             return Err(self.error("written", error));
@@ -197,7 +198,7 @@ impl Audit {
         Ok(())
     }
 
-    /// Puts on disk what was written, and returns the end of what is there.
+    /// Flushes the written lines to disk, and returns the end of the audit that is there.
     ///
     /// # Errors
     /// [`AuditError`].
@@ -209,8 +210,8 @@ impl Audit {
         Ok(*head)
     }
 
-    /// Tries again after a line could not be written: a piece that is written and cut off again, which the next start
-    /// would cut off as well.
+    /// Tries the disk again after a line could not be written: writes some spaces and cuts them off again. If that
+    /// fails halfway, the next start cuts them off.
     pub fn probe(&self) {
         if self.problem().is_none() {
             return;
@@ -226,7 +227,7 @@ impl Audit {
         }
     }
 
-    /// Where the newest of the files ends that are beyond what is kept, if there are any. Reads the end of one file.
+    /// Finds where the newest file beyond those to keep ends, if there is one. Reads the end of one file.
     ///
     /// # Errors
     /// [`AuditError`].
@@ -239,8 +240,8 @@ impl Audit {
         Ok(last.map(|parsed| (parsed.line, parsed.mac)))
     }
 
-    /// Removes the files beyond what is kept, as far as the store remembers where they ended: one that became too old
-    /// meanwhile waits for the next time.
+    /// Removes the files beyond those to keep, as far as the store remembers where they ended. A file that became too
+    /// old in the meantime waits for the next call.
     ///
     /// # Errors
     /// [`AuditError`].
@@ -257,8 +258,8 @@ impl Audit {
         remove().map_err(|error| self.error("removed", error))
     }
 
-    /// What is there now, to be followed while others write on. A file that is renamed or removed meanwhile stays
-    /// readable.
+    /// Opens the files of this instant, to verify them while others keep writing. A file that is renamed or removed in
+    /// the meantime stays readable.
     ///
     /// # Errors
     /// [`AuditError`] when a file cannot be opened.
@@ -275,7 +276,7 @@ impl Audit {
         Ok(Snapshot { files, head: *head })
     }
 
-    /// Reads all of it and follows the chain from one line to the next. Nobody waits for it.
+    /// Reads all files and follows the chain from line to line. Holds no lock, so nobody waits for it.
     ///
     /// # Errors
     /// [`AuditError`] when a file cannot be read.
@@ -288,15 +289,15 @@ impl Audit {
         Ok(Verified { lines: end.lines.saturating_sub(head.removed.0), files, broken })
     }
 
-    /// From the line after those that were removed to the last one, and what is wrong on the way. The line that the
-    /// store knows must be the one that is there.
+    /// Follows the chain from the first line that was not removed to the last one, and collects what is wrong. The line
+    /// at the number that the store knows must have the hash that the store knows.
     fn follow(&self, snapshot: Snapshot) -> io::Result<(AuditHead, Vec<Broken>)> {
         let head = snapshot.head;
         let mut end = AuditHead { lines: head.removed.0, mac: head.removed.1, removed: head.removed };
         let mut broken = vec![];
         for (name, bytes, file) in snapshot.files {
             each_line(file.take(bytes), |line, parsed| match parsed {
-                // Told by the store to be gone, and not removed yet.
+                // The store counts this line as removed, but its file is still there.
                 Some(parsed) if parsed.line <= head.removed.0 => {}
                 Some(parsed) => {
                     let is_known = parsed.line != head.lines || parsed.mac == head.mac;
@@ -311,8 +312,7 @@ impl Audit {
         Ok((end, broken))
     }
 
-    /// The numbers of the files that are there, newest first; 0 is the newest file. A crash while they were renamed
-    /// leaves a gap.
+    /// The numbers of the existing files, newest first; 0 is the newest file. A crash during the renaming leaves a gap.
     fn numbers(&self) -> io::Result<Vec<usize>> {
         let Some(name) = self.config.file.file_name() else { return Ok(vec![]) };
         let folder = self.config.file.parent().filter(|folder| !folder.as_os_str().is_empty());
@@ -326,7 +326,7 @@ impl Audit {
             let Some(rest) = entry.as_encoded_bytes().strip_prefix(name.as_encoded_bytes()) else { continue };
             let number = match rest {
                 [] => Some(0),
-                // Nothing else than we write: no sign, no zero in front.
+                // Only names that we write: no sign, no leading zero.
                 [b'.', digits @ ..] if digits.len() <= MAX_DIGITS && digits.first() != Some(&b'0') => {
                     std::str::from_utf8(digits).ok().and_then(|digits| digits.parse().ok())
                 }
@@ -349,7 +349,7 @@ impl Audit {
         AuditError { path: self.config.file.clone(), verb, error }
     }
 
-    /// The newest file is 0.
+    /// The path of a file by its number; the newest is 0.
     fn path(&self, number: usize) -> PathBuf {
         if number == 0 {
             return self.config.file.clone();
@@ -375,7 +375,7 @@ impl Audit {
             decision,
             missing,
         };
-        // Texts and numbers: there is nothing that JSON cannot hold.
+        // Cannot fail: JSON can hold these texts and numbers.
         let mut text = serde_json::to_string(&line).unwrap_or_default();
         let mac = self.key.mac(b"audit", &[&head.mac, text.as_bytes()]);
         text.pop();
@@ -394,8 +394,8 @@ impl Audit {
         Ok((file, bytes))
     }
 
-    /// Makes room for a new file by renaming, up to the first number that is free: a crash in between leaves a gap,
-    /// which the next time closes, and loses nothing.
+    /// Makes room for a new file by renaming, up to the first free number. A crash in between loses nothing: it leaves
+    /// a gap, which the next call closes.
     fn begin_new_file(&self) -> io::Result<()> {
         let numbers = self.numbers()?;
         let free = (1..).find(|number| !numbers.contains(number)).unwrap_or_default();
@@ -405,7 +405,7 @@ impl Audit {
         self.sync_folder()
     }
 
-    /// Names of files are on disk when their folder is.
+    /// Flushes the folder, which puts the names of its files on disk.
     fn sync_folder(&self) -> io::Result<()> {
         match self.config.file.parent() {
             Some(folder) if !folder.as_os_str().is_empty() => File::open(folder)?.sync_all(),
@@ -413,7 +413,7 @@ impl Audit {
         }
     }
 
-    /// Cuts off what is behind the last end of a line.
+    /// Cuts off everything after the last line ending.
     fn cut_torn_line(&self) -> io::Result<()> {
         let mut file = match plain(File::options().read(true).write(true), &self.path(0)) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
@@ -453,10 +453,10 @@ fn each_line(text: impl Read, mut each: impl FnMut(u64, Option<Parsed>)) -> io::
     }
 }
 
-/// The last whole line of a file, `None` where there is none.
+/// The last whole line of a file, `None` if there is none.
 fn last_line(path: &Path) -> io::Result<Option<Parsed>> {
     let mut file = plain(File::options().read(true), path)?;
-    // One line and the end of the one before.
+    // Enough for one line and the ending of the line before.
     file.seek(SeekFrom::Start(file.metadata()?.len().saturating_sub(MAX_LINE_BYTES + 1)))?;
     let mut last = None;
     each_line(file.take(MAX_LINE_BYTES + 1), |_, parsed| last = parsed.or(last.take()))?;
@@ -467,10 +467,10 @@ fn file_name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
-/// A line taken apart.
+/// A parsed line.
 struct Parsed {
     line: u64,
-    /// Without its hash, as it was hashed.
+    /// The line without its hash, as it was hashed.
     text: String,
     mac: [u8; 32],
 }
@@ -498,7 +498,7 @@ pub(crate) fn fuzz(bytes: &[u8]) {
     let mut whole = 0;
     let read = each_line(bytes, |_, parsed| {
         if let Some(parsed) = parsed {
-            // With its hash it is longer than without.
+            // A line is longer with its hash than without.
             assert!(parsed.text.ends_with('}'));
             whole += parsed.text.len() + MAC_HEX;
         }

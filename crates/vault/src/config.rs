@@ -1,4 +1,5 @@
-//! The settings: one YAML file, each single value also by environment. All that is wrong is said at once.
+//! The settings: one YAML file. Environment variables can set every single value outside a list. Reports all problems
+//! at once.
 
 #![expect(clippy::disallowed_methods, reason = "read at a start, and by a thread of its own when the file changes")]
 
@@ -18,11 +19,11 @@ mod deliveries;
 mod reader;
 use reader::{Reader, Section};
 
-/// Where the file is, unless `--config` or `CONFIG_FILE` says otherwise.
+/// Path of the file, unless `--config` or `CONFIG_FILE` names another.
 pub const DEFAULT_FILE: &str = "/app/config/config.yaml";
-/// What the names of the environment's variables begin with: `storage.file` is `DOCKFLARE_VAULT_STORAGE_FILE`.
+/// Prefix of the environment variables: `storage.file` is `DOCKFLARE_VAULT_STORAGE_FILE`.
 pub const ENV_PREFIX: &str = "DOCKFLARE_VAULT_";
-/// Largest file that is read: a thousand grants are a tenth of it.
+/// Largest file to read. A thousand grants take a tenth of it.
 const MAX_BYTES: u64 = 1 << 20;
 
 /// All settings.
@@ -32,38 +33,38 @@ pub struct Config {
     pub storage: Location,
     /// The file that holds the master key.
     pub master_key_file: PathBuf,
-    /// The file with the key that comes after it, where one is ready.
+    /// The file with the next master key, if one is ready.
     pub next_master_key_file: Option<PathBuf>,
-    /// Who may do what; the operator's own row is among them.
+    /// Who may do what, including the operator's own row.
     pub grants: Grants,
     /// The audit.
     pub audit: AuditConfig,
-    /// The socket of the command line.
+    /// The socket for the command line.
     pub admin_socket: PathBuf,
-    /// Address and port of the pages, `None` for none.
+    /// Address and port of the pages; `None` switches them off.
     pub health: Option<(IpAddr, u16)>,
-    /// Which workload is to have which files, sorted by their names.
+    /// Which workload gets which files, sorted by workload.
     pub deliveries: Vec<Delivery>,
-    /// Where the vault reaches its socket proxy, for containers whose files have changed.
+    /// Where the vault reaches its socket proxy, to reload containers whose files have changed.
     pub docker: DockerHost,
-    /// A folder that other containers share, into which the launcher is put, where there is one.
+    /// A folder shared with other containers, into which the vault puts the launcher. `None` for no launcher.
     pub launcher: Option<PathBuf>,
-    /// What connects to a NATS server, where the file has such a section.
+    /// The connection to a NATS server, if the settings have such a section.
     pub nats: Option<Nats>,
 }
 
-/// How a NATS server is reached.
+/// How to reach a NATS server.
 #[derive(Clone)]
 pub struct Nats {
     /// `nats://host:4222`.
     pub url: String,
     /// User name.
     pub user: Option<String>,
-    /// Password, from the file itself or from one that it names.
+    /// Password, from the settings themselves or from a file that they name.
     pub pass: Option<Pass>,
-    /// The subject of requests in the original's form.
+    /// The subject of requests, in the original's format.
     pub request_subject: String,
-    /// The subject of replies in the original's form.
+    /// The subject of replies, in the original's format.
     pub reply_subject: String,
 }
 
@@ -82,13 +83,13 @@ impl std::fmt::Debug for Nats {
     }
 }
 
-/// All that is wrong with the settings, a line each.
+/// All problems with the settings, one line each.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{}", .0.join("\n"))]
 pub struct ConfigErrors(pub Vec<String>);
 
 impl Config {
-    /// Reads the file and what `env` has of it. A file that is missing is as good as an empty one, unless it was named.
+    /// Reads the file and the variables in `env`. A missing file counts as empty, unless it was named.
     ///
     /// # Errors
     /// [`ConfigErrors`], all at once.
@@ -106,7 +107,7 @@ impl Config {
         }
     }
 
-    /// Reads a text.
+    /// Reads the settings from a text.
     ///
     /// # Errors
     /// [`ConfigErrors`], all at once.
@@ -198,7 +199,7 @@ impl Config {
         let mut nats = reader.section(top, "nats");
         let url = reader.text(&mut nats, "url").unwrap_or_else(|| "nats://nats-server:4222".to_owned());
         if !["nats://", "tls://", "ws://", "wss://"].iter().any(|scheme| url.starts_with(scheme)) || url.contains('@') {
-            // The address may hold a password.
+            // Do not show the address: it may contain a password.
             reader.problem("nats.url: write nats://host:port, and user and password as nats.user and nats.pass_file");
         }
         let user = reader.text(&mut nats, "user");
@@ -264,7 +265,7 @@ impl Config {
     }
 }
 
-/// The sections that differ and count only from a start.
+/// The sections that differ and take effect only at a start.
 pub(crate) fn fixed_sections(one: &Config, other: &Config) -> Vec<&'static str> {
     let sections = |config: &Config| {
         let Config {

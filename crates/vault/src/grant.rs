@@ -1,4 +1,4 @@
-//! Who may do what to which names: one table, one function. What no row allows is denied.
+//! Who may do what to which names: one table, one function. Anything that no row allows is denied.
 
 use std::fmt;
 use std::str::FromStr;
@@ -6,28 +6,28 @@ use std::str::FromStr;
 use crate::principal::{Principal, PrincipalPattern};
 use crate::secret::SecretName;
 
-/// What can be asked.
+/// What a principal can ask for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Operation {
-    /// The newest value.
+    /// Read the newest value.
     Get,
-    /// A new version.
+    /// Store a new version.
     Set,
-    /// The end of a secret and of all its values.
+    /// Delete a secret and all its values.
     Delete,
-    /// The names that the principal may list.
+    /// List the names that the principal may see.
     List,
-    /// The versions of a secret, without values.
+    /// List the versions of a secret, without values.
     History,
-    /// A new data key, or a new master key.
+    /// Make a new data key, or change the master key.
     Rotate,
-    /// Counts and ages, without names.
+    /// Show counts and ages, without names.
     Status,
-    /// Whether the audit's chain holds.
+    /// Verify the audit's chain.
     Audit,
 }
 
-/// All of them, in the order of the documentation.
+/// All operations, in the order of the documentation.
 pub const OPERATIONS: [Operation; 8] = [
     Operation::Get,
     Operation::Set,
@@ -40,7 +40,7 @@ pub const OPERATIONS: [Operation; 8] = [
 ];
 
 impl Operation {
-    /// The word on the wire, in the configuration and in the audit.
+    /// The word used on the wire, in the configuration and in the audit.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Get => "get",
@@ -77,7 +77,7 @@ impl FromStr for Operation {
 pub enum NamePattern {
     /// Every name.
     Any,
-    /// The name itself, and every name below it: `app` covers `app` and `app/x`, and not `apple`.
+    /// The name itself and every name below it: `app` covers `app` and `app/x`, but not `apple`.
     Below(SecretName),
 }
 
@@ -95,7 +95,7 @@ impl NamePattern {
 impl FromStr for NamePattern {
     type Err = String;
 
-    /// `*`, or a name with or without a slash at its end.
+    /// Accepts `*`, or a name with or without `/` or `/*` at its end.
     fn from_str(text: &str) -> Result<Self, String> {
         if text == "*" {
             return Ok(Self::Any);
@@ -114,19 +114,19 @@ impl fmt::Display for NamePattern {
     }
 }
 
-/// One row.
+/// One row of the table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Grant {
-    /// For whom.
+    /// Who may.
     pub principal: PrincipalPattern,
     /// What they may do.
     pub operations: Vec<Operation>,
-    /// To which names. For what has no name, `rotate`, `status` and `audit`, it says nothing.
+    /// To which names. Ignored for `rotate`, `status` and `audit`, which have no name.
     pub names: NamePattern,
 }
 
 impl Grant {
-    /// The operator's row, which is always there: whoever reaches the admin socket could read the master key as well.
+    /// The operator's row, which is always present: anyone who reaches the admin socket could read the master key too.
     pub fn operator() -> Self {
         let principal = PrincipalPattern::Exactly(Principal::Operator);
         Self { principal, operations: OPERATIONS.to_vec(), names: NamePattern::Any }
@@ -143,20 +143,20 @@ impl Grant {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Grants(Vec<Grant>);
 
-/// Whether it may be done, and the row that is missing if not.
+/// Whether the table allows an operation and, if not, which row is missing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Decision {
     /// A row allows it.
     Allowed,
-    /// No row does. The text is the row that would.
+    /// No row allows it.
     Denied {
-        /// `principal=… operation=… name=…`
+        /// The row that would allow it: `principal=… operation=… name=…`
         missing: String,
     },
 }
 
 impl Grants {
-    /// The table with these rows and no others.
+    /// A table with exactly these rows.
     pub fn new(rows: Vec<Grant>) -> Self {
         Self(rows)
     }
@@ -167,8 +167,8 @@ impl Grants {
     }
 }
 
-/// The one place where it is decided. Pure: the same question has the same answer until the table changes. `name` is
-/// `None` for an operation that has none, and for `list`, whose answer is filtered name by name.
+/// Decides, and is the only place that does. Pure: the same question gets the same answer until the table changes.
+/// `name` is `None` for an operation that has none, and for `list`, which filters its answer name by name.
 pub fn authorize(grants: &Grants, principal: &Principal, operation: Operation, name: Option<&SecretName>) -> Decision {
     if grants.0.iter().any(|row| row.allows(principal, operation, name)) {
         return Decision::Allowed;
@@ -201,7 +201,7 @@ mod tests {
         assert!(matches!(nobody, Decision::Denied { .. }));
     }
 
-    /// The slow and obvious answer: each row is written out into everything that it allows.
+    /// The slow and obvious answer: writes each row out into everything that it allows.
     fn model(rows: &[(String, Vec<Operation>, String)], principal: &str, operation: Operation, name: &str) -> bool {
         let covers_subject = |pattern: &str, subject: &str| {
             let (pattern, subject): (Vec<_>, Vec<_>) = (pattern.split('.').collect(), subject.split('.').collect());

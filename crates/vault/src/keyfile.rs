@@ -1,4 +1,4 @@
-//! The file that holds the master key: made once, read at each start, outside of the data folder.
+//! The file that holds the master key: made once, read at every start, kept outside the data folder.
 
 #![allow(clippy::disallowed_methods, reason = "it is read at a start, before anything is served, or by a command")]
 
@@ -11,16 +11,16 @@ use zeroize::Zeroizing;
 
 use crate::seal::{Key, KeyError};
 
-/// A key file has 45 bytes; one that was padded by an editor some more.
+/// Most bytes of a key file. A normal one has 45, and an editor may have added some.
 const MAX_BYTES: u64 = 4096;
 
-/// Why there is no master key.
+/// Why the master key cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum KeyFileError {
-    /// There is no file.
+    /// The file does not exist.
     #[error("the master key {} is not there: make one with dockflare-vault generate-key > {}, keep a copy elsewhere, and mount it", .0.display(), .0.display())]
     Missing(PathBuf),
-    /// This user may not read it.
+    /// This user may not read the file.
     #[error("the master key {} cannot be read by this user: sudo install -o {uid} -m 600 {} NEW_PLACE, and mount that", path.display(), path.display())]
     NotReadable {
         /// The file.
@@ -28,7 +28,7 @@ pub enum KeyFileError {
         /// The user that this process runs as.
         uid: u32,
     },
-    /// Others may write it.
+    /// Other users may write the file.
     #[error("the master key {} may be changed by others (mode {mode:04o}): chmod 600 {}", path.display(), path.display())]
     Writable {
         /// The file.
@@ -36,7 +36,7 @@ pub enum KeyFileError {
         /// Its permissions.
         mode: u32,
     },
-    /// Others may read it.
+    /// Other users may read the file.
     #[error("the master key {} may be read by others (mode {mode:04o}): chmod 600 {}", path.display(), path.display())]
     Open {
         /// The file.
@@ -44,32 +44,32 @@ pub enum KeyFileError {
         /// Its permissions.
         mode: u32,
     },
-    /// It is none.
+    /// The file does not hold a key.
     #[error("the master key {}: {error}", path.display())]
     Content {
         /// The file.
         path: PathBuf,
-        /// What it is instead.
+        /// What is wrong with the content.
         error: KeyError,
     },
-    /// No regular file, or one without end.
+    /// Not a regular file, or larger than 4096 bytes.
     #[error("the master key {} is no regular file of at most 4096 bytes", .0.display())]
     Kind(PathBuf),
-    /// The system.
+    /// The system refused the read.
     #[error("the master key {} cannot be read: {error}", path.display())]
     Io {
         /// The file.
         path: PathBuf,
-        /// What it says.
+        /// What the system says.
         error: io::Error,
     },
 }
 
-/// Reads the key. `is_alone`: nobody else is in this container, so that a file which everybody may read, as Docker
-/// mounts its secrets, is read by nobody else.
+/// Reads the key. `is_alone` means that no other user is in this container. A file that everybody may read, as Docker
+/// mounts its secrets, is then acceptable.
 ///
 /// # Errors
-/// [`KeyFileError`], which never holds what is in the file.
+/// [`KeyFileError`], which never contains the file's content.
 pub fn read(path: &Path, is_alone: bool) -> Result<Key, KeyFileError> {
     let named = || path.to_owned();
     let io_error = |error: io::Error| match error.kind() {
@@ -79,7 +79,7 @@ pub fn read(path: &Path, is_alone: bool) -> Result<Key, KeyFileError> {
         }
         _ => KeyFileError::Io { path: named(), error },
     };
-    // Before it is opened: opening a pipe may take for ever.
+    // Check before opening: opening a pipe may block forever.
     let meta = fs::metadata(path).map_err(io_error)?;
     if !meta.is_file() || meta.len() > MAX_BYTES {
         return Err(KeyFileError::Kind(named()));
@@ -96,10 +96,10 @@ pub fn read(path: &Path, is_alone: bool) -> Result<Key, KeyFileError> {
     Key::read(&bytes).map_err(|error| KeyFileError::Content { path: named(), error })
 }
 
-/// Whether this is a container with nobody else in it: all processes that can be seen are this user's, or root's, who
-/// could read the file anyway.
+/// Whether this is a container without other users: all visible processes belong to this user or to root, who could
+/// read the file anyway.
 pub fn is_alone() -> bool {
-    // Docker's and Podman's own marks: outside of a container others come and go.
+    // The marker files of Docker and Podman. Outside a container other users come and go.
     let is_container = ["/.dockerenv", "/run/.containerenv"].iter().any(|mark| Path::new(mark).exists());
     is_container && users(Path::new("/proc")).is_ok_and(|users| are_alone(&users, nix::unistd::geteuid().as_raw()))
 }
@@ -108,8 +108,8 @@ fn are_alone(users: &[u32], own: u32) -> bool {
     !users.is_empty() && users.iter().all(|user| *user == own || *user == 0)
 }
 
-/// The users of all processes. The folder of one that lets nobody look at it, such as ours, is root's: its status tells
-/// whose it is.
+/// Returns the users of all processes. Reads `status` because the folder of a process that nobody may inspect, such as
+/// ours, belongs to root.
 fn users(proc: &Path) -> io::Result<Vec<u32>> {
     let mut users = vec![];
     for entry in fs::read_dir(proc)? {
@@ -117,7 +117,7 @@ fn users(proc: &Path) -> io::Result<Vec<u32>> {
         if !entry.file_name().as_encoded_bytes().iter().all(u8::is_ascii_digit) {
             continue;
         }
-        // One that has ended meanwhile is nobody.
+        // Skip a process that has ended meanwhile.
         let Ok(status) = fs::read_to_string(entry.path().join("status")) else { continue };
         let of = status.lines().find_map(|line| line.strip_prefix("Uid:"));
         users.extend(of.into_iter().flat_map(str::split_whitespace).filter_map(|id| id.parse::<u32>().ok()));
@@ -125,10 +125,10 @@ fn users(proc: &Path) -> io::Result<Vec<u32>> {
     Ok(users)
 }
 
-/// Sets a regular file on standard output to 0600, for `generate-key > master.key`.
+/// Sets the mode of standard output to 0600 if it is a regular file, for `generate-key > master.key`.
 ///
 /// # Errors
-/// When it is one and cannot be set.
+/// When the mode cannot be read or set.
 pub fn close_output() -> io::Result<()> {
     let output = io::stdout();
     let stat = nix::sys::stat::fstat(&output)?;

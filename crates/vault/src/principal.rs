@@ -1,45 +1,45 @@
-//! Who asks. Each variant says what proved it; nothing that anybody may write himself is a proof.
+//! Who asks. Each variant says what proved the identity. Nothing that a caller can claim by itself is proof.
 
 use std::fmt;
 use std::str::FromStr;
 
 use crate::delivery::{Workload, WorkloadError};
 
-/// Longest identity behind the colon, in bytes: a NATS subject or a fingerprint is far shorter.
+/// Longest identity after the colon, in bytes. A NATS subject or a fingerprint is far shorter.
 const MAX_ID_BYTES: usize = 255;
 
-/// Somebody whose identity was proved at a door.
+/// A caller whose identity was proved at a door.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Principal {
-    /// Whoever reaches the admin socket, which lies in the vault's own private tmpfs.
+    /// Anyone who can reach the admin socket, which lies in the vault's own private tmpfs.
     Operator,
-    /// Whoever the NATS server lets publish to this subject.
+    /// Anyone whom the NATS server lets publish to this subject.
     Nats(String),
-    /// Whoever holds the directory that the workload's files are delivered to. Who may mount it could make containers
-    /// anyway.
+    /// Anyone who holds the directory to which the workload's files are delivered. Anyone allowed to mount it could
+    /// create containers anyway.
     Workload(Workload),
 }
 
 /// Which principals a grant is for.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum PrincipalPattern {
-    /// Exactly this one.
+    /// Exactly this principal.
     Exactly(Principal),
-    /// Each NATS subject that the pattern covers, with NATS's own wildcards: `*` is one token, a last `>` is one or
-    /// more.
+    /// Every NATS subject that the pattern covers, with NATS's own wildcards: `*` matches one token, a final `>`
+    /// matches one or more.
     NatsSubjects(String),
 }
 
-/// A text that names no principal.
+/// Why a text does not name a principal.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PrincipalError {
-    /// Another kind than those that exist.
+    /// An unknown kind.
     #[error("{0:?} is no principal: write operator, nats:SUBJECT, or workload:NAME")]
     Kind(String),
-    /// What is behind `workload:` is no name of one.
+    /// The text after `workload:` is not a workload name.
     #[error(transparent)]
     Workload(#[from] WorkloadError),
-    /// A subject that a NATS server would not take.
+    /// A subject that a NATS server would reject.
     #[error(
         "{0:?} is no NATS subject: tokens between single dots, without white space; '*' and a last '>' stand alone"
     )]
@@ -47,7 +47,7 @@ pub enum PrincipalError {
 }
 
 impl Principal {
-    /// The principal that publishes to this subject, which has no wildcards.
+    /// The principal that publishes to this subject. The subject must not contain wildcards.
     ///
     /// # Errors
     /// [`PrincipalError::Subject`].
@@ -68,7 +68,7 @@ impl fmt::Display for Principal {
 }
 
 impl PrincipalPattern {
-    /// Whether it is one of them.
+    /// Whether the pattern covers this principal.
     pub fn covers(&self, principal: &Principal) -> bool {
         match (self, principal) {
             (Self::Exactly(one), principal) => one == principal,
@@ -77,7 +77,7 @@ impl PrincipalPattern {
         }
     }
 
-    /// The one for a NATS subject, with or without wildcards.
+    /// The pattern for a NATS subject, with or without wildcards.
     ///
     /// # Errors
     /// [`PrincipalError::Subject`].
@@ -112,7 +112,8 @@ impl fmt::Display for PrincipalPattern {
     }
 }
 
-/// Tokens between single dots; a wildcard is a whole token, `>` the last one (NATS, "Subject-Based Messaging").
+/// Checks for tokens between single dots. A wildcard is a whole token, and `>` only the last one (NATS, "Subject-Based
+/// Messaging").
 fn is_subject(text: &str) -> bool {
     let tokens: Vec<_> = text.split('.').collect();
     let is_token = |(at, token): (usize, &&str)| match *token {
@@ -128,7 +129,7 @@ fn has_wildcard(subject: &str) -> bool {
     subject.split('.').any(|token| matches!(token, "*" | ">"))
 }
 
-/// Whether the pattern covers the subject, as a NATS server sees it.
+/// Whether the pattern covers the subject, by the rules of a NATS server.
 fn subject_covers(pattern: &str, subject: &str) -> bool {
     let mut subject = subject.split('.');
     for token in pattern.split('.') {

@@ -1,4 +1,4 @@
-//! The running vault: one store, its doors, and the small tasks that keep it well.
+//! The running vault: one store, its doors, and its background tasks.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -25,40 +25,40 @@ use crate::store::{Removed, Sweep};
 use crate::vault::Vault;
 use crate::{launcher, reload};
 
-/// How far the store's memory of the audit may be behind the audit's file.
+/// How far the end of the audit in the store may lag behind the audit file.
 const SAVE_EVERY: Duration = Duration::from_secs(1);
-/// How long a command may have the store that this vault is started on.
+/// How long a start waits for a command that holds the store.
 const COMMAND_LIMIT: Duration = Duration::from_secs(3);
-/// How often the configuration is looked at.
+/// How often to check the configuration file.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
-/// Pause between two passes over all names that remove what time has ended, and between two steps of one.
+/// Pause between two passes that remove expired values and old deleted names, and between two steps of a pass.
 const SWEEP_EVERY: Duration = Duration::from_secs(600);
 const SWEEP_PAUSE: Duration = Duration::from_millis(100);
-/// Pause after a step of a rotation that the disk refused.
+/// Pause after a step of a rotation that failed.
 const RESEAL_PAUSE: Duration = Duration::from_secs(10);
 
-/// Where the configuration comes from, for whoever reads it again.
+/// Where the configuration comes from, so that it can be read again.
 #[derive(Debug, Clone)]
 pub struct Source {
     /// The file.
     pub file: PathBuf,
-    /// Whether somebody named it, so that it must be there.
+    /// Whether the operator named the file. A named file must exist.
     pub is_named: bool,
     /// The environment.
     pub env: BTreeMap<String, String>,
 }
 
 impl Source {
-    /// Reads it.
+    /// Reads the configuration.
     ///
     /// # Errors
-    /// All that is wrong.
+    /// All problems at once.
     pub fn load(&self) -> Result<Config, crate::config::ConfigErrors> {
         Config::load(&self.file, self.is_named, &self.env)
     }
 }
 
-/// Why it does not run.
+/// Why the vault does not run.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
     /// The store cannot be opened.
@@ -77,7 +77,7 @@ pub enum RunError {
         "health.bind and health.port: {0} cannot be listened on ({1}); use another port, or port 0 to switch the pages off"
     )]
     Page(page::PageAddress, std::io::Error),
-    /// A task ended that must not.
+    /// A task ended that must never end.
     #[error(
         "the task {0} ended, which it must not: this is a mistake in the vault, please report it with the lines above"
     )]
@@ -85,7 +85,7 @@ pub enum RunError {
 }
 
 impl RunError {
-    /// 64 settings, 70 a mistake in the vault, 73 a place that cannot be used, 74 the disk.
+    /// 64: settings. 70: a bug in the vault. 73: a place that cannot be used. 74: the disk.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Start(error) => error.exit_code(),
@@ -99,7 +99,7 @@ impl RunError {
 /// Runs until `shutdown`.
 ///
 /// # Errors
-/// [`RunError`]; whatever was stored is on disk.
+/// [`RunError`]; everything that was stored is on disk.
 pub async fn run(
     source: Source,
     config: Config,
@@ -120,7 +120,7 @@ pub async fn run(
     };
     let vault = Arc::new(vault);
     let health = Arc::new(Health::default());
-    // Before anybody knows that it runs: without it the signal ends the process.
+    // Take SIGHUP before anybody knows that the vault runs: unhandled, it ends the process.
     let hangup = signal(SignalKind::hangup()).map_err(|_| RunError::Task("configuration"))?;
     if let Some(folder) = config.launcher.clone() {
         put_launcher(folder, &health).await;
@@ -140,7 +140,7 @@ pub async fn run(
     let reloading = reload::serve(docker.clone(), desk.clone(), deliveries.clone(), health.clone());
     tasks.spawn(named("reload", reloading));
     let memory = reload::Memory::beside(&config.storage.file);
-    // Before the directories are made.
+    // Before the delivery directories are made.
     let noted = {
         let (memory, deliveries) = (memory.clone(), config.deliveries.clone());
         spawn_blocking(move || memory.note_missing(&deliveries)).await
@@ -162,7 +162,7 @@ pub async fn run(
         () = shutdown.cancelled() => None,
         ended = tasks.join_next() => Some(ended),
     };
-    // What a task has begun to write is finished: dropping it waits for nothing but the next step.
+    // A write that a task has started still completes: the abort takes effect only between two steps.
     tasks.shutdown().await;
     let saved = spawn_blocking(move || vault.save()).await;
     if let Ok(Err(error)) = saved {
@@ -183,7 +183,7 @@ async fn named(name: &'static str, work: impl Future<Output = ()>) -> &'static s
     name
 }
 
-/// Without the launcher the vault does all else.
+/// Installs the launcher. On failure the vault runs without it.
 async fn put_launcher(folder: PathBuf, health: &Health) {
     let shown = folder.display().to_string();
     match spawn_blocking(move || launcher::install(&folder)).await {
@@ -222,7 +222,7 @@ fn greet(config: &Config, vault: &Vault, broken: &[crate::audit::Broken], health
     health.audit_broken.store(!broken.is_empty(), Ordering::Relaxed);
 }
 
-/// Seals anew what an older data key has sealed, after a start and after each rotation, step by step.
+/// Reseals records of older data keys step by step, after a start and after each rotation.
 async fn reseal(vault: Arc<Vault>, rotated: Arc<Notify>, health: Arc<Health>) {
     let mut is_said = false;
     loop {
@@ -254,7 +254,7 @@ async fn reseal(vault: Arc<Vault>, rotated: Arc<Notify>, health: Arc<Health>) {
     }
 }
 
-/// Removes what time has ended, a little at a time.
+/// Removes expired values and old deleted names, a little at a time.
 async fn sweep(vault: Arc<Vault>) {
     let (mut state, mut is_said) = (Sweep::default(), false);
     loop {
@@ -290,7 +290,7 @@ async fn sweep(vault: Arc<Vault>) {
     }
 }
 
-/// Keeps the store's memory of the audit near its end.
+/// Keeps the end of the audit in the store up to date.
 async fn save(vault: Arc<Vault>, health: Arc<Health>) {
     let mut every = interval(SAVE_EVERY);
     every.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -314,7 +314,7 @@ async fn save(vault: Arc<Vault>, health: Arc<Health>) {
     }
 }
 
-/// Takes another table of grants and other deliveries when the file changes or on SIGHUP: all of it, or nothing of it.
+/// Applies new grants and deliveries when the file changes or on SIGHUP: all of them or nothing.
 async fn follow(
     source: Source,
     mut present: Config,
@@ -331,7 +331,7 @@ async fn follow(
             () = sleep(LOOK_EVERY) => false,
         };
         let now = modified(&source).await;
-        // A file that is being written, or is gone for a moment, is looked at again.
+        // Wait while the file is being written or is briefly missing.
         let is_still = std::mem::replace(&mut last, now) == now;
         if !asked && (now == seen || !is_still || now.is_none()) {
             continue;
@@ -353,8 +353,8 @@ async fn follow(
                 if health.config_refused.swap(false, Ordering::Relaxed) {
                     info!("the configuration is right again");
                 }
-                // Before the grants, and with nothing in between: a workload that loses its delivery together with its
-                // grant keeps the files that it has, and one that gets both is never refused.
+                // Apply deliveries before grants, with nothing in between. A workload that loses its delivery together
+                // with its grant keeps its files, and one that gets both is never refused.
                 if config.deliveries != present.deliveries {
                     info!(deliveries = config.deliveries.len(), "took the new deliveries");
                     wanted.send_replace(Arc::new(config.deliveries.clone()));
@@ -376,13 +376,13 @@ async fn follow(
     }
 }
 
-/// Time and size: an editor that replaces the file, and a volume that is swapped below it, change either.
+/// Modification time and size. An editor that replaces the file and a swapped volume change at least one of them.
 async fn modified(source: &Source) -> Option<(SystemTime, u64)> {
     let meta = tokio::fs::metadata(&source.file).await.ok()?;
     Some((meta.modified().ok()?, meta.len()))
 }
 
-/// Set where something is wrong, for the pages.
+/// Reads the flags, which are set when something is wrong, for the pages.
 impl Health {
     pub(crate) fn is_set(flag: &AtomicBool) -> bool {
         flag.load(Ordering::Relaxed)

@@ -1,5 +1,4 @@
-//! Keys, and what is sealed with them: XChaCha20-Poly1305 with a random nonce for each record. Every key is wiped
-//! when it is dropped.
+//! Keys and sealing: XChaCha20-Poly1305 with a random nonce for each record. Every key is wiped on drop.
 
 use std::fmt;
 
@@ -13,11 +12,11 @@ use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
 /// Bytes of a key.
 pub(crate) const KEY_BYTES: usize = 32;
-/// Bytes of a nonce: random ones do not meet each other in any number of records (XChaCha20, 192 bits).
+/// Bytes of a nonce. At 192 bits (XChaCha20), random nonces do not collide for any number of records.
 const NONCE_BYTES: usize = 24;
-/// Bytes of the tag that proves a record unchanged.
+/// Bytes of the tag that proves that a record is unchanged.
 const TAG_BYTES: usize = 16;
-/// What sealing adds to a text.
+/// Bytes that sealing adds to a text.
 pub(crate) const OVERHEAD: usize = NONCE_BYTES + TAG_BYTES;
 
 /// 32 secret bytes.
@@ -30,10 +29,10 @@ impl fmt::Debug for Key {
     }
 }
 
-/// Why a text is no key. It never holds the text.
+/// Why there is no key. Never contains the text that was read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum KeyError {
-    /// Neither 44 characters of base64, nor 64 of hexadecimal, nor 32 bytes.
+    /// The text is neither 43 or 44 characters of base64, nor 64 of hexadecimal, nor 32 bytes. Carries its length.
     #[error(
         "it holds no key: 44 characters of base64 are expected, as dockflare-vault generate-key makes them, and it has {0} bytes"
     )]
@@ -41,7 +40,7 @@ pub enum KeyError {
     /// All bytes are the same, as in a file made of zeros.
     #[error("all bytes of the key are the same: make one with dockflare-vault generate-key")]
     Constant,
-    /// The system gives no random bytes.
+    /// The system returned no random bytes.
     #[error("the system gives no random bytes ({0})")]
     Random(String),
 }
@@ -52,7 +51,7 @@ const STANDARD: GeneralPurpose = GeneralPurpose::new(&alphabet::STANDARD, BASE64
 const URL_SAFE: GeneralPurpose = GeneralPurpose::new(&alphabet::URL_SAFE, BASE64);
 
 impl Key {
-    /// A new one.
+    /// Makes a new random key.
     ///
     /// # Errors
     /// [`KeyError::Random`].
@@ -70,8 +69,8 @@ impl Key {
         &self.0
     }
 
-    /// Reads what a key file holds: base64 in either alphabet, hexadecimal, or the 32 bytes themselves; a byte order
-    /// mark and white space around a text do no harm.
+    /// Reads the content of a key file: base64 in either alphabet, hexadecimal, or the 32 bytes themselves. Ignores a
+    /// byte order mark and white space around a text.
     ///
     /// # Errors
     /// [`KeyError::Shape`], [`KeyError::Constant`].
@@ -94,17 +93,17 @@ impl Key {
         Ok(key)
     }
 
-    /// As a key file holds it, without the end of the line.
+    /// The text for a key file, without a line ending.
     pub fn to_text(&self) -> Zeroizing<String> {
         Zeroizing::new(URL_SAFE.encode(self.0))
     }
 
-    /// Eight hexadecimal digits that tell keys apart and say nothing of them.
+    /// Eight hexadecimal digits that tell keys apart and reveal nothing about them.
     pub fn id(&self) -> String {
         self.mac(b"dockflare-vault key id", &[])[..4].iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// HMAC-SHA256 of the parts, each with its length before it, for this purpose and no other.
+    /// HMAC-SHA256 of the purpose and the parts, each prefixed with its length. Each purpose gets its own hashes.
     pub(crate) fn mac(&self, purpose: &[u8], parts: &[&[u8]]) -> [u8; 32] {
         let mut context = hmac::Context::with_key(&hmac::Key::new(hmac::HMAC_SHA256, &self.0));
         for part in [purpose].iter().chain(parts) {
@@ -116,14 +115,14 @@ impl Key {
         mac
     }
 
-    /// Seals a text for one place: `place` is bound to it, and is not kept. nonce ‖ ciphertext ‖ tag.
+    /// Seals a text for one place: binds `place` to it without storing `place`. Returns nonce ‖ ciphertext ‖ tag.
     pub(crate) fn seal(&self, place: &[u8], text: &[u8]) -> Result<Vec<u8>, KeyError> {
         let mut nonce = [0; NONCE_BYTES];
         fill(&mut nonce)?;
         let mut sealed = Vec::with_capacity(text.len() + OVERHEAD);
         sealed.extend_from_slice(&nonce);
         sealed.extend_from_slice(text);
-        // It refuses only texts of 256 GiB and more.
+        // The cipher refuses only texts of 256 GiB and more.
         let tag = self
             .cipher()
             .encrypt_inout_detached(&XNonce::from(nonce), place, sealed[NONCE_BYTES..].as_mut().into())
@@ -133,7 +132,7 @@ impl Key {
         Ok(sealed)
     }
 
-    /// The text, if it was sealed with this key, for this place, and not changed since.
+    /// Returns the text if it was sealed with this key, for this place, and has not changed since.
     pub(crate) fn open(&self, place: &[u8], sealed: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
         let (nonce, rest) = sealed.split_first_chunk::<NONCE_BYTES>()?;
         let (text, tag) = rest.split_last_chunk::<TAG_BYTES>()?;
@@ -154,14 +153,14 @@ impl Key {
     }
 }
 
-/// The cipher works on pieces of the text below its caller's frame: what it has left there is overwritten.
+/// Overwrites what the cipher left on the stack: it works on pieces of the text below its caller's frame.
 #[inline(never)]
 fn clear_stack() {
     let mut room = [0_u8; 8 << 10];
     std::hint::black_box(&mut room);
 }
 
-/// Random bytes of the system.
+/// Fills the buffer with random bytes from the system.
 pub(crate) fn fill(bytes: &mut [u8]) -> Result<(), KeyError> {
     getrandom::fill(bytes).map_err(|error| KeyError::Random(error.to_string()))
 }

@@ -1,4 +1,4 @@
-//! What is kept: a name and bytes. The bytes are wiped when they are dropped, and no `Debug` shows them.
+//! What the vault keeps: a name and bytes. The bytes are wiped on drop, and `Debug` never shows them.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,17 +7,17 @@ use zeroize::{Zeroize, Zeroizing};
 
 /// Longest name, in bytes.
 pub const MAX_NAME_BYTES: usize = 255;
-/// Largest value, in bytes: what Docker Swarm takes for a secret, rounded up to 512 KiB. Larger things are files.
+/// Largest value, in bytes: Docker Swarm's limit for a secret, rounded up to 512 KiB. Use a file for anything larger.
 pub const MAX_VALUE_BYTES: usize = 512 << 10;
 
 /// A name such as `app/db-password`: segments of `[A-Za-z0-9._-]` between single slashes, none of them `.` or `..`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SecretName(String);
 
-/// Why a text is no name.
+/// Why a text is not a valid name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NameError {
-    /// It has no character.
+    /// It is empty.
     #[error("the name is empty")]
     Empty,
     /// It is longer than 255 bytes.
@@ -26,15 +26,15 @@ pub enum NameError {
     /// Two slashes in a row, or one at either end.
     #[error("the name {0:?} has an empty segment: write segments between single slashes, as in app/db-password")]
     EmptySegment(String),
-    /// A segment that means a place and not a name.
+    /// A segment that is a relative path (`.` or `..`), not a name.
     #[error("the name {0:?} has a segment \".\" or \"..\": name what is meant")]
     Dots(String),
-    /// A character outside of the set.
+    /// A character outside the allowed set.
     #[error("the name {name:?} has the character {character:?}: use letters, digits, '.', '_', '-' and '/'")]
     Character {
         /// The whole text.
         name: String,
-        /// The first one that does not fit.
+        /// The first character that is not allowed.
         character: char,
     },
 }
@@ -87,7 +87,7 @@ pub struct Value(Zeroizing<Vec<u8>>);
 pub struct TooLarge(pub usize);
 
 impl Value {
-    /// Takes the bytes over; they are wiped with the value, or at once when there are too many.
+    /// Takes ownership of the bytes and wipes them on drop. Wipes them at once when there are too many.
     ///
     /// # Errors
     /// [`TooLarge`] beyond [`MAX_VALUE_BYTES`].

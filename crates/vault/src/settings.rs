@@ -1,13 +1,13 @@
-//! How the vault logs: `LOG_LEVEL`, `LOG_FORMAT` and `TZ`, as for the agent.
+//! Log settings of the vault: `LOG_LEVEL`, `LOG_FORMAT` and `TZ`, as for the agent.
 
 use std::collections::BTreeMap;
 
 use dockflare_host::logging::{Asked, LogConfig, read};
 
-/// Reads them.
+/// Reads the log settings.
 ///
 /// # Errors
-/// A line for each that is wrong.
+/// A line for each wrong setting.
 pub fn log(env: &BTreeMap<String, String>) -> Result<LogConfig, Vec<String>> {
     let given = |name: &str| env.get(name).map(|value| value.trim()).filter(|value| !value.is_empty());
     let asked = Asked { level: given("LOG_LEVEL"), format: given("LOG_FORMAT"), zone: given("TZ") };

@@ -1,4 +1,4 @@
-//! What comes before anything is served or asked: the lock, the master key, the store, the audit.
+//! Opens the vault before it serves anything: the lock, the master key, the store, the audit.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -10,38 +10,38 @@ use crate::seal::Key;
 use crate::store::{Options, StoreError};
 use crate::vault::{Refusal, Vault, now};
 
-/// Between two tries for a lock that somebody has.
+/// Pause between two tries for a lock that another process holds.
 pub(crate) const PAUSE: Duration = Duration::from_millis(20);
 
-/// A vault, and the lock that keeps others from it.
+/// An open vault, and the lock that keeps other processes out.
 #[derive(Debug)]
 pub struct Opened {
     /// The vault.
     pub vault: Vault,
     /// What is wrong with its audit.
     pub broken: Vec<Broken>,
-    /// Let go of last.
+    /// The store's lock, released last.
     pub lock: dockflare_host::lock::Lock,
 }
 
-/// Why it cannot be opened.
+/// Why the vault cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// The master key.
+    /// The master key cannot be used.
     #[error(transparent)]
     Key(#[from] KeyFileError),
-    /// Store or audit.
+    /// The store or the audit cannot be opened.
     #[error(transparent)]
     Store(#[from] Refusal),
 }
 
 impl StartError {
-    /// Whether another process has the store.
+    /// Whether another process holds the store.
     pub fn is_taken(&self) -> bool {
         matches!(self, Self::Store(Refusal::Store(StoreError::Taken { .. })))
     }
 
-    /// 64 for a key or a setting, 73 for a place that is taken, 74 for the disk.
+    /// 64 for a key or a setting, 73 for a store in use, 74 for the disk.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Key(_) => 64,
@@ -50,11 +50,11 @@ impl StartError {
     }
 }
 
-/// Opens what the configuration names. Another process that has the store is waited for as long as `patience`: a
-/// command has it for a moment only.
+/// Opens what the configuration names. Waits up to `patience` for another process that holds the store: a command
+/// holds it only for a moment.
 ///
 /// # Errors
-/// [`StartError`]; nothing was changed then.
+/// [`StartError`]; nothing has changed then.
 pub fn open(config: &Config, accept_rollback: bool, patience: Duration) -> Result<Opened, StartError> {
     let file = &config.storage.file;
     let lock = lock_within(file, patience)?;
@@ -71,7 +71,7 @@ pub fn open(config: &Config, accept_rollback: bool, patience: Duration) -> Resul
     Ok(Opened { vault, broken, lock })
 }
 
-/// The next master key, where the store was sealed with it already and nobody has put it in the place of the old one.
+/// Returns the next master key if the store is already sealed with it and nobody has replaced the old key file yet.
 fn next_key(config: &Config, wanted: &str) -> Option<Key> {
     let file = config.next_master_key_file.as_ref()?;
     let next = keyfile::read(file, keyfile::is_alone()).ok().filter(|next| next.id() == wanted)?;
@@ -94,7 +94,7 @@ fn lock_within(file: &Path, patience: Duration) -> Result<dockflare_host::lock::
     }
 }
 
-/// The store's lock, in a file of its own beside it.
+/// Takes the store's lock, in a separate file beside the store.
 fn lock(file: &Path) -> Result<dockflare_host::lock::Lock, StartError> {
     use dockflare_host::lock::Refused;
     let mut path = file.as_os_str().to_owned();

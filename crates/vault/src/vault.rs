@@ -1,5 +1,5 @@
-//! The middle of it: a principal asks for an operation on a secret, the table of grants answers, the store does it, and
-//! one line of audit remains. Every door ends here, and none has a way around it.
+//! The core: a principal asks for an operation on a secret, the table of grants decides, the store does it, and the
+//! audit records it in one line. Every door ends here, and none has a way around it.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,7 +15,7 @@ use crate::seal::Key;
 use crate::secret::{SecretName, Value};
 use crate::store::{AuditHead, Change, Found, Location, Options, SealedStore, Status, StoreError, Sweep, Versions};
 
-/// Store, grants and audit. Its methods block on the disk: call them where blocking is allowed.
+/// Store, grants and audit. The methods block on the disk: call them where blocking is allowed.
 #[derive(Debug)]
 pub struct Vault {
     store: SealedStore,
@@ -25,14 +25,14 @@ pub struct Vault {
     changes: Changes,
 }
 
-/// Most names that wait to be taken; beyond it any name may have changed.
+/// Most changed names that wait for the reader. Beyond that, the reader must assume that any name has changed.
 const MAX_CHANGES: usize = 10_000;
 
-/// What has changed, for the one task that makes something of it.
+/// What has changed, for the one task that acts on it.
 #[derive(Debug, Default)]
 pub struct Changes {
     bell: Notify,
-    /// `None`: any of them.
+    /// `None`: any name may have changed.
     names: Mutex<Option<BTreeSet<SecretName>>>,
 }
 
@@ -47,23 +47,23 @@ impl Changes {
         self.bell.notify_one();
     }
 
-    /// Waits until a secret or a right has changed. The names of the secrets, `None` for any. Cancel-safe.
+    /// Waits until a secret or a grant has changed. Returns the names of the secrets, `None` for any. Cancel-safe.
     pub async fn next(&self) -> Option<BTreeSet<SecretName>> {
         self.bell.notified().await;
         self.names.lock().unwrap_or_else(PoisonError::into_inner).replace(BTreeSet::new())
     }
 }
 
-/// How a secret stands for somebody, without its value.
+/// What a principal would find if it read a secret, without the value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Standing {
-    /// No grant lets him read it; the row that is missing.
+    /// No grant allows the read. Carries the missing row.
     Denied(String),
-    /// It is not there, or not any more.
+    /// The secret does not exist, was deleted, or has expired.
     Absent,
-    /// It was deleted as a credential that nobody may go on using.
+    /// The secret was revoked: deleted as a credential that nobody may keep using.
     Revoked,
-    /// It is there.
+    /// The secret has a value.
     Here {
         /// Its newest version.
         version: u64,
@@ -72,7 +72,7 @@ pub enum Standing {
     },
 }
 
-/// Why there is no answer.
+/// Why the vault refuses a request.
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
     /// No row of the table allows it.
@@ -81,19 +81,19 @@ pub enum Refusal {
         /// The row that is missing.
         missing: String,
     },
-    /// There is no such secret, or no such version of it.
+    /// The secret, or that version of it, does not exist.
     #[error("{0} is not there")]
     NotFound(SecretName),
-    /// The store.
+    /// The store failed or refused.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The audit, without which nothing is answered.
+    /// The audit failed. The vault answers nothing without it.
     #[error(transparent)]
     Audit(#[from] AuditError),
 }
 
 impl Refusal {
-    /// A short word that does not change, for programs.
+    /// A short, stable code for programs.
     pub fn code(&self) -> &'static str {
         match self {
             Self::Denied { .. } => "denied",
@@ -106,7 +106,8 @@ impl Refusal {
         }
     }
 
-    /// For a command line: 1 denied, not found, another version or too many rotations; otherwise that of the store.
+    /// The exit code for the command line: 1 for denied, not found, version mismatch or too many rotations, 74 for the
+    /// audit, otherwise the store's code.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Denied { .. }
@@ -118,14 +119,14 @@ impl Refusal {
     }
 }
 
-/// What is told of a secret's versions.
+/// The versions of a secret, as shown to a caller.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct History {
     /// The secret.
     pub name: String,
-    /// Seconds since 1970, when it was deleted and not set again.
+    /// When the secret was deleted, in seconds since 1970. `None` if it was set again or never deleted.
     pub deleted: Option<i64>,
-    /// Whether it was revoked then.
+    /// Whether the deletion revoked it.
     pub revoked: bool,
     /// Oldest first.
     pub versions: Vec<crate::store::VersionInfo>,
@@ -138,14 +139,14 @@ impl From<Versions> for History {
     }
 }
 
-/// Seconds since 1970.
+/// The current time in seconds since 1970.
 pub fn now() -> i64 {
     Timestamp::now().as_second()
 }
 
 impl Vault {
-    /// Opens store and audit. What is wrong with the audit is returned: it is no reason to keep secrets from those who
-    /// need them.
+    /// Opens store and audit. Returns what is wrong with the audit instead of failing: a broken audit is no reason to
+    /// withhold secrets from those who need them.
     ///
     /// # Errors
     /// [`StoreError`], [`AuditError`].
@@ -162,24 +163,24 @@ impl Vault {
         Ok((Self { store, audit, grants, changes: Changes::default() }, broken))
     }
 
-    /// The table that counts now.
+    /// The table in force.
     pub fn grants(&self) -> Arc<Grants> {
         self.grants.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Another table, from the next question on.
+    /// Replaces the table, from the next request on.
     pub fn replace_grants(&self, grants: Grants) {
         *self.grants.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(grants);
         self.changes.add(None);
     }
 
-    /// What has changed since it was last asked, for one task.
+    /// What has changed since the last call of [`Changes::next`], for one task.
     pub fn changes(&self) -> &Changes {
         &self.changes
     }
 
-    /// How a secret stands for a principal: what [`Vault::get`] would find, for a task that only wants to know whether
-    /// there is something new. It leaves no line, since nobody gets anything by it.
+    /// Tells what [`Vault::get`] would find, for a task that only checks for changes. Writes no audit line, because it
+    /// hands out no value.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -195,12 +196,12 @@ impl Vault {
         })
     }
 
-    /// A keyed hash of what was handed out, which tells nothing of it and changes with each byte of it.
+    /// A keyed hash of what was handed out. It reveals nothing about the content and changes with every byte of it.
     pub fn fingerprint(&self, parts: &[&[u8]]) -> [u8; 32] {
         self.store.audit_key().mac(b"dockflare-vault delivered", parts)
     }
 
-    /// The newest value, or that of a version that is kept.
+    /// Returns the newest value, or that of a version that is still kept.
     ///
     /// # Errors
     /// [`Refusal`].
@@ -211,7 +212,7 @@ impl Vault {
         found.ok_or_else(|| Refusal::NotFound(name.clone()))
     }
 
-    /// A new version; its number.
+    /// Stores a new version and returns its number.
     ///
     /// # Errors
     /// [`Refusal`].
@@ -222,13 +223,13 @@ impl Vault {
         if let Err(StoreError::Version { .. }) = &set {
             self.note(who, Operation::Set, Some(name), None)?;
         }
-        // Also where the disk left it open whether it is in.
+        // Also after an error: the change may be in the store even though the disk failed.
         self.changes.add(Some(name));
         Ok(set?)
     }
 
-    /// The end of a secret; the number of its last version. With `revoke` nobody keeps what he was given of it, also where
-    /// it was deleted before.
+    /// Deletes a secret and returns the number of its last version. With `revoke`, nobody keeps the copies that they
+    /// were given, even if the secret was deleted before.
     ///
     /// # Errors
     /// [`Refusal`].
@@ -246,7 +247,7 @@ impl Vault {
         }
     }
 
-    /// The names that the principal may list, below `prefix` where there is one.
+    /// Lists the names that the principal may see, below `prefix` if there is one.
     ///
     /// # Errors
     /// [`Refusal`].
@@ -264,7 +265,7 @@ impl Vault {
         Ok(names)
     }
 
-    /// The versions of a secret, without values.
+    /// Lists the versions of a secret, without values.
     ///
     /// # Errors
     /// [`Refusal`].
@@ -275,7 +276,7 @@ impl Vault {
         versions.map(History::from).ok_or_else(|| Refusal::NotFound(name.clone()))
     }
 
-    /// Counts and ages, without names.
+    /// Returns counts and ages, without names.
     ///
     /// # Errors
     /// [`Refusal`].
@@ -285,17 +286,17 @@ impl Vault {
         Ok(self.store.status())
     }
 
-    /// The same for the vault's own pages, which are nobody's question.
+    /// Returns the same for the vault's own pages, without a grant or an audit line: no principal asks.
     pub fn peek(&self) -> Status {
         self.store.status()
     }
 
-    /// Why the audit cannot be written, where that was so with the newest line.
+    /// Why the newest audit line could not be written, if it failed.
     pub fn audit_problem(&self) -> Option<String> {
         self.audit.problem()
     }
 
-    /// A new data key; its id. [`Vault::reseal`] does the rest.
+    /// Makes a new data key and returns its id. [`Vault::reseal`] does the rest.
     ///
     /// # Errors
     /// [`Refusal`].
@@ -308,7 +309,7 @@ impl Vault {
         Ok(rotated?)
     }
 
-    /// All keys wrapped anew for another master key; its id.
+    /// Rewraps all keys for another master key and returns its id.
     ///
     /// # Errors
     /// [`Refusal`].
@@ -319,7 +320,7 @@ impl Vault {
         Ok(id)
     }
 
-    /// One step of a rotation that is under way; whether there is more to do.
+    /// Does one step of a running rotation. Returns whether there is more to do.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -327,8 +328,8 @@ impl Vault {
         self.store.reseal()
     }
 
-    /// Puts the end of the audit into the store, so that lines which only tell of reads cannot be cut off unnoticed, and
-    /// removes what is beyond the number of files that is kept.
+    /// Saves the end of the audit in the store, so that lines of reads cannot be cut off unnoticed either. Then removes
+    /// the audit files beyond the number to keep.
     ///
     /// # Errors
     /// [`Refusal`].
@@ -336,7 +337,7 @@ impl Vault {
         self.audit.probe();
         let head = self.store.with_audit(|head| self.audit.sync(head))?;
         self.store.save_audit(head)?;
-        // Nobody renames a file meanwhile; the end of one is read.
+        // Read the end of a file under the audit lock, so that nobody renames it meanwhile.
         let surplus = self.store.with_audit(|head| {
             let Some(end) = self.audit.surplus()? else { return Ok(None) };
             head.removed = end;
@@ -344,25 +345,25 @@ impl Vault {
         });
         if let Some(head) = surplus.map_err(Refusal::Audit)? {
             self.store.save_audit(head)?;
-            // As it is in the store, and not as it may have become since.
+            // Use the head that the store has saved: the current one may be ahead of it.
             self.store.with_audit(|_| self.audit.remove_surplus(&head))?;
         }
         Ok(())
     }
 
-    /// Follows the whole audit that is kept.
+    /// Verifies the chain of the whole audit that is kept.
     ///
     /// # Errors
     /// [`Refusal`].
     pub fn verify_audit(&self, who: &Principal) -> Result<Verified, Refusal> {
         self.allow(who, Operation::Audit, None)?;
         self.note(who, Operation::Audit, None, None)?;
-        // Opened while nobody writes, and read while everybody may.
+        // Open the files under the audit lock, but read them without it.
         let snapshot = self.store.with_audit(|head| self.audit.snapshot(head))?;
         Ok(self.audit.verify(snapshot)?)
     }
 
-    /// One step of a pass that removes what time has ended; whether there is more to do.
+    /// Does one step of a pass that removes expired values and old deleted names. Returns whether there is more to do.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -370,12 +371,12 @@ impl Vault {
         self.store.sweep(sweep, now())
     }
 
-    /// Why the counter of changes is behind, where it is.
+    /// Why the counter of changes is behind the store, if it is.
     pub fn counter_problem(&self) -> Option<String> {
         self.store.counter_problem()
     }
 
-    /// Asks the table. What is denied is written, and so is known even where nothing was read.
+    /// Asks the table. Writes an audit line for a denial, so that the attempt is on record although nothing was read.
     fn allow(&self, who: &Principal, operation: Operation, name: Option<&SecretName>) -> Result<(), Refusal> {
         let decision = authorize(&self.grants(), who, operation, name);
         let Decision::Denied { missing } = &decision else { return Ok(()) };
@@ -385,7 +386,7 @@ impl Vault {
         Err(Refusal::Denied { missing })
     }
 
-    /// The line of something that changes nothing.
+    /// Writes the line of an operation that changes nothing.
     fn note(
         &self,
         who: &Principal,
@@ -397,7 +398,7 @@ impl Vault {
         self.store.with_audit(|head| self.audit.record(head, &entry, false))
     }
 
-    /// The line of a change, on disk before the change; the end of the audit with it.
+    /// Writes the line of a change to disk before the change. Returns the end of the audit after it.
     fn write(
         &self,
         who: &Principal,
@@ -459,7 +460,7 @@ mod tests {
         assert_eq!(vault.set(&operator, &app, &value("x"), &change).unwrap(), 1);
         assert_eq!(vault.set(&operator, &other, &value("y"), &change).unwrap(), 1);
         assert_eq!(vault.get(&user, &app, None).unwrap().value, value("x"));
-        // What is not there and what may not be read look the same to who may read neither.
+        // A missing secret and a forbidden one look the same to a principal that may read neither.
         for name in [&other, &"nothing".parse().unwrap()] {
             assert_eq!(vault.get(&user, name, None).unwrap_err().code(), "denied");
         }
@@ -495,7 +496,7 @@ mod tests {
         let (operator, name) = (Principal::Operator, "app/password".parse().unwrap());
         let change = Change { now: now(), ..Change::default() };
         let (vault, _) = open(dir.path(), &master, grants());
-        // The file is opened with its first line.
+        // The vault opens the audit file with its first line.
         let file = dir.path().join("audit.log");
         std::fs::create_dir(&file).unwrap();
         assert_eq!(vault.set(&operator, &name, &value("x"), &change).unwrap_err().code(), "audit_unavailable");

@@ -96,7 +96,7 @@ fn a_line_that_was_changed_removed_moved_put_in_or_cut_off_is_found() {
     assert_eq!(scene.verify().broken, [Broken::Cut { found: 0, known: 6 }]);
 }
 
-/// What the vault does each second.
+/// Does what the vault does every second.
 fn retire(scene: &mut Scene) {
     let (audit, broken) = scene.open();
     assert_eq!(broken, []);
@@ -112,7 +112,7 @@ fn full_files_are_kept_in_order_and_the_end_of_what_went_is_remembered() {
     scene.write(60);
     let all = scene.verify();
     assert_eq!((all.lines, &all.broken[..]), (60, &[][..]), "nothing goes before the store knows");
-    // Killed between the two: the store knows, and the files are still there.
+    // A SIGKILL between the two: the store knows, and the files are still there.
     let (audit, _) = scene.open();
     scene.head.removed = audit.surplus().unwrap().unwrap();
     assert_eq!(scene.verify().broken, []);
@@ -126,7 +126,7 @@ fn full_files_are_kept_in_order_and_the_end_of_what_went_is_remembered() {
     assert_ne!(scene.verify().broken, [], "nobody else may remove the oldest");
 }
 
-/// Killed after each single renaming of a new file's beginning: nothing is missing, and the next one closes the gap.
+/// A SIGKILL after each renaming that makes room for a new file: nothing is missing, and the next one closes the gap.
 #[test]
 fn a_crash_while_files_are_renamed_leaves_a_gap_and_loses_nothing() {
     for done in 1..=3 {

@@ -1,4 +1,4 @@
-//! `deliveries`: which workload is to have which files.
+//! `deliveries`: which workload gets which files.
 
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
@@ -9,11 +9,12 @@ use crate::delivery::{
 };
 use crate::secret::SecretName;
 
-/// Permissions that make sense: the owner, who is the vault, reads what it compares later; nobody else writes.
+/// Required and allowed permissions. The owner, which is the vault, must read what it compares later; nobody else
+/// writes.
 const MUST: u32 = 0o400;
 const MAY: u32 = 0o755;
 
-/// The deliveries that are right, sorted by workload; what is wrong with the others goes to the reader.
+/// Returns the valid deliveries, sorted by workload. Problems with the others go to the reader.
 pub(super) fn read(reader: &mut Reader<'_>, top: &mut Section) -> Vec<Delivery> {
     let mut deliveries: BTreeMap<Workload, Delivery> = BTreeMap::new();
     let mut directories: Vec<(PathBuf, String)> = vec![];
@@ -78,12 +79,12 @@ fn directory(reader: &mut Reader<'_>, row: &mut Section) -> Option<PathBuf> {
             "{place}: {text:?} is no place for a workload's files: write an absolute path without \"..\", such as /run/deliver/app"
         ));
     }
-    // Without slashes that say nothing.
+    // Drop redundant slashes.
     is_plain.then(|| path.components().collect())
 }
 
-/// As `chmod` takes it: octal digits. YAML makes a number of them whose decimal digits are the same, and of those that
-/// begin with a zero one with a fraction.
+/// Reads a mode as `chmod` takes it: octal digits. YAML turns them into a number with the same decimal digits, and into
+/// one with a fraction if they start with a zero.
 fn mode(reader: &mut Reader<'_>, row: &mut Section) -> Option<u32> {
     let text = reader.text(row, "mode")?;
     let text = text.strip_suffix(".0").unwrap_or(&text);
@@ -200,7 +201,7 @@ fn containers(reader: &mut Reader<'_>, row: &mut Section) -> Vec<ContainerName> 
     containers
 }
 
-/// `none`, `restart`, or a mapping with `signal`.
+/// Reads `none`, `restart`, or a mapping with `signal`.
 fn on_change(reader: &mut Reader<'_>, row: &mut Section) -> OnChange {
     let place = row.at("on_change");
     match reader.text_or_section(row, "on_change") {

@@ -1,4 +1,4 @@
-//! Takes a YAML document apart, key by key, and collects what is wrong. What nobody asked for is a misspelt key.
+//! Reads a YAML document key by key and collects the problems. A key that no code asked for is misspelled.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -9,18 +9,18 @@ use zeroize::Zeroizing;
 
 use super::ENV_PREFIX;
 
-/// A mapping, and which keys were asked for.
+/// A mapping, and the keys that were asked for.
 pub(super) struct Section {
-    /// With dots, `""` for the whole document.
+    /// Path with dots; `""` for the whole document.
     path: String,
     values: Map<String, Value>,
     known: Vec<&'static str>,
 }
 
-/// The reading.
+/// Reads one configuration and collects its problems.
 pub(super) struct Reader<'a> {
     env: &'a BTreeMap<String, String>,
-    /// Variables that a key goes by.
+    /// Environment variables that belong to a key.
     variables: Vec<String>,
     problems: Vec<String>,
 }
@@ -30,7 +30,7 @@ impl<'a> Reader<'a> {
         Self { env, variables: vec![], problems: vec![] }
     }
 
-    /// The whole document, empty where it is none.
+    /// Parses the whole document; empty if it is not a mapping.
     pub(super) fn parse(&mut self, text: &str) -> Section {
         let text = text.trim_start_matches('\u{feff}');
         let is_empty = text.lines().all(|line| line.trim().is_empty() || line.trim_start().starts_with('#'));
@@ -43,7 +43,7 @@ impl<'a> Reader<'a> {
                 Map::new()
             }
             Err(error) => {
-                // The library shows the line that it stops at, which may hold a password.
+                // Report only the place: the library's message shows the line, which may contain a password.
                 let place = error.location().map(|at| format!(" at line {}, column {}", at.line(), at.column()));
                 self.problem(&format!("the configuration is no YAML{}", place.unwrap_or_default()));
                 Map::new()
@@ -61,7 +61,7 @@ impl<'a> Reader<'a> {
         section.values.contains_key(key) || self.env.keys().any(|name| name.starts_with(&format!("{prefix}_")))
     }
 
-    /// The mapping under a key, empty where there is none.
+    /// Returns the mapping under a key; empty if there is none.
     pub(super) fn section(&mut self, section: &mut Section, key: &'static str) -> Section {
         section.known.push(key);
         let path = section.at(key);
@@ -76,7 +76,7 @@ impl<'a> Reader<'a> {
         Section { path, values, known: vec![] }
     }
 
-    /// The mappings of the list under a key.
+    /// Returns the mappings in the list under a key.
     pub(super) fn rows(&mut self, section: &mut Section, key: &'static str) -> Vec<Section> {
         section.known.push(key);
         let path = section.at(key);
@@ -99,7 +99,7 @@ impl<'a> Reader<'a> {
         sections
     }
 
-    /// A single value, from the environment first. An empty variable is none, as in compose files.
+    /// Returns a single value, from the environment first. An empty variable counts as unset, as in compose files.
     fn scalar(&mut self, section: &mut Section, key: &'static str) -> Option<String> {
         section.known.push(key);
         let name = variable(&section.at(key));
@@ -140,7 +140,7 @@ impl<'a> Reader<'a> {
     pub(super) fn path(&mut self, section: &mut Section, key: &'static str) -> Option<PathBuf> {
         let text = self.scalar(section, key)?;
         if !text.starts_with('/') {
-            // It may be the key or the password itself.
+            // Do not show the text: it may be the key or the password itself.
             self.problem(&format!("{} is no absolute path: begin it with a slash", section.at(key)));
         }
         Some(text.into())
@@ -164,7 +164,7 @@ impl<'a> Reader<'a> {
         flag
     }
 
-    /// A single value or a mapping, whichever there is.
+    /// Returns a single value or a mapping, whichever is there.
     pub(super) fn text_or_section(
         &mut self,
         section: &mut Section,
@@ -176,7 +176,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Words and what stands behind each, in the mapping under a key.
+    /// Returns the words and their values from the mapping under a key.
     pub(super) fn pairs(&mut self, section: &mut Section, key: &'static str) -> Vec<(String, String)> {
         let inner = self.section(section, key);
         let mut pairs = vec![];
@@ -189,7 +189,7 @@ impl<'a> Reader<'a> {
         pairs
     }
 
-    /// The list of words under a key, empty where there is none.
+    /// Returns the list of words under a key; empty if there is none.
     pub(super) fn words_if_any(&mut self, section: &mut Section, key: &'static str) -> Vec<String> {
         match section.values.get(key) {
             Some(value) if !value.is_null() && value.as_array().is_none_or(|words| !words.is_empty()) => {
@@ -203,7 +203,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// The list of words under a key, which must not be empty.
+    /// Returns the list of words under a key, which must not be empty.
     pub(super) fn words(&mut self, section: &mut Section, key: &'static str) -> Vec<String> {
         section.known.push(key);
         let path = section.at(key);
@@ -224,7 +224,7 @@ impl<'a> Reader<'a> {
         texts
     }
 
-    /// What is left was asked for by nobody.
+    /// Reports the keys that are left: no code asked for them.
     pub(super) fn end(&mut self, section: Section) {
         for key in section.values.keys() {
             let path = section.at(key);
@@ -236,7 +236,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// All that is wrong. Variables with our prefix that no key goes by are misspelt as well.
+    /// Returns all problems. A variable with our prefix that belongs to no key is misspelled too.
     pub(super) fn finish(mut self) -> Vec<String> {
         let ours = self.env.keys().filter(|name| name.starts_with(ENV_PREFIX) && !self.variables.contains(name));
         for name in ours {

@@ -1,4 +1,4 @@
-//! A file that is looked at without a change: what would be written to it stays in memory.
+//! Reads a file without changing it: keeps all writes in memory.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -8,11 +8,11 @@ use std::sync::{Mutex, PoisonError};
 
 use redb::StorageBackend;
 
-/// The size of the pieces that are kept: the database's own pages.
+/// Bytes per piece kept in memory: the size of the database's own pages.
 const PIECE: u64 = 4096;
 
-/// The database opens on this first. A file that it cannot accept, or would repair to something else than what was
-/// stored, is then found out before one byte of it has changed.
+/// The database opens on this first. That detects a file that it cannot accept, or would repair into something other
+/// than what was stored, before a single byte of the file changes.
 #[derive(Debug)]
 pub(super) struct Overlay {
     file: File,
@@ -22,7 +22,7 @@ pub(super) struct Overlay {
 #[derive(Debug)]
 struct Written {
     len: u64,
-    /// What of the file counts: a file that was cut and grew again has zeros there.
+    /// How much of the file still counts. After a cut, bytes beyond this read as zeros when the file grows again.
     file_len: u64,
     pieces: BTreeMap<u64, Vec<u8>>,
 }
@@ -33,7 +33,7 @@ impl Overlay {
         Ok(Self { file, written: Mutex::new(Written { len, file_len: len, pieces: BTreeMap::new() }) })
     }
 
-    /// One piece as it is in the file.
+    /// Reads one piece from the file itself.
     fn original(&self, at: u64, file_len: u64) -> io::Result<Vec<u8>> {
         let mut piece = vec![0; PIECE as usize];
         let start = at * PIECE;
@@ -43,7 +43,7 @@ impl Overlay {
     }
 }
 
-/// The parts of a range that lie in one piece each: which piece, from where in it, from where in the range, how much.
+/// Splits a range at the borders of pieces. Each part: piece number, offset in the piece, offset in the range, length.
 fn parts(offset: u64, len: usize) -> impl Iterator<Item = (u64, usize, usize, usize)> {
     let mut done = 0;
     std::iter::from_fn(move || {

@@ -1,5 +1,5 @@
-//! How far the store has come, kept on another volume: an older copy of the database that is put in its place is
-//! behind it.
+//! Counts the store's changes in a file on another volume. An older copy of the database is behind the counter, and so
+//! is noticed.
 
 #![expect(clippy::disallowed_methods, reason = "blocks on the disk; whoever serves calls it on a thread of its own")]
 
@@ -8,10 +8,10 @@ use std::io::{self, ErrorKind, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-/// Digits and an end of line; anything longer is something else.
+/// Enough for the digits and a line ending. A longer file is not a counter.
 const MAX_BYTES: u64 = 32;
 
-/// The file.
+/// The counter's file.
 #[derive(Debug, Clone)]
 pub(super) struct Counter(PathBuf);
 
@@ -24,7 +24,7 @@ impl Counter {
         &self.0
     }
 
-    /// The highest change that was seen; `None` where there is no file.
+    /// Reads the highest change number seen; `None` if there is no file.
     pub(super) fn read(&self) -> io::Result<Option<u64>> {
         match fs::symlink_metadata(&self.0) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
@@ -37,12 +37,12 @@ impl Counter {
         text.trim().parse().map(Some).map_err(|_| io::Error::other("it holds no number"))
     }
 
-    /// Replaces it as a whole, on disk when it returns.
+    /// Replaces the file as a whole. It is on disk when this returns.
     pub(super) fn write(&self, change: u64) -> io::Result<()> {
         let mut temporary = self.0.clone().into_os_string();
         temporary.push(".new");
         let temporary = PathBuf::from(temporary);
-        // Not through a link that somebody laid there.
+        // Remove it first, so that nothing is written through a link planted there.
         match fs::remove_file(&temporary) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
             _ => {}

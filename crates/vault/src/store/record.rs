@@ -1,18 +1,18 @@
-//! What is sealed for a name: the name itself and its versions, apart from the values.
+//! The record sealed for a name: the name itself and its versions, without the values.
 
 use serde::{Deserialize, Serialize};
 
 use super::KEPT_VERSIONS;
 use crate::secret::SecretName;
 
-/// What is known of one version.
+/// What the store knows about one version.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VersionInfo {
-    /// Rising by one, never used twice for a name.
+    /// Number of the version: rises by one, never reused for a name.
     pub version: u64,
-    /// Seconds since 1970.
+    /// When it was stored, in seconds since 1970.
     pub created: i64,
-    /// Seconds since 1970; from then on it is as if it were not there.
+    /// When it expires, in seconds since 1970. From then on reads treat it as missing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires: Option<i64>,
     /// Size of the value in bytes.
@@ -20,7 +20,7 @@ pub struct VersionInfo {
 }
 
 impl VersionInfo {
-    /// Whether it is over at `now`, in seconds since 1970.
+    /// Whether it has expired at `now`, in seconds since 1970.
     pub fn is_expired(&self, now: i64) -> bool {
         self.expires.is_some_and(|expires| expires <= now)
     }
@@ -29,22 +29,22 @@ impl VersionInfo {
 /// The versions of one name.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Versions {
-    /// The name in plain: the table knows only a keyed hash of it.
+    /// The plain name: the table holds only a keyed hash of it.
     name: String,
-    /// The highest number that was given, also to versions that are gone.
+    /// The highest version number given so far, including versions that are gone.
     pub last: u64,
-    /// Seconds since 1970, when it was deleted; a later version takes that back.
+    /// When the secret was deleted, in seconds since 1970. A later version clears it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deleted: Option<i64>,
-    /// It was deleted as a credential that nobody may go on using.
+    /// Whether it was deleted as a credential that nobody may keep using.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub revoked: bool,
-    /// Those whose values are kept, oldest first; none when it is deleted.
+    /// Versions whose values are kept, oldest first. Empty after a deletion.
     pub kept: Vec<VersionInfo>,
 }
 
 impl Versions {
-    /// `last`: the highest number that may have been given before.
+    /// `last`: the highest version number that may have been given before.
     pub(super) fn new(name: &SecretName, last: u64) -> Self {
         Self { name: name.to_string(), last, deleted: None, revoked: false, kept: vec![] }
     }
@@ -54,12 +54,12 @@ impl Versions {
         &self.name
     }
 
-    /// The newest one that counts.
+    /// The newest kept version.
     pub fn newest(&self) -> Option<&VersionInfo> {
         self.kept.last()
     }
 
-    /// Adds a version. Returns those whose values go.
+    /// Adds a version. Returns the versions whose values must go.
     pub(super) fn add(&mut self, created: i64, expires: Option<i64>, bytes: u32) -> Vec<u64> {
         self.last += 1;
         (self.deleted, self.revoked) = (None, false);
@@ -68,20 +68,20 @@ impl Versions {
         self.kept.drain(..gone).map(|info| info.version).collect()
     }
 
-    /// Deletes the secret. Returns the versions whose values go.
+    /// Deletes the secret. Returns the versions whose values must go.
     pub(super) fn delete(&mut self, now: i64, revoke: bool) -> Vec<u64> {
         self.deleted.get_or_insert(now);
         self.revoked |= revoke;
         self.kept.drain(..).map(|info| info.version).collect()
     }
 
-    /// Whether a version ended at `before` or earlier.
+    /// Whether a version expired at `before` or earlier.
     pub(super) fn has_ended(&self, before: i64) -> bool {
         self.kept.iter().any(|info| info.is_expired(before))
     }
 
-    /// Takes out what ended at `before` or earlier: with the newest version the whole secret ends, so that no older one
-    /// comes back. Returns the versions whose values go.
+    /// Removes versions that expired at `before` or earlier. If the newest is one of them, deletes the whole secret, so
+    /// that no older version comes back. Returns the versions whose values must go.
     pub(super) fn end(&mut self, before: i64, now: i64) -> Vec<u64> {
         if self.newest().is_some_and(|newest| newest.is_expired(before)) {
             return self.delete(now, false);
@@ -90,11 +90,11 @@ impl Versions {
     }
 
     pub(super) fn to_bytes(&self) -> Vec<u8> {
-        // Numbers and a name: there is nothing that JSON cannot hold.
+        // Cannot fail: JSON can hold numbers and a name.
         serde_json::to_vec(self).unwrap_or_default()
     }
 
-    /// `None` for what is no record of that name.
+    /// Parses a record; `None` if the bytes are not a valid one.
     pub(super) fn parse(bytes: &[u8]) -> Option<Self> {
         let versions: Self = serde_json::from_slice(bytes).ok()?;
         versions.name.parse::<SecretName>().ok()?;

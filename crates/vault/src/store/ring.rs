@@ -1,20 +1,20 @@
-//! The keys that the store holds itself, wrapped as a whole by the master key.
+//! The store's own keys, wrapped as a whole by the master key.
 
 use zeroize::Zeroizing;
 
 use crate::seal::{KEY_BYTES, Key, KeyError};
 
-/// Most data keys at a time: one that seals, and the one before while a rotation is under way. A rotation that is
-/// asked for during another one adds to it.
+/// Most data keys at a time: the one that seals, and the one before it during a rotation. Each rotation requested
+/// during another one adds a key.
 const MAX_DATA_KEYS: usize = 64;
-/// First byte of a ring, for the day when its form changes.
+/// First byte of a ring: its format version.
 const FORM: u8 = 1;
 const DATA_KEY_BYTES: usize = 4 + 8 + KEY_BYTES;
 
 /// A key that seals records.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct DataKey {
-    /// Rises by one with each rotation; 0 is no id.
+    /// Rises by one with each rotation. 0 is not a valid id.
     pub(super) id: u32,
     /// Seconds since 1970.
     pub(super) created: i64,
@@ -24,24 +24,24 @@ pub(super) struct DataKey {
 /// All keys of a store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Ring {
-    /// Makes a place in the table of a name.
+    /// Hashes a name into its key in the tables.
     pub(super) names: Key,
-    /// Seals and sums up the state of the store.
+    /// Seals the state of the store and keys the sum over its records.
     pub(super) state: Key,
-    /// Chains the lines of the audit.
+    /// Chains the audit lines.
     pub(super) audit: Key,
-    /// Oldest first, at least one; the last one seals.
+    /// Oldest first, at least one. The last one seals.
     data: Vec<DataKey>,
 }
 
 impl Ring {
-    /// Of a new store.
+    /// Makes the keys of a new store.
     pub(super) fn new(now: i64) -> Result<Self, KeyError> {
         let first = DataKey { id: 1, created: now, key: Key::random()? };
         Ok(Self { names: Key::random()?, state: Key::random()?, audit: Key::random()?, data: vec![first] })
     }
 
-    /// The one that seals.
+    /// The data key that seals.
     pub(super) fn current(&self) -> &DataKey {
         // `new`, `parse` and `retain_current` leave at least one.
         &self.data[self.data.len() - 1]
@@ -51,13 +51,12 @@ impl Ring {
         self.data.iter().find(|key| key.id == id)
     }
 
-    /// Whether records may be left that an older key has sealed.
+    /// Whether records sealed with an older key may be left.
     pub(super) fn is_rotating(&self) -> bool {
         self.data.len() > 1
     }
 
-    /// Adds a data key, which seals from now on. `None` while so many rotations are unfinished that another one would
-    /// have no place.
+    /// Adds a data key, which seals from now on. `None` while too many rotations are unfinished to fit another key.
     pub(super) fn add(&mut self, now: i64) -> Result<Option<u32>, KeyError> {
         let next = self.current().id.checked_add(1).filter(|_| self.data.len() < MAX_DATA_KEYS);
         let Some(id) = next else { return Ok(None) };
@@ -65,13 +64,13 @@ impl Ring {
         Ok(Some(id))
     }
 
-    /// Forgets all data keys but the one that seals.
+    /// Forgets all data keys except the one that seals.
     pub(super) fn retain_current(&mut self) {
         self.data.drain(..self.data.len() - 1);
     }
 
     pub(super) fn to_bytes(&self) -> Zeroizing<Vec<u8>> {
-        // With all the room that is needed: a buffer that grows leaves copies behind.
+        // Reserve all the room at once: a buffer that grows leaves copies of keys behind.
         let mut bytes = Zeroizing::new(Vec::with_capacity(1 + 3 * KEY_BYTES + self.data.len() * DATA_KEY_BYTES));
         bytes.push(FORM);
         for key in [&self.names, &self.state, &self.audit] {
@@ -85,7 +84,7 @@ impl Ring {
         bytes
     }
 
-    /// `None` for anything that `to_bytes` does not make.
+    /// Parses a ring; `None` for anything that `to_bytes` does not produce.
     pub(super) fn parse(bytes: &[u8]) -> Option<Self> {
         let rest = bytes.strip_prefix(&[FORM])?;
         let (named, data) = rest.split_at_checked(3 * KEY_BYTES)?;

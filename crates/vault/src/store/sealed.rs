@@ -1,24 +1,25 @@
-//! The store of its own: one file of `redb`, in which neither a name nor a value stands in plain.
+//! The vault's own store: one `redb` file that holds no name and no value in plain text.
 //!
 //! | table | key | record |
 //! |---|---|---|
-//! | `meta` | `form`, `store`, `master`, `ring`, `state` | form of the file, its random id, id of the master key, the wrapped keys, the sealed state |
+//! | `meta` | `form`, `store`, `master` | format version, random id of the store, id of the master key |
+//! | `meta` | `ring`, `state` | the wrapped keys, the sealed state |
 //! | `heads` | keyed hash of the name | id of the data key, and sealed: the name and its versions |
 //! | `values` | keyed hash of the name, version | id of the data key, and sealed: the value |
 //!
 //! A record is sealed for its place: store, table, name, version and data key are bound to it. The state holds a sum
-//! over all records (the XOR of a keyed hash of each), so that one which was removed, added or put back from an older
-//! copy of the file is noticed at the next start. Everything that belongs together is one transaction, on disk when it
-//! returns. After a crash at any instant the file is what it was before a transaction, or after it.
+//! over all records: the XOR of a keyed hash of each. The next start therefore notices a record that was removed, added
+//! or put back from an older copy of the file. Changes that belong together are one transaction, on disk when it
+//! returns. After a crash at any instant the file is as it was before a transaction or after it.
 //!
-//! | room | for |
+//! | module | owns |
 //! |---|---|
 //! | `layout` | tables, places, what is bound to a record |
 //! | `state` | counts, the sum, the end of the audit |
-//! | `open` | making a store, looking at it as a whole, opening it |
-//! | `transaction` | one look or one change, and what an error of the disk left of it |
+//! | `open` | making a store, checking the whole file, opening it |
+//! | `transaction` | one read or one change, and recovery after a disk error |
 //! | `rotation` | new keys |
-//! | `sweep` | what time ends |
+//! | `sweep` | removal of expired values and old deleted names |
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -49,7 +50,7 @@ pub use state::AuditHead;
 pub use sweep::{Removed, Sweep};
 use transaction::{Inner, Keys};
 
-/// A secret's value and which version it is.
+/// A secret's value and its version.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Found {
     /// The bytes.
@@ -58,29 +59,29 @@ pub struct Found {
     pub info: VersionInfo,
 }
 
-/// What can be told of a store without a name.
+/// What the store reports without naming a secret.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Status {
-    /// Secrets that are not deleted.
+    /// Number of secrets that are not deleted.
     pub secrets: u64,
-    /// Values that are kept.
+    /// Number of values kept.
     pub versions: u64,
-    /// Transactions so far.
+    /// Number of transactions so far.
     pub change: u64,
     /// Id of the master key.
     pub master_key: String,
-    /// Id of the data key that seals, and when it was made, in seconds since 1970.
+    /// Id of the data key that seals.
     pub data_key: u32,
-    /// See `data_key`.
+    /// When that data key was made, in seconds since 1970.
     pub data_key_created: i64,
-    /// Whether records are being sealed anew.
+    /// Whether a rotation is resealing records.
     pub is_rotating: bool,
 }
 
 /// The store. All methods may block on the disk.
 #[derive(Debug)]
 pub struct SealedStore {
-    /// `None` only until it is opened again after an error of the disk, after which the library gives no more.
+    /// `None` only after a disk error, until the next caller reopens it: the library refuses everything after one.
     db: Mutex<Option<Arc<Database>>>,
     opener: Opener,
     path: PathBuf,
@@ -88,16 +89,16 @@ pub struct SealedStore {
     id: [u8; 16],
     /// Replaced as a whole by a rotation.
     ring: Mutex<Arc<Ring>>,
-    /// Held by whoever changes something.
+    /// Locked by every change.
     inner: Mutex<Inner>,
-    /// The end of the audit as it is in its file, which may be ahead of the state. Locked after `inner` where both are.
+    /// The end of the audit in its file, which may be ahead of the state. To take both locks, take `inner` first.
     audit: Mutex<AuditHead>,
-    /// Why the counter is behind the store, where it is.
+    /// Why the counter is behind the store, if it is.
     counter_problem: Mutex<Option<String>>,
 }
 
 impl SealedStore {
-    /// The newest value of a name, or one of the versions that are kept. `None` where there is none at `now`.
+    /// Returns the newest value of a name, or that of a kept version. `None` if there is none at `now`.
     ///
     /// # Errors
     /// [`StoreError::Io`], [`StoreError::Damaged`].
@@ -119,12 +120,12 @@ impl SealedStore {
         Ok(Some(Found { value, info: info.clone() }))
     }
 
-    /// Stores a new version, and returns its number. `if_version` is the newest version that the caller has seen, 0 for
-    /// none. `before_commit` gets the number when all is ready, and returns the end of the audit as it is on disk;
-    /// what it refuses is not stored.
+    /// Stores a new version and returns its number. `if_version` is the newest version that the caller has seen, 0 for
+    /// none. `before_commit` gets the number when everything is ready, and returns the end of the audit as it is on
+    /// disk. If it fails, nothing is stored.
     ///
     /// # Errors
-    /// [`StoreError::Version`], [`StoreError::Io`], [`StoreError::Damaged`], and what `before_commit` says.
+    /// [`StoreError::Version`], [`StoreError::Io`], [`StoreError::Damaged`], and the error of `before_commit`.
     pub fn set(
         &self,
         name: &SecretName,
@@ -157,9 +158,9 @@ impl SealedStore {
         })
     }
 
-    /// Deletes a secret with all its values, and returns its last version; `None` where there was nothing. The name and
-    /// the number of its last version stay, sealed, for a while: see [`SealedStore::sweep`]. With `revoke` one that was
-    /// deleted before is found, too, unless it was revoked already.
+    /// Deletes a secret with all its values and returns its last version; `None` if there is nothing to delete. The
+    /// name and the number of its last version stay, sealed, for a while: see [`SealedStore::sweep`]. With `revoke`, a
+    /// secret that was deleted before counts too, unless it was already revoked.
     ///
     /// # Errors
     /// As for [`SealedStore::set`].
@@ -190,7 +191,7 @@ impl SealedStore {
         })
     }
 
-    /// The versions of a name that are kept, and whether it was deleted.
+    /// Returns the kept versions of a name, and whether it was deleted.
     ///
     /// # Errors
     /// [`StoreError::Io`], [`StoreError::Damaged`].
@@ -199,7 +200,7 @@ impl SealedStore {
         self.head(&ring, &txn, &hashed(&ring, name))
     }
 
-    /// The names with a value at `now` that `shown` lets through, sorted. It opens the head of each secret.
+    /// Lists the names that have a value at `now` and pass `shown`, sorted. Opens the head of every secret.
     ///
     /// # Errors
     /// [`StoreError::Io`], [`StoreError::Damaged`].
@@ -217,7 +218,7 @@ impl SealedStore {
         Ok(names)
     }
 
-    /// Counts and ages.
+    /// Returns counts and ages.
     pub fn status(&self) -> Status {
         let (inner, ring) = (self.inner(), self.ring());
         let state = &inner.state;
@@ -239,18 +240,18 @@ impl SealedStore {
         values.len().map_err(|error| refused(&self.path, error))
     }
 
-    /// Where the audit ends, for whoever writes a line that changes nothing here; see [`SealedStore::save_audit`].
+    /// Where the audit ends. Lines that change nothing in the store move it too; see [`SealedStore::save_audit`].
     pub fn audit(&self) -> AuditHead {
         *self.audit.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets `write` add to the audit. What it makes of the head is put on disk by a change or [`SealedStore::save_audit`].
+    /// Lets `write` add to the audit. The next change or [`SealedStore::save_audit`] puts the new head on disk.
     pub fn with_audit<T>(&self, write: impl FnOnce(&mut AuditHead) -> T) -> T {
         write(&mut self.audit.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Puts the end of the audit into the store, if it is another than there; `head` is on disk as far as it says. A
-    /// counter that is behind is written again.
+    /// Saves the end of the audit in the store if it has changed. The audit must be on disk up to `head`. Rewrites the
+    /// counter if it is behind.
     ///
     /// # Errors
     /// [`StoreError::Io`].
@@ -268,12 +269,12 @@ impl SealedStore {
         Ok(())
     }
 
-    /// Why the counter is behind the store, where it is.
+    /// Why the counter is behind the store, if it is.
     pub fn counter_problem(&self) -> Option<String> {
         self.counter_problem.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The key that chains the audit.
+    /// Returns the key that chains the audit.
     pub fn audit_key(&self) -> Key {
         self.ring().audit.clone()
     }
@@ -299,9 +300,9 @@ impl SealedStore {
 /// A change to a secret.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Change {
-    /// Seconds since 1970.
+    /// The current time in seconds since 1970.
     pub now: i64,
-    /// Seconds since 1970, when the version ends.
+    /// When the version expires, in seconds since 1970.
     pub expires: Option<i64>,
     /// The newest version that the caller has seen, 0 for none.
     pub if_version: Option<u64>,

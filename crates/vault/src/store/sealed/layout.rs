@@ -1,4 +1,4 @@
-//! Where things stand in the file, and what each record is bound to.
+//! The layout of the file, and what each record is bound to.
 
 use redb::TableDefinition;
 use zeroize::Zeroizing;
@@ -7,14 +7,14 @@ use crate::seal::KeyError;
 use crate::secret::SecretName;
 use crate::store::ring::{DataKey, Ring};
 
-/// Of the file. A program that knows less than what it finds stops.
+/// Format version of the file. A program that finds a version it does not know refuses to start.
 pub(super) const FORM: u32 = 1;
 
 pub(super) const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
 pub(super) const HEADS: TableDefinition<&[u8], &[u8]> = TableDefinition::new("heads");
 pub(super) const VALUES: TableDefinition<&[u8], &[u8]> = TableDefinition::new("values");
 
-/// Which table, as it is bound to a record.
+/// The table of a record, which is bound to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     Head,
@@ -44,7 +44,7 @@ pub(super) fn key_id(record: &[u8]) -> Option<u32> {
     record.first_chunk().map(|id| u32::from_be_bytes(*id))
 }
 
-/// What is bound to a record: it opens nowhere else.
+/// The place that is bound to a record. The record opens nowhere else.
 pub(super) fn record_place(store: &[u8; 16], kind: Kind, place: &[u8], key: u32) -> Vec<u8> {
     [b"dockflare-vault ", kind.tag(), b" ", store, &key.to_be_bytes(), place].concat()
 }

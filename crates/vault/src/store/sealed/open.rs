@@ -1,4 +1,4 @@
-//! How a store is made, looked at as a whole, and opened.
+//! Makes a store, checks the whole file, and opens it.
 
 #![expect(clippy::disallowed_methods, reason = "blocks on the disk; whoever serves calls it on a thread of its own")]
 
@@ -23,7 +23,7 @@ use crate::store::backend::Overlay;
 use crate::store::counter::Counter;
 use crate::store::ring::Ring;
 
-/// What `redb` may keep in memory: pages of the tree, for reads that come again.
+/// Bytes of cache for `redb`: pages of the tree, for repeated reads.
 const CACHE_BYTES: usize = 2 << 20;
 
 /// Where a store is.
@@ -31,20 +31,20 @@ const CACHE_BYTES: usize = 2 << 20;
 pub struct Location {
     /// The database.
     pub file: PathBuf,
-    /// The counter that notices an older copy, best on another volume.
+    /// The counter's file, which detects an older copy. Best on another volume.
     pub counter: Option<PathBuf>,
 }
 
-/// How it is opened.
+/// How to open a store.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
-    /// Go on with a store that is older than the counter.
+    /// Accept a store that is older than its counter, or whose counter is missing.
     pub accept_rollback: bool,
-    /// Seconds since 1970.
+    /// The current time in seconds since 1970.
     pub now: i64,
 }
 
-/// Opens the database again.
+/// Reopens the database.
 pub(super) struct Opener(pub(super) Box<dyn Fn() -> Result<Database, StoreError> + Send + Sync>);
 
 impl fmt::Debug for Opener {
@@ -53,7 +53,7 @@ impl fmt::Debug for Opener {
     }
 }
 
-/// What a check of the whole file found.
+/// What the check of a whole file found.
 pub(super) struct Sound {
     pub(super) id: [u8; 16],
     pub(super) ring: Ring,
@@ -61,8 +61,8 @@ pub(super) struct Sound {
 }
 
 impl SealedStore {
-    /// Opens the store, or makes it where there is none. The file is looked at as a whole first, and not changed
-    /// before it was found sound. The caller keeps others out by a lock.
+    /// Opens the store, or makes it if there is none. Checks the whole file first and changes nothing before it is
+    /// found sound. The caller must hold a lock that keeps other processes out.
     ///
     /// # Errors
     /// [`StoreError::WrongKey`], [`StoreError::Damaged`], [`StoreError::Newer`], [`StoreError::RolledBack`],
@@ -119,14 +119,14 @@ impl SealedStore {
         };
         let store = Self::on(db, opener, path.clone(), counter, sound, master, seen.unwrap_or(0));
         if is_older || store.counter.is_some() && !was_counted {
-            // From here on the counter knows this one.
+            // Commit once, so that the counter follows this store from here on.
             store.transact(&mut store.inner(), Keys::default(), |_, _, _| Ok(()))?;
         }
         Ok(store)
     }
 
-    /// Makes an empty store under another name and gives it its own when it is whole: one that a crash leaves half made
-    /// is nobody's, and made anew.
+    /// Makes an empty store under a temporary name and renames it when it is complete. Discards a half-made one that a
+    /// crash left.
     fn make(path: &Path, master: &Key, options: Options) -> Result<Sound, StoreError> {
         let failed = |error| io_error(path, "made", error);
         let mut half = path.as_os_str().to_owned();
@@ -136,7 +136,7 @@ impl SealedStore {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(failed(error)),
             _ => {}
         }
-        // Not readable by anybody else at any instant.
+        // Create it with mode 0600, so that nobody else can read it at any instant.
         File::options().write(true).create_new(true).mode(0o600).open(&half).map_err(failed)?;
         let sound = Self::begin(open_file(&half)?, path, master, options)?;
         std::fs::rename(&half, path).map_err(failed)?;
@@ -149,7 +149,7 @@ impl SealedStore {
         Ok(sound)
     }
 
-    /// The first transaction of a store.
+    /// Commits the first transaction of a store.
     pub(super) fn begin(db: Database, path: &Path, master: &Key, options: Options) -> Result<Sound, StoreError> {
         let mut id = [0; 16];
         crate::seal::fill(&mut id)?;
@@ -182,7 +182,7 @@ impl SealedStore {
         master: Key,
         seen: u64,
     ) -> Self {
-        // An older copy that was accepted is newer than what was seen from its first change on.
+        // Continue from the counter, so that an accepted older copy is ahead of it from its first change on.
         sound.state.change = sound.state.change.max(seen);
         sound.state.counted |= counter.is_some();
         let inner = Inner { master, state: sound.state, uncertain: None, cursor: None };
@@ -200,8 +200,8 @@ impl SealedStore {
     }
 }
 
-/// Looks at a whole file: its form, its keys, its state, and that exactly the records are there that the state sums
-/// up.
+/// Checks a whole file: its format version, its keys, its state, and that it holds exactly the records that the state
+/// sums up.
 pub(super) fn look(backend: impl StorageBackend, path: &Path, master: &Key) -> Result<Sound, StoreError> {
     let db = Builder::new()
         .set_cache_size(CACHE_BYTES)

@@ -1,4 +1,4 @@
-//! What goes wrong with the file, in the store's own words.
+//! Turns problems with the file into the store's errors.
 
 use std::io::{self, ErrorKind};
 use std::path::Path;
@@ -13,7 +13,7 @@ pub(super) fn io_error(path: &Path, verb: &'static str, error: io::Error) -> Sto
     StoreError::Io { what: "the store", path: path.to_owned(), verb, error }
 }
 
-/// What the library says: an error of the disk, or of what is on it.
+/// Turns an error of the library into a disk error or damaged content.
 pub(super) fn refused(path: &Path, error: impl Into<redb::Error>) -> StoreError {
     match error.into() {
         redb::Error::Io(error)

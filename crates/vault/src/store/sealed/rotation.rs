@@ -1,4 +1,4 @@
-//! New keys: for what is sealed, step by step while the store serves, and for the keys themselves.
+//! Key rotation: new data keys, with records resealed step by step while the store serves, and new master keys.
 
 use redb::{ReadableTable, WriteTransaction};
 
@@ -11,8 +11,8 @@ use crate::seal::Key;
 use crate::store::StoreError;
 use crate::store::ring::Ring;
 
-/// Records that one transaction of a rotation seals anew, and bytes of them: reads go on meanwhile, and a change waits
-/// for one such transaction at most.
+/// Most records, and most bytes of them, that one transaction of a rotation reseals. Reads continue meanwhile, and a
+/// change waits for one such transaction at most.
 const ROTATION_RECORDS: usize = 256;
 const ROTATION_BYTES: usize = 4 << 20;
 
@@ -26,7 +26,7 @@ impl SealedStore {
     /// Makes a new data key, which seals from now on, and returns its id. [`SealedStore::reseal`] does the rest.
     ///
     /// # Errors
-    /// [`StoreError::TooManyKeys`], [`StoreError::Io`], and what `before_commit` says.
+    /// [`StoreError::TooManyKeys`], [`StoreError::Io`], and the error of `before_commit`.
     pub fn rotate(
         &self,
         now: i64,
@@ -45,8 +45,8 @@ impl SealedStore {
         Ok(id)
     }
 
-    /// Seals some more records with the newest data key; when none is left the older keys are forgotten. Returns
-    /// whether there is more to do. Reads go on meanwhile.
+    /// Reseals some more records with the newest data key, and forgets the older keys when no record is left. Returns
+    /// whether there is more to do. Reads continue meanwhile.
     ///
     /// # Errors
     /// [`StoreError::Io`], [`StoreError::Damaged`].
@@ -70,10 +70,10 @@ impl SealedStore {
         Ok(has_more)
     }
 
-    /// The keys wrapped anew for another master key, which alone opens the store from now on.
+    /// Rewraps the keys for another master key. Only that key opens the store from now on.
     ///
     /// # Errors
-    /// [`StoreError::Io`], and what `before_commit` says.
+    /// [`StoreError::Io`], and the error of `before_commit`.
     pub fn rotate_master(
         &self,
         new: Key,
@@ -89,7 +89,7 @@ impl SealedStore {
         })
     }
 
-    /// One transaction of a rotation, from a place on. Returns where the next one begins.
+    /// Does one transaction of a rotation, starting at a place. Returns where the next one starts.
     fn reseal_from(
         &self,
         ring: &Ring,

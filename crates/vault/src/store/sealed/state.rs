@@ -1,4 +1,4 @@
-//! What the file must come to: counts, the sum over all records, the end of the audit.
+//! The state that the file must match: counts, the sum over all records, the end of the audit.
 
 use std::path::Path;
 
@@ -12,25 +12,25 @@ use crate::store::ring::Ring;
 /// The end of the audit, as the store remembers it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct AuditHead {
-    /// Lines so far.
+    /// Number of lines so far.
     pub lines: u64,
-    /// Keyed hash of the newest one; zeros before the first.
+    /// Keyed hash of the newest line; zeros before the first.
     pub mac: [u8; 32],
-    /// The newest line of those that retention has removed: number and keyed hash.
+    /// The newest line that retention has removed: number and keyed hash.
     pub removed: (u64, [u8; 32]),
 }
 
-/// What the file must come to.
+/// The state that the file must match.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct State {
     pub(super) change: u64,
     pub(super) records: u64,
     pub(super) secrets: u64,
-    /// The highest number of a version among names that are forgotten.
+    /// The highest version number among forgotten names.
     pub(super) floor: u64,
     pub(super) sum: [u8; 32],
     pub(super) audit: AuditHead,
-    /// A counter has followed this store: one that is missing was removed.
+    /// A counter has followed this store. If the counter is missing, somebody removed it.
     pub(super) counted: bool,
 }
 
@@ -81,7 +81,7 @@ impl State {
         self.fold(ring, kind, place, record);
     }
 
-    /// The nonce and the tag stand for all of a record: it opens with no others.
+    /// Hashes key id, nonce and tag instead of the whole record: the record opens with no others.
     pub(super) fn fold(&mut self, ring: &Ring, kind: Kind, place: &[u8], record: &[u8]) {
         let ends = [record.get(..KEY_ID_BYTES + 24).unwrap_or(record), record.last_chunk::<16>().map_or(record, |t| t)];
         let mac = ring.state.mac(b"record", &[kind.tag(), place, ends[0], ends[1]]);

@@ -1,4 +1,4 @@
-//! What time ends: values that are over, and names that were deleted long ago.
+//! Removes expired values, and names that were deleted long ago.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -14,28 +14,28 @@ use crate::store::StoreError;
 use crate::store::record::Versions;
 use crate::store::ring::Ring;
 
-/// Seconds that a value stays after its end, unreadable: a clock that is wrong by less costs nothing.
+/// Seconds that an expired value stays on disk, unreadable. A clock that is wrong by less than this loses no value.
 const GRACE: i64 = 24 * 60 * 60;
-/// Seconds that a deleted name is remembered.
+/// Seconds to remember a deleted name.
 const REMEMBERED: i64 = 90 * 24 * 60 * 60;
-/// Deleted names that are remembered, the newest ones.
+/// Most deleted names to remember, the newest ones.
 const MAX_DELETED: usize = 10_000;
-/// Names that one step looks at, and names that it changes: a change of somebody else waits for one step at most.
+/// Most names that one step looks at, and most that it changes. Another change waits for one step at most.
 const LOOKS: usize = 1024;
 const CHANGES: usize = 128;
 
-/// How far a pass over all names has come.
+/// Progress of a pass over all names.
 #[derive(Debug, Default)]
 pub struct Sweep {
-    /// Where it goes on; from the beginning when empty.
+    /// Where the pass continues; empty for the beginning.
     from: Vec<u8>,
-    /// When the newest deleted names of this pass were deleted, the oldest of them on top.
+    /// Deletion times of the newest deleted names in this pass, the oldest on top.
     newest: BinaryHeap<Reverse<i64>>,
-    /// When the newest of those was deleted that have no place among them.
+    /// The newest deletion time that did not fit into `newest`.
     beyond: Option<i64>,
-    /// The same of the pass before, which this one forgets.
+    /// `beyond` of the previous pass. This pass forgets names deleted then or earlier.
     forget: Option<i64>,
-    /// How many deleted names are remembered at most.
+    /// Most deleted names to remember, in place of the default.
     most: Option<usize>,
     /// What this pass has removed.
     pub removed: Removed,
@@ -44,9 +44,9 @@ pub struct Sweep {
 /// What a pass has removed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Removed {
-    /// Values that were over.
+    /// Number of expired values.
     pub values: u64,
-    /// Names that were deleted long ago.
+    /// Number of names that were deleted long ago.
     pub names: u64,
 }
 
@@ -62,7 +62,7 @@ impl Sweep {
         deleted.saturating_add(REMEMBERED) <= now || self.forget.is_some_and(|newest| deleted <= newest)
     }
 
-    /// Whether there is something to do for a name.
+    /// Whether the pass must change this name.
     fn concerns(&self, versions: &Versions, now: i64) -> bool {
         match versions.deleted {
             Some(deleted) => self.is_forgotten(deleted, now),
@@ -72,9 +72,9 @@ impl Sweep {
 }
 
 impl SealedStore {
-    /// One step of a pass over all names: what was over for a day is removed, and so are names that were deleted 90 days
-    /// ago or have 10,000 newer deleted ones. Returns whether the pass has more to do; afterwards `sweep` is ready for
-    /// the next one, and `sweep.removed` says what this one has done.
+    /// Does one step of a pass over all names. Removes values that expired a day ago, and names that were deleted 90
+    /// days ago or have 10,000 newer deleted ones. Returns whether the pass has more to do. When it has not, `sweep` is
+    /// ready for the next pass, and `sweep.removed` counts what this one removed.
     ///
     /// # Errors
     /// [`StoreError::Io`], [`StoreError::Damaged`].
@@ -125,7 +125,7 @@ impl SealedStore {
         Ok(has_more)
     }
 
-    /// Looks at it again, now that nobody else changes it.
+    /// Checks a name again, now that nobody else can change it, and removes what must go.
     #[expect(clippy::too_many_arguments, reason = "what a transaction has, and what the sweep knows")]
     fn sweep_one(
         &self,
@@ -144,7 +144,7 @@ impl SealedStore {
         let Ok(name) = place.try_into() else { return Ok(()) };
         if versions.deleted.is_some() {
             self.put(ring, state, txn, Kind::Head, place, None)?;
-            // No number of this name is given a second time.
+            // Raise the floor, so that no version number of this name is reused.
             state.floor = state.floor.max(versions.last);
             done.names += 1;
             return Ok(());
@@ -196,7 +196,7 @@ mod tests {
         assert!(store.get(&name("whole"), Some(1), 2000).unwrap().is_none());
         assert_eq!((get(&store, "part").as_deref(), get(&store, "stays").as_deref()), (Some("newer"), Some("x")));
         assert_eq!((store.status().secrets, store.status().versions), (2, 2));
-        // What is summed up is what is there.
+        // Opening checks that the sum matches the records.
         drop(store);
         let store = scene.open().unwrap();
         assert_eq!(set(&store, "whole", "again"), 3);
@@ -240,7 +240,7 @@ mod tests {
         assert_eq!(get(&store, "s/7").as_deref(), Some("again"));
     }
 
-    /// Whether the first value of `s/7` went before the second came.
+    /// Whether the first value of `s/7` was removed before the second was set.
     fn is_gone(store: &SealedStore) -> bool {
         store.get(&name("s/7"), Some(1), 1000).unwrap().is_none()
     }

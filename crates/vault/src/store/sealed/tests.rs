@@ -26,7 +26,7 @@ pub(super) struct Scene {
 
 impl Scene {
     pub(super) fn new() -> Self {
-        // In memory where that can be: some tests open and close thousands of stores.
+        // In memory if possible: some tests open and close thousands of stores.
         let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
         Self { dir, master: Key::random().unwrap() }
     }
@@ -91,7 +91,7 @@ fn a_version_number_is_never_given_twice_and_if_version_holds_or_nothing_changes
     assert_eq!(set_at("two", 1).unwrap(), 2);
     assert_eq!(store.delete(&name("a"), 1001, false, |_| Ok(AuditHead::default())).unwrap(), Some(2));
     assert_eq!(store.delete(&name("a"), 1001, false, |_| Ok(AuditHead::default())).unwrap(), None);
-    // What was deleted can still be revoked, once, and is no secret less by it.
+    // A deleted secret can still be revoked, once, without lowering the count of secrets.
     assert_eq!(store.delete(&name("a"), 1002, true, |_| Ok(AuditHead::default())).unwrap(), Some(2));
     assert_eq!(store.delete(&name("a"), 1003, true, |_| Ok(AuditHead::default())).unwrap(), None);
     assert_eq!(get(&store, "a"), None);
@@ -135,7 +135,7 @@ fn a_rotation_loses_nothing_over_restarts_and_forgets_the_older_keys() {
     }
     store.rotate(1001, || Ok(AuditHead::default())).unwrap();
     assert!(store.reseal().unwrap());
-    // Killed in the middle: the next start goes on, and sets meanwhile are sealed with the new key.
+    // A SIGKILL in the middle: the next start continues, and sets in the meantime are sealed with the new key.
     drop(store);
     let store = scene.open().unwrap();
     assert!(store.status().is_rotating);
@@ -190,7 +190,7 @@ fn an_older_copy_of_the_file_is_noticed_and_taken_only_when_that_was_said() {
     set(&store, "a", "newer");
     drop(store);
     assert_eq!(get(&scene.open().unwrap(), "a").as_deref(), Some("newer"));
-    // A file that is gone is the oldest of all.
+    // A missing file counts as the oldest copy.
     std::fs::remove_file(scene.location().file).unwrap();
     assert!(matches!(scene.open().unwrap_err(), StoreError::RolledBack { found: 0, .. }));
 }
@@ -237,13 +237,13 @@ fn a_record_that_is_removed_moved_or_put_back_from_outside_is_noticed() {
     for error in [removed, added, other] {
         assert!(matches!(error, StoreError::Damaged { .. }), "{error}");
     }
-    // The whole older file is sound in itself: that is what the counter is for.
+    // The older file as a whole is sound; only the counter detects it.
     std::fs::write(scene.location().file, original).unwrap();
     assert!(matches!(scene.open().unwrap_err(), StoreError::RolledBack { .. }));
 }
 
-/// Every byte of the header and a thousand elsewhere: the store says so, or the byte meant nothing; the file stays as
-/// it is, and the right bytes open it again.
+/// Flips a bit in each of the first 512 bytes and about a thousand elsewhere, and cuts the file short. The store
+/// refuses the file and leaves it untouched, or the change meant nothing. The right bytes open it again.
 #[test]
 fn a_file_that_was_changed_or_cut_anywhere_is_refused_untouched_or_reads_as_before() {
     let scene = Scene::new();
@@ -253,7 +253,7 @@ fn a_file_that_was_changed_or_cut_anywhere_is_refused_untouched_or_reads_as_befo
     }
     drop(store);
     let sound = scene.bytes();
-    // The header of a redb file has 320 bytes; the rest of its page is not used.
+    // The header of a redb file has 320 bytes. The rest of its page is unused.
     let mut places: Vec<usize> = (0..512).collect();
     places.extend((512..sound.len()).step_by((sound.len() / 1000).max(1)));
     let (mut refused, mut read) = (0, 0);
@@ -284,7 +284,7 @@ fn a_file_that_was_changed_or_cut_anywhere_is_refused_untouched_or_reads_as_befo
     assert_eq!(get(&scene.open().unwrap(), "s/1"), Some("x".repeat(20)));
 }
 
-/// A disk that stops at the nth write or flush, as a SIGKILL or a loss of power between two of them does.
+/// A disk that stops at the nth write or flush, like a SIGKILL or a loss of power between two of them.
 #[derive(Debug, Clone)]
 struct Disk(Arc<Mutex<Vec<u8>>>, Arc<AtomicU64>);
 
@@ -327,7 +327,7 @@ impl StorageBackend for Disk {
     }
 }
 
-/// Opens a store on such a disk; the whole of it is looked at first, as a start does.
+/// Opens a store on such a disk, after checking the whole file as a start does.
 fn on_disk(disk: &Disk, master: &Key) -> Result<SealedStore, StoreError> {
     let path = PathBuf::from("disk");
     let copy = Disk(Arc::new(Mutex::new(disk.0.lock().unwrap().clone())), Arc::new(AtomicU64::new(u64::MAX)));
@@ -345,8 +345,8 @@ fn on_disk(disk: &Disk, master: &Key) -> Result<SealedStore, StoreError> {
     Ok(SealedStore::on((opener.0)()?, opener, path, None, sound, master.clone(), 0))
 }
 
-/// The disk refuses for a while, at each place and for several lengths, and is well again: the same store goes on, what
-/// it acknowledged is there, what it refused is there or not, and the next start finds a sound file.
+/// The disk fails at each place and for several lengths, and then works again. The same store continues. What it
+/// acknowledged is there, what it refused may be there or not, and the next start finds a sound file.
 #[test]
 fn after_a_disk_that_refused_for_a_while_the_store_goes_on_with_what_is_there() {
     let (old, new) = (Key::random().unwrap(), Key::random().unwrap());
@@ -390,8 +390,8 @@ fn after_a_disk_that_refused_for_a_while_the_store_goes_on_with_what_is_there() 
     }
 }
 
-/// Changes, a rotation of the data key and one of the master key, ended at each single write to the disk: what was
-/// acknowledged is there, what was not is there or not, and exactly one master key opens it.
+/// Stops changes, a data key rotation and a master key rotation at each write to the disk. What was acknowledged is
+/// there, the rest may be there or not, and exactly one master key opens the store.
 #[test]
 fn killed_at_any_write_every_secret_is_readable_under_exactly_one_key() {
     let (old, new) = (Key::random().unwrap(), Key::random().unwrap());
@@ -456,7 +456,7 @@ fn a_counter_that_was_removed_is_noticed_and_one_that_is_new_is_not() {
     let store = SealedStore::open(&without, scene.master.clone(), NOW).unwrap();
     set(&store, "a", "x");
     drop(store);
-    // From its first start on it follows.
+    // The counter follows the store from its first start with one.
     drop(scene.open().unwrap());
     let counter = scene.location().counter.unwrap();
     assert!(counter.exists());

@@ -1,4 +1,4 @@
-//! One look or one change: all of it on disk with the new state, or nothing, also when the disk refuses in between.
+//! One read or one change. A change is on disk with its new state or not at all, even if the disk fails in between.
 
 use std::sync::{Arc, MutexGuard, PoisonError};
 
@@ -17,16 +17,16 @@ use crate::store::ring::Ring;
 #[derive(Debug)]
 pub(super) struct Inner {
     pub(super) master: Key,
-    /// As it is on disk.
+    /// The state on disk.
     pub(super) state: State,
-    /// The disk refused in the middle of a commit that would have made this of the keys: before anything else the file
-    /// says whether it did.
+    /// Set when the disk failed in the middle of a commit: the keys that the commit would have put in force. Before any
+    /// other change, the file is read to see whether the commit happened.
     pub(super) uncertain: Option<Keys>,
-    /// Where a rotation goes on; from the beginning after a start.
+    /// Where a rotation continues; `None` for the beginning, as after a start.
     pub(super) cursor: Option<Cursor>,
 }
 
-/// Keys that a transaction puts in the place of the present ones.
+/// Keys with which a transaction replaces the current ones.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Keys {
     pub(super) ring: Option<Ring>,
@@ -35,7 +35,7 @@ pub(super) struct Keys {
 
 impl SealedStore {
     pub(super) fn inner(&self) -> MutexGuard<'_, Inner> {
-        // What is inside is replaced after a commit only.
+        // A poisoned lock is safe: the content changes only after a commit.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -47,8 +47,8 @@ impl SealedStore {
         *self.ring.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(ring);
     }
 
-    /// A look at the file and the keys that open what is seen there: keys are replaced after their commit, so that they
-    /// never are older than the look.
+    /// Takes a snapshot of the file, with the keys that open it. Keys are replaced only after their commit, and the
+    /// snapshot is taken under their lock, so the keys open every record in it.
     pub(super) fn read(&self) -> Result<(Arc<Ring>, ReadTransaction), StoreError> {
         let db = self.database()?;
         let ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner);
@@ -64,20 +64,21 @@ impl SealedStore {
         }
     }
 
-    /// After an error of the disk the library refuses everything until the file was opened again.
+    /// Closes the database after a disk error: the library refuses everything until the file is reopened.
     pub(super) fn close(&self) {
-        // Closed as soon as no read has it any more, and opened by the next one who asks.
+        // It closes when the last read drops it, and the next caller reopens it.
         *self.db.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// Held by whoever changes something, after it is certain what the file holds.
+    /// Takes the lock for a change, after making sure what the file holds.
     pub(super) fn settled(&self) -> Result<MutexGuard<'_, Inner>, StoreError> {
         let mut inner = self.inner();
         self.settle(&mut inner)?;
         Ok(inner)
     }
 
-    /// After an error of the disk in the middle of a commit, the file alone knows which state and which keys count.
+    /// Reads the state and the keys from the file after the disk failed in the middle of a commit: only the file knows
+    /// which of them are in force.
     pub(super) fn settle(&self, inner: &mut Inner) -> Result<(), StoreError> {
         let Some(keys) = &inner.uncertain else { return Ok(()) };
         let txn = self.database()?.begin_read().map_err(|error| refused(&self.path, error))?;
@@ -96,7 +97,8 @@ impl SealedStore {
         Ok(())
     }
 
-    /// One transaction: all of it with the new state, on disk when it returns, or nothing; `keys` count from then on.
+    /// Runs one transaction: commits all of it with the new state, on disk when this returns, or nothing. `keys` are in
+    /// force from then on.
     pub(super) fn transact<T>(
         &self,
         inner: &mut Inner,
@@ -111,7 +113,7 @@ impl SealedStore {
             inner.uncertain = Some(keys);
             let problem = error.to_string();
             return match self.settle(inner) {
-                // As if it had never been asked for.
+                // The commit did not happen: report the plain error.
                 Ok(()) if inner.state.change == before => done,
                 settled => {
                     let is_in = settled.is_ok();
@@ -130,7 +132,8 @@ impl SealedStore {
         if let Some(master) = keys.master {
             inner.master = master;
         }
-        // After the store, so that it is never ahead of it. One that is behind only notices less.
+        // Count after the commit, so that the counter is never ahead of the store. A counter that is behind only
+        // detects less.
         self.count(state.change);
         Ok(result)
     }
@@ -190,7 +193,7 @@ impl SealedStore {
             .ok_or_else(|| damaged(&self.path, "a record was changed or moved"))
     }
 
-    /// Replaces a record, or removes it, and keeps the sum right.
+    /// Replaces or removes a record, and updates the sum.
     pub(super) fn put(
         &self,
         ring: &Ring,
