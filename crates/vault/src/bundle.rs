@@ -1,4 +1,4 @@
-//! `support-bundle`: what helps to find out what is wrong, without a name, a value or a password.
+//! `support-bundle`: what helps to find a problem, without a name, a value or a password.
 
 use serde_json::{Value as Json, json};
 
@@ -8,12 +8,12 @@ use crate::config::{Config, Pass};
 use crate::doors::admin::Request;
 use crate::run::Source;
 
-/// One document.
+/// Makes the bundle, one JSON document.
 pub fn bundle(source: &Source, config: &Config) -> Json {
     let mut status = client::ask(config, Request::Status);
     for state in status.data["deliveries"].as_object_mut().into_iter().flat_map(|states| states.values_mut()) {
         for lines in ["missing", "denied"] {
-            // Each has the name of a secret in it.
+            // Each line contains the name of a secret.
             if let Some(count) = state[lines].as_array().map(Vec::len) {
                 state[lines] = json!(count);
             }
@@ -41,7 +41,7 @@ pub fn bundle(source: &Source, config: &Config) -> Json {
             "audit": { "file": config.audit.file, "max_bytes": config.audit.max_bytes, "keep": config.audit.keep },
             "admin_socket": config.admin_socket,
             "health": config.health.map(|(ip, port)| format!("{ip}:{port}")),
-            // Principals and operations tell what is meant; names of secrets stay here.
+            // Principals and operations tell what is intended. The names of secrets stay out.
             "grants": config.grants.rows().iter().map(|row| json!({
                 "principal": row.principal.to_string(),
                 "operations": row.operations.iter().map(|operation| operation.as_str()).collect::<Vec<_>>(),

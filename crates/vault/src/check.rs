@@ -1,4 +1,4 @@
-//! `check`: tries each thing that the vault needs, without changing anything, and says what to do where one fails.
+//! `check`: tries everything that the vault needs, without changing anything. For each failure it says what to do.
 
 #![allow(clippy::disallowed_methods, reason = "a command does one thing and has nothing else to serve")]
 
@@ -18,7 +18,7 @@ use crate::doors::deliver::try_directory;
 use crate::run::Source;
 use crate::{keyfile, launcher};
 
-/// What was found, a line each.
+/// The findings, one line each.
 #[derive(Default)]
 struct Findings {
     text: String,
@@ -43,13 +43,13 @@ impl Findings {
 /// Whether the names of secrets are shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Names {
-    /// To the operator.
+    /// For the operator.
     Shown,
-    /// To whoever helps him.
+    /// For whoever helps the operator.
     Hidden,
 }
 
-/// The lines, and whether nothing fails. The configuration was read already.
+/// Returns the lines, and whether nothing fails. The caller has read the configuration already.
 pub fn check(source: &Source, config: &Config, names: Names) -> (String, bool) {
     let mut found = Findings::default();
     let mut states = None;
@@ -68,7 +68,7 @@ pub fn check(source: &Source, config: &Config, names: Names) -> (String, bool) {
     let store_is_there = config.storage.file.exists();
     let folder = config.storage.file.parent().unwrap_or(Path::new("/"));
     if !socket_is_there && !store_is_there {
-        // To ask would make one.
+        // Asking would create a store.
         match nix::unistd::access(folder, nix::unistd::AccessFlags::W_OK) {
             Ok(()) => {
                 found.note(&format!("no store at {} yet: the first start makes it", config.storage.file.display()))
@@ -121,7 +121,7 @@ pub fn check(source: &Source, config: &Config, names: Names) -> (String, bool) {
     (found.text, !found.fails)
 }
 
-/// What the running vault says of a workload, or, where none runs, whether its directory can be used.
+/// Reports what the running vault says of a workload. If no vault runs, tries its directory.
 fn deliver(found: &mut Findings, delivery: &Delivery, states: Option<&Json>, names: Names) {
     let workload = &delivery.workload;
     let Some(states) = states else {
@@ -159,7 +159,7 @@ fn deliver(found: &mut Findings, delivery: &Delivery, states: Option<&Json>, nam
     }
 }
 
-/// Whether Docker shows each container that the deliveries name. What acts on one is not tried.
+/// Checks that Docker shows each container that the deliveries name. Tries no call that acts on one.
 fn docker(found: &mut Findings, config: &Config) {
     let names: BTreeSet<_> = config.deliveries.iter().flat_map(|delivery| &delivery.containers).collect();
     if names.is_empty() {
@@ -187,7 +187,7 @@ fn docker(found: &mut Findings, config: &Config) {
     }
 }
 
-/// Whether others can have the launcher of this version.
+/// Checks that other containers can have the launcher of this version.
 fn launcher(found: &mut Findings, folder: &Path, vault_runs: bool) {
     let shown = folder.display();
     let uid = nix::unistd::geteuid();

@@ -1,5 +1,5 @@
-//! The command line. Each command says in one line what went wrong and ends with a code: 0 done, 1 denied, not found or
-//! something found wrong, 64 bad use or configuration, 70 a mistake in the vault, 73 a place that is taken, 74 the disk.
+//! The command line. A command that fails says in one line what went wrong. Exit codes: 0 done, 1 denied, not found or
+//! something found wrong, 64 bad use or configuration, 70 a bug in the vault, 73 a place that is taken, 74 the disk.
 
 #![allow(clippy::disallowed_methods, reason = "a command does one thing and has nothing else to serve")]
 #![allow(clippy::disallowed_macros, reason = "a command ends with what it prints; the running vault logs")]
@@ -145,7 +145,7 @@ enum AuditCommand {
     Verify,
 }
 
-/// A line for the person, and the code.
+/// A line for the user, and the exit code.
 type Outcome = Result<(), (String, u8)>;
 
 /// Runs a command, or the vault.
@@ -175,8 +175,8 @@ fn end(line: &str, code: u8) -> ExitCode {
     ExitCode::from(code)
 }
 
-/// Becomes another program if that is asked for: before anything of this process is changed, which that one would
-/// inherit, and without a configuration, which is not there.
+/// Becomes another program if asked to. This comes before this process changes anything that the other program would
+/// inherit, and needs no configuration, because there is none.
 fn launched(arguments: Arguments) -> Result<Arguments, (String, u8)> {
     let Some(Command::Exec { mut dir, env_file, file, timeout, command }) = arguments.command else {
         return Ok(arguments);
@@ -188,9 +188,9 @@ fn launched(arguments: Arguments) -> Result<Arguments, (String, u8)> {
     Err(launcher::Launch { folders: dir, env_files: env_file, variables: file, limit, command }.run())
 }
 
-/// No core dump and no debugger of the same user sees what is in memory.
+/// Keeps core dumps and debuggers of the same user away from what is in memory.
 fn keep_to_itself() {
-    // Where the system refuses, the vault works as well.
+    // If the system refuses, the vault works all the same.
     let _ = nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_CORE, 0, 0);
     let _ = nix::sys::prctl::set_dumpable(false);
 }
@@ -295,7 +295,7 @@ fn perform(arguments: Arguments) -> Outcome {
     }
 }
 
-/// Waits for the files of a workload of the configuration.
+/// Waits for the files of a workload that is configured.
 fn wait(config: &Config, workload: &str, limit: Duration) -> Outcome {
     match config.deliveries.iter().find(|delivery| delivery.workload.as_str() == workload) {
         Some(delivery) => launcher::wait(&delivery.directory, limit),
@@ -333,7 +333,7 @@ fn serve(source: Source, config: Config, accept_rollback: bool) -> Outcome {
     code
 }
 
-/// The socket proxy, or the question whether it does its job.
+/// Runs the socket proxy, or checks whether it works.
 fn proxy(env: &BTreeMap<String, String>, is_check: bool) -> Outcome {
     let settings = ProxyConfig::read(env).map_err(|problems| (problems.join("\n"), 64));
     if is_check {
@@ -359,7 +359,7 @@ fn proxy(env: &BTreeMap<String, String>, is_check: bool) -> Outcome {
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, (String, u8)> {
-    // A thousand directories on one file system that hangs cost a thread each, and stop nothing else.
+    // A file system that hangs may hold a thousand directories. Each costs a thread and stops nothing else.
     let built = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(4096).build();
     built.map_err(|error| (format!("the system gives no runtime: {error}"), 70))
 }
@@ -380,11 +380,11 @@ fn print_json(data: &Json) -> Outcome {
     print(format!("{data:#}\n").as_bytes())
 }
 
-/// The value from a pipe or file, byte for byte, or typed in without being shown.
+/// Reads the value byte for byte from a pipe or file, or prompts for it without showing it.
 fn value_from_input(key: &str) -> Result<Zeroizing<Vec<u8>>, (String, u8)> {
     let failed = |error: io::Error| (format!("the value cannot be read: {error}"), 74);
     let mut input = io::stdin().lock();
-    // With all the room that it may need: a buffer that grows leaves copies behind.
+    // Reserve all the room it may need: a buffer that grows leaves copies behind.
     let mut value = Zeroizing::new(Vec::with_capacity(MAX_VALUE_BYTES + 64));
     if io::stdin().is_terminal() {
         let _ = write!(io::stderr(), "value of {key}: ");
@@ -407,7 +407,7 @@ fn value_from_input(key: &str) -> Result<Zeroizing<Vec<u8>>, (String, u8)> {
     Ok(value)
 }
 
-/// The terminal shows nothing while this lives.
+/// Keeps the terminal from showing what is typed, until it is dropped.
 struct Silence(nix::sys::termios::Termios);
 
 impl Silence {

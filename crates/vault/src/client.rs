@@ -1,4 +1,4 @@
-//! The command line's way in: the admin socket of the vault that runs here, or the store itself where none does.
+//! The command line's way to the store: the admin socket of the vault that runs here, or the store itself if none runs.
 
 #![allow(
     clippy::disallowed_methods,
@@ -16,14 +16,14 @@ use crate::config::Config;
 use crate::doors::admin::{Answer, Around, Request, answer};
 use crate::start::{self, Opened};
 
-/// A rotation of a large store may hold an answer up for a moment.
+/// Longest wait for an answer. A rotation of a large store may delay it for a moment.
 const LIMIT: Duration = Duration::from_secs(60);
-/// How long a store that is taken and has no socket is waited for: one of 100,000 secrets starts in a second.
+/// How long to wait for a store that is locked and has no socket. A vault with 100,000 secrets starts in a second.
 const START_LIMIT: Duration = Duration::from_secs(10);
-/// A list of 100,000 names of the longest kind.
+/// Largest answer, in bytes: a list of 100,000 names of the longest kind.
 const MAX_ANSWER_BYTES: u64 = 64 << 20;
 
-/// Asks whoever has the store. A vault that is starting has it, and opens its socket in a moment.
+/// Asks whoever has the store open. A starting vault has it open already, and opens its socket in a moment.
 pub fn ask(config: &Config, request: Request) -> Answer {
     let until = Instant::now() + START_LIMIT;
     loop {
@@ -33,7 +33,7 @@ pub fn ask(config: &Config, request: Request) -> Answer {
                     Answer::error("unavailable", &format!("the vault that runs here does not answer: {error}"), 74)
                 });
             }
-            // Nobody listens: then nobody has the store either, or its lock says who.
+            // Nobody listens: then nobody has the store open either, or its lock says who does.
             Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
                 match start::open(config, false, Duration::ZERO) {
                     Ok(opened) => return directly(&opened, request),
@@ -68,7 +68,7 @@ fn over(mut stream: UnixStream, request: &Request) -> io::Result<Answer> {
 
 fn directly(opened: &Opened, request: Request) -> Answer {
     let answer = answer(&opened.vault, request, &Around::default());
-    // Nobody else would go on with a rotation that was begun.
+    // Finish a rotation that has begun: nobody else would.
     while let Ok(true) = opened.vault.reseal() {}
     answer
 }

@@ -1,5 +1,5 @@
-//! What a workload is to have: which files, made of which secrets, in which directory, and what happens to its
-//! containers when they change. Nothing here reads a secret or touches a directory; [`crate::doors::deliver`] does.
+//! What a workload gets: which files, made of which secrets, in which directory, and what happens to its containers
+//! when the files change. Nothing here reads a secret or touches a directory; [`crate::doors::deliver`] does.
 
 use std::borrow::Borrow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,18 +12,18 @@ use crate::secret::SecretName;
 pub(crate) mod template;
 pub use template::{Template, TemplateError};
 
-/// Longest name of a workload, in bytes: as a host name's label.
+/// Longest name of a workload, in bytes: the limit of a label in a host name.
 const MAX_WORKLOAD_BYTES: usize = 63;
-/// Longest name of a file, in bytes: what Linux takes.
+/// Longest name of a file, in bytes: the limit of Linux.
 const MAX_FILE_BYTES: usize = 255;
-/// Permissions of a file for which none are given: the vault and the group of the directory read it.
+/// Default permissions of a file: the vault and the group of the directory may read it.
 pub const DEFAULT_MODE: u32 = 0o440;
 
 /// The name of a workload such as `shop-api`: letters, digits, `.`, `_` and `-`, the first one a letter or digit.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Workload(String);
 
-/// A name for which there can be no workload.
+/// A name that no workload can have.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{0:?} is no name of a workload: letters, digits, '.', '_' and '-', at most {MAX_WORKLOAD_BYTES}, the first one a letter or digit"
@@ -73,7 +73,7 @@ impl FromStr for ContainerName {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        // Docker itself wants two characters and knows no bound; ours is that of a host name.
+        // Docker wants at least two characters and sets no upper limit; ours is that of a host name.
         let fits = (2..=255).contains(&text.len()) && is_plain(text);
         fits.then(|| Self(text.to_owned())).ok_or_else(|| {
             format!("{text:?} is no name of a container: write it as docker ps shows it, without a slash")
@@ -93,8 +93,8 @@ fn is_plain(text: &str) -> bool {
         && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'))
 }
 
-/// The name of a file in a workload's directory: one segment that does not begin with two dots, which is how the names
-/// of the vault's own entries begin.
+/// The name of a file in a workload's directory: one path segment. It must not begin with two dots, as the names of the
+/// vault's own entries do.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FileName(String);
 
@@ -134,29 +134,29 @@ impl Borrow<str> for FileName {
     }
 }
 
-/// All that one workload is to have.
+/// Everything that one workload gets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Delivery {
-    /// For whom. It asks as the principal `workload:NAME`.
+    /// The workload. The vault is asked as the principal `workload:NAME`.
     pub workload: Workload,
-    /// Where the vault sees the directory that is shared with the containers. Absolute and without `.` or `..`.
+    /// The directory shared with the containers, as the vault sees it. Absolute and without `.` or `..`.
     pub directory: PathBuf,
-    /// Deliver although the directory lies on a disk.
+    /// Deliver even if the directory lies on a disk.
     pub allow_disk: bool,
-    /// Who must own the directory.
+    /// The required owner of the directory.
     pub uid: Option<u32>,
-    /// The group that the directory, and so its files, must have.
+    /// The required group of the directory, and so of its files.
     pub gid: Option<u32>,
     /// The files; at least one.
     pub files: BTreeMap<FileName, FileSpec>,
     /// What happens to the containers when the files have changed.
     pub on_change: OnChange,
-    /// The workload's containers, in the order in which they are dealt with.
+    /// The workload's containers, in the order in which they are handled.
     pub containers: Vec<ContainerName>,
 }
 
 impl Delivery {
-    /// Each secret that its files are made of.
+    /// All secrets that its files are made of.
     pub fn secrets(&self) -> BTreeSet<&SecretName> {
         self.files.values().flat_map(|file| file.content.secrets()).collect()
     }
@@ -167,7 +167,7 @@ impl Delivery {
 pub struct FileSpec {
     /// Permissions, such as 0o440: the owner reads, and nobody else writes.
     pub mode: u32,
-    /// What is in it.
+    /// Its content.
     pub content: Content,
 }
 
@@ -176,17 +176,17 @@ pub struct FileSpec {
 pub enum Content {
     /// The value of one secret, byte for byte.
     Secret(SecretName),
-    /// A text with the values of several.
+    /// A text with the values of several secrets.
     Template {
         /// The text.
         template: Template,
-        /// Which secret stands behind which word of it.
+        /// The secret for each word of the text.
         secrets: BTreeMap<String, SecretName>,
     },
 }
 
 impl Content {
-    /// Each secret that it is made of.
+    /// All secrets that it is made of.
     pub fn secrets(&self) -> impl Iterator<Item = &SecretName> {
         let (one, several) = match self {
             Self::Secret(name) => (Some(name), None),
@@ -199,15 +199,15 @@ impl Content {
 /// What happens to a workload's containers when its files have changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnChange {
-    /// Nothing: the program looks at its files itself.
+    /// Nothing: the program watches its files itself.
     None,
-    /// The first process of each gets a signal.
+    /// The first process of each container gets a signal.
     Signal(Signal),
-    /// Each is restarted.
+    /// Each container is restarted.
     Restart,
 }
 
-/// The signals by which programs read their settings again. None of them ends a program that knows it.
+/// Signals that make programs reread their settings. None of them ends a program that handles it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Signal {
     /// `SIGHUP`
@@ -235,7 +235,7 @@ impl Signal {
 impl FromStr for Signal {
     type Err = String;
 
-    /// With or without `SIG` before it.
+    /// Reads the name with or without `SIG` before it.
     fn from_str(text: &str) -> Result<Self, String> {
         let is_it = |signal: &Signal| signal.as_str().strip_prefix("SIG") == Some(text) || signal.as_str() == text;
         SIGNALS.into_iter().find(is_it).ok_or_else(|| {

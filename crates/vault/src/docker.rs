@@ -1,6 +1,6 @@
-//! The vault's calls of Docker: look at a container, signal it, restart it, start it. Made by the vault through its
-//! socket proxy, and by the proxy of Docker itself. A container is looked for by its name and acted upon by the id that
-//! was seen: another one may have taken the name in between.
+//! The vault's calls to Docker: inspect, signal, restart and start a container. The vault makes them through its socket
+//! proxy, and the proxy makes them to Docker itself. Containers are looked up by name and acted on by the id that was
+//! seen, because another container may have taken the name in between.
 
 use std::time::Duration;
 
@@ -26,38 +26,38 @@ const KILL: Call = call("signal a container");
 const RESTART: Call = call("restart a container");
 const START: Call = call("start a container");
 
-/// Longest time-out of a container's own that a restart waits for.
+/// Longest time that a restart waits for the container's own time-out.
 const MOST_GRACE: Duration = Duration::from_secs(600);
 
-/// A container, as far as the vault looks at it.
+/// What the vault knows of a container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seen {
     /// Full id.
     pub id: String,
     /// Name, without the slash.
     pub name: String,
-    /// What it is doing.
+    /// Its state.
     pub state: RunState,
     /// When it was last started, by the clock of its host.
     pub started: Option<Timestamp>,
-    /// What its own health check says, where it has one.
+    /// The result of its health check, if it has one.
     pub health: Option<Health>,
-    /// How often Docker's restart policy has started it since it was last started by somebody.
+    /// How often its restart policy has started it since somebody last started it.
     pub restarts: i64,
-    /// Whether Docker is to keep it running: it has a restart policy.
+    /// Whether it has a restart policy, so that Docker keeps it running.
     pub is_kept: bool,
-    /// Whether a directory of the host is bound into it: Docker refuses its start while one of them is missing.
+    /// Whether it binds a directory of the host: Docker refuses to start it while such a directory is missing.
     pub has_bind: bool,
 }
 
-/// What a container is doing.
+/// The state of a container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RunState {
     /// Never started.
     Created,
     /// Running.
     Running,
-    /// Frozen.
+    /// Its processes are frozen.
     Paused,
     /// Between two runs of Docker's restart policy.
     Restarting,
@@ -77,14 +77,14 @@ const STATES: [(RunState, &str); 6] = [
     (RunState::Dead, "dead"),
 ];
 
-/// What a container's own health check says.
+/// The result of a container's health check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Health {
-    /// Not tried often enough yet.
+    /// Not checked often enough yet.
     Starting,
-    /// Its last try succeeded.
+    /// The last check succeeded.
     Healthy,
-    /// Several tries failed.
+    /// Several checks failed.
     Unhealthy,
 }
 
@@ -99,7 +99,7 @@ const HEALTHS: [(Health, &str); 3] =
     [(Health::Starting, "starting"), (Health::Healthy, "healthy"), (Health::Unhealthy, "unhealthy")];
 
 impl Seen {
-    /// As Docker would write it: this, and nothing else.
+    /// The answer as Docker would write it, with these fields and nothing else.
     pub fn answer(&self) -> serde_json::Value {
         fn word<T: PartialEq>(table: &[(T, &'static str)], wanted: &T) -> &'static str {
             table.iter().find(|(value, _)| value == wanted).map_or("", |(_, word)| word)
@@ -125,7 +125,7 @@ impl From<ContainerInspectResponse> for Seen {
         use RestartPolicyNameEnum as Policy;
         let state = response.state.unwrap_or_default();
         let policy = response.host_config.and_then(|host| host.restart_policy).and_then(|policy| policy.name);
-        // So Docker writes that there was none.
+        // Docker writes the year 1 for a container that was never started.
         let started = state.started_at.and_then(|at| at.parse().ok()).filter(|at| *at > Timestamp::UNIX_EPOCH);
         Self {
             id: response.id.unwrap_or_default(),
@@ -152,29 +152,29 @@ impl From<ContainerInspectResponse> for Seen {
     }
 }
 
-/// What the vault asks of Docker; behind it Docker, or a double of it.
+/// What the vault asks of Docker. Tests use a double.
 pub trait Containers: Send + Sync {
-    /// A container by name or id; `None` when there is none.
+    /// Looks up a container by name or id; `None` if there is none.
     fn look(&self, name: &str) -> impl Future<Output = Result<Option<Seen>, DockerError>> + Send;
-    /// Sends a signal to the first process of the one with this id.
+    /// Sends a signal to the first process of the container with this id.
     fn signal(&self, id: &str, signal: Signal) -> impl Future<Output = Result<(), DockerError>> + Send;
-    /// Restarts it, with the time-out that it was made with.
+    /// Restarts it with its own time-out.
     fn restart(&self, id: &str) -> impl Future<Output = Result<(), DockerError>> + Send;
-    /// Starts it; its running already is a success.
+    /// Starts it. If it already runs, that is a success.
     fn start(&self, id: &str) -> impl Future<Output = Result<(), DockerError>> + Send;
 }
 
-/// Docker, or the vault's socket proxy before it.
+/// Docker itself, or the vault's socket proxy in front of it.
 #[derive(Debug)]
 pub struct Docker(Client);
 
 impl Docker {
-    /// Nothing is asked yet.
+    /// Makes a client. Asks nothing yet.
     pub fn new(host: DockerHost) -> Self {
         Self(Client::new(host))
     }
 
-    /// Whether Docker answers.
+    /// Checks that Docker answers.
     ///
     /// # Errors
     /// When it does not.
@@ -201,10 +201,10 @@ impl Containers for Docker {
     }
 }
 
-/// Reads where Docker is: `unix://` and a path, or `tcp://` and an address.
+/// Reads the address of Docker: `unix://` and a path, or `tcp://` and an address.
 ///
 /// # Errors
-/// What to write.
+/// What to write instead.
 pub fn host(text: &str) -> Result<DockerHost, String> {
     match text.split_once("://") {
         Some(("unix", path)) if path.starts_with('/') && !path.ends_with('/') => Ok(DockerHost::Unix(path.to_owned())),

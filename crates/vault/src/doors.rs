@@ -1,4 +1,4 @@
-//! How the vault is asked. Each door proves who asks, and hands the question to [`crate::vault::Vault`].
+//! How callers reach the vault. Each door proves who asks, and hands the request to [`crate::vault::Vault`].
 
 pub mod admin;
 pub mod deliver;

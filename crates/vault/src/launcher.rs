@@ -1,9 +1,9 @@
-//! For images that read nothing but their environment: `exec` waits for files, reads them into the environment, and
-//! becomes the program, so that no value stands in a create call, an image or `docker inspect`. `wait` only waits.
+//! For images that read nothing but their environment. `exec` waits for files, reads them into the environment, and
+//! becomes the program, so that no value shows up in a create call, an image or `docker inspect`. `wait` only waits.
 //!
-//! The vault puts this program into a folder that containers share ([`install`]); there it needs no configuration, no
-//! store and no library. What it reads is one version of a workload's files, never a mixture of two: the files of a
-//! delivery change together, by a link of the name `..data`.
+//! The vault puts this program into a folder that containers share ([`install`]). There it needs no configuration, no
+//! store and no library. It reads one version of a workload's files and never a mixture of two: the files of a delivery
+//! change together, by a link named `..data`.
 
 #![allow(clippy::disallowed_methods, reason = "a command does one thing and has nothing else to serve")]
 
@@ -21,25 +21,25 @@ use zeroize::Zeroizing;
 
 use crate::secret::MAX_VALUE_BYTES;
 
-/// The link that leads to the files of a delivery that count.
+/// The link to the present files of a delivery.
 pub const DATA: &str = "..data";
-/// Where `exec` looks unless it is told.
+/// The folder that `exec` reads by default.
 pub const DEFAULT_FOLDER: &str = "/run/secrets";
-/// How the program is called in the folder that the containers share.
+/// The name of the program in the folder that the containers share.
 pub const PROGRAM: &str = "dockflare-vault";
-/// Time-out: the files have not come.
+/// Exit code after a time-out: the files have not come.
 pub const NOT_YET: u8 = 75;
-/// How often it looks for files that are not there.
+/// How often to look for missing files.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// A wait that is longer is said, and said again.
+/// A wait longer than this is reported, and again after every [`SAY_EVERY`].
 const SAY_AFTER: Duration = Duration::from_secs(2);
 const SAY_EVERY: Duration = Duration::from_secs(60);
-/// Times that files are looked at again because they changed under the look.
+/// How many times to look again at files that changed during the look.
 const TRIES: usize = 100;
-/// What Linux takes as one variable, with its name, the `=` and the zero behind it.
+/// Largest variable that Linux takes, in bytes, with its name, the `=` and the zero at the end.
 const MAX_VARIABLE_BYTES: usize = 32 * 4096;
 
-/// What `exec` is to do.
+/// What `exec` does.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Launch {
     /// Folders with a file for each variable.
@@ -48,7 +48,7 @@ pub struct Launch {
     pub env_files: Vec<PathBuf>,
     /// Single variables, each with its file.
     pub variables: Vec<(String, PathBuf)>,
-    /// Longest wait, `None` for one without an end.
+    /// Longest wait; `None` for no limit.
     pub limit: Option<Duration>,
     /// The program and its arguments.
     pub command: Vec<OsString>,
@@ -68,24 +68,24 @@ pub fn variable(text: &str) -> Result<(String, PathBuf), String> {
 
 const NO_NAME: &str = "no name of a variable: letters, digits and '_', the first one no digit";
 
-/// As programs and shells know them.
+/// Whether programs and shells take this name.
 fn is_name(name: &[u8]) -> bool {
     name.first().is_some_and(|first| !first.is_ascii_digit())
         && name.iter().all(|byte| byte.is_ascii_alphanumeric() || *byte == b'_')
 }
 
-/// A line for the person, and the code of the process.
+/// A line for the user, and the exit code.
 type Failure = (String, u8);
 type Bytes = Zeroizing<Vec<u8>>;
 
-/// How a look for the files ended.
+/// The result of a look for the files.
 enum Look<T> {
     There(T),
     /// What is missing.
     Missing(String),
 }
 
-/// What is to be read of a folder.
+/// What to read from a folder.
 #[derive(Default)]
 struct Wanted {
     /// Every file.
@@ -95,9 +95,9 @@ struct Wanted {
 }
 
 impl Launch {
-    /// Waits, reads, and becomes the program. Returns only what went wrong: 64 names or texts that cannot be used, 73 a
-    /// file that may not be read, 75 time-out, 126 a program that cannot be run, 127 one that is not there, 128 and the
-    /// number of the signal that ended the wait.
+    /// Waits, reads the files and becomes the program. Returns only on an error, with its exit code: 64 for names or
+    /// texts that cannot be used, 73 for a file that may not be read, 75 for a time-out, 126 for a program that cannot
+    /// be run, 127 for one that does not exist, 128 plus the number of the signal that ended the wait.
     #[expect(clippy::disallowed_types, reason = "it starts no program, it becomes one")]
     pub fn run(self) -> Failure {
         let found = waited(self.limit, || self.look());
@@ -113,7 +113,7 @@ impl Launch {
         for (name, value) in &variables {
             command.env(name, OsStr::from_bytes(value));
         }
-        // The standard library sets signals and their mask as they are for a new process.
+        // The standard library resets signals and their mask as for a new process.
         let error = std::os::unix::process::CommandExt::exec(&mut command);
         let shown = program.display();
         match error.kind() {
@@ -131,7 +131,7 @@ impl Launch {
         }
     }
 
-    /// All variables, if all files are there.
+    /// Reads all variables, if all files are there.
     fn look(&self) -> Result<Look<BTreeMap<String, Bytes>>, Failure> {
         let mut wanted = BTreeMap::<PathBuf, Wanted>::new();
         for folder in &self.folders {
@@ -151,7 +151,7 @@ impl Launch {
         let mut found = Variables::default();
         for folder in &self.folders {
             for (name, bytes) in read.get(folder).into_iter().flatten() {
-                // Asked for by another option, it may be anything.
+                // Skip a file that another option names: it may be anything.
                 let is_other = wanted.get(folder).is_some_and(|wanted| wanted.files.contains(name));
                 if !is_other {
                     found.file(&folder.join(name), name.as_bytes(), bytes, true);
@@ -178,7 +178,7 @@ impl Launch {
     }
 }
 
-/// What was read, and what is wrong with it.
+/// The variables that were read, and what is wrong with them.
 #[derive(Default)]
 struct Variables {
     values: BTreeMap<String, (Bytes, PathBuf)>,
@@ -186,7 +186,7 @@ struct Variables {
 }
 
 impl Variables {
-    /// A file is a value. The line break at its end, which editors write, is none of it.
+    /// Takes a file as one value, without the line break that editors add at its end.
     fn file(&mut self, file: &Path, name: &[u8], bytes: &Bytes, is_name_of_file: bool) {
         if !is_name(name) {
             let remedy =
@@ -199,7 +199,7 @@ impl Variables {
         self.insert(file, name, value, "");
     }
 
-    /// Lines of NAME=VALUE as `docker run --env-file` takes them: the value is all that follows, as it stands.
+    /// Takes lines of NAME=VALUE as `docker run --env-file` does: the value is everything after the `=`, unchanged.
     fn lines(&mut self, file: &Path, bytes: &Bytes) {
         for (at, line) in bytes.split(|byte| *byte == b'\n').enumerate() {
             let line = line.strip_suffix(b"\r").unwrap_or(line);
@@ -207,7 +207,7 @@ impl Variables {
                 continue;
             }
             let place = format!(" line {}", at + 1);
-            // What stands there may be a piece of a value.
+            // Do not quote the line: it may be a piece of a value.
             let Some(equals) = line.iter().position(|byte| *byte == b'=') else {
                 self.problems.push(format!("{}{place}: there is no '=': write NAME=VALUE", file.display()));
                 continue;
@@ -247,7 +247,7 @@ impl Variables {
     }
 }
 
-/// The folder and the name in it.
+/// Splits a path into the folder and the name in it.
 fn parted(file: &Path) -> Result<(PathBuf, OsString), Failure> {
     match (file.parent(), file.file_name()) {
         (Some(folder), Some(name)) => Ok((folder.to_owned(), name.to_owned())),
@@ -261,7 +261,7 @@ fn snapshot(folder: &Path, wanted: &Wanted) -> Result<Look<BTreeMap<OsString, By
         let version = version(folder)?;
         let place = version.as_ref().map_or_else(|| folder.to_owned(), |version| folder.join(version));
         let look = read(folder, &place, wanted, version.is_some());
-        // What the link led to is removed only once it leads elsewhere.
+        // The vault removes a set only after the link leads elsewhere, so with an unchanged link the read was whole.
         if version == self::version(folder)? {
             return look;
         }
@@ -269,11 +269,11 @@ fn snapshot(folder: &Path, wanted: &Wanted) -> Result<Look<BTreeMap<OsString, By
     Err((format!("{} changes all the time, and was never the same for the length of a look", folder.display()), 73))
 }
 
-/// What the link of a delivery leads to, where there is one.
+/// Where the link of a delivery leads; `None` if there is no such link.
 fn version(folder: &Path) -> Result<Option<PathBuf>, Failure> {
     match std::fs::read_link(folder.join(DATA)) {
         Ok(version) => Ok(Some(version)),
-        // A folder of another kind, such as that of Docker's own secrets.
+        // Another kind of folder, such as that of Docker's own secrets.
         Err(error)
             if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::InvalidInput | ErrorKind::NotADirectory) =>
         {
@@ -298,7 +298,7 @@ fn read(
             }
             Err(error) => return Err(unreadable(folder, &error)),
         };
-        // Hidden ones are none of a person's, and `..` begins the vault's own.
+        // Skip hidden files: users do not mean them, and the names of the vault's own entries begin with `..`.
         let listed = listed.iter().map(std::fs::DirEntry::file_name).filter(|name| !name.as_bytes().starts_with(b"."));
         let before = names.len();
         names.extend(listed);
@@ -337,10 +337,10 @@ fn unreadable(path: &Path, error: &io::Error) -> Failure {
 /// Waits until the files of a delivery are there.
 ///
 /// # Errors
-/// [`NOT_YET`] when they are not in time; what is wrong with the folder.
+/// [`NOT_YET`] after a time-out; otherwise what is wrong with the folder.
 pub fn wait(folder: &Path, limit: Duration) -> Result<(), Failure> {
     waited(Some(limit), || {
-        // Not what is in them: they need not be readable for whoever waits.
+        // Do not look into the files: the caller need not be able to read them.
         let Some(version) = version(folder)? else {
             let is_seen = |entry: io::Result<std::fs::DirEntry>| {
                 entry.is_ok_and(|entry| !entry.file_name().as_bytes().starts_with(b"."))
@@ -361,7 +361,7 @@ pub fn wait(folder: &Path, limit: Duration) -> Result<(), Failure> {
     })
 }
 
-/// Looks until everything is there, a look fails, the time is over, or a signal comes.
+/// Looks until everything is there, a look fails, the time runs out, or a signal comes.
 fn waited<T>(limit: Option<Duration>, mut look: impl FnMut() -> Result<Look<T>, Failure>) -> Result<T, Failure> {
     let missing = match look()? {
         Look::There(found) => return Ok(found),
@@ -370,7 +370,7 @@ fn waited<T>(limit: Option<Duration>, mut look: impl FnMut() -> Result<Look<T>, 
     let failed = |error: io::Error| (format!("the system gives no runtime: {error}"), 70);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
     runtime.block_on(async {
-        // As the first process of a container it would not be ended by them otherwise.
+        // As the first process of a container, it would otherwise not end on these signals.
         let mut ends = Ends::listen().map_err(failed)?;
         let (began, mut missing, mut say_at) = (Instant::now(), missing, SAY_AFTER);
         loop {
@@ -409,7 +409,7 @@ impl Ends {
         ]))
     }
 
-    /// Its number.
+    /// Waits for one of them and returns its number.
     async fn any(&mut self) -> u8 {
         let [a, b, c, d] = &mut self.0;
         tokio::select! {
@@ -421,17 +421,17 @@ impl Ends {
     }
 }
 
-/// Puts this program into a folder for others, unless it is there already; gives its path.
+/// Puts this program into a folder for other containers, unless it is there already. Returns its path.
 ///
 /// # Errors
-/// When the folder is not there or cannot be written.
+/// When the folder is missing or not writable.
 pub fn install(folder: &Path) -> io::Result<PathBuf> {
     let to = folder.join(PROGRAM);
     let own = std::fs::read("/proc/self/exe")?;
     if is_same(&to, &own) {
         return Ok(to);
     }
-    // Whoever runs the one that is there goes on with it; nobody sees half of a new one.
+    // Replace by a rename: running copies keep the old program, and nobody sees half of a new one.
     let temporary = folder.join(format!(".{PROGRAM}.new"));
     let _ = std::fs::remove_file(&temporary);
     let mut file = std::fs::File::create_new(&temporary)?;

@@ -1,4 +1,4 @@
-//! `/live`, `/ready`, `/health` and `/metrics`. No name of a secret and no value is on any of them.
+//! Serves `/live`, `/ready`, `/health` and `/metrics`. None of them shows a value or the name of a secret.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -14,28 +14,28 @@ use crate::doors::deliver::{Condition, Desk, State, States};
 use crate::store::Status;
 use crate::vault::Vault;
 
-/// For an answer of the vault's own page to its health check.
+/// Longest time for the vault's own page to answer its health check.
 const CHECK_LIMIT: Duration = Duration::from_secs(3);
 
-/// What is wrong, where something is.
+/// What is wrong with the vault, if anything.
 #[derive(Debug, Default)]
 pub struct Health {
     /// The store cannot be written.
     pub store_failed: AtomicBool,
-    /// A rotation stands still.
+    /// A rotation has stopped.
     pub rotation_failed: AtomicBool,
     /// The audit was changed from outside.
     pub audit_broken: AtomicBool,
-    /// Docker does not do what is to be done to containers whose files have changed.
+    /// Docker does not signal or restart the containers whose files have changed.
     pub docker_failed: AtomicBool,
-    /// The launcher is not in the folder that it is to be in.
+    /// The launcher is not in its folder.
     pub launcher_missing: AtomicBool,
-    /// The configuration that is there now is not the one that counts.
+    /// The present configuration file was refused; an earlier one is in effect.
     pub config_refused: AtomicBool,
 }
 
 impl Health {
-    /// A word and a sentence for each thing that is wrong.
+    /// A code and a sentence for each problem.
     fn problems(&self, vault: &Vault) -> Vec<(&'static str, String)> {
         let mut problems = vec![];
         let set = |flag, word, sentence: &str| Health::is_set(flag).then(|| (word, sentence.to_owned()));
@@ -75,7 +75,7 @@ pub struct VaultPages {
     desk: Desk,
 }
 
-/// Workloads with something wrong that are named one by one.
+/// Most workloads with a problem that are named one by one.
 const MAX_NAMED: usize = 20;
 
 impl VaultPages {
@@ -83,7 +83,7 @@ impl VaultPages {
         Self { vault, health, desk }
     }
 
-    /// What is wrong with the vault, and then with its deliveries.
+    /// The problems of the vault, then those of its deliveries.
     fn problems(&self) -> Vec<(&'static str, String)> {
         let mut problems = self.health.problems(&self.vault);
         let states = self.desk.states();
@@ -98,7 +98,7 @@ impl VaultPages {
         problems
     }
 
-    /// Workloads and what they have.
+    /// The workloads and their state.
     fn deliveries(&self) -> Json {
         let states = self.desk.states();
         let states = states.borrow();
@@ -167,7 +167,7 @@ fn metrics(status: &Status, problems: &[(&'static str, String)]) -> String {
     text
 }
 
-/// For each workload. Its name has no character that would have to be written in another way.
+/// Metrics for each workload. A workload's name has no character that needs escaping.
 fn delivered(states: &States) -> String {
     if states.is_empty() {
         return String::new();
@@ -192,7 +192,7 @@ fn delivered(states: &States) -> String {
     text
 }
 
-/// What `healthcheck` says: the vault that runs in this container does its job, or what is wrong.
+/// Answers `healthcheck`: the vault in this container works, or what is wrong with it.
 ///
 /// # Errors
 /// One line.

@@ -1,5 +1,5 @@
-//! Files of the vault's own are what they are called: a link in the place of one would let whoever laid it choose what
-//! is read, written or locked.
+//! The vault's own files must be regular files. A link in the place of one would let whoever planted it choose what is
+//! read, written or locked.
 
 #![expect(clippy::disallowed_methods, reason = "blocks on the disk; whoever serves calls it on a thread of its own")]
 
@@ -8,13 +8,13 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-/// Opens a regular file, or makes one where `options` say so. A link at the end of the path is refused; links on the
-/// way there are the operator's.
+/// Opens a regular file, or makes one if `options` say so. Refuses a link at the end of the path. Links earlier in the
+/// path are the operator's.
 ///
 /// # Errors
-/// What the system says; [`ErrorKind::InvalidInput`] for a link, and for what is no regular file.
+/// The system's error; [`ErrorKind::InvalidInput`] for a link and for anything that is no regular file.
 pub(crate) fn plain(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
-    // Before it is opened: opening a pipe may take for ever.
+    // Check before opening: opening a pipe may take forever.
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => {}
         meta => is_plain(&meta?)?,
@@ -24,7 +24,7 @@ pub(crate) fn plain(options: &mut OpenOptions, path: &Path) -> io::Result<File> 
     Ok(file)
 }
 
-/// Whether what is there may be used; what is not there may.
+/// Checks that what is at the path may be used. A missing file is fine.
 ///
 /// # Errors
 /// As for [`plain`].

@@ -1,5 +1,5 @@
-//! What happens to a workload's containers when its files have changed: nothing, a signal, or a restart, and the start
-//! of those that could not start while there were no files.
+//! Acts on a workload's containers when its files have changed: does nothing, sends a signal, or restarts them. Also
+//! starts containers that could not start while their files were missing.
 //!
 //! ```text
 //!  doors/deliver ──[States]──> reload ──look, signal, restart──> the vault's socket proxy ──> Docker
@@ -7,16 +7,17 @@
 //!        └── settle, put back ───┘
 //! ```
 //!
-//! A set of files that nobody has dealt with yet is unsettled ([`State::is_unsettled`]). Each workload that has one gets a
-//! job of its own ([`Job`]), which restarts one container after the other, waits for the health of each, and settles the
-//! set; or, where one does not come up well, has the set before put back and restarts those that had begun with the new
-//! one. What was restarted already can be read from Docker, by the time of the start, on the way forth and on the way
-//! back, so a vault that was killed goes on where it was. A start within [`SLACK`] of a switch of the files tells nothing:
-//! the vault itself restarts none in that time, so that it knows its own restarts again; somebody else's restart in it is
-//! done once more. A newer set ends the job for the older one.
+//! A set of files that nobody has dealt with yet is unsettled ([`State::is_unsettled`]). Each workload with such a set
+//! gets a job of its own ([`Job`]). The job restarts one container after the other, waits for the health of each, and
+//! settles the set. If a container does not come up well, the job has the settled set put back, and restarts the
+//! containers that started with the new one. A newer set ends the job for the older one.
 //!
-//! The names in the configuration are looked up once for each set; after that ids count. Docker that does not answer, or
-//! a proxy that refuses, leaves the set unsettled and is asked again.
+//! A killed vault goes on where it was, in both directions: the start times in Docker tell which containers were
+//! restarted already. A start within [`SLACK`] after a switch of the files tells nothing. The vault itself restarts no
+//! container in that time, so that it recognizes its own restarts. Somebody else's restart in that time is repeated.
+//!
+//! Names from the configuration are looked up once for each set; after that only ids count. If Docker does not answer
+//! or the proxy refuses, the set stays unsettled and the job tries again.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -41,23 +42,23 @@ mod memory;
 pub use gate::gate;
 pub use memory::Memory;
 
-/// How often a container is looked at that was restarted.
+/// How often to look at a restarted container.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
-/// A container without a health check is well when it has run for so long.
+/// A container without a health check is well after running this long.
 const STEADY: Duration = Duration::from_secs(10);
-/// A health check speaks by its own settings; one that says nothing for so long has failed.
+/// A health check follows its own settings. One that reports nothing for this long has failed.
 const MOST_WAIT: Duration = Duration::from_secs(600);
 
-/// A start so soon after a switch of the files may have been with either of them: Docker notes a start when the program
-/// runs already, and file systems have a coarse clock.
+/// A container that starts this soon after a switch may have either set of files: Docker notes the start when the
+/// program already runs, and file systems have a coarse clock.
 const SLACK: Duration = Duration::from_secs(1);
 
-/// Pause after a set that could not be noted as settled.
+/// Pause after failing to settle a set.
 const NOTE_PAUSE: Duration = Duration::from_secs(60);
 
-/// What holds the files.
+/// Holds the files: the delivery door, or a double of it.
 pub trait Files: Clone + Send + Sync + 'static {
-    /// What each workload has.
+    /// The state of each workload.
     fn states(&self) -> watch::Receiver<States>;
     /// See [`Desk::settle`].
     fn settle(&self, workload: &Workload, version: u64) -> impl Future<Output = Result<u64, String>> + Send;
@@ -79,7 +80,7 @@ impl Files for Desk {
     }
 }
 
-/// What is shared by all jobs.
+/// What all jobs share.
 #[derive(Debug)]
 struct Shared<C> {
     docker: Arc<C>,
@@ -101,10 +102,10 @@ impl<C> Shared<C> {
     }
 }
 
-/// Which containers a job has restarted, by id, with the version, and whether they were well before.
+/// The containers that a job has restarted, by id, with the version and whether they were well before.
 type Restarted = Arc<Mutex<BTreeMap<String, (u64, bool)>>>;
 
-/// Deals with each set of files until it is dropped.
+/// Deals with each new set of files until it is dropped.
 pub async fn serve<C: Containers + 'static>(
     docker: Arc<C>,
     files: impl Files,
@@ -115,7 +116,7 @@ pub async fn serve<C: Containers + 'static>(
     let mut states = files.states();
     let mut jobs = JoinSet::new();
     let mut present: BTreeMap<Workload, Present> = BTreeMap::new();
-    // What was restarted since the last settled set.
+    // Containers restarted since the last settled set.
     let mut restarted: BTreeMap<Workload, Restarted> = BTreeMap::new();
     let mut mended = Vec::<Workload>::new();
     loop {
@@ -164,7 +165,7 @@ pub async fn serve<C: Containers + 'static>(
     }
 }
 
-/// A job that is at work.
+/// A running job.
 struct Present {
     delivery: Delivery,
     version: u64,
@@ -173,18 +174,18 @@ struct Present {
 }
 
 impl Present {
-    /// Whether it is still about what is in place: its own set, or, on the way back, the one before it.
+    /// Whether the job is still about the set in place: its own set or, on the way back, the previous one.
     fn is_for(&self, state: &State) -> bool {
         let is_before = || self.goes_back.load(Ordering::Relaxed) && state.version < Some(self.version);
         state.version == Some(self.version) || is_before()
     }
 }
 
-/// What a job is for.
+/// The purpose of a job.
 enum Work {
-    /// A set that nobody has dealt with.
+    /// Deal with an unsettled set.
     Reload,
-    /// A set was put back by a vault that may have been killed then.
+    /// Finish a put-back: the vault may have been killed during it.
     Recover,
 }
 
@@ -197,7 +198,7 @@ impl Work {
     }
 }
 
-/// One set of files of one workload.
+/// The job for one set of files of one workload.
 struct Job<C, F> {
     shared: Arc<Shared<C>>,
     files: F,
@@ -205,20 +206,20 @@ struct Job<C, F> {
     version: u64,
     /// When the set was put in place.
     since: Option<Timestamp>,
-    /// When the settled set was left for a newer one.
+    /// When a newer set replaced the settled one.
     left: Option<Timestamp>,
     restarted: Restarted,
-    /// Set before the files are put back, which by itself would end the job.
+    /// Set before the files are put back, because the put-back would otherwise end the job.
     goes_back: Arc<AtomicBool>,
 }
 
-/// How a container lives with a set of files.
+/// How a container runs with a set of files.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Verdict {
     Well,
-    /// Somebody removed it; what takes its place begins with the files that are there.
+    /// Somebody removed it. A container that takes its place starts with the files in place.
     Gone,
-    /// Why not.
+    /// Says why.
     Ill(String),
 }
 
@@ -265,7 +266,7 @@ impl<C: Containers, F: Files> Job<C, F> {
         self.restarted.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
-    /// The containers that are there.
+    /// The containers that exist.
     async fn containers(&self) -> Result<Vec<Seen>, DockerError> {
         let mut found = vec![];
         for name in &self.delivery.containers {
@@ -283,7 +284,7 @@ impl<C: Containers, F: Files> Job<C, F> {
                 Ok(()) => {
                     info!(workload = %self.delivery.workload, version = self.version, container = seen.name, signal = signal.as_str(), "sent a signal, its files have changed");
                 }
-                // It has ended, or was removed; whoever comes next reads the new files.
+                // It has ended or was removed: the next start reads the new files.
                 Err(DockerError::NotFound { .. } | DockerError::Conflict { .. }) => {}
                 Err(error) => return Err(error),
             }
@@ -291,8 +292,7 @@ impl<C: Containers, F: Files> Job<C, F> {
         Ok(())
     }
 
-    /// Restarts one after the other. Those that are in trouble anyhow come first: while one of them is away no other is
-    /// taken away.
+    /// Restarts one container after the other, those in trouble first: while one is down, no other is taken down.
     async fn restart(&self) -> Result<Option<Failed>, DockerError> {
         self.slack().await;
         let mut containers = self.containers().await?;
@@ -314,7 +314,7 @@ impl<C: Containers, F: Files> Job<C, F> {
                 debug!(%workload, container = seen.name, "does not run: it reads the new files when it is started");
                 return Ok(None);
             }
-            // One that did not live with the files before says nothing about the new ones.
+            // A container that was not well with the old files proves nothing about the new ones.
             counts = counts.or(Some(trouble(seen).is_none()));
             self.note(&seen.id, counts.unwrap_or(true));
             info!(%workload, version = self.version, container = seen.name, "restarting, its files have changed");
@@ -325,7 +325,7 @@ impl<C: Containers, F: Files> Job<C, F> {
                     return Ok(ill(format!("Docker {error}")));
                 }
                 Err(error) => {
-                    // It may not have been restarted at all.
+                    // It may not have been restarted.
                     self.unnote(&seen.id);
                     return Err(error);
                 }
@@ -341,28 +341,28 @@ impl<C: Containers, F: Files> Job<C, F> {
         }
     }
 
-    /// Whether it began with these files.
+    /// Whether the container started with these files.
     fn is_fresh(&self, seen: &Seen) -> bool {
         let noted = self.restarted.lock().unwrap_or_else(PoisonError::into_inner).get(&seen.id).copied();
         noted.is_some_and(|(version, _)| version == self.version)
             || seen.started.zip(self.since).is_some_and(|(began, since)| began.duration_since(since) >= slack())
     }
 
-    /// Whether it may have begun with a set that came after the settled one.
+    /// Whether the container may have started with a set newer than the settled one.
     fn began_with_newer(&self, seen: &Seen) -> bool {
         seen.started.zip(self.left).is_some_and(|(began, left)| began >= left)
     }
 
-    /// Until a start tells which files it was with.
+    /// Waits until a start time tells which files a container has.
     async fn slack(&self) {
         let since = self.since.map_or(SLACK, |since| {
-            // A clock that was set makes it no longer.
+            // A change of the clock does not make the wait longer.
             (slack() - Timestamp::now().duration_since(since)).try_into().unwrap_or_default()
         });
         sleep(since.min(SLACK)).await;
     }
 
-    /// Whether it was well before anything was done to it since the last settled set; `None` if nothing was done.
+    /// Whether the container was well before its first restart since the last settled set; `None` if there was none.
     fn was_well(&self, id: &str) -> Option<bool> {
         self.restarted.lock().unwrap_or_else(PoisonError::into_inner).get(id).map(|(_, was_well)| *was_well)
     }
@@ -378,7 +378,7 @@ impl<C: Containers, F: Files> Job<C, F> {
         }
     }
 
-    /// Waits until it is known whether a container that has begun anew is well.
+    /// Waits until it is clear whether a restarted container is well.
     async fn verdict(&self, id: &str) -> Result<Verdict, DockerError> {
         let began = Instant::now();
         let mut running_since = None;
@@ -404,17 +404,17 @@ impl<C: Containers, F: Files> Job<C, F> {
         }
     }
 
-    /// Has the files before put back, and restarts what had begun with the new ones.
+    /// Has the previous files put back, and restarts the containers that started with the new ones.
     async fn go_back(&self, failed: Failed) {
         let (workload, version) = (&self.delivery.workload, self.version);
         let Failed { id, name, why } = failed;
-        // With these files, or with ones between them and the settled ones: restarted by this process, by one that was
-        // killed, or by somebody else.
+        // Containers that started with these files, or with files between the settled ones and these. This process
+        // restarted them, or one that was killed, or somebody else.
         let mut began: BTreeSet<_> =
             self.restarted.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect();
         self.goes_back.store(true, Ordering::Relaxed);
         match self.files.put_back(workload, version).await {
-            // There is a newer set already.
+            // A newer set is in place already.
             Ok(now) if now >= version => return,
             Ok(now) => {
                 error!(%workload, refused = version, version = now, container = name, "does not come up well with the new files ({why}): the ones before are back until a secret changes; restarting with them");
@@ -426,7 +426,7 @@ impl<C: Containers, F: Files> Job<C, F> {
         }
         sleep(SLACK).await;
         let mut pauses = pauses();
-        // The one that failed serves nobody: it comes first.
+        // The container that failed serves nobody: restart it first.
         self.restart_back(&id, &mut pauses).await;
         began.extend(
             self.containers_at_last(&mut pauses)
@@ -441,7 +441,7 @@ impl<C: Containers, F: Files> Job<C, F> {
         self.forget();
     }
 
-    /// The containers that are there, when Docker has answered.
+    /// The containers that exist. Asks until Docker answers.
     async fn containers_at_last(&self, pauses: &mut Backoff) -> Vec<Seen> {
         loop {
             match self.containers().await {
@@ -475,8 +475,8 @@ impl<C: Containers, F: Files> Job<C, F> {
         }
     }
 
-    /// After a start of the vault that finds files put back: what has begun with the refused ones, and not since then, is
-    /// restarted. Where all is done, nothing is.
+    /// After a start of the vault that finds files put back: restarts the containers that started with the refused
+    /// files and not since. If all are done, does nothing.
     async fn recover(&self) {
         self.slack().await;
         let mut pauses = pauses();
@@ -485,7 +485,7 @@ impl<C: Containers, F: Files> Job<C, F> {
         let (back, mut refused): (Vec<_>, Vec<_>) =
             containers.into_iter().filter(|seen| self.began_with_newer(seen)).partition(|seen| self.is_fresh(seen));
         refused.sort_by_key(|seen| trouble(seen).is_none());
-        // One that was restarted just before the vault was killed may still be away.
+        // A container that was restarted just before the vault was killed may still be starting.
         for seen in back.iter().filter(|_| !refused.is_empty()) {
             if let Err(error) = self.verdict(&seen.id).await {
                 self.shared.failed(&error);
@@ -502,7 +502,7 @@ fn slack() -> SignedDuration {
     SignedDuration::try_from(SLACK).unwrap_or_default()
 }
 
-/// What is wrong with a container, where something is.
+/// What is wrong with a container; `None` if nothing is.
 fn trouble(seen: &Seen) -> Option<&'static str> {
     match (seen.state, seen.health) {
         (RunState::Restarting, _) => Some("it ends and is started again"),
@@ -518,7 +518,7 @@ fn short(id: &str) -> &str {
     id.get(..12).unwrap_or(id)
 }
 
-/// Between two tries of Docker.
+/// Pauses between two tries of Docker.
 fn pauses() -> Backoff {
     Backoff::new(Duration::from_secs(1), Duration::from_secs(60))
 }

@@ -1,13 +1,14 @@
-//! `dockflare-vault socket-proxy`: stands between the vault and the Docker socket, and lets through a look at the
-//! containers of `RELOAD_CONTAINERS`, a signal of `RELOAD_SIGNALS` to them, their restart and their start.
+//! `dockflare-vault socket-proxy`: stands between the vault and the Docker socket. It lets the vault inspect the
+//! containers of `RELOAD_CONTAINERS`, send them a signal of `RELOAD_SIGNALS`, restart them and start them.
 //!
-//! A second process of the same program, meant for a container of its own: it holds the Docker socket and has neither
-//! network nor key nor store. Whoever takes over the vault can restart these containers, and that is all. How a request
-//! is read and answered is [`dockflare_engine::proxy`]'s, the same as the agent's proxy; [`plan`] is a pure function from
-//! a request to one of a closed set of calls.
+//! It is a second process of the same program, meant for a container of its own. It holds the Docker socket and has
+//! neither network nor key nor store. Whoever takes over the vault can signal, restart and start these containers, and
+//! nothing more. [`dockflare_engine::proxy`] reads and answers requests, as it does for the agent's proxy. [`plan`] is
+//! a pure function from a request to one of a closed set of calls.
 //!
-//! What acts upon a container names its full id. It is looked up at the moment of the call, and must be that of a
-//! container that has one of the names then: one that has lost its name, or another one under it, is not touched.
+//! A call that acts on a container names its full id. The proxy looks the container up at that moment, and the
+//! container must then have one of the listed names. So the call touches neither a container that has lost its name nor
+//! another one that has taken it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
@@ -24,26 +25,26 @@ use crate::docker::{Containers, Docker, Seen, host};
 mod plan;
 use plan::{Call, Policy, Subject};
 
-/// Where it listens unless it is told; the vault asks there unless it is told.
+/// Where the proxy listens by default, and where the vault asks by default.
 pub const DEFAULT_LISTEN: &str = "unix:///run/dockflare/docker.sock";
 const DEFAULT_DOCKER: &str = "unix:///var/run/docker.sock";
 
-/// The settings, all from the environment: the configuration with its grants is none of the proxy's.
+/// The settings, all from the environment. The proxy does not read the configuration with its grants.
 #[derive(Debug, Clone)]
 pub struct ProxyConfig {
-    /// Where the vault reaches it.
+    /// Where the vault connects.
     pub listen: Listen,
     /// Where Docker listens.
     pub docker: DockerHost,
-    /// What is let through.
+    /// What the vault may do.
     policy: Policy,
 }
 
 impl ProxyConfig {
-    /// Reads them; an empty value counts as unset.
+    /// Reads the settings; an empty value counts as unset.
     ///
     /// # Errors
-    /// All that is wrong, a line each.
+    /// All problems, one line each.
     pub fn read(env: &BTreeMap<String, String>) -> Result<Self, Vec<String>> {
         let mut problems = vec![];
         let given = |name: &str| env.get(name).map(|value| value.trim()).filter(|value| !value.is_empty());
@@ -87,20 +88,20 @@ impl ProxyConfig {
     }
 }
 
-/// Words with commas or white space between them.
+/// Parses words with commas or white space between them.
 fn words<T: FromStr<Err = String>>(name: &str, text: Option<&str>, problems: &mut Vec<String>) -> Vec<T> {
     let words = text.unwrap_or_default().split(|c: char| c == ',' || c.is_whitespace()).filter(|word| !word.is_empty());
     words.filter_map(|word| word.parse().map_err(|error| problems.push(format!("{name}: {error}"))).ok()).collect()
 }
 
-/// What the vault may ask for, and what is done for it.
+/// What the vault may ask for, and the Docker that does it.
 #[derive(Debug)]
 struct VaultProxy<C> {
     docker: C,
     policy: Policy,
 }
 
-/// What the proxy needs of Docker besides.
+/// What else the proxy needs of Docker.
 trait Pings: Containers {
     fn ping(&self) -> impl Future<Output = Result<(), dockflare_engine::DockerError>> + Send;
 }
@@ -154,11 +155,11 @@ impl<C: Pings> Proxy for VaultProxy<C> {
 }
 
 impl<C: Pings> VaultProxy<C> {
-    /// The container that is meant, if it is one of the list at this moment.
+    /// Finds the container that is meant, if its name is on the list at this moment.
     async fn found(&self, subject: &Subject) -> Result<Seen, Failure> {
         let (Subject::Name(asked) | Subject::Id(asked)) = subject;
         let seen = self.docker.look(asked).await?.filter(|seen| match subject {
-            // Docker takes the beginning of an id for a name, and a name may look like an id.
+            // Docker accepts the beginning of an id as a name, and a name may look like an id.
             Subject::Name(name) => seen.name == *name,
             Subject::Id(id) => seen.id == *id,
         });
@@ -170,13 +171,13 @@ impl<C: Pings> VaultProxy<C> {
     }
 }
 
-/// Why it does not run.
+/// Why the proxy does not run.
 #[derive(Debug, thiserror::Error)]
 pub enum ProxyError {
     /// It cannot listen.
     #[error("{0}")]
     Listen(String),
-    /// Docker has made its socket anew, and this one is dead for ever.
+    /// Docker has made its socket anew, and the mounted one is dead forever.
     #[error(
         "the Docker socket {0} is dead: the daemon has made a new one, and the one that was mounted leads nowhere; ending, so that a restart mounts the new one"
     )]
@@ -184,7 +185,7 @@ pub enum ProxyError {
 }
 
 impl ProxyError {
-    /// 64 settings, 75 a restart helps.
+    /// 64 for settings, 75 if a restart helps.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Listen(_) => 64,

@@ -1,4 +1,4 @@
-//! Several secrets in one file: Jinja's templates, in which a word that nobody knows is an error.
+//! Makes one file of several secrets, with Jinja templates. An unknown word is an error.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -8,38 +8,38 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior, Value};
 use zeroize::Zeroizing;
 
-/// Largest file that comes of a template: twice the largest secret.
+/// Largest file that a template may make, in bytes: twice the largest secret.
 pub(crate) const MAX_RENDERED_BYTES: usize = 1 << 20;
-/// Steps of the template's machine: a page of settings takes some hundred.
+/// Most steps of the template engine. A page of settings takes some hundred.
 const FUEL: u64 = 1_000_000;
 
-/// A text whose form was found right. Which words it uses is checked when it is made.
+/// A text that was found to be a valid template. Its words are checked when it is made.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Template(String);
 
-/// What is wrong with a template. It holds neither a value nor a line of the template, which may have a password in it.
+/// What is wrong with a template. Contains no value and no line of the template, which may have a password in it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TemplateError {
     /// It cannot be read.
     #[error("the template cannot be read{}: {what}", place(*line))]
     Form {
-        /// From 1; `None` where it is not known.
+        /// The line, from 1; `None` if unknown.
         line: Option<usize>,
-        /// What the machine calls it.
+        /// The engine's name for the problem.
         what: String,
     },
-    /// It uses words behind which there is no secret.
+    /// It uses a word for which there is no secret.
     #[error("the template uses {0:?}, for which secrets names no secret")]
     Unknown(String),
     /// It cannot be filled in.
     #[error("the template cannot be filled in{}: {what}", place(*line))]
     Render {
-        /// From 1; `None` where it is not known.
+        /// The line, from 1; `None` if unknown.
         line: Option<usize>,
-        /// What the machine calls it.
+        /// The engine's name for the problem.
         what: String,
     },
-    /// It would become too large.
+    /// The file would become too large.
     #[error("the template makes more than {MAX_RENDERED_BYTES} bytes")]
     TooLarge,
 }
@@ -55,7 +55,7 @@ impl fmt::Debug for Template {
 }
 
 impl Template {
-    /// Looks whether the text is a template and all its words are among `known`.
+    /// Checks that the text is a template and that all its words are among `known`.
     ///
     /// # Errors
     /// [`TemplateError::Form`], [`TemplateError::Unknown`].
@@ -71,7 +71,7 @@ impl Template {
         }
     }
 
-    /// The text with the words filled in.
+    /// Fills in the words.
     ///
     /// # Errors
     /// [`TemplateError::Render`], [`TemplateError::TooLarge`].
@@ -91,7 +91,7 @@ impl Template {
     }
 }
 
-/// What goes wrong while it is read is known by its kind and line. Its detail may quote the text.
+/// Reports the kind and the line of an error. Its detail may quote the text.
 fn form(error: &Error) -> TemplateError {
     TemplateError::Form { line: error.line(), what: error.kind().to_string() }
 }
@@ -101,7 +101,7 @@ fn environment() -> Environment<'static> {
     environment.set_undefined_behavior(UndefinedBehavior::Strict);
     environment.set_fuel(Some(FUEL));
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-    // A file ends as it is written.
+    // Keep the line break at the end of a file.
     if let Ok(syntax) = SyntaxConfig::builder().keep_trailing_newline(true).build() {
         environment.set_syntax(syntax);
     }
@@ -109,7 +109,7 @@ fn environment() -> Environment<'static> {
     environment
 }
 
-/// A file that is being made, wiped when it is dropped.
+/// A file in the making, limited in size and wiped on drop.
 struct Bounded(Zeroizing<Vec<u8>>);
 
 impl io::Write for Bounded {

@@ -1,7 +1,7 @@
-//! The operator's door: a unix socket in the vault's own private tmpfs, reached by `docker exec`. Whoever may open it is
-//! the operator; nothing in a request says who asks.
+//! The operator's door: a unix socket in the vault's own private tmpfs, reached by `docker exec`. Whoever may open it
+//! is the operator; nothing in a request says who asks.
 //!
-//! One request and one answer a connection, each one line of JSON. A value is base64 in both directions.
+//! Each connection carries one request and one answer, each one line of JSON. Values are base64 in both directions.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -26,18 +26,18 @@ use crate::secret::{MAX_VALUE_BYTES, SecretName, Value};
 use crate::store::Change;
 use crate::vault::{Refusal, Vault, now};
 
-/// A value in base64, its name, and room.
+/// Longest request line, in bytes: a value in base64, its name, and room.
 const MAX_LINE_BYTES: usize = MAX_VALUE_BYTES * 4 / 3 + 4096;
-/// Connections at a time; one more waits for a place.
+/// Most connections at a time; the next one waits for a free place.
 const MAX_CONNECTIONS: usize = 16;
-/// For a request to arrive and its answer to be taken. A list of 100,000 names takes a fraction of it.
+/// Longest time to receive a request and send its answer. A list of 100,000 names takes a fraction of it.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// What can be asked here.
+/// A request of the operator.
 #[derive(Serialize, Deserialize)]
 #[serde(tag = "operation", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
-    /// The newest value, or a version that is kept.
+    /// Read the newest value, or an older version that is kept.
     Get {
         /// The secret.
         name: String,
@@ -45,7 +45,7 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         version: Option<u64>,
     },
-    /// A new version.
+    /// Store a new version.
     Set {
         /// The secret.
         name: String,
@@ -54,56 +54,56 @@ pub enum Request {
         /// Seconds from now.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         expires_in: Option<u64>,
-        /// The newest version that the asker has seen.
+        /// The newest version that the caller has seen.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         if_version: Option<u64>,
     },
-    /// The end of a secret.
+    /// Delete a secret.
     Delete {
         /// The secret.
         name: String,
-        /// Take it from the workloads that have it, too.
+        /// Also take it from the workloads that have it.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         revoke: bool,
     },
-    /// Names.
+    /// List names.
     List {
-        /// Only those below this one.
+        /// Only names below this one.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         prefix: Option<String>,
     },
-    /// The versions of a secret.
+    /// List the versions of a secret.
     History {
         /// The secret.
         name: String,
     },
-    /// A new data key, or all keys wrapped for the master key in a file.
+    /// Make a new data key, or wrap all keys for the master key in a file.
     Rotate {
         /// A file that the vault itself can read: no key crosses the socket.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         master_key_file: Option<PathBuf>,
     },
-    /// Counts and ages.
+    /// Report counts and ages.
     Status,
-    /// Follow the whole audit.
+    /// Verify the whole audit.
     AuditVerify,
 }
 
-/// What is answered.
+/// The answer to a request.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Answer {
     /// `success` or `error`.
     pub status: String,
-    /// With an error: a word for programs.
+    /// With an error: a code for programs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub code: Option<String>,
     /// With an error: a sentence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
-    /// With an error: the exit code of a command line.
+    /// With an error: the exit code of the command line.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit: Option<u8>,
-    /// What was asked for.
+    /// The result.
     #[serde(default, skip_serializing_if = "Json::is_null")]
     pub data: Json,
 }
@@ -113,7 +113,7 @@ impl Answer {
         Self { status: "success".to_owned(), code: None, message: None, exit: None, data }
     }
 
-    /// An error.
+    /// Makes an error.
     pub fn error(code: &str, message: &str, exit: u8) -> Self {
         let (code, message) = (Some(code.to_owned()), Some(message.to_owned()));
         Self { status: "error".to_owned(), code, message, exit: Some(exit), data: Json::Null }
@@ -129,9 +129,9 @@ impl From<Refusal> for Answer {
 /// What the running vault has besides the store.
 #[derive(Debug, Default)]
 pub struct Around {
-    /// Rung when there is something to seal anew.
+    /// Notified when there is something to reseal.
     pub rotated: Arc<Notify>,
-    /// What the workloads have; `None` where no vault runs.
+    /// The state of each workload; `None` where no vault runs.
     pub deliveries: Option<Desk>,
 }
 
@@ -148,7 +148,7 @@ fn perform(vault: &Vault, request: Request, around: &Around) -> Result<Json, Ans
         Request::Get { name: text, version } => {
             let found = vault.get(who, &name(&text)?, version)?;
             let mut data = json!({ "version": found.info.version, "expires_at": found.info.expires });
-            // `json!` would copy the text and leave it behind.
+            // `json!` would copy the text and leave the copy in memory.
             data["value_base64"] = Json::String(STANDARD.encode(found.value.expose()));
             data
         }
@@ -197,11 +197,11 @@ fn perform(vault: &Vault, request: Request, around: &Around) -> Result<Json, Ans
     })
 }
 
-/// Opens the socket, which only this user may use. One that a killed vault left is replaced: the caller holds the lock
-/// of the store, so nobody listens on it.
+/// Opens the socket, which only this user may use. Replaces a socket that a killed vault left: the caller holds the
+/// lock of the store, so nobody listens on it.
 ///
 /// # Errors
-/// When the folder is not there or may not be written.
+/// When the folder is missing or not writable.
 #[allow(clippy::disallowed_methods, reason = "at the start, before anything is served, on a tmpfs")]
 pub fn listen(path: &Path) -> io::Result<UnixListener> {
     use std::os::unix::fs::{FileTypeExt, PermissionsExt};
@@ -210,7 +210,7 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
         Ok(_) => return Err(io::Error::other("something that is no socket has its place")),
         Err(_) => {}
     }
-    // Nobody may come in before the permissions are set.
+    // Nobody may connect before the permissions are set.
     let before = nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o177));
     let listener = UnixListener::bind(path);
     nix::sys::stat::umask(before);
@@ -223,7 +223,7 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
 pub async fn serve(listener: UnixListener, vault: Arc<Vault>, around: Arc<Around>) {
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
-        // It is never closed.
+        // The semaphore is never closed.
         let Ok(place) = places.clone().acquire_owned().await else { return };
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
@@ -235,7 +235,7 @@ pub async fn serve(listener: UnixListener, vault: Arc<Vault>, around: Arc<Around
         };
         let (vault, around) = (vault.clone(), around.clone());
         tokio::spawn(async move {
-            // Who breaks off or dawdles is answered with silence.
+            // A client that breaks off or exceeds the limit gets no answer.
             let _ = timeout(LIMIT, converse(stream, vault, around)).await;
             drop(place);
         });
@@ -243,7 +243,7 @@ pub async fn serve(listener: UnixListener, vault: Arc<Vault>, around: Arc<Around
 }
 
 async fn converse(mut stream: UnixStream, vault: Arc<Vault>, around: Arc<Around>) -> io::Result<()> {
-    // With all the room that it may need: a buffer that grows leaves copies of the value behind.
+    // Reserve all the room it may need: a buffer that grows leaves copies of the value behind.
     let mut line = Zeroizing::new(Vec::with_capacity(MAX_LINE_BYTES));
     let (mut reading, mut writing) = stream.split();
     while line.len() < MAX_LINE_BYTES && !line.ends_with(b"\n") {
@@ -255,7 +255,7 @@ async fn converse(mut stream: UnixStream, vault: Arc<Vault>, around: Arc<Around>
     let is_whole = line.ends_with(b"\n");
     drop(line);
     let answer = match request {
-        // The text of the error may show a piece of the value.
+        // The error's text may show a piece of the value.
         Err(_) if !is_whole => Answer::error("too_large", "the request is cut off or too large", 64),
         Err(_) => Answer::error("bad_request", "the request is none of this version's", 64),
         Ok(request) => spawn_blocking(move || answer(&vault, request, &around))
@@ -271,7 +271,7 @@ async fn converse(mut stream: UnixStream, vault: Arc<Vault>, around: Arc<Around>
     writing.shutdown().await
 }
 
-/// A value in an answer does not stay in memory behind it.
+/// Wipes every string in an answer, so that no value stays in memory.
 pub fn wipe(data: Json) {
     match data {
         Json::String(mut text) => text.zeroize(),

@@ -1,8 +1,8 @@
-//! The door through which workloads get their credentials: files in a directory that is shared with their containers,
-//! all of them changed at once. It asks the vault as `workload:NAME` and decides nothing itself.
+//! Delivers credentials to workloads as files in a directory that is shared with their containers. All files change at
+//! once. This door asks the vault as `workload:NAME` and decides nothing itself.
 //!
-//! What a workload has is level, not edge: whoever acts on changes ([`Desk`]) looks at what is there and compares it with
-//! what was dealt with, and may be killed at any instant.
+//! Deliveries are level-triggered: whoever acts on changes ([`Desk`]) compares the set in place with the settled one,
+//! and may be killed at any instant.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -26,68 +26,69 @@ mod plan;
 
 use pass::{Claims, Memory, Passed};
 
-/// Orders that wait for the task; whoever gives one more waits.
+/// Most orders that wait for the task; the sender of one more waits.
 const MAX_ORDERS: usize = 64;
-/// Passes at a time.
+/// Most passes at a time.
 const MAX_PASSES: usize = 16;
-/// A pass that takes longer leaves its place to others.
+/// A pass that takes longer frees its place for others.
 const PATIENCE: Duration = Duration::from_millis(250);
-/// A pass that takes longer is told to hang.
+/// A pass that takes longer is reported as hanging.
 const HANGS: Duration = Duration::from_secs(5);
-/// How often a directory is looked at without anything having happened: one that was emptied by hand is filled again.
+/// How often to check a directory when nothing has happened, for example to refill one that was emptied by hand.
 const RESYNC: Duration = Duration::from_secs(10);
-/// After a first failure; twice as long after each further one, up to [`RESYNC`].
+/// Pause after the first failure. It doubles with each further one, up to [`RESYNC`].
 const FIRST_RETRY: Duration = Duration::from_millis(500);
-/// Between two passes that only time has caused.
+/// Shortest pause between two passes that only time has caused.
 const SHORTEST: Duration = Duration::from_millis(20);
 
-/// What each workload has.
+/// The state of each workload.
 pub type States = BTreeMap<Workload, State>;
 
-/// What one workload has.
+/// The state of one workload's files.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct State {
-    /// The number of the set of files that its containers see. It rises with each set, is never used twice while the
-    /// directory lives, and begins anew with a directory that was made anew. `None`: there are no files.
+    /// Number of the set of files that the containers see; `None` means no files. It rises with each set and is never
+    /// used twice while the directory lives. A new directory starts over.
     pub version: Option<u64>,
-    /// The newest set that somebody who acts on changes has dealt with, see [`Desk::settle`]; kept in the directory, so
-    /// that it outlives the vault. With `on_change: none` each set is settled at once. Other than `version`: there is
-    /// something to do. The files of this one are kept until another one is settled.
+    /// The newest settled set, see [`Desk::settle`]. It is kept in the directory, so that it outlives the vault. With
+    /// `on_change: none` each set is settled at once. A number other than `version` means that there is something to
+    /// do. The files of the settled set are kept until another set is settled.
     pub settled: Option<u64>,
-    /// When the set was put in place, by the host's clock and at most some milliseconds early; shown in seconds since 1970.
+    /// When the set was put in place, by the host's clock and at most some milliseconds early. Shown in seconds since
+    /// 1970.
     #[serde(serialize_with = "seconds")]
     pub since: Option<Timestamp>,
-    /// When a newer set took the place of the settled one; while that one is in place, when it was settled. Before `since`
-    /// with the settled set in place: it was put back.
+    /// When a newer set replaced the settled one. While the settled set is in place: when it was settled. If this is
+    /// before `since` and the settled set is in place, that set was put back.
     #[serde(skip)]
     pub left: Option<Timestamp>,
-    /// How it stands.
+    /// Whether the files are current, and if not, why.
     #[serde(flatten)]
     pub condition: Condition,
 }
 
-/// How it stands with a workload's files.
+/// The condition of a workload's files.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(tag = "condition", rename_all = "snake_case")]
 pub enum Condition {
-    /// The files are what they are to be.
+    /// The files are in place and current.
     Delivered,
-    /// Nothing was looked at yet.
+    /// Not checked yet.
     Pending,
-    /// These secrets are not there. Where there is a version, it is the last complete set, and older
-    /// than what is wanted.
+    /// Secrets are missing. Where there is a version, it is the last complete set, and out of date.
     Missing {
-        /// What is missing, a line each, with the name of the secret and the remedy.
+        /// One line for each missing secret, with its name and the remedy.
         missing: Vec<String>,
     },
-    /// A secret was revoked, or may not be read (any more): there are no files, and those that were there are gone.
+    /// A secret was revoked, or the workload may not read it (any more). All files were removed.
     Denied {
-        /// Which one, a line each, with the row that is missing.
+        /// One line for each such secret, with the grant row that is missing.
         denied: Vec<String>,
     },
-    /// What is wanted was put back, see [`Desk::put_back`]. It is delivered when a secret or the delivery changes.
+    /// The newest set was put back, see [`Desk::put_back`]. The vault delivers again when a secret or the delivery
+    /// changes.
     PutBack {
-        /// The number that it had.
+        /// The number of the set that was put back.
         refused: u64,
     },
     /// The directory cannot be used, or a file cannot be made.
@@ -100,7 +101,7 @@ pub enum Condition {
 impl State {
     const PENDING: Self = Self { version: None, settled: None, since: None, left: None, condition: Condition::Pending };
 
-    /// A word for what is wrong, and a sentence without the name of a secret; `None` where nothing is.
+    /// A code for the problem, and a sentence that names no secret; `None` if nothing is wrong.
     pub fn problem(&self) -> Option<(&'static str, String)> {
         let stays = match self.version {
             Some(version) => format!("version {version} of its files stays in place"),
@@ -123,12 +124,12 @@ impl State {
         })
     }
 
-    /// Whether the settled set is in place again after a newer one.
+    /// Whether the settled set is back in place after a newer one.
     pub fn is_back(&self) -> bool {
         self.version.is_some() && self.version == self.settled && self.left < self.since
     }
 
-    /// Whether somebody who acts on changes has something to do.
+    /// Whether the set in place still has to be settled.
     pub fn is_unsettled(&self) -> bool {
         self.version.is_some() && self.version != self.settled
     }
@@ -139,21 +140,21 @@ fn seconds<S: Serializer>(at: &Option<Timestamp>, serializer: S) -> Result<S::Ok
     at.map(Timestamp::as_second).serialize(serializer)
 }
 
-/// What others of this program may see of the deliveries and ask of them. Clones are as good as the first.
+/// Gives other parts of this program the state of the deliveries, and takes their orders. All clones are equal.
 #[derive(Debug, Clone)]
 pub struct Desk {
     states: watch::Receiver<States>,
     orders: mpsc::Sender<Order>,
 }
 
-/// The other side of a [`Desk`], for the task.
+/// The task's side of a [`Desk`].
 #[derive(Debug)]
 pub struct Inside {
     states: watch::Sender<States>,
     orders: mpsc::Receiver<Order>,
 }
 
-/// What is asked of the task.
+/// An order for the task.
 #[derive(Debug)]
 struct Order {
     workload: Workload,
@@ -168,7 +169,7 @@ enum What {
     PutBack,
 }
 
-/// A desk and the task's side of it.
+/// Makes a desk and the task's side of it.
 pub fn desk() -> (Desk, Inside) {
     let (states, seen) = watch::channel(States::new());
     let (orders, taken) = mpsc::channel(MAX_ORDERS);
@@ -176,12 +177,12 @@ pub fn desk() -> (Desk, Inside) {
 }
 
 impl Desk {
-    /// What each workload has, now and whenever it changes. Only the newest is kept.
+    /// The state of each workload, now and at each change. Only the newest is kept.
     pub fn states(&self) -> watch::Receiver<States> {
         self.states.clone()
     }
 
-    /// All of it for the operator, the names of secrets included.
+    /// All states for the operator, including the names of secrets.
     pub(crate) fn show(&self) -> Json {
         let states = self.states.borrow();
         states
@@ -191,21 +192,21 @@ impl Desk {
             .into()
     }
 
-    /// The containers of this workload have this version: it is settled, and the set before it goes. Returns the number
-    /// that is in place, which is a later one when the files have changed meanwhile.
+    /// Settles a version: the containers of this workload use it, and the set before it can go. Returns the number of
+    /// the set in place, which is later than `version` if the files have changed meanwhile.
     ///
     /// # Errors
-    /// A line, when there is no such workload or its directory cannot be used.
+    /// One line, when there is no such workload or its directory cannot be used.
     pub async fn settle(&self, workload: &Workload, version: u64) -> Result<u64, String> {
         self.order(workload, version, What::Settle).await
     }
 
-    /// The containers of this workload cannot live with this version: the settled one is put in its place, and what this
-    /// version was made of is not delivered again before a secret or the delivery changes. Returns the number that is in
-    /// place then; a version that is not in place any more is left as it is.
+    /// Refuses a version that the containers of this workload cannot run with, and puts the settled set back in its
+    /// place. The same files are not delivered again until a secret or the delivery changes. Returns the number of the
+    /// set then in place. If `version` is no longer in place, this changes nothing.
     ///
     /// # Errors
-    /// A line, when there is no such workload, its directory cannot be used, or there is no settled set.
+    /// One line, when there is no such workload, its directory cannot be used, or there is no settled set.
     pub async fn put_back(&self, workload: &Workload, version: u64) -> Result<u64, String> {
         self.order(workload, version, What::PutBack).await
     }
@@ -219,7 +220,7 @@ impl Desk {
     }
 }
 
-/// Whether the directory of a delivery can be used, for a check while no vault runs. Blocks.
+/// Checks that the directory of a delivery can be used, while no vault runs. Blocks.
 ///
 /// # Errors
 /// One line with the remedy.
@@ -227,38 +228,38 @@ pub fn try_directory(delivery: &Delivery) -> Result<(), String> {
     folder::Folder::open(delivery).map(|_| ()).map_err(|error| error.to_string())
 }
 
-/// What all workloads have in common.
+/// What the tasks of all workloads share.
 #[derive(Debug)]
 struct Shared {
     vault: Arc<Vault>,
     claims: Claims,
-    /// Passes at a time: more of them would only wait for each other.
+    /// Limits concurrent passes: more of them would only wait for each other.
     places: Semaphore,
     states: watch::Sender<States>,
 }
 
-/// The task of one workload, as the others reach it. It lives as long as the door: one without a delivery waits for the
-/// next one, so that no second one ever works on what a first one hangs at.
+/// Handle to the task of one workload. The task lives as long as the door. Without a delivery it waits for the next
+/// one, so that no second task ever works on a directory where the first one hangs.
 struct Tended {
     delivery: watch::Sender<Option<Arc<Delivery>>>,
     bell: Arc<Notify>,
     orders: mpsc::Sender<Order>,
 }
 
-/// Delivers until it is dropped. `wanted` is replaced as a whole when the configuration changes.
+/// Delivers until it is dropped. A new configuration replaces `wanted` as a whole.
 pub async fn serve(vault: Arc<Vault>, mut wanted: watch::Receiver<Arc<Vec<Delivery>>>, inside: Inside) {
     let Inside { states, mut orders } = inside;
     let places = Semaphore::new(MAX_PASSES);
     let shared = Arc::new(Shared { vault: vault.clone(), claims: Claims::default(), places, states });
     let mut tended: BTreeMap<Workload, Tended> = BTreeMap::new();
-    // Dropped with this task, and they with it.
+    // Dropping this future drops the set, and that ends the tasks.
     let mut tasks = JoinSet::new();
     loop {
         let deliveries = wanted.borrow_and_update().clone();
         take(&shared, &deliveries, &mut tended, &mut tasks).await;
         loop {
             tokio::select! {
-                // What is not wanted any more is not looked at for another reason first.
+                // Take a new configuration first: a removed delivery must not be checked for another reason.
                 biased;
                 changed = wanted.changed() => match changed {
                     Ok(()) => break,
@@ -275,7 +276,7 @@ pub async fn serve(vault: Arc<Vault>, mut wanted: watch::Receiver<Arc<Vec<Delive
     }
 }
 
-/// Gives each workload its delivery.
+/// Hands each workload its delivery, and starts the tasks that are missing.
 async fn take(
     shared: &Arc<Shared>,
     deliveries: &Arc<Vec<Delivery>>,
@@ -295,8 +296,8 @@ async fn take(
             states.entry((*name).clone()).or_insert(State::PENDING);
         }
     });
-    // Before the first of them writes: two that have one directory are both told, whoever is faster. Whoever hangs here
-    // is left behind.
+    // Claim before any task writes: if two workloads share a directory, both get the error, whichever is faster. Do not
+    // wait for a directory that hangs.
     let (all, inside) = (deliveries.clone(), shared.clone());
     let claimed = spawn_blocking(move || all.iter().for_each(|delivery| pass::claim(delivery, &inside.claims)));
     let _ = timeout(PATIENCE, claimed).await;
@@ -321,7 +322,7 @@ async fn take(
     }
 }
 
-/// Wakes those whose secrets have changed, or all of them.
+/// Wakes the tasks whose secrets have changed, or all of them for `None`.
 fn ring(tended: &BTreeMap<Workload, Tended>, names: Option<&BTreeSet<SecretName>>) {
     for one in tended.values() {
         let delivery = one.delivery.borrow();
@@ -346,7 +347,7 @@ fn pass_on(tended: &BTreeMap<Workload, Tended>, order: Order) {
     }
 }
 
-/// Keeps the files of one workload as they are to be.
+/// Keeps the files of one workload current.
 async fn tend(
     shared: Arc<Shared>,
     mut taken: watch::Receiver<Option<Arc<Delivery>>>,
@@ -360,7 +361,7 @@ async fn tend(
     let mut order: Option<Order> = None;
     loop {
         let Some(delivery) = taken.borrow_and_update().clone() else {
-            // Whatever is wanted next is looked at afresh.
+            // Check the next delivery from scratch.
             last = None;
             if taken.changed().await.is_err() {
                 return;
@@ -377,7 +378,8 @@ async fn tend(
         }
         failures = if matches!(state.condition, Condition::Failed { .. }) { failures + 1 } else { 0 };
         publish(&shared.states, &delivery, state);
-        // Who waits for a mount sees it soon; what stays wrong is looked at as seldom as what is right.
+        // Retry soon at first: the volume may be mounted any moment. A lasting failure is checked as seldom as a
+        // success.
         let pause = if failures == 0 { RESYNC } else { RESYNC.min(FIRST_RETRY * 2_u32.pow(failures.min(8) - 1)) };
         tokio::select! {
             biased;
@@ -392,7 +394,7 @@ async fn tend(
     }
 }
 
-/// One pass on a thread of its own, however long it takes. While it hangs, whoever gives an order is told so.
+/// Runs one pass on a thread of its own, however long it takes. While the pass hangs, answers each order with an error.
 async fn one_pass(
     shared: &Arc<Shared>,
     aside: &Aside<Option<Passed>>,
@@ -403,7 +405,7 @@ async fn one_pass(
 ) -> Passed {
     let problem = format!("{} does not answer: its file system hangs; waiting for it", delivery.directory.display());
     loop {
-        // It is never closed.
+        // The semaphore is never closed.
         let place = shared.places.acquire().await.ok();
         let work = {
             let (shared, delivery, memory) = (shared.clone(), delivery.clone(), memory.clone());
@@ -416,14 +418,14 @@ async fn one_pass(
         if let Some(Some(passed)) = aside.after_earlier(PATIENCE, work).await {
             return passed;
         }
-        // The others go on meanwhile.
+        // Let the passes of other workloads go on meanwhile.
         drop(place);
         let mut is_said = false;
         loop {
             tokio::select! {
                 ended = aside.or_earlier(HANGS, || None) => match ended {
                     Some(Some(passed)) => return passed,
-                    // It ended in between, and nobody has what came of it.
+                    // The pass ended in between and its result is lost: start another one.
                     Some(None) => break,
                     None => {
                         is_said = true;
@@ -440,11 +442,11 @@ async fn one_pass(
     }
 }
 
-/// Tells what has changed, the log included.
+/// Publishes a changed state and logs it.
 fn publish(states: &watch::Sender<States>, delivery: &Delivery, state: State) {
     let workload = &delivery.workload;
     states.send_if_modified(|states| {
-        // One that is not wanted any more is not told.
+        // Drop the state of a workload that is no longer configured.
         let Some(before) = states.get_mut(workload) else { return false };
         if *before == state {
             return false;

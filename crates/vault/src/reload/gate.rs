@@ -1,9 +1,10 @@
-//! The start of containers that Docker refused while their files were not there, as after a reboot of the host: a bind
-//! mount of a directory that is missing refuses the start, and no restart policy tries that again.
+//! Starts containers that Docker refused to start while their files were missing, as after a reboot of the host. Docker
+//! refuses a start while the directory of a bind mount is missing, and no restart policy tries again.
 //!
-//! Docker leaves no trace of such a refusal, and the exit code says nothing. So a container is started when it ran before
-//! ([`Memory`]), is to be kept running by its restart policy, does not run, has a bind mount, its directory was missing,
-//! and its files are there now. One that was stopped by hand while its files were there is not wanted any more.
+//! Docker leaves no trace of such a refusal, and the exit code says nothing. So the vault starts a container if all of
+//! this holds: it ran before ([`Memory`]), its restart policy keeps it running, it does not run, it has a bind mount,
+//! its directory was missing, and its files are in place now. A container that was stopped by hand while its files were
+//! in place is no longer wanted.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -20,16 +21,16 @@ use super::memory::{Containers as Known, Memory};
 use crate::delivery::Delivery;
 use crate::docker::{Containers, RunState, Seen};
 
-/// Pause between two looks at all containers, unless a workload gets files.
+/// Longest pause between two looks at all containers. A change of the deliveries or of their files ends it early.
 const EVERY: Duration = Duration::from_secs(5);
-/// Least pause, and as a multiple of what a look took, so that many containers are no load.
+/// Shortest pause. It is also a multiple of the time a look took, so that many containers are no load.
 const LEAST: Duration = Duration::from_secs(1);
 const SHARE: u32 = 20;
-/// One that was stopped with everything else, as when the host goes down, is wanted; one that has been down for so long
-/// beside its files is not.
+/// A container that stopped with everything else, as when the host goes down, is wanted. One that stays down this long
+/// while its files are in place was stopped by hand.
 const STOPPED_BY_HAND: Duration = Duration::from_secs(60);
 
-/// Starts them until it is dropped.
+/// Starts such containers until it is dropped.
 pub async fn gate<C: Containers>(
     docker: Arc<C>,
     files: impl Files,
@@ -50,7 +51,7 @@ pub async fn gate<C: Containers>(
             let has_files = now.get(&delivery.workload).is_some_and(|state| state.version.is_some());
             for name in &delivery.containers {
                 if gate.look(delivery, name.as_str(), has_files).await.is_err() {
-                    // Whoever reloads says so; here it only means: later.
+                    // The reload job reports this. Here, just try again later.
                     break;
                 }
             }
@@ -85,14 +86,14 @@ pub async fn gate<C: Containers>(
 struct Gate<C> {
     docker: Arc<C>,
     known: Known,
-    /// Since when those that are wanted do not run.
+    /// Since when a wanted container has been down.
     down: BTreeMap<String, Instant>,
-    /// When a start that failed is tried again.
+    /// When to retry a failed start.
     failed: BTreeMap<String, (Instant, Backoff)>,
 }
 
 impl<C: Containers> Gate<C> {
-    /// An error: Docker is away.
+    /// Looks at one container. An error means that Docker is away.
     async fn look(&mut self, delivery: &Delivery, name: &str, has_files: bool) -> Result<(), ()> {
         let seen = match self.docker.look(name).await {
             Ok(seen) => seen,

@@ -1,8 +1,9 @@
-//! Which containers ran when they were last seen, and which of them are waited for because their directory was missing.
-//! Docker tells neither: it keeps no word of a start that it refused, and a container that was stopped by hand looks the
-//! same. So it is noted in a file beside the store, before the directories are made, and survives a kill.
+//! Remembers which containers ran when they were last seen, and which of them are waited for because their directory
+//! was missing. Docker tells neither: it keeps no record of a refused start, and a container that was stopped by hand
+//! looks the same. The vault notes this in a file beside the store before it makes the directories, so it survives a
+//! kill.
 //!
-//! The names are those of the configuration; there is nothing of a secret in it.
+//! The file has the names from the configuration and nothing of a secret.
 
 #![expect(clippy::disallowed_methods, reason = "called on threads that may block, or at the start")]
 
@@ -15,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::delivery::Delivery;
 
-/// What is known of one container.
+/// What the vault remembers of one container.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Known {
@@ -25,10 +26,10 @@ pub(super) struct Known {
     pub(super) is_waited_for: bool,
 }
 
-/// By name.
+/// The containers by name.
 pub(super) type Containers = BTreeMap<String, Known>;
 
-/// The file.
+/// The file that stores them.
 #[derive(Debug, Clone)]
 pub struct Memory {
     file: PathBuf,
@@ -40,8 +41,8 @@ impl Memory {
         Self { file: store.with_file_name("containers.json") }
     }
 
-    /// What it holds; nothing where it is missing. One that cannot be read is as good as none: at worst a container stays
-    /// as it is.
+    /// Reads the file; empty where it is missing. A file that cannot be read counts as missing: at worst a container
+    /// stays down.
     pub(super) fn read(&self) -> Containers {
         let read = dockflare_host::disk::read(&self.file, 4 << 20);
         match read.map(|bytes| serde_json::from_slice(&bytes)) {
@@ -66,11 +67,11 @@ impl Memory {
         fs::rename(&new, &self.file)
     }
 
-    /// Notes which containers are waited for: those that ran, and whose directory is missing now. To be called before
-    /// anybody makes the directories.
+    /// Notes which containers are waited for: those that ran and whose directory is missing now. Call it before anybody
+    /// makes the directories.
     ///
     /// # Errors
-    /// When it cannot be written.
+    /// When the file cannot be written.
     pub fn note_missing(&self, deliveries: &[Delivery]) -> io::Result<()> {
         let mut containers = self.read();
         let before = containers.clone();

@@ -1,5 +1,5 @@
-//! Reloads on a Docker that is a table of containers, in simulated time: what is well with which files, what was done,
-//! and what happens when the vault is killed at any of its calls.
+//! Reloads in simulated time, on a Docker that is a table of containers: which of them are well with which files, what
+//! was done, and what happens when the vault is killed at any of its calls.
 
 use dockflare_engine::Call;
 use tokio::time::timeout;
@@ -8,7 +8,7 @@ use super::*;
 use crate::docker::Containers;
 
 const CALL: Call = Call { doing: "do that", grant: "", own_grant: "" };
-/// How long a restart takes, and how long until a health check has spoken.
+/// How long a restart takes, and how long until a health check reports.
 const RESTART: Duration = Duration::from_millis(1200);
 const CHECKED: Duration = Duration::from_secs(3);
 const BEGAN: i64 = 1_800_000_000;
@@ -23,14 +23,14 @@ struct One {
     name: &'static str,
     state: RunState,
     started: Duration,
-    /// The files that it has begun with.
+    /// The files that it started with.
     with: Option<u64>,
     has_check: bool,
     is_kept: bool,
     has_bind: bool,
-    /// Ill whatever it has.
+    /// Unhealthy with any files.
     is_sick: bool,
-    /// Between the call that restarts it and its being well.
+    /// From the call that restarts it until it is well.
     is_away: bool,
     /// Docker is restarting it.
     is_down: bool,
@@ -40,11 +40,11 @@ struct One {
 struct World {
     began: Instant,
     containers: Mutex<Vec<One>>,
-    /// What was done, by name.
+    /// The calls that were made, with ids.
     done: Mutex<Vec<String>>,
-    /// Sets of files that nobody lives with.
+    /// Sets of files that no container runs with.
     bad: BTreeSet<u64>,
-    /// Unless it is named here who alone does not.
+    /// If set, the only container that does not run with them.
     picky: Option<&'static str>,
     states: watch::Sender<States>,
     /// Calls until the vault is killed, and whether Docker is away.
@@ -87,7 +87,7 @@ fn one(name: &'static str) -> One {
 }
 
 impl World {
-    /// The first set is settled; this is before the second one comes.
+    /// The first set is settled, and the second has not come yet.
     fn new(containers: Vec<One>) -> Self {
         let state = State {
             version: Some(1),
@@ -121,7 +121,7 @@ impl World {
         self.states.send_modify(|states| by(states.get_mut(&app()).unwrap()));
     }
 
-    /// A set of files comes into its place.
+    /// Puts a set of files in place.
     fn deliver(&self, version: u64) {
         let since = Some(at(self.now()));
         self.change(|state| {
@@ -152,7 +152,7 @@ impl World {
                 || one.with.is_none_or(|version| !self.bad.contains(&version)))
     }
 
-    /// Counts those that serve nobody.
+    /// Counts the containers that serve nobody.
     fn count(&self) {
         let mut containers = self.containers.lock().unwrap();
         for one in containers.iter_mut() {
@@ -175,7 +175,7 @@ impl World {
             calls.1
         };
         self.count();
-        // A killed vault gets no further.
+        // Let a killed vault end here.
         tokio::task::yield_now().await;
         if is_away { Err(DockerError::TimedOut { call: CALL, limit: CHECKED }) } else { Ok(()) }
     }
@@ -216,7 +216,7 @@ impl Containers for Double {
         Ok(())
     }
 
-    /// As Docker: what was begun is done, whoever goes.
+    /// Like Docker, finishes a restart that has begun even if the caller goes away.
     async fn restart(&self, id: &str) -> Result<(), DockerError> {
         let (world, id) = (self.0.clone(), id.to_owned());
         world.called().await?;
@@ -268,13 +268,13 @@ impl Files for Double {
         }
         self.0.deliver(settled);
         self.0.change(|state| state.condition = Condition::PutBack { refused: version });
-        // The caller is told later than everybody else.
+        // The caller hears of it after everybody else.
         sleep(Duration::from_millis(10)).await;
         Ok(settled)
     }
 }
 
-/// Runs a vault for so long of simulated time, or until it is killed.
+/// Runs a vault for this much simulated time, or until it is killed.
 async fn run(world: &Arc<World>, delivery: &Delivery, limit: Duration) {
     let double = Double(world.clone());
     let (_keep, wanted) = watch::channel(Arc::new(vec![delivery.clone()]));
@@ -328,7 +328,7 @@ async fn those_that_had_begun_with_a_set_that_is_put_back_begin_again_with_the_o
     tokio::join!(run(&world, &delivery, LONG), async {
         sleep(CHECKED).await;
         world.deliver(2);
-        // The first one lives with it, the second one will not.
+        // The first container runs with it. The second one will not.
         while world.done() != ["restart id-of-one", "restart id-of-two"] {
             sleep(Duration::from_millis(100)).await;
         }
@@ -376,7 +376,7 @@ async fn one_that_had_begun_with_a_set_between_goes_back_to_the_settled_one_as_w
     tokio::join!(run(&world, &delivery, LONG), async {
         sleep(CHECKED).await;
         world.deliver(2);
-        // Both have it, and the second is not known to be well.
+        // Both have set 2, and the second container is not known to be well.
         while world.with() != [Some(2); 2] {
             sleep(Duration::from_millis(100)).await;
         }
@@ -410,13 +410,13 @@ async fn docker_that_does_not_answer_delays_and_changes_nothing() {
     assert_eq!((world.done().len(), world.state().settled), (1, Some(2)));
 }
 
-/// Whatever call it is killed at, the next one ends at the same place; no container is restarted twice with one set, and
-/// there is never more than one away.
+/// Whatever call the vault is killed at, the next vault ends in the same state. No container is restarted twice with
+/// one set, and no more than one container is away at a time.
 #[tokio::test(start_paused = true)]
 async fn a_vault_that_is_killed_anywhere_is_followed_by_one_that_goes_on() {
     let mut calls = 0;
-    // Who does not live with the new files, and how many restarts it takes. With the last one all three have begun with
-    // them, and all three go back.
+    // Who does not run with the new files, and how many restarts that takes. In the last case all three have started
+    // with them, and all three go back.
     for (picky, restarts) in [(None, 3), (Some("one"), 2), (Some("two"), 4), (Some("three"), 6)] {
         for at in 1.. {
             let bad = picky.map(|_| 2).into_iter().collect();
@@ -428,7 +428,7 @@ async fn a_vault_that_is_killed_anywhere_is_followed_by_one_that_goes_on() {
             let world = Arc::new(world);
             run(&world, &delivery, LONG).await;
             let was_killed = world.killed.is_cancelled();
-            // What Docker had begun it ends.
+            // Docker finishes what it has begun.
             sleep(RESTART).await;
             let second = World {
                 began: world.began,
@@ -450,7 +450,7 @@ async fn a_vault_that_is_killed_anywhere_is_followed_by_one_that_goes_on() {
             assert!(!state.is_unsettled() && state.version == Some(expected), "{place}");
             assert_eq!(done.len(), restarts, "{place}");
             assert_eq!(*second.most_away.lock().unwrap(), 1, "{place}");
-            // A third one finds nothing to do.
+            // A third run finds nothing to do.
             run(&second, &delivery, LONG).await;
             assert_eq!(second.done(), done, "{place}");
             if !was_killed {
@@ -475,7 +475,7 @@ async fn a_start_by_somebody_else_in_the_moment_of_the_switch_is_not_taken_for_o
     assert_eq!((world.done(), world.with()), (vec!["restart id-of-before".to_owned()], vec![Some(2); 2]));
 }
 
-/// A gate at work for so long of simulated time.
+/// Runs a gate for this much simulated time.
 async fn gates(world: &Arc<World>, delivery: &Delivery, memory: &Memory, limit: Duration) {
     let (_keep, wanted) = watch::channel(Arc::new(vec![delivery.clone()]));
     let double = Double(world.clone());
@@ -483,7 +483,7 @@ async fn gates(world: &Arc<World>, delivery: &Delivery, memory: &Memory, limit: 
     assert!(ended.is_err(), "the task ended");
 }
 
-/// The host goes down and up: nothing runs, and the directory in memory is gone.
+/// Takes the host down and up: nothing runs, and the directory in memory is gone.
 fn reboots(world: &World, delivery: &Delivery, memory: &Memory) {
     for one in world.containers.lock().unwrap().iter_mut() {
         one.state = RunState::Exited;
@@ -514,11 +514,11 @@ async fn the_gate_starts_what_ran_and_was_refused_for_want_of_its_directory_and_
     memory.note_missing(std::slice::from_ref(&delivery)).unwrap();
     tokio::join!(gates(&world, &delivery, &memory, LONG), async {
         sleep(Duration::from_secs(30)).await;
-        // By hand, and the files are there.
+        // Stopped by hand while the files are in place.
         world.change_one("id-of-stopped", |one| one.state = RunState::Exited);
     });
     reboots(&world, &delivery, &memory);
-    // A vault that is killed before it has done anything, and one after it.
+    // One vault is killed before it has done anything, and another follows.
     gates(&world, &delivery, &memory, Duration::from_secs(20)).await;
     memory.note_missing(std::slice::from_ref(&delivery)).unwrap();
     assert!(world.done().is_empty(), "there are no files yet");
@@ -527,7 +527,7 @@ async fn the_gate_starts_what_ran_and_was_refused_for_want_of_its_directory_and_
         world.deliver(1);
     });
     assert_eq!(world.done(), ["start id-of-bound", "start id-of-second"]);
-    // Once is enough: whoever stops one now means it.
+    // Starting them once is enough: whoever stops one now means it.
     world.change_one("id-of-bound", |one| one.state = RunState::Exited);
     gates(&world, &delivery, &memory, LONG).await;
     assert_eq!(world.done().len(), 2);

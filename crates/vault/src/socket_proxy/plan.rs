@@ -1,12 +1,12 @@
-//! From a request to the one call that it may be, or to the rule that refuses it. Pure.
+//! Maps a request to the one call that it may make, or to the rule that refuses it. Pure.
 //!
 //! | request | becomes |
 //! |---|---|
 //! | `GET`, `HEAD /_ping` | whether Docker answers |
-//! | `GET /containers/{name or id}/json` | name, state, health, restart policy: nothing else of it |
+//! | `GET /containers/{name or id}/json` | id, name, state, start, health, restarts and their policy, any bind mount |
 //! | `POST /containers/{id}/kill?signal=` | one of the listed signals |
-//! | `POST /containers/{id}/restart`, without a time-out | with the container's own |
-//! | `POST /containers/{id}/start` | the same |
+//! | `POST /containers/{id}/restart`, without a time-out | a restart with the container's own time-out |
+//! | `POST /containers/{id}/start` | a start |
 
 use std::collections::BTreeSet;
 
@@ -17,9 +17,9 @@ use crate::delivery::{ContainerName, Signal};
 /// What the vault may ask for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Policy {
-    /// Whom it may ask about.
+    /// The containers that it may ask for.
     pub(super) containers: BTreeSet<ContainerName>,
-    /// What it may send them.
+    /// The signals that it may send.
     pub(super) signals: Vec<Signal>,
 }
 
@@ -29,16 +29,16 @@ impl Policy {
     }
 }
 
-/// A container that is asked for.
+/// How a request names a container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Subject {
-    /// One of the list.
+    /// A name on the list.
     Name(String),
     /// Full id.
     Id(String),
 }
 
-/// A call of Docker.
+/// A call to Docker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Call {
     Ping,
@@ -82,7 +82,7 @@ impl<'a> Route<'a> {
     }
 }
 
-/// The route of a head; none takes a body.
+/// The route of a head. None takes a body.
 pub(super) fn admits(head: &Head) -> Result<Route<'_>, Refusal> {
     let route = Route::of(head).ok_or(Refusal { status: 403, route: "-", rule: "route" })?;
     match head.length {
@@ -91,7 +91,7 @@ pub(super) fn admits(head: &Head) -> Result<Route<'_>, Refusal> {
     }
 }
 
-/// The call that a request may be.
+/// The call that a request may make.
 pub(super) fn plan(policy: &Policy, head: &Head) -> Result<Planned<Call>, Refusal> {
     let route = admits(head)?;
     let refused = |rule| Refusal { status: 403, route: route.template(), rule };

@@ -1,4 +1,4 @@
-//! What is let through, by whom it is asked for, and what reaches Docker: a double of it that writes down each call.
+//! Tests what the proxy lets through, for whom, and what reaches Docker: a double that records each call.
 
 use std::sync::Mutex;
 
@@ -12,7 +12,7 @@ use crate::docker::RunState;
 const APP: &str = "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
 const OTHER: &str = "bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb";
 
-/// Containers by id with their names, and what was done to them.
+/// Containers by id, with their names, and the calls that acted on them.
 #[derive(Debug, Default)]
 struct Double {
     names: BTreeMap<&'static str, &'static str>,
@@ -28,7 +28,7 @@ impl Double {
 
 impl Containers for Double {
     async fn look(&self, name: &str) -> Result<Option<Seen>, DockerError> {
-        // As Docker: by name, by id, by the beginning of an id.
+        // Like Docker, finds a container by name, by id, or by the beginning of an id.
         let found = self.names.iter().find(|(_, known)| **known == name);
         let found = found.or_else(|| self.names.iter().find(|(id, _)| id.starts_with(name)));
         Ok(found.map(|(id, name)| Seen {
@@ -110,7 +110,7 @@ async fn everything_else_is_refused_by_its_rule_and_nothing_reaches_docker() {
     let service = service();
     let chunk = "x".repeat(MOST_BODY + 1);
     let attacks = [
-        // Other calls, those that the agent's own proxy lets through among them.
+        // Other calls, including those that the agent's own proxy lets through.
         ("GET /version".to_owned(), "route"),
         ("GET /info".to_owned(), "route"),
         ("GET /events".to_owned(), "route"),
@@ -160,7 +160,7 @@ async fn everything_else_is_refused_by_its_rule_and_nothing_reaches_docker() {
         (format!("POST /containers/{APP}/restart?signal=SIGKILL"), "query_key"),
         (format!("POST /containers/{APP}/start?detachKeys=x"), "query_key"),
         ("GET /containers/app/json?size=true".to_owned(), "query_key"),
-        // Ways to write a path.
+        // Other ways to write a path.
         (format!("POST /containers/{APP}%2frestart"), "path_bytes"),
         (format!("POST /containers/{OTHER}/../{APP}/restart"), "path_segments"),
         (format!("POST //containers/{APP}/restart"), "path_segments"),
@@ -189,11 +189,11 @@ async fn everything_else_is_refused_by_its_rule_and_nothing_reaches_docker() {
 async fn a_container_that_lost_its_name_and_one_that_took_it_for_another_are_told_apart_at_the_call() {
     let mut service = service();
     let restart = format!("POST /containers/{APP}/restart HTTP/1.1\r\nHost: d\r\n\r\n");
-    // Renamed by somebody, and another one has the name now.
+    // The container was renamed, and another one has its name now.
     service.proxy.docker.names = BTreeMap::from([(APP, "app-before"), (OTHER, "app")]);
     let said = answer(&service, &restart).await;
     assert!(said.contains("refuses this: container_name"), "{said}");
-    // One whose name looks like the id of another.
+    // A container whose name looks like the id of another.
     service.proxy.docker.names = BTreeMap::from([(OTHER, APP)]);
     let said = answer(&service, &restart).await;
     assert!(said.starts_with("HTTP/1.1 404 "), "{said}");

@@ -1,17 +1,17 @@
-//! A workload's directory: the one place that touches it. Blocks, and for ever on a file system that hangs.
+//! A workload's directory. Only this module touches it. Calls block, and forever on a file system that hangs.
 //!
 //! ```text
-//!   db_password -> ..data/db_password     one link for each file, which stays as it is
-//!   ..data      -> ..42                   renamed over the one before: all files change at once
-//!   ..42/db_password                      a set, written whole before anything points to it, and never changed
-//!   ..41/db_password                      the set before, for readers that are on their way, and until 42 is settled
-//!   ..settled   -> ..41                   the newest set that somebody has dealt with; made anew when it is replaced
+//!   db_password -> ..data/db_password     one link for each file; it never changes
+//!   ..data      -> ..42                   replaced by a rename: all files change at once
+//!   ..42/db_password                      a set, written in full before any link leads to it, and never changed
+//!   ..41/db_password                      the previous set, kept for readers under way and until 42 is settled
+//!   ..settled   -> ..41                   the newest settled set; the link is made anew when a newer set replaces it
 //!   ..refused   -> ..40 0c5f…             a set that was put back, and a keyed hash of what it held
 //! ```
 //!
-//! Every entry is reached from the directory's own descriptor, by one name, and no symbolic link is followed: whoever
-//! shares the directory can plant what he likes and gains nothing. After a crash at any step the links lead to the set
-//! before or to the one after, and what is half made is removed by the next look.
+//! Every entry is reached from the directory's own descriptor, by one name, and no symbolic link is followed. Whoever
+//! shares the directory can plant anything and gains nothing. After a crash at any step the links lead to the previous
+//! set or to the new one, and the next pass removes what is half made.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -33,131 +33,131 @@ use crate::delivery::{Delivery, FileName};
 const DATA: &str = "..data";
 const SETTLED: &str = "..settled";
 const REFUSED: &str = "..refused";
-/// What a link is called until it is renamed to what it is to be.
+/// Temporary name of a link, until it is renamed.
 const NEW: &str = "..new";
 /// `linux/magic.h`: file systems that live in memory.
 const IN_MEMORY: [u32; 2] = [0x0102_1994, 0x8584_58f6];
-/// Of a file that is compared. No file of ours is larger.
+/// Largest file to compare, in bytes. The vault writes none larger.
 const MAX_FILE_BYTES: u64 = 1 << 20;
-/// Entries of a directory that are looked at; more than that many are nobody's delivery.
+/// Most entries to read. A directory with more is nobody's delivery.
 const MAX_ENTRIES: usize = 10_000;
 
 /// Why a directory cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum FolderError {
-    /// Neither it nor the one above is there.
+    /// Neither the directory nor its parent exists.
     #[error("{path} is not there, and neither is the directory above it: mount the volume, or make that directory", path = .0.display())]
     Parent(PathBuf),
-    /// A link or a file has its place.
+    /// A link or a file is in its place.
     #[error("{path} is no directory but {1}: it is not followed and not replaced; remove it", path = .0.display())]
     Kind(PathBuf, &'static str),
-    /// It would be kept on a disk.
+    /// It lies on a disk.
     #[error(
         "{path} is no tmpfs: secrets would lie on a disk; mount one there (a volume with driver_opts type: tmpfs, device: tmpfs), or write allow_disk: true",
         path = .0.display()
     )]
     Disk(PathBuf),
-    /// Another owner than the configuration says.
+    /// Its owner is not the configured one.
     #[error("{} belongs to uid {found}, and the delivery says {wanted}: mount it with the option uid={wanted}, or correct the delivery", directory.display())]
     Uid {
-        /// Which one.
+        /// The directory.
         directory: PathBuf,
-        /// Whose it is.
+        /// Its owner.
         found: u32,
-        /// Whose it is to be.
+        /// The configured owner.
         wanted: u32,
     },
-    /// Another group than the configuration says.
+    /// Its group is not the configured one.
     #[error("{} has the group {found}, and the delivery says {wanted}: mount it with the option gid={wanted}, or correct the delivery", directory.display())]
     Gid {
-        /// Which one.
+        /// The directory.
         directory: PathBuf,
-        /// What it has.
+        /// Its group.
         found: u32,
-        /// What it is to have.
+        /// The configured group.
         wanted: u32,
     },
-    /// Files in it would not get its group.
+    /// Files in it would not inherit its group.
     #[error("files in {path} would not get its group {1}: mount it with the option mode=2750, whose 2 does that", path = .0.display())]
     Inherit(PathBuf, u32),
-    /// The new directory cannot get its group.
+    /// The vault cannot give the new directory its group.
     #[error("{path} cannot get the group {1}: run the vault with group_add: [\"{1}\"]", path = .0.display())]
     Group(PathBuf, u32),
-    /// Not ours to write.
+    /// The vault may not write it.
     #[error("{path} cannot be written by the vault, which is uid {1}: mount it with the options uid={1},mode=2750", path = .0.display())]
     Denied(PathBuf, u32),
-    /// Mounted `:ro` here, too.
+    /// It is mounted `:ro` for the vault, too.
     #[error("{path} is mounted read-only: mount it read-write for the vault, and :ro for the containers of the workload", path = .0.display())]
     ReadOnly(PathBuf),
-    /// Two sets do not fit.
+    /// Two sets do not fit in it.
     #[error("{path} is full: two sets of its files must fit; mount it with a larger size=", path = .0.display())]
     Full(PathBuf),
-    /// Something else is kept there.
+    /// It holds something that is not the vault's.
     #[error("{path} holds {1:?}, which is not the vault's: give the workload an empty directory of its own", path = .0.display())]
     Foreign(PathBuf, String),
-    /// A directory has the place of one of our names.
+    /// A directory occupies one of the vault's names.
     #[error("{path} has something of its own at {1:?}, which cannot be removed: remove it by hand", path = .0.display())]
     InTheWay(PathBuf, String),
-    /// There is no such set.
+    /// There is no settled set to put back.
     #[error("{path} has no set of files that could be put back", path = .0.display())]
     NothingSettled(PathBuf),
-    /// The system refuses.
+    /// Any other system error.
     #[error("{path} cannot be {1}: {2}", path = .0.display())]
     Io(PathBuf, &'static str, std::io::Error),
-    /// A test ends it here, as SIGKILL would.
+    /// A test stops here, as SIGKILL would.
     #[cfg(test)]
     #[error("killed")]
     Killed,
 }
 
-/// The directory of a workload, open.
+/// The open directory of a workload.
 #[derive(Debug)]
 pub(super) struct Folder {
     path: PathBuf,
     dir: OwnedFd,
     stat: Stat,
     on_disk: bool,
-    /// Steps until a test ends it.
+    /// Steps until a test stops it.
     #[cfg(test)]
     pub(super) steps: std::cell::Cell<Option<u32>>,
 }
 
-/// What is in a directory.
+/// The contents of a directory.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(super) struct Look {
     /// Where `..data` leads: the set that readers see.
     pub(super) current: Option<u64>,
-    /// When it was put in place.
+    /// When that set was put in place.
     pub(super) since: Option<Timestamp>,
-    /// The newest set that was dealt with.
+    /// The newest settled set.
     pub(super) settled: Option<u64>,
-    /// When that one was settled, or, later, left for a newer one.
+    /// When that set was settled, or, later, when a newer one replaced it.
     pub(super) left: Option<Timestamp>,
     /// The newest set that was put back or taken away, and the hash of what it held.
     pub(super) refused: Option<(u64, String)>,
-    /// All sets, whole or not.
+    /// All sets, complete or not.
     pub(super) sets: BTreeSet<u64>,
-    /// Links of ours, each to the file of its name.
+    /// The vault's links, each to the file of its name.
     links: BTreeSet<String>,
-    /// What nobody here has made.
+    /// Entries that are not the vault's.
     foreign: BTreeSet<String>,
 }
 
 impl Look {
-    /// The highest number that was ever given.
+    /// The highest number given so far.
     fn highest(&self) -> u64 {
         let refused = self.refused.as_ref().map(|(number, _)| *number);
         [self.current, self.settled, refused, self.sets.last().copied()].into_iter().flatten().max().unwrap_or(0)
     }
 
-    /// Whether the directory was ours already.
+    /// Whether the vault has used this directory before.
     fn is_ours(&self) -> bool {
         self.highest() > 0 || !self.links.is_empty()
     }
 }
 
 impl Folder {
-    /// Opens the directory of a delivery, which must be what the delivery says. `None` where there is none.
+    /// Opens the directory of a delivery and checks it against the delivery. `None` if there is none.
     pub(super) fn open(delivery: &Delivery) -> Result<Option<Self>, FolderError> {
         let path = &delivery.directory;
         let (parent, name) = parent(path)?;
@@ -199,8 +199,8 @@ impl Folder {
         })
     }
 
-    /// Makes a directory that is not there, with its first set in it: it is never seen empty, so that a container which
-    /// binds it starts with its files or not at all. `None` where somebody else was faster.
+    /// Makes a missing directory with its first set in it. Nobody sees it empty, so a container that binds it starts
+    /// with its files or not at all. `None` if somebody else was faster.
     pub(super) fn make(delivery: &Delivery, files: &Files) -> Result<Option<u64>, FolderError> {
         let path = &delivery.directory;
         let (parent, name) = parent(path)?;
@@ -210,7 +210,7 @@ impl Folder {
         }
         let half = format!("..{name}.new");
         remove_tree(&parent, &half).map_err(failed)?;
-        // Closed to everybody until it has its group.
+        // Closed to everybody else until it has its group.
         mkdirat(&parent, half.as_str(), Mode::RWXU).map_err(failed)?;
         let made = Self::make_in(delivery, &parent, &half, files);
         if made.is_err() {
@@ -240,12 +240,12 @@ impl Folder {
         folder.put(&Look::default(), files, 0)
     }
 
-    /// What tells this directory from every other one.
+    /// Device and inode, which tell this directory from every other.
     pub(super) fn identity(&self) -> (u64, u64) {
         (self.stat.st_dev, self.stat.st_ino)
     }
 
-    /// What is in it.
+    /// Reads what is in it.
     pub(super) fn look(&self) -> Result<Look, FolderError> {
         let mut look = Look::default();
         for name in names(&self.dir).map_err(|error| self.failed("read", error))? {
@@ -278,7 +278,7 @@ impl Folder {
         Ok(look)
     }
 
-    /// The files of a set. `None` where they are not as they were written: gone, changed, or something else among them.
+    /// Reads the files of a set. `None` if they are not as written: gone, changed, or with something else among them.
     pub(super) fn read(&self, set: u64) -> Option<Files> {
         let dir = open_dir(&self.dir, &set_name(set)).ok()?;
         let mut files = Files::new();
@@ -291,7 +291,7 @@ impl Folder {
             {
                 return None;
             }
-            // With room for one more, so that it does not grow and leave a copy behind.
+            // Reserve room for one byte more, so that the buffer does not grow and leave a copy behind.
             let mut bytes = Zeroizing::new(Vec::with_capacity(stat.st_size as usize + 1));
             file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).ok()?;
             files.insert(name.parse().ok()?, File { mode: stat.st_mode & 0o7777, bytes });
@@ -299,14 +299,16 @@ impl Folder {
         Some(files)
     }
 
-    /// Whether there is a link for each of these files and for no other, and nothing of anybody else.
+    /// Whether each of these files has a link, and there is no other link and no foreign entry.
     pub(super) fn is_tidy(look: &Look, files: &Files) -> bool {
         look.foreign.is_empty() && look.links.iter().map(String::as_str).eq(files.keys().map(FileName::as_str))
     }
 
-    /// Writes a new set and puts it in the place of the present one, all at once; its number, which is higher than `used`.
+    /// Writes a new set and puts it in the place of the present one, all at once. Returns its number, which is higher
+    /// than `used`.
     ///
-    /// After an error everything is as before, the half of a set apart, which [`Folder::tidy`] removes.
+    /// If it fails before the switch, readers see what they saw before. The next pass removes what is left of the new
+    /// set.
     pub(super) fn put(&self, look: &Look, files: &Files, used: u64) -> Result<u64, FolderError> {
         if let (false, Some(name)) = (look.is_ours(), look.foreign.first()) {
             return Err(FolderError::Foreign(self.path.clone(), name.clone()));
@@ -321,11 +323,12 @@ impl Folder {
             let _ = remove_tree(&self.dir, &set_name(number));
             return Err(error);
         }
-        // Before the switch: they lead nowhere until then, and to the new files from then on.
+        // Link before the switch: the new links lead nowhere until then, and to the new files from then on.
         for name in files.keys().filter(|name| !look.links.contains(name.as_str())) {
             self.link(name.as_str(), &format!("{DATA}/{name}"))?;
         }
-        // Its time tells later on which containers have begun with the settled set and which with a newer one.
+        // Renew this link: its time later tells which containers started with the settled set and which with a newer
+        // one.
         if let Some(settled) = look.settled.filter(|settled| look.current == Some(*settled)) {
             self.settle(settled)?;
         }
@@ -334,7 +337,7 @@ impl Folder {
         Ok(number)
     }
 
-    /// Links the files of the present set where a link is missing, and removes what is none of ours or of them.
+    /// Adds missing links to the files of the present set, and removes foreign entries and links without a file.
     pub(super) fn mend(&self, look: &Look, files: &Files) -> Result<(), FolderError> {
         for name in files.keys().filter(|name| !look.links.contains(name.as_str())) {
             self.link(name.as_str(), &format!("{DATA}/{name}"))?;
@@ -342,7 +345,7 @@ impl Folder {
         self.prune(look, files)
     }
 
-    /// Removes links to files that are no more, and what others have left here.
+    /// Removes links without a file, and what others have left here.
     fn prune(&self, look: &Look, files: &Files) -> Result<(), FolderError> {
         let is_ours = |name: &&String| !files.contains_key(name.as_str());
         for name in look.links.iter().chain(&look.foreign).filter(is_ours) {
@@ -363,10 +366,10 @@ impl Folder {
         let failed = |error| self.failed("written", error);
         let name = set_name(number);
         self.step()?;
-        // As open as the directory itself, and not writable by anybody else. The group is inherited.
+        // As open as the directory itself, but writable only by the vault. The group is inherited.
         let mode = Mode::from_raw_mode(self.stat.st_mode & 0o755 | 0o700);
         match mkdirat(&self.dir, name.as_str(), mode) {
-            // Left half made.
+            // A kill left it half made.
             Err(Errno::EXIST) => {
                 remove_tree(&self.dir, &name).map_err(failed)?;
                 mkdirat(&self.dir, name.as_str(), mode).map_err(failed)?;
@@ -393,20 +396,20 @@ impl Folder {
         Ok(())
     }
 
-    /// Puts the settled set back in the place of the present one, which `hash` tells from others from now on.
+    /// Puts the settled set back in the place of the present one. `hash` identifies the refused files from now on.
     pub(super) fn put_back(&self, look: &Look, hash: &str) -> Result<u64, FolderError> {
         let (Some(current), Some(settled)) = (look.current, look.settled) else {
             return Err(FolderError::NothingSettled(self.path.clone()));
         };
         let files = self.read(settled).filter(|files| !files.is_empty());
         let files = files.ok_or_else(|| FolderError::NothingSettled(self.path.clone()))?;
-        // First: one that is killed behind it finds here what was about to happen.
+        // Record this first: after a kill, the next pass reads here what was about to happen.
         self.link(REFUSED, &format!("{} {hash}", set_name(current)))?;
         self.go_back(look, settled, &files)?;
         Ok(settled)
     }
 
-    /// The rest of it, also after a kill in the middle.
+    /// Does the rest of a put-back, also after a kill in the middle.
     pub(super) fn go_back(&self, look: &Look, settled: u64, files: &Files) -> Result<(), FolderError> {
         for name in files.keys().filter(|name| !look.links.contains(name.as_str())) {
             self.link(name.as_str(), &format!("{DATA}/{name}"))?;
@@ -415,12 +418,12 @@ impl Folder {
         self.prune(look, files)
     }
 
-    /// Remembers that this set was dealt with.
+    /// Records that this set is settled.
     pub(super) fn settle(&self, set: u64) -> Result<(), FolderError> {
         self.link(SETTLED, &set_name(set))
     }
 
-    /// Forgets which set was put back; its number is lower than the present one.
+    /// Forgets which set was put back. Its number must not be higher than the present one.
     pub(super) fn forget_refused(&self) -> Result<(), FolderError> {
         self.step()?;
         match unlinkat(&self.dir, REFUSED, AtFlags::empty()) {
@@ -429,7 +432,7 @@ impl Folder {
         }
     }
 
-    /// Takes all files away, at once. The numbers that were given are remembered.
+    /// Removes all files at once. The highest number given stays recorded.
     pub(super) fn withdraw(&self, look: &Look) -> Result<(), FolderError> {
         if look.current.is_some() {
             self.link(REFUSED, &format!("{} -", set_name(look.highest())))?;
@@ -446,7 +449,7 @@ impl Folder {
         self.prune(&links, &Files::new())
     }
 
-    /// Removes a set that nothing leads to.
+    /// Removes a set that no link leads to.
     pub(super) fn remove(&self, set: u64) -> Result<(), FolderError> {
         self.step()?;
         remove_tree(&self.dir, &set_name(set)).map_err(|error| match error {
@@ -455,7 +458,7 @@ impl Folder {
         })
     }
 
-    /// A link that is made anew or takes the place of whatever has the name: nobody sees it missing.
+    /// Makes a link or replaces whatever has its name, so that nobody sees it missing.
     fn link(&self, name: &str, target: &str) -> Result<(), FolderError> {
         let failed = |error| self.failed("written", error);
         self.step()?;
@@ -470,7 +473,7 @@ impl Folder {
         self.step()?;
         match renameat(&self.dir, NEW, &self.dir, name) {
             Ok(()) => {}
-            // A directory of somebody else.
+            // Somebody else's directory.
             Err(Errno::ISDIR | Errno::EXIST | Errno::NOTEMPTY) => {
                 let in_the_way = |_| FolderError::InTheWay(self.path.clone(), name.to_owned());
                 unlinkat(&self.dir, name, AtFlags::REMOVEDIR).map_err(in_the_way)?;
@@ -488,7 +491,7 @@ impl Folder {
         readlinkat(&self.dir, name, vec![]).ok()?.into_string().ok()
     }
 
-    /// When a link was made. The clock of a file system is a tick of the kernel behind, some milliseconds.
+    /// When a link was made. A file system's clock is up to a tick of the kernel behind, some milliseconds.
     fn made(&self, link: &str) -> Option<Timestamp> {
         let stat = statat(&self.dir, link, AtFlags::SYMLINK_NOFOLLOW).ok()?;
         Timestamp::new(stat.st_mtime, i32::try_from(stat.st_mtime_nsec).ok()?).ok()
@@ -544,11 +547,11 @@ fn set_name(number: u64) -> String {
 
 fn set_number(name: &str) -> Option<u64> {
     let digits = name.strip_prefix("..")?;
-    // As it is written, and in no other form: two names are never one set.
+    // Accept only the form that the vault writes, so that two names never mean one set.
     digits.parse().ok().filter(|number| *number > 0 && set_name(*number) == name)
 }
 
-/// The directory above, open, and the last part of the path.
+/// Opens the parent directory. Returns it with the last part of the path.
 fn parent(path: &Path) -> Result<(OwnedFd, &str), FolderError> {
     let name = path.file_name().and_then(|name| name.to_str());
     let (Some(above), Some(name)) = (path.parent(), name) else {
@@ -575,11 +578,11 @@ fn kind(parent: &OwnedFd, name: &str) -> &'static str {
 }
 
 fn in_memory(dir: &OwnedFd) -> rustix::io::Result<bool> {
-    // The field is wider than the number in it.
+    // The field is wider than its value.
     Ok(IN_MEMORY.contains(&(fstatfs(dir)?.f_type as u32)))
 }
 
-/// The names in a directory. One that is no text is shown with marks in its place, and is nobody's delivery.
+/// The names in a directory. A name that is not UTF-8 gets replacement characters, and is nobody's delivery.
 fn names(dir: &OwnedFd) -> rustix::io::Result<Vec<String>> {
     let mut names = vec![];
     for entry in Dir::read_from(dir.as_fd())? {
@@ -594,7 +597,7 @@ fn names(dir: &OwnedFd) -> rustix::io::Result<Vec<String>> {
     Ok(names)
 }
 
-/// Removes an entry; a directory with the directories of files in it that this module makes, and nothing deeper.
+/// Removes an entry. In a directory, removes the files and directories that this module makes, and nothing deeper.
 fn remove_tree(parent: &OwnedFd, name: &str) -> rustix::io::Result<()> {
     fn remove(parent: &OwnedFd, name: &str, depth: u8) -> rustix::io::Result<()> {
         match unlinkat(parent, name, AtFlags::empty()) {

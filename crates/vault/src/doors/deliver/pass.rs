@@ -1,5 +1,5 @@
-//! One look at a workload's directory and at its secrets, and what follows from it. All of it blocks, so that it runs on a
-//! thread of its own, one at a time for a workload.
+//! One pass over a workload: look at its directory and its secrets, and do what follows. All of it blocks, so each pass
+//! runs on a thread of its own. A workload has one pass at a time.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, PoisonError};
@@ -13,16 +13,15 @@ use crate::principal::Principal;
 use crate::secret::{SecretName, Value};
 use crate::vault::{self, Refusal, Vault, now};
 
-/// For how long a set that was replaced stays for readers that are on their way through the links: far longer than
-/// any of them takes.
+/// How long a replaced set stays for readers that are following the links: far longer than any of them takes.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// Which directory each workload has, to notice two that are one under two names.
+/// Which directory each workload uses, to notice two paths that lead to the same one.
 #[derive(Debug, Default)]
 pub(super) struct Claims(Mutex<BTreeMap<(u64, u64), BTreeSet<Workload>>>);
 
 impl Claims {
-    /// Notes that the workload has this directory, and returns who else says so.
+    /// Records that the workload uses this directory, and returns another workload that does, too.
     fn claim(&self, workload: &Workload, identity: (u64, u64)) -> Option<Workload> {
         let mut claims = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         claims.retain(|place, names| {
@@ -36,7 +35,7 @@ impl Claims {
         names.iter().find(|name| *name != workload).cloned()
     }
 
-    /// The workload has no directory any more, or another one.
+    /// Drops the claim of a workload that no longer has a directory or a delivery.
     pub(super) fn release(&self, workload: &Workload) {
         let mut claims = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         claims.retain(|_, names| {
@@ -46,36 +45,37 @@ impl Claims {
     }
 }
 
-/// What is remembered of a workload between two passes. Losing it costs a read of each secret.
+/// What the passes of a workload remember. Losing it costs a read of each secret.
 #[derive(Debug, Default)]
 pub(super) struct Memory {
-    /// How its secrets stood, without values, and what the plan came to then.
+    /// How the secrets stood at the last plan, without values, and the outcome of that plan.
     seen: Option<(BTreeMap<SecretName, vault::Standing>, Outcome)>,
-    /// The highest number of a set.
+    /// The highest set number so far.
     highest: u64,
-    /// Sets that nothing leads to any more, and since when.
+    /// Sets that no link leads to any more, and since when.
     retired: BTreeMap<u64, Instant>,
-    /// Whether this process has made a whole pass: what it did not see happen may have happened just now.
+    /// Whether this process has tidied the directory before. The first pass did not see when a set was replaced, so it
+    /// assumes just now.
     is_settled_in: bool,
 }
 
-/// A plan without values.
+/// The outcome of a plan, without values.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Outcome {
-    /// These files: their hash.
+    /// Deliver the files that have this hash.
     Deliver([u8; 32]),
     Keep(Vec<String>),
     Withdraw(Vec<String>),
     Wrong(String),
 }
 
-/// What a pass came to.
+/// The result of a pass.
 #[derive(Debug)]
 pub(super) struct Passed {
     pub(super) state: State,
-    /// When there is something to do without anything having happened.
+    /// When the next pass is due even if nothing happens.
     pub(super) next: Option<Duration>,
-    /// The answer to an order: the number that is in place.
+    /// The answer to an order: the number of the set in place.
     pub(super) answer: Option<Result<u64, String>>,
 }
 
@@ -86,7 +86,7 @@ pub(super) fn claim(delivery: &Delivery, claims: &Claims) {
     }
 }
 
-/// Makes the directory what it is to be, as far as that can be.
+/// Brings the directory to what the delivery says, as far as possible.
 pub(super) fn pass(
     vault: &Vault,
     delivery: &Delivery,
@@ -116,7 +116,7 @@ struct Pass<'a> {
     memory: &'a mut Memory,
     look: Look,
     answer: Option<Result<u64, String>>,
-    /// When the first of the secrets ends.
+    /// When the first of the secrets expires.
     expires: Option<i64>,
 }
 
@@ -145,7 +145,7 @@ impl Pass<'_> {
         }
         let result = self.secrets(folder.as_ref());
         if let Some(folder) = folder.or_else(|| Folder::open(self.delivery).ok().flatten()) {
-            // Also after a failure: what is told is what is there.
+            // Also after a failure: report what is there.
             self.look = folder.look().map_err(text)?;
             self.memory.highest = self.memory.highest.max(self.look.current.unwrap_or(0));
             if self.delivery.on_change == OnChange::None
@@ -159,7 +159,7 @@ impl Pass<'_> {
         result
     }
 
-    /// What a kill has left in the middle.
+    /// Finishes what a kill has interrupted.
     fn finish(&mut self, folder: &Folder) -> Result<(), FolderError> {
         let Some((number, hash)) = self.look.refused.clone() else { return Ok(()) };
         if self.look.current.is_some_and(|current| current > number) {
@@ -196,13 +196,13 @@ impl Pass<'_> {
         }
     }
 
-    /// Removes what is half made, and sets that nobody reads any more.
+    /// Removes half-made sets, and sets that nobody reads any more.
     fn tidy(&mut self, folder: &Folder) -> Result<(), FolderError> {
         let current = self.look.current.unwrap_or(0);
         let is_first = !std::mem::replace(&mut self.memory.is_settled_in, true);
         for set in self.idle() {
-            // A higher number than the present one that this process has not made: half made. One that is lower may have
-            // been the present one a moment ago.
+            // A number above the present one that this process has not made: half made. A lower one may have been the
+            // present one a moment ago.
             let since = self.memory.retired.get(&set);
             let is_over = since.map_or(set > current, |since| since.elapsed() >= GRACE);
             if is_over {
@@ -216,7 +216,7 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// Sets that nothing leads to.
+    /// Sets that no link leads to.
     fn idle(&self) -> Vec<u64> {
         let kept = [self.look.current, self.look.settled];
         self.look.sets.iter().copied().filter(|set| !kept.contains(&Some(*set))).collect()
@@ -230,7 +230,8 @@ impl Pass<'_> {
         }
     }
 
-    /// Looks at the secrets, and at the files only where that shows that nothing is to be done.
+    /// Compares the secrets and the files in place with the last plan, and stops if nothing is to be done. Otherwise
+    /// reads the values, plans anew and acts.
     fn secrets(&mut self, folder: Option<&Folder>) -> Result<Condition, String> {
         let who = Principal::Workload(self.delivery.workload.clone());
         let mut standing = BTreeMap::new();
@@ -287,8 +288,8 @@ impl Pass<'_> {
         Ok(self.condition(&outcome))
     }
 
-    /// Reads a secret as the workload, which leaves a line; `standing` is what it was when it was read. Where the workload
-    /// gets nothing, `all_here` being false, no value is read.
+    /// Reads a secret as the workload, which writes an audit line. Sets `standing` to what it was at the read. If
+    /// `all_here` is false, the workload gets nothing, so no value is read.
     fn value(
         &self,
         who: &Principal,
@@ -302,7 +303,7 @@ impl Pass<'_> {
             vault::Standing::Here { .. } if !all_here => {
                 return Value::new(vec![]).map(Standing::Here).map_err(|error| error.to_string());
             }
-            // What is denied leaves a line, too.
+            // A denied read writes an audit line, too.
             vault::Standing::Here { .. } | vault::Standing::Denied(_) => {}
         }
         match self.vault.get(who, name, None) {
@@ -315,7 +316,7 @@ impl Pass<'_> {
                 Ok(Standing::Denied(missing))
             }
             Err(Refusal::NotFound(_)) => {
-                // One that was revoked in between is found at the next look, which follows at once.
+                // If it was revoked in between, the next look finds that. It follows at once.
                 *standing = vault::Standing::Absent;
                 Ok(Standing::Absent)
             }
@@ -327,7 +328,7 @@ impl Pass<'_> {
         if Folder::make(self.delivery, files)?.is_some() {
             return Ok(());
         }
-        // Somebody else made it in this moment.
+        // Somebody else has just made it.
         let folder =
             Folder::open(self.delivery)?.ok_or_else(|| FolderError::Parent(self.delivery.directory.clone()))?;
         folder.put(&folder.look()?, files, self.memory.highest).map(|_| ())
@@ -336,7 +337,7 @@ impl Pass<'_> {
     fn put(&self, folder: &Folder, files: &Files) -> Result<(), FolderError> {
         let put = folder.put(&self.look, files, self.memory.highest);
         let put = match put {
-            // Rather a reader that must read again than an old password for all of them.
+            // Remove replaced sets early: better that a reader reads again than that all of them keep an old password.
             Err(FolderError::Full(_)) if !self.memory.retired.is_empty() => {
                 for set in self.memory.retired.keys() {
                     folder.remove(*set)?;

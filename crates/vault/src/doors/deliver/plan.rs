@@ -1,4 +1,4 @@
-//! What a workload's files are to be: a pure function of its delivery and of how its secrets stand. Its tests are the
+//! Plans a workload's files: a pure function of its delivery and of how its secrets stand. Its tests are the
 //! specification.
 
 use std::collections::BTreeMap;
@@ -12,17 +12,17 @@ use crate::secret::{SecretName, Value};
 /// How a secret stands for the workload.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Standing {
-    /// It is there and may be read.
+    /// It exists and may be read.
     Here(Value),
-    /// There is none, or none any more: never set, deleted, or expired.
+    /// It does not exist: never set, deleted, or expired.
     Absent,
     /// It was revoked when it was deleted.
     Revoked,
-    /// No grant lets the workload read it; the row that is missing.
+    /// No grant lets the workload read it. Holds the missing row.
     Denied(String),
 }
 
-/// A file that is to be there.
+/// A file to deliver.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) struct File {
     /// Permissions.
@@ -40,21 +40,20 @@ impl fmt::Debug for File {
 /// All files of a workload.
 pub(super) type Files = BTreeMap<FileName, File>;
 
-/// What is to be done.
+/// What to do.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Plan {
-    /// These files, all of them and no others.
+    /// Deliver these files, all of them and no others.
     Deliver(Files),
-    /// Nothing: what is there stays, and where there is nothing there will be nothing. A line for each secret that is
-    /// missing.
+    /// Change nothing: files in place stay, and where there are none, none appear. One line for each missing secret.
     Keep(Vec<String>),
-    /// No file stays. A line for each secret that was revoked or may not be read.
+    /// Remove all files. One line for each secret that was revoked or may not be read.
     Withdraw(Vec<String>),
-    /// Nothing, since a file cannot be made; why.
+    /// Change nothing, because a file cannot be made. Says why.
     Wrong(String),
 }
 
-/// The plan for a delivery. `secrets` has how each of its secrets stands; one that it lacks counts as absent.
+/// Plans a delivery. `secrets` says how each of its secrets stands; a secret that it lacks counts as absent.
 pub(super) fn plan(delivery: &Delivery, secrets: &BTreeMap<SecretName, Standing>) -> Plan {
     let workload = &delivery.workload;
     let (mut withdrawn, mut missing) = (vec![], vec![]);
@@ -68,7 +67,7 @@ pub(super) fn plan(delivery: &Delivery, secrets: &BTreeMap<SecretName, Standing>
             }
         }
     }
-    // What may not be read any more goes, whatever else is missing.
+    // Remove what may no longer be read, whatever else is missing.
     if !withdrawn.is_empty() {
         return Plan::Withdraw(withdrawn);
     }

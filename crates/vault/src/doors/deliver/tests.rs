@@ -13,7 +13,7 @@ use crate::secret::Value;
 use crate::store::{Change, Location, Options};
 use crate::vault::now;
 
-/// For what takes milliseconds.
+/// Generous limit for what takes milliseconds.
 const SOON: Duration = Duration::from_secs(60);
 
 struct Scene {
@@ -30,7 +30,7 @@ impl Drop for Scene {
     }
 }
 
-/// A vault with nothing in it that delivers what `text` says, in which `DIR` is a directory in memory.
+/// An empty vault that delivers what `text` says, where `DIR` is a directory in memory.
 async fn scene(text: &str) -> Scene {
     let memory = tempfile::tempdir_in("/dev/shm").unwrap();
     let config = parse(&memory, text);
@@ -74,7 +74,7 @@ impl Scene {
         self.vault.replace_grants(config.grants);
     }
 
-    /// Another task in the place of the present one, which knows nothing of what that one did.
+    /// Replaces the present task with a new one, which knows nothing of what the old one did.
     async fn restart(&mut self, between: impl FnOnce(&Self)) {
         self.task.abort();
         let _ = (&mut self.task).await;
@@ -84,7 +84,7 @@ impl Scene {
         self.task = tokio::spawn(serve(self.vault.clone(), self.wanted.subscribe(), inside));
     }
 
-    /// Waits until it stands like this with a workload.
+    /// Waits until the state of a workload is like this.
     async fn until(&self, workload: &str, like: impl Fn(&State) -> bool) -> State {
         let mut states = self.desk.states();
         let found = tokio::time::timeout(SOON, states.wait_for(|states| states.get(workload).is_some_and(&like))).await;
@@ -98,7 +98,7 @@ impl Scene {
         self.until(workload, |state| state.version == Some(version) && state.condition == Condition::Delivered).await
     }
 
-    /// Lines of the audit that have all of these words.
+    /// Counts the audit lines that have all of these words.
     fn lines(&self, words: &[&str]) -> usize {
         let log = fs::read_to_string(self.path("audit.log")).unwrap();
         log.lines().filter(|line| words.iter().all(|word| line.contains(word))).count()
@@ -124,9 +124,9 @@ async fn a_workload_gets_its_files_when_all_its_secrets_are_there_and_each_chang
     scene.set("app/key", "2");
     scene.until_version("app", 2).await;
     assert_eq!((scene.read("app/key"), scene.read("app/both")), (Some("2".to_owned()), Some("2x".to_owned())));
-    // It asked as itself.
+    // The vault was asked as the workload.
     assert!(scene.lines(&["\"workload:app\"", "\"get\"", "\"app/key\"", "\"version\":2"]) == 1);
-    // What it does not have is no reason to look.
+    // A secret that it does not use causes no look.
     let lines = scene.lines(&["\"workload:app\""]);
     scene.set("app/third", "3");
     scene.set("app/other", "y");
@@ -147,7 +147,7 @@ async fn a_secret_that_is_lost_leaves_the_last_files_and_one_that_is_revoked_tak
     let state = scene.until("app", |state| matches!(state.condition, Condition::Denied { .. })).await;
     assert_eq!((state.version, scene.read("app/both"), scene.read("app/key")), (None, None, None));
     scene.set("app/other", "y");
-    // The number is not given again.
+    // The number is not given twice.
     scene.until_version("app", 2).await;
     assert_eq!(scene.read("app/both"), Some("1y".to_owned()));
 }
@@ -183,7 +183,7 @@ async fn a_directory_that_is_emptied_or_changed_by_hand_is_filled_again() {
     fs::write(scene.path("app/..2/key"), "other").unwrap();
     scene.until_version("app", 3).await;
     assert_eq!(scene.read("app/key"), Some("1".to_owned()));
-    // The whole of it.
+    // The whole directory.
     fs::remove_dir_all(scene.path("app")).unwrap();
     scene.until_version("app", 1).await;
     assert_eq!(scene.read("app/key"), Some("1".to_owned()));
@@ -223,7 +223,7 @@ async fn whoever_acts_on_changes_settles_a_version_or_has_it_put_back() {
     assert_eq!(scene.desk.put_back(&app, 2).await, Ok(1));
     let state = scene.until("app", |state| state.condition == Condition::PutBack { refused: 2 }).await;
     assert_eq!((state.version, state.settled, scene.read("app/key")), (Some(1), Some(1), Some("1".to_owned())));
-    // Not the one that is in place.
+    // It is no longer in place.
     assert_eq!(scene.desk.put_back(&app, 2).await, Ok(1));
     scene.set("app/key", "3");
     scene.until_version("app", 3).await;
@@ -243,7 +243,7 @@ async fn what_was_killed_in_the_middle_is_finished_by_the_next_start() {
     scene.desk.settle(&app, 1).await.unwrap();
     scene.set("app/key", "2");
     scene.until_version("app", 2).await;
-    // Half a set, and a link that has no name yet.
+    // Half a set, and a link that still has its temporary name.
     scene
         .restart(|scene| {
             fs::create_dir(scene.path("app/..3")).unwrap();
@@ -253,12 +253,12 @@ async fn what_was_killed_in_the_middle_is_finished_by_the_next_start() {
         .await;
     scene.until_version("app", 2).await;
     assert!(!scene.path("app/..3").exists() && fs::symlink_metadata(scene.path("app/..new")).is_err());
-    // It was about to put 1 back.
+    // Killed when it was about to put 1 back.
     scene.restart(|scene| symlink("..2 0123", scene.path("app/..refused")).unwrap()).await;
-    // What 2 was made of has another hash than that, so that it comes again.
+    // The recorded hash is not that of set 2, so its files are delivered again.
     scene.until_version("app", 3).await;
     scene.desk.settle(&app, 3).await.unwrap();
-    // It was about to take all away; the right is there, so that they come again under another number.
+    // Killed when it was about to remove all files. The grant is there, so they come again under another number.
     scene.restart(|scene| symlink("..3 -", scene.path("app/..refused")).unwrap()).await;
     scene.until_version("app", 4).await;
     assert_eq!(scene.read("app/key"), Some("2".to_owned()));
@@ -282,7 +282,7 @@ deliveries: [{workload: a, directory: DIR/real/app, files: [{name: key, secret: 
         assert!(problem.contains(&format!("is the directory of the workload {other} as well")), "{problem}");
     }
     assert_eq!(fs::read_dir(scene.path("real/app")).unwrap().count(), 0);
-    // It takes nobody else with it.
+    // Nobody else is affected.
     scene.until_version("c", 1).await;
 }
 
@@ -306,7 +306,7 @@ async fn a_thousand_workloads_get_their_files() {
     assert_eq!(scene.read("w999/key"), Some("1".to_owned()));
 }
 
-/// A file system that answers nothing, ever. It needs the right to mount one.
+/// A file system that never answers. Mounting it needs root.
 struct Hung(PathBuf, #[expect(dead_code, reason = "the file system hangs as long as it is open")] fs::File);
 
 impl Hung {

@@ -94,7 +94,7 @@ fn a_reader_finds_one_version_or_the_other_whole_and_always() {
     };
     for version in 1..2000 {
         let number = put(&folder, &files(&[("a", &text(version))]));
-        // As long ago as the slowest reader needs.
+        // Keep a set as long as the slowest reader needs.
         if number > 100 {
             folder.remove(number - 100).unwrap();
         }
@@ -115,7 +115,7 @@ fn killed_at_any_step_the_files_are_those_before_or_after_and_the_next_one_finis
         folder.settle(1).unwrap();
         folder.steps.set(Some(step));
         let killed = folder.put(&folder.look().unwrap(), &after, 0).is_err();
-        // A name that is new leads nowhere until the switch, and one that is old does so after it.
+        // A new name leads nowhere before the switch, and an old one leads nowhere after it.
         let found: Vec<_> = seen(dir.path()).into_iter().filter(|(_, text)| text.len() == 1).collect();
         let is_new = found == pairs(&[("b", "2"), ("c", "2")]);
         assert!(is_new || found == pairs(&[("a", "1"), ("b", "1")]), "step {step}: {found:?}");
@@ -123,7 +123,7 @@ fn killed_at_any_step_the_files_are_those_before_or_after_and_the_next_one_finis
         let again = open(&delivery(dir.path(), ""));
         let look = again.look().unwrap();
         assert_eq!(look.current, Some(if is_new { 2 } else { 1 }));
-        // A set that was only about to be left is not taken for one that was put back.
+        // A set that was only about to be replaced is not taken for one that was put back.
         assert!(look.left.is_some() && (is_new || look.left >= look.since), "step {step}: {look:?}");
         let number = again.put(&look, &after, 0).unwrap();
         assert!(number > look.current.unwrap());
@@ -135,7 +135,7 @@ fn killed_at_any_step_the_files_are_those_before_or_after_and_the_next_one_finis
     assert!(ends.len() > 10 && ends.is_sorted(), "{ends:?}");
 }
 
-/// The clock of a file system goes on.
+/// Waits until the clock of the file system has moved on.
 fn tick() {
     let dir = memory();
     let time = |name: &str| {
@@ -168,7 +168,7 @@ fn killed_at_any_step_a_set_that_is_put_back_is_the_old_or_the_new_one() {
             let look = folder.look().unwrap();
             assert_eq!((number, look.refused), (1, Some((2, "hash".to_owned()))));
             assert!(look.left == left && left < look.since, "{left:?} {:?}", look.since);
-            // The number is not given again.
+            // The number is not given twice.
             folder.steps.set(None);
             folder.remove(2).unwrap();
             assert_eq!(put(&folder, &files(&[("a", "3")])), 3);
@@ -207,7 +207,7 @@ fn no_planted_link_is_followed_or_written_through() {
         plant(name, &target);
         let number = put(&folder, &files(&[("a", "2")]));
         assert_eq!(seen(dir.path()), pairs(&[("a", "2")]), "{name}");
-        // Whatever is done later goes through the same names.
+        // Later calls go through the same names.
         folder.settle(number).unwrap();
         plant(name, victim.path());
         let number = put(&folder, &files(&[("a", "3")]));
@@ -217,7 +217,7 @@ fn no_planted_link_is_followed_or_written_through() {
         assert_eq!(fs::read_to_string(&target).unwrap(), "precious", "{name}");
         assert_eq!(fs::read_dir(victim.path()).unwrap().count(), 1, "{name}");
     }
-    // In a set: it is no set of ours any more.
+    // Inside a set: it is no longer one of ours.
     let current = folder.look().unwrap().current.unwrap();
     let inner = dir.path().join(format!("..{current}"));
     symlink(&target, inner.join("b")).unwrap();
@@ -285,7 +285,7 @@ fn a_directory_that_is_not_there_is_made_with_its_files_in_it() {
     let dir = memory();
     let wanted = delivery(&dir.path().join("app"), "");
     assert!(Folder::open(&wanted).unwrap().is_none());
-    // Half made by one that was killed.
+    // Left half made by a killed vault.
     fs::create_dir_all(dir.path().join("..app.new/..1")).unwrap();
     fs::write(dir.path().join("..app.new/..1/a"), "half").unwrap();
     assert_eq!(Folder::make(&wanted, &files(&[("a", "1")])).unwrap(), Some(1));
@@ -293,7 +293,7 @@ fn a_directory_that_is_not_there_is_made_with_its_files_in_it() {
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     let mode = fs::metadata(dir.path().join("app")).unwrap().permissions().mode();
     assert_eq!(mode & 0o7777, 0o2750);
-    // Somebody else was faster: he keeps what he has.
+    // Somebody else was faster and keeps what they have.
     assert_eq!(Folder::make(&wanted, &files(&[("a", "2")])).unwrap(), None);
     assert_eq!(seen(&dir.path().join("app")), pairs(&[("a", "1")]));
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
