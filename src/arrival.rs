@@ -1,4 +1,4 @@
-//! What comes before the first request to the master: being where the master may be known, and having a name.
+//! Prepares the first request to the master: joins the networks where the master may be known, and finds a name.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,15 +12,16 @@ use crate::docker::Docker;
 use crate::introduction::{self, Introduction};
 use crate::membership::Membership;
 
-/// How long the master waits for a Docker that is away: its socket proxy is started at the same moment.
+/// Delay the first request to the master by up to this while Docker is away: the socket proxy may start at the same
+/// time.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Between two tries in that time.
+/// Time between two tries during that delay.
 const SOON: Duration = Duration::from_millis(250);
-/// Between two looks at what may be missing later: a network that somebody has taken away, the name of the host.
+/// Time between two later checks: somebody may disconnect a network, or the host's name may become known.
 const AGAIN: Duration = Duration::from_secs(30);
 
-/// Joins the networks, tells how the agent introduces itself, and sees to both until `stop`. Gives back what has then to
-/// be left.
+/// Joins the networks, publishes how the agent introduces itself, and keeps both up to date until `stop`. Returns the
+/// membership, for the caller to leave the networks.
 pub(crate) async fn arrive(
     docker: Arc<Docker>,
     mut membership: Membership,
@@ -40,7 +41,7 @@ pub(crate) async fn arrive(
         loop {
             if known.is_none() {
                 known = introduction::of_host(&docker).await;
-                // The master is not kept waiting; what is found out later is told with the next registration.
+                // Do not keep the master waiting. A name that is found later goes out with the next registration.
                 told.send_replace(Some(known.clone().unwrap_or(Introduction::ById)));
             } else if told.borrow().is_none() {
                 told.send_replace(known.clone());

@@ -1,4 +1,4 @@
-//! The one line that says what runs here. Its parts come from all sides.
+//! Logs one line that says what runs here.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,11 +13,11 @@ use crate::docker::Docker;
 use crate::registration::Session;
 use crate::state::AgentId;
 
-/// How long it waits for what the master and Docker have to say.
+/// Longest wait for the master and Docker.
 const LIMIT: Duration = Duration::from_secs(2);
 
-/// Shows it as soon as master and Docker have answered, or without what they did not say in time. `known_id` is the
-/// agent's id as it was on disk.
+/// Logs the line once the master and Docker have answered, or without the answers that are late. `known_id` is the
+/// agent's id from disk.
 pub(crate) async fn show(
     docker: Arc<Docker>,
     master: Url,

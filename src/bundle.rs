@@ -1,8 +1,8 @@
-//! `dockflare-agent support-bundle`: one JSON document that can be given to somebody who helps.
+//! `dockflare-agent support-bundle`: prints one JSON document for somebody who helps to diagnose a problem.
 //!
-//! It holds what [`crate::check`] finds, what the agent that runs beside it says of itself, and what is around the
-//! two. Nothing is changed by it. No secret is in it: secrets are not put in to begin with, and what comes from
-//! elsewhere, as log lines do, is searched for every secret that this process can know.
+//! The document holds the findings of [`crate::check`], the pages of the agent that runs in the same container, and
+//! versions, settings and files. It changes nothing and holds no secret: secrets are not put in, and text from
+//! elsewhere, such as log lines, is searched for every secret that this process can know.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -17,10 +17,10 @@ use crate::config::{Config, Loaded, PageAddress, Settings};
 use crate::docker::Docker;
 use crate::{health, logging, page, state};
 
-/// For Docker's version and the look at the tunnel container.
+/// Time limit for Docker's version and the look at the tunnel container.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// The subcommand: prints the document.
+/// Runs the subcommand: prints the document.
 pub async fn command() {
     logging::print(&format!("{:#}\n", gather().await)).await;
 }
@@ -40,7 +40,7 @@ async fn gather() -> Value {
     );
     let log = match log {
         Ok(page) if page["lines"].is_array() => page["lines"].clone(),
-        // It is another agent's, or the address is not this container's own.
+        // Another agent's page, or the address is not this container's own.
         Ok(page) => not_available(page["error"].as_str().unwrap_or("the agent that runs does not show it")),
         Err(why) => not_available(&why),
     };
@@ -63,7 +63,7 @@ fn not_available(why: &str) -> Value {
     json!({ "not_available": why })
 }
 
-/// A page of the agent that runs in the same container.
+/// Fetches a page from the agent that runs in the same container.
 async fn agent_says(address: Option<PageAddress>, path: &str) -> Result<Value, String> {
     let Some(address) = address else {
         return Err("the agent's page is switched off (HEALTH_CHECK_PORT=0)".to_owned());
@@ -104,7 +104,7 @@ fn kernel() -> Option<String> {
     std::fs::read_to_string("/proc/sys/kernel/osrelease").ok().map(|text| text.trim().to_owned())
 }
 
-/// What must be nowhere: the settings' secrets, the tunnel's token and the secret in it, each also in base64.
+/// Returns what must not appear: the settings' secrets, the tunnel's token and the secret in it, each also in base64.
 fn words(settings: &[SecretString], folder: &state::Folder) -> Vec<SecretString> {
     let mut secrets = settings.to_vec();
     if let Ok(Some(tunnel)) = &folder.tunnel {

@@ -1,33 +1,33 @@
-//! How the tunnel is, and why it is not as it is wanted: the one list of causes, each with its status, its reason, one sentence,
-//! what is done about it, and what the operator can do.
+//! The status of the tunnel, and the list of causes why it differs from the spec. Each cause has a status, a reason,
+//! one sentence, the agent's action, and what the operator can do.
 //!
-//! The command poller and the supervisor find the causes; log, master and health page show them. The table in the
-//! README's troubleshooting is this list, and a test holds the two together.
+//! The command poller and the supervisor find the causes. The log, the master and the health page show them. The table
+//! in the README's troubleshooting is this list, and a test keeps the two in sync.
 
-/// How the tunnel is, in the master's words.
+/// The status of the tunnel, in the master's terms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Status {
-    /// Runs and carries traffic.
+    /// Running, and carrying traffic.
     Running,
-    /// Being made, or made and not ready yet.
+    /// Being created, or created and not ready yet.
     Starting,
-    /// Runs and carries no traffic.
+    /// Running, but carrying no traffic.
     Degraded,
-    /// Ends again and again; Docker restarts it.
+    /// Ending again and again; Docker restarts it.
     Restarting,
-    /// Not running, as wanted.
+    /// Not running, as the spec says.
     #[default]
     Stopped,
-    /// Not running as wanted; the reason says why.
+    /// Should run and does not; the reason says why.
     Error,
 }
 
 impl Status {
-    /// All of them.
+    /// All statuses.
     pub const ALL: [Self; 6] =
         [Self::Running, Self::Starting, Self::Degraded, Self::Restarting, Self::Stopped, Self::Error];
 
-    /// The word on the wire.
+    /// Returns the word on the wire.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Running => "running",
@@ -40,63 +40,63 @@ impl Status {
     }
 }
 
-/// Why the tunnel is not as it is wanted.
+/// Why the tunnel differs from the spec.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cause {
-    /// It should run and no token is known.
+    /// The tunnel should run, but no token is known.
     TokenMissing,
     /// cloudflared, or the agent before it, cannot read the token.
     TokenMalformed,
-    /// The token of a command is for another tunnel than the command.
+    /// A command carries the token of another tunnel.
     TokenMismatch,
-    /// The edge refuses the token: a wrong secret, or a tunnel that was deleted.
+    /// The edge refuses the token: a wrong secret, or a deleted tunnel.
     TokenRefused,
-    /// The edge answers and refuses the registration, and cloudflared does not say why: over QUIC it never does.
+    /// The edge refuses the registration, and cloudflared does not say why. Over QUIC it never does.
     RegistrationRefused,
-    /// The edge answers, or takes the connection and never does, and not for want of the right token.
+    /// The edge answers with an error, or accepts the connection and never answers. The token is not at fault.
     EdgeError,
-    /// The edge's certificate is not believed: somebody stands in between, or the clock is wrong.
+    /// The edge's certificate is not trusted: something intercepts the connection, or the clock is wrong.
     EdgeUntrusted,
-    /// cloudflared cannot read the file that its token is in.
+    /// cloudflared cannot read its token file.
     TokenFile,
-    /// The port of its own pages is taken.
+    /// The port of cloudflared's own pages is taken.
     MetricsPortTaken,
-    /// cloudflared ends at its start since it cannot look up the edge.
+    /// cloudflared ends at its start because it cannot resolve the edge's name.
     NoDns,
     /// No connection to the edge.
     EdgeUnreachable,
-    /// The same, where only QUIC may be used.
+    /// The same, with QUIC as the only allowed protocol.
     UdpBlocked,
-    /// It has answered and does not answer any more.
+    /// The connector has answered before and no longer does.
     Hung,
-    /// It cannot be asked from here, and Docker's own check does not work either.
+    /// The agent cannot query the connector, and Docker's health check does not work either.
     NotAnswering,
-    /// It ends again and again.
+    /// The connector ends again and again.
     CrashLoop,
-    /// The kernel ended it for want of memory.
+    /// The kernel killed the connector because memory ran out.
     OutOfMemory,
-    /// The image is not there and cannot be pulled.
+    /// The image is missing and cannot be pulled.
     ImageUnavailable,
-    /// The network is not there and cannot be made.
+    /// The network is missing and cannot be created.
     NetworkMissing,
-    /// The container is no longer on the network, or on one of that name that is gone.
+    /// The container is not on the network any more, or on a removed one of the same name.
     NetworkReplaced,
     /// Several networks have the name.
     NetworkAmbiguous,
-    /// A container that is not the agent's has the name.
+    /// A container that is not the agent's has the name of the tunnel container.
     NameTaken,
-    /// A socket proxy or an authorisation plugin refuses a call.
+    /// A socket proxy or an authorization plugin refuses a call.
     DockerRefuses,
     /// Docker does not answer.
     DockerUnreachable,
-    /// Docker answered something else.
+    /// Docker answered with another error.
     DockerFailed,
 }
 
 /// What the agent does about a cause.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
-    /// Nothing but wait: acting would not help, or lose what still works.
+    /// Only wait: acting would not help, or would break what still works.
     Wait,
     /// Stop the connector, so that Docker does not start it again, until another token comes.
     Stop,
@@ -106,15 +106,15 @@ pub enum Action {
     LeaveToDocker,
     /// Try the same again, with growing pauses.
     TryAgain,
-    /// Make the container anew.
+    /// Create the container again.
     MakeAnew,
 }
 
-/// One row: reason, status, action, what is the matter with the tunnel, and what happens next and what to do.
+/// One row: reason, status, action, the problem of the tunnel, and what happens next and what to do.
 type Row = (&'static str, Status, Action, &'static str, &'static str);
 
 impl Cause {
-    /// All of them, in the order of the README.
+    /// All causes, in the order of the README.
     pub const ALL: [Self; 24] = [
         Self::TokenMissing,
         Self::TokenMalformed,
@@ -313,27 +313,27 @@ impl Cause {
         }
     }
 
-    /// Short and stable, for the master's page.
+    /// Returns the reason: short and stable, for the master's page.
     pub const fn reason(self) -> &'static str {
         self.row().0
     }
 
-    /// The status that goes with it.
+    /// Returns the status of the tunnel with this cause.
     pub const fn status(self) -> Status {
         self.row().1
     }
 
-    /// What the agent does about it.
+    /// Returns what the agent does about it.
     pub const fn action(self) -> Action {
         self.row().2
     }
 
-    /// What is the matter, as a sentence that begins with "the tunnel".
+    /// Returns the problem, as the rest of a sentence that begins with "the tunnel".
     pub const fn what(self) -> &'static str {
         self.row().3
     }
 
-    /// What happens next and what the operator can do.
+    /// Returns what happens next and what the operator can do.
     pub const fn next(self) -> &'static str {
         self.row().4
     }

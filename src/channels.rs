@@ -1,8 +1,7 @@
-//! What the tasks tell each other, and nothing of how they find it out: one type for each channel.
+//! Defines what travels between the tasks: one type per channel.
 //!
-//! [`Wanted`] goes from the command poller to all others, [`View`] from the supervisor, [`Inventory`] and
-//! [`Change`] from the event task, [`Ways`] from the one that looks at the neighbours. The tasks know these types and
-//! not each other.
+//! The command poller publishes [`Wanted`], the supervisor [`View`], the event task [`Inventory`] and [`Change`], and
+//! the neighbours' task [`Ways`]. The tasks know these types and not each other.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,7 +12,7 @@ use crate::cause::{Cause, Status};
 use crate::docker::Container;
 use crate::state::{AgentId, DesiredState, Phase, Token, Tombstone, TunnelId, TunnelState};
 
-/// What is wanted of the tunnel, as it is on disk.
+/// The tunnel spec, as it is on disk.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Wanted {
     /// The connector's token.
@@ -22,24 +21,24 @@ pub struct Wanted {
     pub id: Option<TunnelId>,
     /// The tunnel's name, for people.
     pub name: Option<String>,
-    /// Whether it should run.
+    /// Whether the tunnel should run.
     pub state: DesiredState,
-    /// How many times a new container was asked for.
+    /// How many times a new container was requested.
     pub redeploys: u64,
-    /// The ids that this agent has had, the present one last: its containers carry one of them.
+    /// The ids that this agent has had, the current one last. Its containers carry one of them.
     pub owners: Vec<AgentId>,
-    /// The master does not assign this tunnel to this host any more, as far as it has said.
+    /// The master no longer assigns this tunnel to this host, as far as it has said.
     pub unclaimed: bool,
-    /// The last tunnel command, when it was not carried out.
+    /// The last tunnel command, if it was refused.
     pub refusal: Option<Refusal>,
-    /// Set from the first phase of a decommission on: no tunnel, no events.
+    /// Set from the first phase of a decommission on. Then no tunnel runs and no events are sent.
     pub decommission: Option<Phase>,
-    /// What was received and cannot be stored.
+    /// What was received and cannot be saved.
     pub unsaved: Option<String>,
 }
 
 impl Wanted {
-    /// What the files of an earlier run say.
+    /// Builds the spec from the files of an earlier run.
     pub fn new(state: &TunnelState, tombstone: Option<&Tombstone>) -> Self {
         Self {
             token: state.token.clone(),
@@ -55,95 +54,95 @@ impl Wanted {
     }
 }
 
-/// A command that is not carried out, and why. The text holds nothing secret.
+/// A refused command, and why. The text holds nothing secret.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
-    /// The tunnel it was about, as far as it said.
+    /// The name of the tunnel in the command, if any.
     pub name: Option<String>,
     /// Why, for the master's page.
     pub cause: Cause,
-    /// For people.
+    /// The problem, for people.
     pub problem: String,
 }
 
 /// Labelled, running containers by id.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Inventory {
-    /// Whether the picture rests on a listing that succeeded and on every event since.
+    /// Whether the inventory rests on a successful listing and every event since.
     pub complete: bool,
-    /// Rises with what no [`Change`] tells: a picture that is complete again, another name.
+    /// Rises with what no [`Change`] carries: a new name, or that the inventory is complete again.
     pub revision: u64,
     /// The containers, with only the labels that may leave the host.
     pub containers: BTreeMap<String, Container>,
 }
 
-/// A container that began or ceased to be in the inventory.
+/// A container that entered or left the inventory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Change {
-    /// When, by Docker's clock where Docker told it.
+    /// When, by Docker's clock if Docker reported the time.
     pub at: Timestamp,
     /// Whether it runs now.
     pub running: bool,
-    /// Which one.
+    /// The container.
     pub container: Container,
 }
 
-/// What cloudflared says of itself.
+/// What cloudflared reports about itself.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Connector {
-    /// Its connector id, another one after each start.
+    /// The connector id. It changes with each start.
     pub id: Option<String>,
-    /// Version of the remote configuration; -1 until it has arrived.
+    /// The version of the remote configuration; -1 until it has arrived.
     pub config_version: Option<i64>,
-    /// How it is connected: `quic` or `http2`.
+    /// The protocol to the edge: `quic` or `http2`.
     pub protocol: Option<&'static str>,
-    /// What it has carried since it was started.
+    /// The traffic since its start.
     pub traffic: Traffic,
 }
 
-/// Requests that a connector has carried since it was started.
+/// Requests that a connector has carried since its start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Traffic {
-    /// All of them.
+    /// All requests.
     pub requests: u64,
-    /// Those that its origin did not answer.
+    /// Requests that the origin did not answer.
     pub errors: u64,
 }
 
-/// What is known of the tunnel. Two views between which there is no [`View::is_news`] need no second message.
+/// The observed status of the tunnel. A view that is no news ([`View::is_news`]) needs no message.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct View {
-    /// Whether the supervisor has looked yet; before that nothing here is known.
+    /// Whether the supervisor has looked yet. Before that, nothing here is known.
     pub looked: bool,
-    /// How it is.
+    /// The status.
     pub status: Status,
     /// When this status began.
     pub since: Option<Timestamp>,
-    /// Why, short and stable: one of [`Cause`], `no_tunnel_assigned` or `agent_stopped`; absent while all is well.
+    /// Why, short and stable: that of a [`Cause`], `no_tunnel_assigned` or `agent_stopped`. Absent while all is well.
     pub reason: Option<&'static str>,
-    /// Name, for people, of the tunnel whose connector is there, or else of the one that is wanted.
+    /// The name, for people, of the tunnel whose connector exists, or else of the tunnel in the spec.
     pub name: Option<String>,
-    /// The same tunnel's id.
+    /// The id of the same tunnel.
     pub tunnel_id: Option<TunnelId>,
-    /// The tunnel that is wanted, while the connector is another one's.
+    /// The tunnel in the spec, while the connector belongs to another tunnel.
     pub wanted: Option<WantedTunnel>,
-    /// cloudflared's version, once it is known.
+    /// cloudflared's version, once known.
     pub version: Option<String>,
-    /// Connections to the edge that are ready; `None` where that cannot be read.
+    /// The number of ready connections to the edge. `None` if it cannot be read.
     pub connections: Option<u32>,
-    /// What else cloudflared says of itself, where it can be asked.
+    /// What else cloudflared reports about itself, if it can be queried.
     pub connector: Connector,
-    /// How often the connector was started again, by Docker's restart policy or the agent, since it was made.
+    /// How often Docker's restart policy or the agent has restarted the connector since it was created.
     pub restarts: u64,
-    /// Whether it carries traffic: also while the status tells of a command that was refused, which touches nothing.
+    /// Whether the connector carries traffic, even while the status shows a refused command, which changes nothing.
     pub serves: bool,
     /// Whether the container runs, ready or not.
     pub container_running: bool,
-    /// Set while the agent is being decommissioned, once it is known what became of the container.
+    /// Set during a decommission, once the fate of the container is known.
     pub departure: Option<Departure>,
 }
 
-/// A tunnel that is wanted and whose connector does not run yet.
+/// A tunnel in the spec whose connector does not run yet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WantedTunnel {
     /// Its id.
@@ -152,16 +151,16 @@ pub struct WantedTunnel {
     pub name: Option<String>,
 }
 
-/// What is known of the ways from the tunnel container to the labelled containers.
+/// Whether the tunnel container reaches the labelled containers, and what else the neighbours' task found.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Ways {
-    /// Labelled containers, by id, that visitors cannot be led to.
+    /// Labelled containers, by id, that visitors cannot reach.
     pub unreachable: BTreeMap<String, Unreachable>,
     /// User-defined networks that the tunnel container should be on besides its own. Empty unless
     /// `AUTO_CONNECT_NETWORKS` is set.
     pub networks: BTreeSet<String>,
-    /// Whether all labelled containers have been looked at since the start, so that a network that is not among these
-    /// is needed by none.
+    /// Whether all labelled containers have been looked at since the start. Then no container needs a network that is
+    /// not listed here.
     pub all_known: bool,
     /// Names of containers that run a connector of the same tunnel.
     pub rivals: Vec<String>,
@@ -172,18 +171,18 @@ pub struct Ways {
 pub struct Unreachable {
     /// The container's name.
     pub name: String,
-    /// What stands in the way.
+    /// The problem.
     pub problem: String,
-    /// The command, or the change of a label, that mends it.
+    /// The command or label change that fixes it.
     pub remedy: String,
 }
 
-/// What the acknowledgement of a decommission says of this host.
+/// What the acknowledgement of a decommission says about this host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Departure {
     /// `stopped`, `absent` or `failed`.
     pub container: &'static str,
-    /// The agent's own container, where it is known without doubt.
+    /// The agent's own container, if it is known for certain.
     pub own: Option<OwnContainer>,
 }
 
@@ -193,17 +192,17 @@ impl Default for Departure {
     }
 }
 
-/// The container in which the agent itself runs.
+/// The container that the agent runs in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OwnContainer {
-    /// Full id.
+    /// The full id.
     pub id: String,
-    /// Reference of its image.
+    /// The reference of its image.
     pub image: String,
 }
 
 impl Connector {
-    /// What was carried since `before`. A connector with another id began to count anew.
+    /// Returns the traffic since `before`. A connector with another id has started its counts at zero.
     pub fn carried_since(&self, before: &Self) -> Traffic {
         let (now, then) = (self.traffic, before.traffic);
         let is_same = self.id == before.id && now.requests >= then.requests && now.errors >= then.errors;
@@ -215,8 +214,8 @@ impl Connector {
 }
 
 impl View {
-    /// Whether it says anything that `before` did not and that should be told at once. What was counted in the
-    /// meantime is told with the next message, or when it is time for one.
+    /// Whether it differs from `before` in anything that should be sent at once. Traffic counts go out with the next
+    /// message, or when one is due.
     pub fn is_news(&self, before: &Self) -> bool {
         let quiet = |view: &Self| {
             let connector = Connector { traffic: Traffic::default(), ..view.connector.clone() };
@@ -225,8 +224,8 @@ impl View {
         quiet(self) != quiet(before)
     }
 
-    /// The fields of a `tunnel_status`; both kinds of master read them at the top level. `carried` is the traffic
-    /// since the last one.
+    /// Returns the fields of a `tunnel_status`. Both kinds of master read them at the top level. `carried` is the
+    /// traffic since the last status.
     pub fn fields(&self, carried: Traffic) -> Value {
         let mut fields = json!({
             "status": self.status.as_str(),
@@ -238,7 +237,7 @@ impl View {
         let connector = &self.connector;
         let known = [
             ("since", since.map(Value::from)),
-            // None would overwrite the one that the master knows.
+            // Omit an unknown version: null would overwrite the one that the master knows.
             ("version", self.version.clone().map(Value::from)),
             ("reason", self.reason.map(Value::from)),
             ("wanted_tunnel_id", self.wanted.as_ref().map(|wanted| wanted.id.to_string().into())),
@@ -259,7 +258,7 @@ impl View {
         fields
     }
 
-    /// The last word of an agent that takes its tunnel down with it.
+    /// Returns the last status of an agent that takes its tunnel down with it.
     pub fn stopped_with_agent(&self) -> Self {
         Self {
             status: Status::Stopped,

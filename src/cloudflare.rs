@@ -1,7 +1,7 @@
-//! What goes to Cloudflare through the master: ingress rules, in cloudflared's words and order, pushed as the
-//! tunnel's configuration.
+//! Pushes ingress rules to Cloudflare through the master, in cloudflared's terms and order, as the tunnel's
+//! configuration.
 //!
-//! Released masters update the ingress themselves and have no such route; that is said once and is no failure.
+//! Released masters update the ingress themselves and have no such route. The agent logs that once; it is no failure.
 
 use serde_json::{Map, Value, json};
 
@@ -18,21 +18,21 @@ const ORIGIN_REQUEST: [(&str, &str); 6] = [
     ("match_sni_to_host", "matchSNItoHost"),
 ];
 
-/// What became of a configuration.
+/// The outcome of a push.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pushed {
-    /// Cloudflare has it; this many rules before the last one.
+    /// Cloudflare has the configuration, with this many rules before the last one.
     Accepted(usize),
-    /// This master has no such route and does it itself.
+    /// This master has no such route and updates the ingress itself.
     MasterDoesIt,
 }
 
-/// Writes the master's rules as a tunnel's ingress.
+/// Converts the master's rules to a tunnel's ingress.
 ///
-/// Only rules with `status: "active"` count. cloudflared takes the first rule that matches, so exact hosts come
-/// before wildcards, longer wildcards before shorter ones, and on one host longer paths before shorter ones; the
-/// rest of the order is alphabetical, so that the same rules always make the same document. The last rule answers
-/// 404 to everything else, as cloudflared demands a rule without a hostname there.
+/// Only rules with `status: "active"` count. cloudflared takes the first rule that matches. So exact hosts come
+/// before wildcards, longer wildcards before shorter ones, and on one host longer paths before shorter ones. The
+/// rest of the order is alphabetical, so the same rules always make the same document. The last rule answers 404 to
+/// everything else, because cloudflared requires a last rule without a hostname.
 pub fn ingress(rules: &Map<String, Value>) -> Value {
     let mut active: Vec<&Map<String, Value>> = rules
         .values()
@@ -43,7 +43,7 @@ pub fn ingress(rules: &Map<String, Value>) -> Value {
     active.sort_by_key(|rule| {
         let (host, path) = (text(rule, "hostname"), text(rule, "path"));
         let (specific, length) = (!host.starts_with('*'), host.len());
-        // Reversed where more comes first.
+        // Reversed where the larger value comes first.
         (
             !specific,
             if specific { 0 } else { usize::MAX - length },
@@ -79,11 +79,11 @@ fn text<'a>(rule: &'a Map<String, Value>, key: &str) -> &'a str {
     rule.get(key).and_then(Value::as_str).unwrap_or_default()
 }
 
-/// Pushes the rules as the configuration of `tunnel`, in the token's `account` where the master has several.
+/// Pushes the rules as the configuration of `tunnel`, in the token's `account` if the master has several.
 ///
 /// # Errors
-/// As any request to the master; a 404 is [`Pushed::MasterDoesIt`], a list of accounts that is empty
-/// [`MasterError::Unusable`].
+/// Those of any request to the master. An empty list of accounts is [`MasterError::Unusable`]. A 404 is no error but
+/// [`Pushed::MasterDoesIt`].
 pub async fn push(
     master: &Master,
     account: Option<&str>,
@@ -93,7 +93,7 @@ pub async fn push(
     let pushed = async {
         let accounts = master.accounts().await?;
         let listed = accounts.result.iter().filter(|_| accounts.success).map(|account| account.id.as_str());
-        // The token knows its own account; a master with one account has no choice anyway.
+        // Prefer the account in the token. A master with a single account has no choice anyway.
         let account = listed.clone().find(|id| Some(*id) == account).or_else(|| listed.clone().next());
         let nobody = || MasterError::Unusable { problem: "names no Cloudflare account".to_owned() };
         let account = account.ok_or_else(nobody)?;

@@ -1,8 +1,8 @@
-//! What is wrong around the agent at this moment: one list, to which each task adds what it tries again, leaves out or
-//! waits for, and from which `/health` and `check` read.
+//! Lists the agent's current problems. Each task adds what it retries, leaves out or waits for; `/health` and `check`
+//! read the list.
 //!
-//! A `Retry` is how a task waits before it asks a master again. It gives the wait only to whoever says why, so that
-//! nothing is tried for ever without a line in the log and one on `/health`. Nothing is on disk.
+//! A task uses a `Retry` to wait before it asks a master again. `Retry` returns a wait only for a stated reason, so
+//! nothing is retried forever without a line in the log and one on `/health`. Nothing is on disk.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,7 +11,7 @@ use std::time::Duration;
 use crate::master::MasterError;
 use crate::retry::{Backoff, Trouble};
 
-/// More of one kind are counted in the log only: a list of thousands helps nobody.
+/// List this many of one kind. More are in the log only: a list of thousands helps nobody.
 const MOST_OF_A_KIND: usize = 100;
 
 /// The list, shared by all clones.
@@ -24,21 +24,21 @@ struct Words {
     remedy: String,
 }
 
-/// One thing that is wrong.
+/// One problem.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Concern {
-    /// What kind of thing, short and stable.
+    /// The kind of problem, short and stable.
     pub id: &'static str,
-    /// Which one of its kind, such as the name of a container; may be empty.
+    /// What it is about, such as the name of a container. May be empty.
     pub about: String,
-    /// One sentence.
+    /// The problem in one sentence.
     pub problem: String,
-    /// What happens next, and what to do.
+    /// What happens next and what to do.
     pub remedy: String,
 }
 
 impl Concerns {
-    /// Adds something, or puts it into other words.
+    /// Adds a problem, or updates its text.
     pub fn raise(&self, id: &'static str, about: &str, problem: impl Into<String>, remedy: impl Into<String>) {
         let mut list = self.list();
         let key = (id, about.to_owned());
@@ -47,17 +47,17 @@ impl Concerns {
         }
     }
 
-    /// Takes something from the list.
+    /// Removes a problem.
     pub fn clear(&self, id: &'static str, about: &str) {
         self.list().remove(&(id, about.to_owned()));
     }
 
-    /// Takes from the list what is of this kind and about nothing that `stays`.
+    /// Removes the problems of this kind, except those about what `stays`.
     pub fn retain(&self, id: &'static str, stays: impl Fn(&str) -> bool) {
         self.list().retain(|(kind, about), _| *kind != id || stays(about));
     }
 
-    /// All of it, in a fixed order.
+    /// Returns all problems in a fixed order.
     pub fn all(&self) -> Vec<Concern> {
         let list = self.list();
         let concern = |((id, about), words): (&(&'static str, String), &Words)| Concern {
@@ -69,14 +69,14 @@ impl Concerns {
         list.iter().map(concern).collect()
     }
 
-    /// No await happens under this lock, and no panic leaves it half-changed.
+    /// Locks the list. No await happens under this lock, and no panic leaves it half-changed.
     fn list(&self) -> MutexGuard<'_, BTreeMap<(&'static str, String), Words>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Asking a master again: how long to wait, and saying so. What kind of error it was decides nothing here; whoever
-/// calls has decided to try again.
+/// Retries requests to a master: computes the wait and reports the reason. The caller decides whether to retry; the
+/// kind of error does not matter here.
 #[derive(Debug)]
 pub(crate) struct Retry {
     id: &'static str,
@@ -87,7 +87,7 @@ pub(crate) struct Retry {
 }
 
 impl Retry {
-    /// `id` names it in the list, `what` begins the line in the log: "registration:".
+    /// Creates a retry. `id` identifies it in the list; `what` begins the line in the log: "registration:".
     pub(crate) fn new(
         id: &'static str,
         what: &'static str,
@@ -98,7 +98,7 @@ impl Retry {
         Self { id, what, backoff: Backoff::new(first, longest), trouble: Trouble::new(what), concerns }
     }
 
-    /// How long to wait. Says why, unless the door to the master has said for all that it is away.
+    /// Returns how long to wait, and reports why, unless the master is away: [`crate::master`] reports that for all.
     pub(crate) fn after(&mut self, error: &MasterError, next: &str) -> Duration {
         if !error.is_away() {
             self.trouble.failed(&format_args!("the master {error}"), next);
@@ -107,12 +107,12 @@ impl Retry {
         self.backoff.next(error.retry_after())
     }
 
-    /// How long to wait, where another task says what is wrong: whoever registers.
+    /// Returns how long to wait if the registration reports the problem.
     pub(crate) fn while_registering(&mut self, error: &MasterError) -> Duration {
         self.backoff.next(error.retry_after())
     }
 
-    /// It worked.
+    /// Notes that the request worked.
     pub(crate) fn worked(&mut self) {
         self.backoff.reset();
         if self.trouble.ended() {

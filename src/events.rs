@@ -1,17 +1,17 @@
-//! The inventory of labelled containers, kept true by Docker's events.
+//! Keeps the inventory of labelled containers up to date with Docker's events.
 //!
-//! Subscribe, then list: the stream is opened first, a listing then replaces the picture, and what the stream
-//! brings afterwards updates it. Everything is judged by its result: a start of a container that is already in
-//! the inventory, or the end of one that is not, changes nothing and tells nobody, so replays and repeated events
-//! (`die`, `stop`, `destroy` of one end) are harmless. A cut stream is routine: the inventory counts as unknown
-//! until the next listing has succeeded. Nothing is on disk; after a crash it starts with a listing.
+//! Subscribe, then list: the task opens the stream first, then a listing replaces the inventory, and later events
+//! update it. Only the result of an event counts. The start of a container that is already in the inventory, or the
+//! end of one that is not, changes nothing and sends nothing, so replays and repeated events (`die`, `stop`, `destroy`
+//! of one end) are harmless. A cut stream is routine: the inventory counts as incomplete until the next listing has
+//! succeeded. Nothing is on disk: after a crash the task starts with a listing.
 //!
-//! A stream may also go deaf: cut somewhere on the way, while the connection stays open. So a listing is compared
-//! with the picture again and again. It puts right what it finds, and if no event follows that tells of it, the
-//! stream is opened anew.
+//! A stream may also go deaf: cut somewhere on the way, while the connection stays open. So the task regularly compares
+//! the inventory with a listing and corrects it. If no event follows that explains the difference, it opens a new
+//! stream.
 //!
-//! The reporter reads the inventory and is sent each change; the supervisor is woken by everything that happens
-//! to its container and network, the look at the neighbours by what may open or close a way.
+//! The reporter reads the inventory and receives each change. Everything that happens to the tunnel container and its
+//! network wakes the supervisor. Everything that may open or close a way to a container wakes the neighbours' task.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
@@ -34,21 +34,21 @@ use crate::labels::{self, ENABLE_KEYS, Excess, REPORT_BYTES, is_enabled, may_lea
 use crate::metrics::Metrics;
 use crate::retry::Trouble;
 
-/// A stream that is silent for this long is opened again, before something on the way drops it for being idle: that
-/// costs three small requests, and no event is late.
+/// Reopen a stream that is silent for this long, before something on the way drops it as idle. That costs three small
+/// requests, and no event is late.
 const IDLE_LIMIT: Duration = Duration::from_secs(300);
-/// Docker answers the subscription a moment before it takes effect. A second listing after this time finds what
-/// happened in that moment.
+/// Docker answers the subscription a moment before it takes effect. A second listing after this long finds what
+/// happened in between.
 const SECOND_LOOK: Duration = Duration::from_secs(1);
 /// Longest time between two listings, however rare the reports are.
 const LONGEST_UNSEEN: Duration = Duration::from_secs(30);
-/// Longest wait for a Docker that is away: it may be back at any moment, and to ask costs a refused connection.
+/// Longest wait while Docker is away: it may be back at any moment, and a try costs one refused connection.
 const AWAY_WAIT: Duration = Duration::from_secs(1);
 /// Docker, or a proxy, refuses a subscription within this time.
 const REFUSAL_LIMIT: Duration = Duration::from_millis(100);
-/// Docker may list a container as it was before its last event: the event is right for this long.
+/// Docker may list a container as it was before its last event. Believe the event for this long.
 const EVENTS_WIN: Duration = Duration::from_secs(2);
-/// Events remembered to recognise a replay; a replay repeats those of one instant.
+/// Remember this many events to recognize a replay, which repeats those of one instant.
 const REMEMBERED: usize = 256;
 
 mod flaps;
@@ -65,24 +65,24 @@ pub struct EventStream {
     /// Names of the tunnel container, its successor and its network, whose events wake the supervisor.
     watched: [String; 3],
     seen: Seen,
-    /// When each container last started, ended or was renamed, for as long as that counts more than a listing.
+    /// When each container last started, ended or was renamed, while that overrides a listing.
     fresh: BTreeMap<String, Instant>,
-    /// When the listing was asked for that is under way: what is told after that counts more, however long it takes.
+    /// When the pending listing was requested. Later events override it, however long it takes.
     asked: Option<Instant>,
     look_every: Duration,
     trouble: Trouble,
     metrics: Metrics,
     concerns: Concerns,
-    /// Containers that start and end again and again.
+    /// Containers in a crash loop.
     flaps: Flaps,
-    /// Containers of which labels are left out, by id, and what was said of it.
+    /// Containers with labels that are left out, by id, and the warning that was logged.
     excess: BTreeMap<String, Excess>,
 }
 
 impl EventStream {
-    /// `wakes` are those of the supervisor and of the neighbours' task; each holds one message: several wakes are
-    /// one. `watched` are the names of the tunnel container, its successor and its network. The picture is compared
-    /// with a listing as often as it is reported, and at least twice a minute.
+    /// Creates the task. `wakes` go to the supervisor and the neighbours' task; each holds one message, so several
+    /// wakes are one. `watched` are the names of the tunnel container, its successor and its network. The task compares
+    /// the inventory with a listing as often as the agent reports it, and at least twice a minute.
     pub fn new(
         docker: Arc<Docker>,
         inventory: watch::Sender<Inventory>,
@@ -113,13 +113,13 @@ impl EventStream {
         }
     }
 
-    /// Follows Docker for ever. Cancel-safe: dropped at any await, nothing is half-done.
+    /// Follows Docker forever. Cancel-safe: dropped at any await, nothing is half-done.
     pub async fn run(mut self) -> Infallible {
         let mut backoff = docker::reconnect_backoff();
         loop {
             let began = Instant::now();
             let ended = self.follow().await;
-            // Until a listing succeeds again nobody may take the picture for complete.
+            // The inventory is incomplete until a listing succeeds again.
             self.inventory.send_if_modified(|inventory| std::mem::take(&mut inventory.complete));
             match &ended {
                 Ended::Idle | Ended::Closed => debug!(?ended, "event stream ended, opening it again"),
@@ -137,19 +137,19 @@ impl EventStream {
         }
     }
 
-    /// One life of the stream.
+    /// Follows one stream until it ends.
     async fn follow(&mut self) -> Ended {
         let docker = self.docker.clone();
         let mut stream = match docker.events(self.seen.since()) {
             Ok(stream) => pin!(stream),
             Err(error) => return Ended::Failed(error),
         };
-        // The last life may have ended in the middle of a listing.
+        // The last stream may have ended in the middle of a listing.
         self.asked = None;
         let asked = Instant::now();
         let mut listing = Box::pin(docker.list_with_label_keys(&ENABLE_KEYS));
         let mut early = VecDeque::new();
-        // The stream is polled first, which sends the subscription; what it brings waits for the listing.
+        // Polling the stream first sends the subscription. Its events wait for the listing.
         let listed = loop {
             tokio::select! {
                 biased;
@@ -161,7 +161,7 @@ impl EventStream {
                 listed = &mut listing => break listed,
             }
         };
-        // A refusal of the subscription may come after the listing: then nothing is known to be complete.
+        // Docker may refuse the subscription after it has answered the listing. The inventory is not complete then.
         if listed.is_ok() {
             match timeout(REFUSAL_LIMIT, stream.next()).await {
                 Ok(Some(Ok(event))) => early.push_back(event),
@@ -171,7 +171,7 @@ impl EventStream {
             }
         }
         match listed {
-            // The second look comes anyway.
+            // `Found` does not matter here: the second listing comes anyway.
             Ok(containers) => {
                 self.replace(containers, asked).await;
             }
@@ -185,10 +185,10 @@ impl EventStream {
             self.take(event).await;
         }
         let (mut heard, mut next_look) = (Instant::now(), Instant::now() + SECOND_LOOK);
-        // What the second listing finds happened before the subscription took effect. What a later one finds must be
-        // told by an event as well, or the stream is deaf.
+        // What the second listing finds happened before the subscription took effect. What a later one finds must also
+        // come as an event, or the stream is deaf.
         let (mut is_second, mut deaf_at) = (true, None);
-        // The stream is read on while a listing is under way: a slow one must not make an event late.
+        // Keep reading the stream during a listing: a slow listing must not delay an event.
         let mut listing = None;
         loop {
             tokio::select! {
@@ -224,14 +224,14 @@ impl EventStream {
         }
     }
 
-    /// Puts a listing in the place of the picture and tells the differences. The first one tells every container:
-    /// a master that takes nothing from reports, as one that agreed to a lower protocol, then knows them too.
+    /// Replaces the inventory with a listing and sends the differences as changes. The first listing sends every
+    /// container, for a master that takes nothing from reports, such as one that agreed to a lower protocol.
     ///
-    /// `asked` is when it was asked for.
+    /// `asked` is when the listing was requested.
     async fn replace(&mut self, listed: Vec<Container>, asked: Instant) -> Found {
         let now = Timestamp::now();
         self.fresh.retain(|_, at| asked - *at < EVENTS_WIN);
-        // Between two runs a container is listed as well; its next start is an event.
+        // Docker also lists a container between two runs. Its next start is an event.
         let running = listed.into_iter().filter(|container| container.status != "restarting");
         let counted: BTreeMap<_, _> =
             running.filter_map(counted_with).map(|(one, excess)| (one.id.clone(), (one, excess))).collect();
@@ -284,7 +284,7 @@ impl EventStream {
             self.wake();
         }
         if concerns_neighbours(&event) {
-            // Full means that a wake is already waiting.
+            // If full, a wake is already pending.
             let _ = self.wake_neighbours.try_send(());
         }
         if matches!(event.action, Action::Start | Action::End | Action::Rename) {
@@ -340,7 +340,7 @@ impl EventStream {
         }
     }
 
-    /// Tells a change, or keeps it for a moment where there are too many of its container.
+    /// Sends a change, or holds it back for a moment if the container is in a crash loop.
     async fn tell(&mut self, change: Change, exit_code: Option<i64>) {
         let (name, running) = (change.container.name.clone(), change.running);
         let (said, change) = self.flaps.changed(change, exit_code, Instant::now());
@@ -362,7 +362,7 @@ impl EventStream {
         }
     }
 
-    /// Tells what was kept, and which containers have come to rest.
+    /// Sends the changes that were held back, and logs which containers have come to rest.
     async fn tell_due(&mut self) {
         let (changes, rested) = self.flaps.take_due(Instant::now());
         for rest in rested {
@@ -376,11 +376,11 @@ impl EventStream {
     }
 
     async fn send(&self, change: Change) {
-        // The reporter outlives this task but for the moments of a shutdown, in which nobody listens any more.
+        // The reporter outlives this task, except during a shutdown, when nobody listens any more.
         let _ = self.changes.send(change).await;
     }
 
-    /// Says once of a container that labels of it are left out.
+    /// Logs once per container that labels of it are left out.
     fn say_excess(&mut self, container: &Container, excess: Option<Excess>) {
         let Some(excess) = excess else { return };
         let (name, sentence) = (&container.name, excess.sentence());
@@ -391,7 +391,7 @@ impl EventStream {
         }
     }
 
-    /// Forgets what was said of containers that are no more.
+    /// Forgets the warnings about containers that are gone.
     fn forget_excess(&mut self) {
         if !self.excess.is_empty() {
             let inventory = self.inventory.borrow();
@@ -403,39 +403,39 @@ impl EventStream {
     }
 
     fn wake(&self) {
-        // Full means that a wake is already waiting.
+        // If full, a wake is already pending.
         let _ = self.wake_supervisor.try_send(());
     }
 }
 
-/// How a stream came to its end.
+/// Why a stream ended.
 #[derive(Debug)]
 enum Ended {
-    /// Silent for so long that it may be cut for it.
+    /// Silent for so long that something on the way may cut it.
     Idle,
-    /// A listing showed what no event told.
+    /// A listing showed a change without an event.
     Deaf,
-    /// Closed by the other side, as on a restart of Docker or a proxy.
+    /// Closed by the other side, for example on a restart of Docker or a proxy.
     Closed,
-    /// Never opened, cut, or the listing beside it failed.
+    /// Not opened, cut, or a listing failed.
     Failed(DockerError),
 }
 
-/// How the log says of a deaf stream what it is, after "Docker", and what can be done.
+/// The problem of a deaf stream, which the log shows after "Docker", and the remedy.
 const DEAF: &str = "did not tell a change that its listing shows: the stream of its events is cut without a word";
 const DEAF_REMEDY: &str =
     "opening it again; if this comes back, let what is between agent and Docker keep idle connections";
 
-/// What a listing was worth.
+/// What a listing showed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Found {
-    /// False when it contradicted a fresh event, which then won: somebody should look again.
+    /// False if the listing contradicted a fresh event, which then won. The task lists again soon.
     agreed: bool,
-    /// Whether it changed what is known to run.
+    /// Whether the listing changed which containers are known to run.
     news: bool,
 }
 
-/// The result of the work under way; never, while there is none.
+/// Returns the result of the pending work. Waits forever if there is none.
 async fn when_there<T>(work: &mut Option<impl Future<Output = T> + Unpin>) -> T {
     match work {
         Some(work) => work.await,
@@ -443,7 +443,7 @@ async fn when_there<T>(work: &mut Option<impl Future<Output = T> + Unpin>) -> T 
     }
 }
 
-/// Never, while there is no such time.
+/// Waits until this time, or forever without one.
 async fn until(at: Option<Instant>) {
     match at {
         Some(at) => sleep_until(at).await,
@@ -451,8 +451,8 @@ async fn until(at: Option<Instant>) {
     }
 }
 
-/// Whether it may open or close a way that no change of the inventory tells: a network, a name, a connector. A
-/// connector by whatever image is recognised when somebody looks; this only saves the wait.
+/// Whether the event may open or close a way without a change of the inventory: a network, a name, a connector. A
+/// look also finds connectors by other images; this only saves the wait.
 fn concerns_neighbours(event: &Event) -> bool {
     match event.action {
         Action::Network | Action::Rename => true,
@@ -463,8 +463,8 @@ fn concerns_neighbours(event: &Event) -> bool {
     }
 }
 
-/// The container with only the labels that may leave the host, when it counts at all, and which of them are left out
-/// since there are too many or too much in them.
+/// Returns the container, if it is enabled, with only the labels that may leave the host, and the labels beyond the
+/// limits that are left out.
 pub(crate) fn counted_with(mut container: Container) -> Option<(Container, Option<Excess>)> {
     if !is_enabled(&container.labels) {
         return None;
@@ -474,16 +474,16 @@ pub(crate) fn counted_with(mut container: Container) -> Option<(Container, Optio
     Some((container, excess))
 }
 
-/// How a container ended, in the words of Docker and of Podman.
+/// Returns the exit code of a container, under Docker's or Podman's name for it.
 fn exit_code(event: &Event) -> Option<i64> {
     let code = ["exitCode", "containerExitCode"].iter().find_map(|key| event.attributes.get(*key))?;
     code.parse().ok()
 }
 
-/// Of so many containers is remembered that labels of them are left out.
+/// Remember this many containers with labels that are left out.
 const MOST_EXCESS: usize = 1000;
 
-/// Recognises events that were already taken: `since` repeats those of its own instant.
+/// Recognizes events that were already applied: `since` repeats those of its own instant.
 #[derive(Debug, Default)]
 struct Seen {
     latest: i64,
@@ -494,7 +494,7 @@ impl Seen {
     fn is_new(&mut self, event: &Event) -> bool {
         self.latest = self.latest.max(event.at);
         let key = (event.at, event.id.clone(), event.action.clone());
-        // An event without a time cannot be told from another.
+        // Events without a time cannot be told apart.
         if event.at != 0 && self.recent.contains(&key) {
             return false;
         }
@@ -505,7 +505,7 @@ impl Seen {
         true
     }
 
-    /// Where to take up a cut stream: seconds and nanoseconds of the Engine's clock.
+    /// Returns where to resume a cut stream: seconds and nanoseconds of the Engine's clock.
     fn since(&self) -> Option<String> {
         (self.latest > 0).then(|| format!("{}.{:09}", self.latest / 1_000_000_000, self.latest % 1_000_000_000))
     }

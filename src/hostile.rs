@@ -1,7 +1,7 @@
-//! What another side may send that is broken, hostile or from a future version: for the tests of all who read it.
+//! Generates broken, hostile and future input, for the tests of everything that reads it.
 //!
-//! The most telling input is nearly right, so that it gets past the first look: a good document with one part
-//! replaced by anything, or missing.
+//! The most telling input is nearly right, so that it passes the first checks: a good document with one part missing
+//! or replaced by anything.
 
 use proptest::collection::{hash_map, vec};
 use proptest::option;
@@ -13,7 +13,7 @@ use tokio::net::TcpListener;
 /// Planted where a secret belongs; no error text may hold it.
 pub(crate) const SECRET: &str = "s3cret-of-the-test";
 
-/// Any text; most of it short, some with control characters, some long.
+/// Any text: most of it short, some with control characters, some long.
 pub(crate) fn text() -> impl Strategy<Value = String> {
     prop_oneof![
         4 => "\\PC{0,12}",
@@ -47,7 +47,7 @@ pub(crate) fn json() -> impl Strategy<Value = Value> {
     })
 }
 
-/// `good` as it is, or with some of its parts replaced by anything or left out.
+/// `good` unchanged, or with some of its parts replaced by anything or left out.
 pub(crate) fn near(good: Value) -> impl Strategy<Value = Value> {
     let parts = count(&good);
     vec((0..parts, option::of(json())), 0..3).prop_map(move |changes| {
@@ -59,8 +59,8 @@ pub(crate) fn near(good: Value) -> impl Strategy<Value = Value> {
     })
 }
 
-/// A body: nearly good, any JSON, cut off, nested deeper than a stack would bear, with numbers that nothing holds, or
-/// no JSON at all.
+/// A body: nearly good, any JSON, cut off, nested deeper than a stack can hold, with numbers that fit no type, or no
+/// JSON at all.
 pub(crate) fn body(good: Value) -> impl Strategy<Value = Vec<u8>> {
     let nearly = near(good.clone()).prop_map(|value| value.to_string().into_bytes());
     let cut = (near(good), any::<prop::sample::Index>()).prop_map(|(value, at)| {
@@ -82,7 +82,7 @@ pub(crate) fn body(good: Value) -> impl Strategy<Value = Vec<u8>> {
     ]
 }
 
-/// How many parts a document has, itself included.
+/// Returns the number of parts of a document, including itself.
 fn count(value: &Value) -> usize {
     1 + match value {
         Value::Array(items) => items.iter().map(count).sum(),
@@ -91,7 +91,7 @@ fn count(value: &Value) -> usize {
     }
 }
 
-/// Replaces the part with this number, or takes it away. Returns whether it is to be taken away from its parent.
+/// Replaces or removes the part with this number. Returns whether the parent must remove `value`.
 fn replace(value: &mut Value, at: &mut usize, part: &Option<Value>) -> bool {
     if *at == 0 {
         *at = usize::MAX;
@@ -110,22 +110,22 @@ fn replace(value: &mut Value, at: &mut usize, part: &Option<Value>) -> bool {
     false
 }
 
-/// What goes into one log line: no control characters, and not without end.
+/// Whether a text fits into one log line: no control characters, and limited in length.
 pub(crate) fn is_one_line(text: &str) -> bool {
     !text.contains(char::is_control) && text.chars().count() <= 1000
 }
 
-/// What lies in the buffers of both sockets, beyond what was read.
+/// The most that the buffers of both sockets hold beyond what was read.
 pub(crate) const BUFFERS: usize = 12 << 20;
 
-/// Answers each request with this and then a body without end; gives how much of it each took before it hung up.
+/// Answers each request with `head` and an endless body. Returns how much of it each client took before it hung up.
 pub(crate) async fn endless(listener: TcpListener, head: &'static str, requests: usize) -> Vec<usize> {
-    // One chunk of a chunked body; as a header or as a body with a length it is as good.
+    // One chunk of a chunked body. It also serves as a header, or as a body with a length.
     let chunk = format!("10000\r\n{}\r\n", "a".repeat(0x10000));
     let mut taken = Vec::new();
     for _ in 0..requests {
         let (mut stream, _) = listener.accept().await.unwrap();
-        // An answer that comes before the request is none, and would not be read at all.
+        // The client would not read an answer that comes before its request.
         let _ = stream.read(&mut [0; 4096]).await.unwrap();
         stream.write_all(head.as_bytes()).await.unwrap();
         let mut sent = 0;

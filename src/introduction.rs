@@ -1,8 +1,8 @@
-//! What the agent calls itself at its master: the operator's word, else the name of the host, else its own id.
+//! Chooses the agent's name at its master: the configured name, else the name of the host, else the agent's id.
 //!
-//! A host's name is taken where it tells hosts apart. What installers give without asking (`raspberrypi`), many hosts
-//! have, so the start of the id follows it. A new agent has no id before its first registration, so that one whose name
-//! needs it registers a second time at once.
+//! A host's name serves if it tells hosts apart. Many hosts share the names that installers set by default
+//! (`raspberrypi`), so the start of the id follows such a name. A new agent has no id before its first registration. If
+//! its name needs the id, it registers a second time at once.
 
 use std::path::Path;
 use std::time::Duration;
@@ -20,24 +20,24 @@ use crate::state::AgentId;
 pub enum Introduction {
     /// By this name.
     Named(String),
-    /// By this name, which other hosts may have as well, and the start of the agent's id.
+    /// By this name, which other hosts may share, and the start of the agent's id.
     WithId(String),
     /// By the start of its id.
     ById,
 }
 
-/// A busy Docker takes seconds to say what it is.
+/// Time limit for Docker to name its host. A busy Docker takes seconds.
 const ASK_LIMIT: Duration = Duration::from_secs(5);
-/// No host's name is longer, and a master shows it in a column.
+/// Longest name. No host's name is longer, and a master shows it in a column.
 const MOST_LETTERS: usize = 64;
-/// Letters of the id that a name shows.
+/// Letters of the id in a name.
 const ID_LETTERS: usize = 8;
 const FILE: &str = "/etc/hostname";
 const MOST_BYTES: u64 = 1024;
-/// How the name of a new agent is while nothing is known of it.
+/// The name of a new agent while nothing is known about it.
 const NOBODY: &str = "dockflare-agent";
 
-/// Names that installers and images give to each of their hosts.
+/// Names that installers and images give to every host.
 const COMMON: [&str; 25] = [
     "alpine",
     "archlinux",
@@ -67,7 +67,7 @@ const COMMON: [&str; 25] = [
 ];
 
 impl Introduction {
-    /// The name, given what the agent's id is, and whether it is the one that it is to have.
+    /// Returns the name for this id, and whether it is final.
     pub(crate) fn name(&self, id: Option<&AgentId>) -> (String, bool) {
         let start = id.map(|id| id.as_str().chars().take(ID_LETTERS).collect::<String>());
         match (self, start) {
@@ -79,14 +79,14 @@ impl Introduction {
         }
     }
 
-    /// Of a host with this name, if it is one.
+    /// Returns the introduction for a host with this name, if the name is usable.
     fn of_host(name: &str) -> Option<Self> {
         let name = name.lines().next().unwrap_or_default().trim();
         let name: String = name.chars().filter(|c| !c.is_control()).take(MOST_LETTERS).collect();
         let first = name.split('.').next().unwrap_or_default().to_ascii_lowercase();
         match first.as_str() {
             "" => None,
-            // Docker calls a container so, and what begins so tells nothing to people.
+            // Docker gives a container such a host name, which tells people nothing.
             _ if is_id(&first) => None,
             _ if COMMON.contains(&first.as_str()) => Some(Self::WithId(name)),
             _ => Some(Self::Named(name)),
@@ -94,8 +94,8 @@ impl Introduction {
     }
 }
 
-/// What can be found out: the Docker host's name, else what `/etc/hostname` says, which is the host's where that file
-/// is mounted. `None` while Docker is away, so that asking again may tell.
+/// Finds out the Docker host's name, else reads `/etc/hostname`, which holds the host's name if that file is mounted.
+/// Returns `None` while Docker is away and a later call may find a name.
 pub(crate) async fn of_host(docker: &Docker) -> Option<Introduction> {
     let told = timeout(ASK_LIMIT, docker.host_name()).await.unwrap_or_else(|_| Err(silent()));
     let is_away = match told {
@@ -120,7 +120,7 @@ async fn read(path: &'static Path) -> String {
     read.and_then(Result::ok).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
 }
 
-/// Whether it is the start of a container's id.
+/// Whether a name is a container's id or the start of one.
 fn is_id(name: &str) -> bool {
     (12..=64).contains(&name.len()) && name.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }

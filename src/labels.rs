@@ -1,40 +1,40 @@
-//! Labels of workloads: which of them make a container count, and which may leave the host.
+//! Reads the labels of workloads: which of them enable a container, and which may leave the host.
 
 use std::collections::BTreeMap;
 
-/// Where the bounds are, since what is beyond them is not even read.
+/// The limits come from there, because the reader does not even read what exceeds them.
 pub(crate) use dockflare_engine::sieve::{CONTAINER_BYTES, ENABLE_KEYS, KEY_BYTES, LABELS, REPORT_BYTES, VALUE_BYTES};
 
 const YES: [&str; 4] = ["true", "1", "t", "yes"];
 
-/// What may leave the host of a container's labels.
+/// Prefixes of the labels that may leave the host.
 const PREFIXES: [&str; 2] = ["dockflare.", "cloudflare.tunnel."];
 
-/// Under which docker compose makes a container known on its networks.
+/// The label with the name that Docker Compose gives a container on its networks.
 pub(crate) const COMPOSE_SERVICE: &str = "com.docker.compose.service";
 
-/// Whether the labels ask for the container to be served.
+/// Whether the labels enable the container.
 pub(crate) fn is_enabled<'a>(labels: impl IntoIterator<Item = (&'a String, &'a String)>) -> bool {
     let says_yes = |value: &str| YES.iter().any(|yes| yes.eq_ignore_ascii_case(value.trim()));
     labels.into_iter().any(|(key, value)| ENABLE_KEYS.contains(&key.as_str()) && says_yes(value))
 }
 
-/// Values that say no on purpose.
+/// Values that disable a container on purpose.
 const NO: [&str; 10] = ["false", "0", "f", "no", "n", "off", "disable", "disabled", "none", "null"];
 
-/// A label that was meant to make a container count, and does not.
+/// A label that seems meant to enable a container and does not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Nearly<'a> {
-    /// The label as it is.
+    /// The label as written.
     pub(crate) key: &'a str,
     pub(crate) value: &'a str,
-    /// Whether it is about enabling at all; if not, such a label is missing beside it.
+    /// Whether the label is about enabling at all. If not, a label that enables is missing.
     pub(crate) enables: bool,
-    /// What would do, as it is written in a file.
+    /// The right label, as written in a file.
     pub(crate) right: &'static str,
 }
 
-/// What nearly makes a container count: a key or a value in another form, or a hostname with no such key.
+/// Returns the label that nearly enables a container: another form of the key or the value, or a hostname alone.
 pub(crate) fn nearly(labels: &BTreeMap<String, String>) -> Option<Nearly<'_>> {
     if is_enabled(labels) {
         return None;
@@ -58,26 +58,26 @@ pub(crate) fn nearly(labels: &BTreeMap<String, String>) -> Option<Nearly<'_>> {
     enables.or(hostname)
 }
 
-/// Without quotes that a file left in it, in lower case.
+/// Returns the text in lower case, without quotes that a file left in it.
 fn plain(text: &str) -> String {
     text.trim_matches(|c: char| c.is_whitespace() || c == '"' || c == '\'').to_ascii_lowercase()
 }
 
-/// Labels that are beyond a bound and left out.
+/// Labels that are left out because they exceed a limit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Excess {
-    /// The first of them.
+    /// The first of these labels.
     pub(crate) label: String,
-    /// Which bound it is beyond.
+    /// The limit that it exceeds.
     pub(crate) bound: String,
-    /// How many there are, as far as they were read.
+    /// The number of these labels, as far as they were read.
     pub(crate) left_out: usize,
 }
 
 impl Excess {
     pub(crate) const REMEDY: &'static str = "use fewer or shorter dockflare.* labels";
 
-    /// One sentence about the container.
+    /// Returns one sentence about the container.
     pub(crate) fn sentence(&self) -> String {
         let more = match self.left_out {
             0 | 1 => String::new(),
@@ -87,8 +87,8 @@ impl Excess {
     }
 }
 
-/// Leaves out of a container's labels what is beyond the bounds; `room` is how many bytes all containers together may
-/// still have. What enables a container is never left out.
+/// Removes the labels that exceed the limits. `room` is the number of bytes left for all containers together. Labels
+/// that enable a container always stay.
 pub(crate) fn bound(labels: &mut BTreeMap<String, String>, room: usize) -> Option<Excess> {
     let is_enable = |key: &str| ENABLE_KEYS.contains(&key);
     let (mut count, mut bytes) = (labels.keys().filter(|key| is_enable(key)).count(), 0);

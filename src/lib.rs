@@ -1,6 +1,6 @@
 //! DockFlare Agent: makes a Docker host reachable through Cloudflare Tunnel, and never loses it.
 //!
-//! Five tasks run side by side and talk only through channels. Four do the work:
+//! Five tasks run side by side and talk only through channels. Four of them do the work:
 //!
 //! ```text
 //!  master ──commands──> tunnels ──write, then publish──> [Wanted] ──> health ──plan, act──> Docker: the tunnel container
@@ -10,38 +10,44 @@
 //!    └──────────── one ordered sender ───────────────────────────── reports <──changes── events <──── Docker: events, listing
 //! ```
 //!
-//! - [`tunnels`] polls commands and owns what is wanted, and its file. It never touches Docker.
-//! - [`reports`] owns everything that is sent to the master, its order and its retries. It decides nothing.
+//! - [`tunnels`] polls commands and owns the tunnel spec and the file that stores it. It never touches Docker.
+//! - [`reports`] sends everything to the master, and owns the order and the retries. It decides nothing.
 //! - [`events`] owns the inventory of labelled containers. It never talks to the master.
-//! - [`health`] owns the tunnel container and what is known of it. It never reads a command.
+//! - [`health`] owns the tunnel container and its status. It never reads a command.
 //!
-//! The fifth, [`neighbours`], looks at what is around the tunnel container: whether it can reach each labelled
-//! container, and whether another connector serves the same tunnel. It says so, and decides nothing: what it
-//! publishes, [`channels::Ways`], is shown by the page, and names the networks that the supervisor may connect.
+//! The fifth, [`neighbours`], watches the surroundings of the tunnel container: whether it can reach each labelled
+//! container, and whether another connector serves the same tunnel. It reports and decides nothing. It publishes
+//! [`channels::Ways`], which the page shows and which names the networks that the supervisor may connect.
 //!
-//! The tasks do not know each other, only what travels between them: [`channels`]. Why a tunnel can be down, and
-//! what is done about it, is one table for all: [`cause`].
+//! The tasks do not know each other. They know only what travels between them: [`channels`]. One table lists why a
+//! tunnel can be down and what the agent does about it: [`cause`].
 //!
-//! Around them: [`config`] (the environment, checked as a whole), [`registration`] (who the agent is at its
-//! master), [`cloudflare`] (ingress rules), [`page`] (`GET /health`, `/metrics` and others), [`metrics`] (what is
-//! counted), [`concerns`] (what is wrong at this moment), [`pulse`] (whether each task is still at work), and three doors, each the only one of its
-//! kind: [`master`] to the master, [`docker`] to Docker, [`state`] to the data folder. What is known of `labels` is
-//! shared by all, and so is the crate [`dockflare_host`], which every program of the project stands on: log, signals,
-//! waits, pages, HTTP clients.
+//! Around the tasks:
 //!
-//! [`socket_proxy`] is another program in the same file, which holds the Docker socket in a container of its own: the
-//! agent reaches Docker through it. It knows of the above only what the agent asks of Docker and reads of its answers.
+//! - [`config`] checks the environment as a whole.
+//! - [`registration`] owns the agent's identity at its master.
+//! - [`cloudflare`] turns the master's rules into ingress rules.
+//! - [`page`] serves `GET /health`, `/metrics` and others.
+//! - [`metrics`] counts, [`concerns`] lists the current problems, [`pulse`] watches that each task is alive.
+//! - [`master`] is the only way to the master, [`docker`] the only way to Docker, [`state`] the only way to the data
+//!   folder.
+//! - All share `labels`, and the crate [`dockflare_host`], the base of every program of the project: log, signals,
+//!   waits, pages, HTTP clients.
 //!
-//! Before the first request to the master there is `arrival`: the agent joins the tunnel's network with its own container
-//! (`membership`), since the master may be known there only, and finds out what to call itself ([`introduction`]). After
-//! it there is `pending`, which says what to do until somebody has enrolled the agent.
+//! [`socket_proxy`] is another program in the same binary. It holds the Docker socket in a container of its own, and
+//! the agent reaches Docker through it. Of the above it knows only what the agent asks of Docker and reads in its
+//! answers.
 //!
-//! Two subcommands stand beside all this and start none of it: [`check`] tries each thing that the agent needs without
-//! changing anything, [`bundle`] gathers what helps to find out what is wrong.
+//! `arrival` comes before the first request to the master. It joins the tunnel's network with the agent's own container
+//! (`membership`), because the master may be known only there, and finds a name for the agent ([`introduction`]).
+//! `pending` comes after that request and logs what to do until somebody has enrolled the agent.
 //!
-//! The agent may be killed at any instant. What is wanted is on disk before it is acted upon; everything else is
-//! found out again by looking. Commands and events only change what is wanted or known and wake a loop; the loop
-//! compares and acts.
+//! Two subcommands start none of this: [`check`] tries each thing that the agent needs and changes nothing, and
+//! [`bundle`] gathers what helps to diagnose a problem.
+//!
+//! The agent may be killed at any instant. It writes the spec to disk before it acts on it, and finds out everything
+//! else again by looking. Commands and events only change the spec or the observed status and wake a loop. The loop
+//! compares the two and acts.
 
 #![cfg_attr(
     test,
@@ -98,21 +104,21 @@ use metrics::Metrics;
 use pulse::Pulse;
 use state::{DesiredState, Found, Phase, Store, TunnelState};
 
-/// Why the agent does not run, or not any longer, though nobody asked it to stop.
+/// Why the agent could not start, or ended without being asked to.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// The configuration is well-formed and cannot be used here.
+    /// The configuration is well-formed but cannot be used here.
     #[error("{0}")]
     Config(String),
     /// The data folder cannot be used, or another agent uses it.
     #[error(transparent)]
     DataFolder(#[from] state::StateError),
-    /// A task ended that must not: a mistake in the agent.
+    /// A task ended that must never end: a bug in the agent.
     #[error(
         "the task {0} ended, which it must not: this is a mistake in the agent, please report it with the lines above"
     )]
     Task(&'static str),
-    /// Docker's socket was made anew, and the one that is mounted here is dead.
+    /// Docker has created a new socket, and the one that is mounted here is dead.
     #[error(
         "nobody listens any more on the Docker socket that is mounted here as {0}, since Docker has made a new one: ending, so that the restart policy mounts that; mount the socket's folder instead where that is possible"
     )]
@@ -120,7 +126,7 @@ pub enum RunError {
 }
 
 impl RunError {
-    /// The exit code for it: 64 bad configuration, 73 data folder not usable or taken, 70 a task ended, 75 the mounted
+    /// Returns the exit code: 64 bad configuration, 73 data folder not usable or taken, 70 a task ended, 75 the mounted
     /// Docker socket is dead.
     pub fn exit_code(&self) -> u8 {
         match self {
@@ -132,19 +138,19 @@ impl RunError {
     }
 }
 
-/// Container changes on their way to the reporter, which drains them even while it waits for the master; a burst
-/// beyond this makes the event task wait, and Docker's socket buffer with it.
+/// Capacity of the channel of container changes. The reporter drains it even while it waits for the master. A larger
+/// burst makes the event task wait, and fills Docker's socket buffer.
 const CHANGES: usize = 256;
 
-/// Runs the agent until `shutdown`, or until its master has let go of it and its own container cannot be stopped.
-/// `log` is what the page shows of the log.
+/// Runs the agent until `shutdown`. After a decommission it stops its own container, or idles until `shutdown` if it
+/// cannot. The page shows `log`.
 ///
 /// # Errors
-/// See [`RunError`]. The tunnel container is then left as it is.
+/// See [`RunError`]. The tunnel container then stays as it is.
 pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Result<(), RunError> {
     let opened = tokio::select! {
         opened = Store::open_and_read(config.data_dir.clone()) => opened?,
-        // Nothing runs yet that would have to end in order.
+        // Nothing runs yet that needs an orderly end.
         () = asked_for(shutdown.clone(), OPEN_LIMIT_AT_STOP) => return Ok(()),
     };
     let store = opened.store;
@@ -155,11 +161,11 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
     let tombstone = taken(opened.tombstone);
     let mut state: TunnelState = taken(opened.tunnel).unwrap_or_default();
     let known = state.clone();
-    // What runs is this agent's, also when the master gives it another id.
+    // The running tunnel belongs to this agent, even if the master gives the agent another id.
     if let Some(id) = agent_id.as_ref().filter(|id| state.token.is_some() && state.owners.last() != Some(id)) {
         state.be(id);
     }
-    // Earlier versions kept it for the next start, which brings its own.
+    // Earlier versions kept the token for the next start command, which brings its own.
     if state.desired_state == DesiredState::Stopped && tombstone.is_none() {
         state.token = None;
     }
@@ -175,7 +181,7 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
     let (inventory_tx, inventory) = watch::channel(Inventory::default());
     let (ways_tx, ways) = watch::channel(Ways::default());
     let (changes_tx, changes) = mpsc::channel(CHANGES);
-    // One wake that waits is as good as many.
+    // One pending wake is as good as many.
     let (wake_tx, wake) = mpsc::channel(1);
     let (look_tx, look) = mpsc::channel(1);
 
@@ -255,7 +261,7 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
         let inputs =
             neighbours::Inputs { inventory: inventory.clone(), view: view.clone(), wanted: wanted.clone(), wake: look };
         let neighbours = neighbours::Neighbours::new(docker.clone(), config.tunnel.clone(), inputs, ways_tx);
-        // So may each look at a container.
+        // Each inspection of a container may take 20 s.
         Task::spawn("neighbours", 60, async move { match neighbours.run().await {} })
     };
     let reports = {
@@ -275,14 +281,14 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
         // A request to the master may take 90 s.
         Task::spawn("reports", 120, reporter.run(shutdown.clone()))
     };
-    // The tunnel goes last: what the reporter has to say of it comes first.
+    // The supervisor ends last: the reporter must send its last word on the tunnel first.
     let last = CancellationToken::new();
     let tunnel = {
         let (made_of, own_name) = (config.tunnel.clone(), config.hostname.clone());
         let inputs = health::Inputs { wanted: wanted.clone(), ways: ways.clone(), wake };
         let supervisor = health::Supervisor::new(docker.clone(), made_of, own_name, inputs, view_tx, metrics.clone())
             .map_err(|error| refused(&error))?;
-        // A pull may stand still for 120 s, a stop take a minute more than the drain.
+        // A pull may stall for 120 s; a stop may take a minute longer than the drain.
         let deadline = 150.max(config.tunnel.patience().as_secs() + 90);
         Task::spawn("tunnel", deadline, supervisor.run(last.clone()))
     };
@@ -291,14 +297,14 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
         let (interval, image) = (config.poll_interval, config.tunnel.image.to_string());
         let links = tunnels::Links { wanted: wanted_tx, view: view.clone(), metrics, concerns };
         let poller = tunnels::Poller::new(master.clone(), registrar.clone(), disk, interval, image, links);
-        // A request to the master may take 90 s, and a disk its time.
+        // A request to the master may take 90 s, and a write to a slow disk comes on top.
         Task::spawn("commands", 150, poller.run(shutdown.clone()))
     };
     sources.tasks =
         [&commands.pulse, &reports.pulse, &events.pulse, &neighbours.pulse, &tunnel.pulse].map(Pulse::clone).to_vec();
     let mut page = listener.map(|listener| tokio::spawn(async move { match page::serve(listener, sources).await {} }));
 
-    // Until the poller ends, nothing else may; it ends by a shutdown or by the master's last command.
+    // No other task may end before the poller, which ends by a shutdown or by the master's last command.
     let Task { handle: mut commands, .. } = commands;
     let Task { handle: mut tunnel, .. } = tunnel;
     let Task { handle: mut events, .. } = events;
@@ -321,11 +327,11 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
     if ended == tunnels::Ended::Shutdown && !reports.is_finished() {
         joined("reports", reports.await)?;
     }
-    // By its end the socket proxy sees that this agent does not come back after its goodbye.
+    // Once the event stream has ended, the socket proxy sees that this agent does not come back after its goodbye.
     events.abort();
     neighbours.abort();
     let _ = (events.await, neighbours.await);
-    // The master has been told all there is, and before the goodbye the socket proxy still answers.
+    // The master has all reports by now, and the socket proxy answers until the goodbye.
     gone.cancel();
     if let Ok(membership) = arrived.await {
         membership.leave().await;
@@ -339,7 +345,7 @@ pub async fn run(config: Config, log: Ring, shutdown: CancellationToken) -> Resu
     Ok(())
 }
 
-/// Whether the tunnel goes down with the agent, as far as that is known: its own socket proxy may hold it.
+/// Whether the tunnel goes down with the agent, as far as known: the agent's own socket proxy may keep it up.
 fn stops_with_agent(docker: &Arc<docker::Docker>, tunnel: &TunnelConfig) -> watch::Receiver<bool> {
     let (stops, seen) = watch::channel(tunnel.on_exit == OnExit::Remove);
     let (docker, may_be_held) = (docker.clone(), !tunnel.lease.is_zero());
@@ -351,13 +357,13 @@ fn stops_with_agent(docker: &Arc<docker::Docker>, tunnel: &TunnelConfig) -> watc
     seen
 }
 
-/// The end of a decommission: Docker stops the agent, so that its restart policy leaves it down.
+/// Ends a decommission: Docker stops the agent's container, so that its restart policy does not start it again.
 async fn stop_self(docker: &docker::Docker, hostname: Option<&str>, shutdown: &CancellationToken) {
     match health::own_container(docker, hostname).await {
         Some(own) => {
             info!("decommissioned; stopping the agent's own container");
             tokio::select! {
-                // Docker answers when the container is down, which is when nobody is left to read it.
+                // Docker answers only once the container is down, and then nobody is left to read the answer.
                 () = shutdown.cancelled() => return,
                 stopped = docker.stop_self(&own.id) => {
                     if let Err(error) = stopped {
@@ -371,7 +377,7 @@ async fn stop_self(docker: &docker::Docker, hostname: Option<&str>, shutdown: &C
     shutdown.cancelled().await;
 }
 
-/// An agent that is asked to stop while it opens its folder still ends in order, if the folder opens soon.
+/// An agent that is asked to stop while it opens its data folder waits this long, to still end in order.
 const OPEN_LIMIT_AT_STOP: Duration = Duration::from_secs(2);
 
 async fn asked_for(shutdown: CancellationToken, grace: Duration) {
@@ -379,17 +385,17 @@ async fn asked_for(shutdown: CancellationToken, grace: Duration) {
     tokio::time::sleep(grace).await;
 }
 
-/// What is said of a data folder that is part of the container.
+/// The warning about a data folder that is part of the container.
 pub(crate) const NO_VOLUME: &str = "the data folder is on no volume: who this agent is, and its tunnel, are lost when the container is made anew; mount a volume there, as with -v dockflare-agent-data:/app/data";
 
-/// A task and whether it is at work.
+/// A task and the pulse that shows whether it is alive.
 struct Task<T> {
     handle: JoinHandle<T>,
     pulse: Pulse,
 }
 
 impl<T: Send + 'static> Task<T> {
-    /// `deadline` in seconds: the longest single wait of the task, and room for a busy machine.
+    /// `deadline` in seconds: the longest single wait of the task, plus room for a busy machine.
     fn spawn(name: &'static str, deadline: u64, work: impl Future<Output = T> + Send + 'static) -> Self {
         let pulse = Pulse::new(name, Duration::from_secs(deadline));
         Self { handle: tokio::spawn(pulse.clone().watch(work)), pulse }
@@ -407,7 +413,7 @@ fn broken<T>(name: &'static str, ended: Result<T, JoinError>) -> RunError {
     RunError::Task(name)
 }
 
-/// The document that was found; what had to be set aside for it is said.
+/// Returns the document that was found, and logs an error if its file was unusable and moved away.
 fn taken<T>(found: Found<T>) -> Option<T> {
     if let Some(set_aside) = found.set_aside {
         error!(

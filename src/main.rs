@@ -45,7 +45,7 @@ enum Command {
     },
 }
 
-/// A write that is under way when the program ends has this long.
+/// Time limit for a pending write when the program ends.
 const LAST_WRITE_LIMIT: Duration = Duration::from_secs(1);
 
 #[expect(clippy::disallowed_methods, reason = "this is main")]
@@ -60,7 +60,7 @@ fn main() -> ExitCode {
             Err(error) => Ok(not_understood(&error).await),
         }
     });
-    // What is being written is still written; a disk that hangs is not waited for.
+    // Finish pending writes, but do not wait for a disk that hangs.
     runtime.shutdown_timeout(LAST_WRITE_LIMIT);
     logging::flush();
     code.unwrap_or_else(|error| not_started(&error))
@@ -102,7 +102,7 @@ async fn not_understood(error: &clap::Error) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// The system refuses what every program needs.
+/// Reports that the system refuses what every program needs.
 fn not_started(error: &io::Error) -> ExitCode {
     let why = if error.kind() == io::ErrorKind::WouldBlock { logging::NO_THREAD } else { "cannot start" };
     let _ = writeln!(io::stderr(), "dockflare-agent: {why} ({error})");
@@ -125,7 +125,7 @@ fn ended(ended: Result<(), RunError>) -> ExitCode {
     ExitCode::from(failure.exit_code())
 }
 
-/// Starts logging; gives the last lines of the log, and the token that tells when to stop.
+/// Starts logging. Returns the last lines of the log, and the token that is cancelled when the program must stop.
 fn begin(log: &LogConfig, warnings: Vec<String>) -> io::Result<(Ring, CancellationToken)> {
     let ring = logging::start(log)?;
     let panicked = RunError::Task("that panicked");

@@ -1,10 +1,10 @@
-//! The networks of the agent's own container: the tunnel's, and that of its metrics where there is one.
+//! Joins and leaves the networks of the agent's own container: the tunnel's, and the metrics network if there is one.
 //!
-//! Nobody has to declare them to whatever started the agent. It makes them when they are missing and joins them, before
-//! its first request to the master, which may be known there only. It leaves them when it ends in order: a container
-//! whose network was removed and made anew meanwhile cannot be started again. What somebody else has connected stays
-//! connected. Nothing is remembered: which connections are the agent's own is noted in Docker, as with the tunnel
-//! container.
+//! Nobody has to declare them for the agent's container. The agent creates missing networks and joins them before its
+//! first request to the master, which may be reachable only there. It leaves them at an orderly end, because a
+//! container cannot start again if its network was removed and created again meanwhile. Networks that somebody else
+//! connected stay connected. The agent stores nothing: Docker records which connections are the agent's own, as for the
+//! tunnel container.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,15 +17,15 @@ use crate::docker::{Docker, DockerError, Endpoint, Inspected, silent};
 use crate::health::{is_own, this_container};
 use crate::retry::Trouble;
 
-/// What Docker gets for taking the container from its networks, when the agent is to end.
+/// Time limit for leaving the networks when the agent ends.
 const LEAVE_LIMIT: Duration = Duration::from_secs(3);
 
-/// Why the agent is on none of its networks, or not known to be.
+/// Why the agent is not on its networks, or does not know.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Apart {
-    /// There is nothing to join with; what that means.
+    /// The agent has no container that could join; the text says what that means.
     Outside(&'static str),
-    /// It could be on them and is not; why, as a sentence without its subject.
+    /// The agent could be on them and is not; the text says why, as a sentence without its subject.
     Barred(String),
 }
 
@@ -34,10 +34,10 @@ const HOST_NETWORK: &str = "the agent uses the host's network, so it joins none:
 const NOT_SHOWN: &str = "the agent's own container is not shown to it, so it joins no network: unless it is on the tunnel's already, a master that is known there only is not found, whether the tunnel is ready is told late, and no port of a container is tried; call the container dockflare-agent, as docker-compose.yml does";
 const LENT: &str = "the agent uses the network of another container, so it joins none itself: unless that one is on the tunnel's, a master that is known there only is not found, whether the tunnel is ready is told late, and no port of a container is tried";
 
-/// What an agent lacks that is not on the tunnel's network.
+/// What an agent lacks outside of the tunnel's network.
 pub(crate) const COST: &str = "a master that is known there only is not found, whether the tunnel is ready is told by Docker's own check alone, up to half a minute late, and no port of a container is tried";
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug)]
 pub(crate) struct Membership {
     docker: Arc<Docker>,
@@ -47,7 +47,7 @@ pub(crate) struct Membership {
     said: bool,
 }
 
-/// One of them, and whether it is made without a way out.
+/// A network, and whether to create it as internal, without a way out.
 #[derive(Debug)]
 struct Network {
     name: String,
@@ -55,7 +55,7 @@ struct Network {
 }
 
 impl Membership {
-    /// Nothing is asked of Docker yet. `hostname` is the agent's own `HOSTNAME`.
+    /// Creates the membership and does not call Docker yet. `hostname` is the agent's own `HOSTNAME`.
     pub(crate) fn new(docker: Arc<Docker>, hostname: Option<String>, config: &TunnelConfig) -> Self {
         let own = Network { name: config.network.clone(), internal: false };
         let metrics = config.metrics_network.iter().map(|name| Network { name: name.clone(), internal: true });
@@ -63,11 +63,11 @@ impl Membership {
         Self { docker, hostname, networks, trouble: Trouble::new("the agent"), said: false }
     }
 
-    /// Joins what the agent is not on yet. Whatever stands in the way is said, with what it costs. Cancel-safe: what is
-    /// half done is found so by the next try.
+    /// Joins the networks that the agent is not on yet. Logs what prevents it, and the consequences. Cancel-safe: the
+    /// next try finds and completes what is half-done.
     ///
     /// # Errors
-    /// When Docker is away, so that nothing is known.
+    /// When Docker is away and nothing is known.
     pub(crate) async fn join(&mut self) -> Result<(), DockerError> {
         let seen = match own(&self.docker, self.hostname.as_deref()).await? {
             Ok(seen) => seen,
@@ -107,7 +107,7 @@ impl Membership {
         self.docker.connect(name, &seen.id).await
     }
 
-    /// Leaves what the agent has joined, so that its container can be started again whatever becomes of the networks.
+    /// Leaves the networks that the agent has joined, so that its container can start again whatever happens to them.
     pub(crate) async fn leave(self) {
         let left = timeout(LEAVE_LIMIT, self.leave_all()).await.unwrap_or_else(|_| Err(silent()));
         if let Err(error) = left {
@@ -127,7 +127,7 @@ impl Membership {
     }
 }
 
-/// The agent's own container, if it can be connected to a network.
+/// Returns the agent's own container, if it can be connected to a network.
 ///
 /// # Errors
 /// When Docker is away.
@@ -144,20 +144,19 @@ pub(crate) async fn own(docker: &Docker, hostname: Option<&str>) -> Result<Resul
     Ok(connectable(seen))
 }
 
-/// Whether it is the agent's, and on networks of its own.
+/// Checks that the container is the agent's and has networks of its own.
 fn connectable(seen: Option<Inspected>) -> Result<Inspected, Apart> {
     let seen = seen.ok_or(Apart::Outside(NO_CONTAINER))?;
     match seen.network_mode.as_str() {
         "host" => Err(Apart::Outside(HOST_NETWORK)),
         "none" => Err(Apart::Barred("has no network (network_mode: none) and joins none".to_owned())),
-        // Such a container has the host name and the files of the one whose network it uses.
+        // A container that uses another's network has that one's host name and files.
         _ if seen.network_mode.starts_with("container:") || !runs_this(&seen) => Err(Apart::Outside(LENT)),
         _ => Ok(seen),
     }
 }
 
-/// Whether this program is what the container runs. Behind the agent's own socket proxy the command is not shown, and
-/// the name decides.
+/// Whether the container runs this program. The agent's own socket proxy hides the command; then the name decides.
 fn runs_this(seen: &Inspected) -> bool {
     let program = seen.command.first().and_then(|word| word.rsplit('/').next());
     is_own(seen) || program == Some(env!("CARGO_PKG_NAME"))

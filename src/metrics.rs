@@ -1,8 +1,8 @@
-//! What is counted, for `GET /metrics`.
+//! Counts events for `GET /metrics`.
 //!
-//! The tasks count into one [`Metrics`], whose clones count into the same. What is a state and not a count is read
-//! from the channels when somebody asks, by the page. Counts begin at zero with each start of the agent. No label
-//! has a value from outside but the status codes of a master.
+//! The tasks count into one [`Metrics`], shared by its clones. The page reads gauges of the current state from the
+//! channels on each request. Counts begin at zero with each start of the agent. Apart from the status codes of a
+//! master, no label has a value from outside.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
-/// Upper bounds in seconds: a request takes milliseconds in one's own network, and is given up after 90 s.
+/// Upper bounds in seconds. A request takes milliseconds in a local network and times out after 90 s.
 const LATENCIES: [f64; 10] = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 15.0, 60.0];
 
 /// The counters, shared by all clones.
@@ -80,7 +80,7 @@ impl Default for Metrics {
             replacements: Family::default(),
             fresh_connectors: Counter::default(),
         };
-        // A count that appears only with its first event cannot be alerted on: its rise from nothing is none.
+        // Create each counter at zero. An alert cannot see the first event of a counter that appears only with it.
         for outcome in [CARRIED_OUT, REFUSED, IGNORED, NOT_UNDERSTOOD] {
             for action in ACTIONS {
                 metrics.commands.get_or_create_owned(&Order { action, outcome });
@@ -102,12 +102,12 @@ impl Default for Metrics {
     }
 }
 
-/// What became of a command.
+/// The outcome of a command.
 pub(crate) const CARRIED_OUT: &str = "carried_out";
 pub(crate) const REFUSED: &str = "refused";
 pub(crate) const IGNORED: &str = "ignored";
 pub(crate) const NOT_UNDERSTOOD: &str = "not_understood";
-/// The label of any other action.
+/// The label of an unknown action.
 const UNKNOWN: &str = "unknown";
 const ACTIONS: [&str; 6] = [
     "start_tunnel",
@@ -120,68 +120,68 @@ const ACTIONS: [&str; 6] = [
 
 const TYPES: [&str; 5] = ["container_start", "container_stop", "status_report", "tunnel_status", "heartbeat"];
 
-/// What became of a message to the master: taken, or dropped since it never would be. A retry is neither.
+/// The outcome of a message to the master: accepted, or dropped because it never would be. A retry is neither.
 pub(crate) const ACCEPTED: &str = "accepted";
 pub(crate) const DROPPED: &str = "dropped";
 
-/// What became of a replacement.
+/// The outcome of a replacement.
 const COMPLETED: &str = "completed";
 const TAKEN_BACK: &str = "taken_back";
 
 impl Metrics {
-    /// A request to the master was answered with this status, or not at all.
+    /// Counts a request that the master answered with this status, or not at all.
     pub(crate) fn request(&self, route: &'static str, status: Option<u16>, took: Duration) {
         let code = status.map_or_else(|| "none".to_owned(), |status| status.to_string());
         self.requests.get_or_create_owned(&Request { route, code }).inc();
         self.latencies.get_or_create_owned(&Route { route }).observe(took.as_secs_f64());
     }
 
-    /// Docker told an event that was not told before.
+    /// Counts a new event from Docker.
     pub(crate) fn docker_event(&self, action: &'static str) {
         self.docker_events.get_or_create_owned(&Action { action }).inc();
     }
 
-    /// So many changes wait for the master, after so many gave way to newer ones of their container.
+    /// Sets the number of pending changes, and counts those that newer ones of their container have replaced.
     pub(crate) fn queue(&self, waiting: usize, coalesced: usize) {
         self.queue.set(i64::try_from(waiting).unwrap_or(i64::MAX));
         self.coalesced.inc_by(coalesced as u64);
     }
 
-    /// How many changes wait for the master.
+    /// Returns the number of changes that wait for the master.
     pub(crate) fn waiting(&self) -> i64 {
         self.queue.get()
     }
 
-    /// A message to the master came to its end.
+    /// Counts a message to the master with its outcome.
     pub(crate) fn message(&self, kind: &str, outcome: &'static str) {
         let Some(r#type) = TYPES.into_iter().find(|known| *known == kind) else { return };
         self.messages.get_or_create_owned(&Message { r#type, outcome }).inc();
     }
 
-    /// The master sent a command; one whose action is not known counts as `unknown`.
+    /// Counts a command from the master. An unknown action counts as `unknown`.
     pub(crate) fn command(&self, action: &str, outcome: &'static str) {
         let action = ACTIONS.into_iter().find(|known| *known == action).unwrap_or(UNKNOWN);
         self.commands.get_or_create_owned(&Order { action, outcome }).inc();
         self.last_command.set(jiff::Timestamp::now().as_second());
     }
 
-    /// A connector that hung was restarted.
+    /// Counts a restart of a hung connector.
     pub(crate) fn restart(&self) {
         self.restarts.inc();
     }
 
-    /// A connector was replaced, or its successor taken back.
+    /// Counts a replaced connector, or a replacement that was rolled back.
     pub(crate) fn replacement(&self, completed: bool) {
         let outcome = if completed { COMPLETED } else { TAKEN_BACK };
         self.replacements.get_or_create_owned(&Replacement { outcome }).inc();
     }
 
-    /// During an outage a fresh connector was tried beside the one that is down.
+    /// Counts a fresh connector that was tried beside the one that is down during an outage.
     pub(crate) fn fresh_connector(&self) {
         self.fresh_connectors.inc();
     }
 
-    /// Puts all of it into a registry, under the names of [the documentation](../docs/monitoring.md).
+    /// Registers all metrics, under the names in [the documentation](../docs/monitoring.md).
     pub(crate) fn register(&self, registry: &mut Registry) {
         registry.register(
             "master_requests",
@@ -231,7 +231,7 @@ impl Metrics {
 
 #[cfg(test)]
 impl Metrics {
-    /// The lines of the exposition that begin with one of these, without the prefix, in order.
+    /// Returns the lines of the exposition that begin with one of these names, without the prefix, in order.
     pub(crate) fn lines(&self, names: &[&str]) -> Vec<String> {
         let mut registry = Registry::default();
         self.register(&mut registry);

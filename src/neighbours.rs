@@ -1,15 +1,15 @@
-//! What is around the tunnel container on this host: the way to each labelled container, and connectors of the same
-//! tunnel beside it.
+//! Checks the surroundings of the tunnel container on this host: whether it can reach each labelled container, and
+//! whether other connectors serve the same tunnel.
 //!
-//! Owns what was judged of them and what was told; publishes it as [`Ways`]. The page shows it, the supervisor
-//! connects the tunnel container to the networks in it. Decides nothing and changes nothing: it only reads from
-//! Docker, by calls of its own, so that nothing here delays or fails a report or the tunnel. Nothing is on disk;
-//! after a crash it looks again, and what is so is told once more.
+//! Owns the verdicts and remembers which of them were logged. Publishes them as [`Ways`]: the page shows them, and the
+//! supervisor connects the tunnel container to the networks in them. Decides and changes nothing. It only reads from
+//! Docker, with its own calls, so nothing here delays or fails a report or the tunnel. Nothing is on disk: after a
+//! crash it looks again and logs what it finds once more.
 //!
-//! A look takes the containers one after the other, of many so many at a time. It is woken by the inventory, by the
-//! tunnel, by Docker's events of networks and names, and by a slow timer. What cannot be found out now stays as it was
-//! known. Besides it names what makes a container no site though it was meant to be one: labels that nearly enable it,
-//! or none that a rule is made of, and a hostname that another container has as well.
+//! A look inspects the containers one by one, and a limited number of them on a large host. The inventory, the tunnel,
+//! Docker's events of networks and names, and a slow timer wake it. If something cannot be found out now, the last
+//! verdict stays. The task also logs why a container is not published although it seems meant to be: labels that
+//! nearly enable it, a missing service or hostname label, or a hostname that another container has as well.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
@@ -47,30 +47,30 @@ pub(crate) use service::named_host;
 use survey::{Judged, Turn, survey};
 pub(crate) use way::{DOCKERS_OWN, services};
 
-/// What happens together is looked at once: a compose project that starts is a burst of events.
+/// Wait this long after a wake, to answer a burst with one look. A compose project that starts is a burst of events.
 const SETTLE: Duration = Duration::from_millis(500);
-/// The wait for a burst grows with the time of a look up to this, so that looks fill no more than a fifth of the
-/// time on a host with many containers that never rests.
+/// The wait grows with the duration of a look, up to this. On a busy host with many containers, looks then take no
+/// more than a fifth of the time.
 const LONGEST_SETTLE: Duration = Duration::from_secs(30);
-/// Between two looks that nothing asked for.
+/// Time between two looks when nothing wakes the task.
 const CALM: Duration = Duration::from_secs(300);
-/// Until the next look when something could not be found out.
+/// Time until the next look after a look that failed in part.
 const AGAIN: Duration = Duration::from_secs(15);
-/// Until the next look while the supervisor has a network to connect.
+/// Time until the next look while the supervisor has a network to connect.
 const CONNECTING: Duration = Duration::from_secs(5);
-/// Docker tells that a container is on a network before it runs, so that a look may come too early: until the next two
-/// after one for such a reason.
+/// Docker announces that a container joined a network before the container runs, so a look may come too early. After
+/// such an event, look again after each of these waits.
 const ECHOES: [Duration; 2] = [Duration::from_secs(3), Duration::from_secs(15)];
-/// So many calls without an answer, at 20 s each, are enough for one look.
+/// End a look after this many calls without an answer, at 20 s each.
 const MOST_TIME_OUTS: u32 = 3;
-/// Labels that nearly enable are told once for each of so many containers.
+/// Remember this many warnings about labels that nearly enable a container, to log each only once.
 const MOST_TOLD: usize = 256;
-/// What is shown of a label's value that was not meant so.
+/// Log this many characters of a label's key or value.
 const MOST_LETTERS: usize = 40;
-/// Containers that are named in one line.
+/// Name this many containers in one line.
 const MOST_NAMES: usize = 10;
 
-/// The task.
+/// The task that looks around the tunnel container.
 #[derive(Debug)]
 pub struct Neighbours {
     docker: Arc<Docker>,
@@ -80,30 +80,30 @@ pub struct Neighbours {
     memory: Memory,
     reach: Reach,
     turn: Turn,
-    /// What was told of labels that nearly enable: the container's name, and what was wrong.
+    /// Warnings that were logged about labels that nearly enable: the container's name, and the problem.
     slips: VecDeque<(String, String)>,
-    /// Hostnames that several containers have, which was told, with when they last had. A restart is no news.
+    /// Shared hostnames that were logged, with when they were last shared, so that a restart is not logged again.
     shared: BTreeMap<String, Instant>,
     /// Whether this is Docker Desktop, once Docker has said so.
     desktop: Option<bool>,
     trouble: Trouble,
 }
 
-/// What it is woken by.
+/// What wakes the task.
 #[derive(Debug)]
 pub struct Inputs {
     /// The labelled containers.
     pub inventory: watch::Receiver<Inventory>,
-    /// How the tunnel is.
+    /// The status of the tunnel.
     pub view: watch::Receiver<View>,
-    /// Which tunnel it is.
+    /// The spec of the tunnel.
     pub wanted: watch::Receiver<Wanted>,
-    /// Rung by Docker's events of networks, names and connectors.
+    /// Sent by the event task on Docker's events of networks, names and connectors.
     pub wake: mpsc::Receiver<()>,
 }
 
 impl Neighbours {
-    /// Nothing is asked of Docker yet.
+    /// Creates the task. It does not call Docker yet.
     pub fn new(docker: Arc<Docker>, config: TunnelConfig, inputs: Inputs, ways: watch::Sender<Ways>) -> Self {
         let trouble = Trouble::new("the look around the tunnel container");
         Self {
@@ -121,7 +121,7 @@ impl Neighbours {
         }
     }
 
-    /// Looks around for ever. Cancel-safe: it changes nothing.
+    /// Looks around forever. Cancel-safe: it changes nothing.
     pub async fn run(mut self) -> Infallible {
         let (mut asked, mut echoes) = (true, [].iter());
         loop {
@@ -138,7 +138,7 @@ impl Neighbours {
                     if self.turn.goes_on() { Duration::ZERO } else { pause }
                 }
                 Err(error) => {
-                    // That Docker is away is said once, by the event task.
+                    // The event task already logs that Docker is away.
                     if !matches!(error, DockerError::Unreachable { .. }) {
                         self.trouble.failed(&format_args!("fails, since Docker {error}"), error.remedy());
                     }
@@ -146,7 +146,7 @@ impl Neighbours {
                 }
             };
             let settle = (began.elapsed() * 4).clamp(SETTLE, LONGEST_SETTLE);
-            // The rest of a look over many is no new one.
+            // Going on with a look over many containers does not start a new one.
             let reason = self.inputs.rung(pause).await;
             asked = reason != Reason::Time || !self.turn.goes_on();
             if reason == Reason::Event {
@@ -156,8 +156,8 @@ impl Neighbours {
         }
     }
 
-    /// Finds out what can be found out. The error is the first of what could not.
-    /// `anew`: all containers have their turn once more.
+    /// Looks around once, as far as Docker answers. Returns the first failure. With `anew`, all containers get a turn
+    /// again.
     async fn look(&mut self, anew: bool) -> Result<(), DockerError> {
         let (inventory, wanted) = self.inputs.take();
         if anew {
@@ -167,7 +167,7 @@ impl Neighbours {
         self.tell_slips(&running);
         let mut failures = Failures::default();
         self.look_for_rivals(&running, &wanted, &mut failures).await?;
-        // What is not known for certain is not judged, and not forgotten either.
+        // While the inventory may be incomplete, judge nothing and forget nothing.
         if inventory.complete {
             self.tell_replicas(&inventory);
             self.look_at_ways(&running, &inventory, &mut failures).await?;
@@ -218,7 +218,7 @@ impl Neighbours {
         let labelled = (&inventory.containers, &mut self.turn);
         let judged = |judged| all.push(judged);
         let looked = survey(&self.docker, &self.config, &mut self.desktop, running, labelled, failures, judged).await;
-        // What was found out before a failure is as true as without it.
+        // Verdicts from before a failure are still valid.
         self.reach.try_out(&all, looked.as_ref().ok().copied().flatten()).await;
         for judged in all {
             let way = self.reach.settle(&judged);
@@ -265,16 +265,16 @@ impl Neighbours {
 }
 
 impl Inputs {
-    /// What is known now; what comes after this wakes again.
+    /// Takes what is known now. Later news wakes the task again.
     fn take(&mut self) -> (Inventory, Wanted) {
         while self.wake.try_recv().is_ok() {}
         self.view.mark_unchanged();
         (self.inventory.borrow_and_update().clone(), self.wanted.borrow_and_update().clone())
     }
 
-    /// Waits for a reason to look. Cancel-safe: what is lost is a wake-up of which the next look makes up.
+    /// Waits for a reason to look. Cancel-safe: at most a wake-up is lost, and the next look makes up for it.
     async fn rung(&mut self, limit: Duration) -> Reason {
-        // The others outlive this task but for the moments of a shutdown.
+        // The other tasks outlive this one, except during a shutdown.
         tokio::select! {
             Ok(()) = self.inventory.changed() => Reason::News,
             Ok(()) = self.view.changed() => Reason::News,
@@ -285,18 +285,18 @@ impl Inputs {
     }
 }
 
-/// Why it looks.
+/// Why the task looks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Reason {
-    /// One of the other tasks knows something new.
+    /// Another task published something new.
     News,
-    /// Something happened in Docker that may not be to its end.
+    /// Something happened in Docker and may still be in progress.
     Event,
-    /// It is time.
+    /// The wait is over.
     Time,
 }
 
-/// What could not be found out in one look.
+/// The failures of one look.
 #[derive(Debug, Default)]
 struct Failures {
     first: Option<DockerError>,
@@ -304,7 +304,8 @@ struct Failures {
 }
 
 impl Failures {
-    /// Notes a failure that is about one container; `None` stands for it. One that is about all of them ends the look.
+    /// Notes a failure that concerns one container and returns `None` for it. A failure that concerns all of them ends
+    /// the look.
     fn set_aside<T>(&mut self, answer: Result<T, DockerError>) -> Result<Option<T>, DockerError> {
         let error = match answer {
             Ok(found) => return Ok(Some(found)),
@@ -320,7 +321,7 @@ impl Failures {
     }
 }
 
-/// What is wrong with labels that were meant to enable the container, and what would do.
+/// The problem with labels that seem meant to enable the container, and the remedy.
 fn slip(listed: &Container) -> Option<(String, String)> {
     let Nearly { key, value, enables, right } = nearly(&listed.labels)?;
     let brief = |text: &str| text.chars().take(MOST_LETTERS).collect::<String>();

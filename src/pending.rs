@@ -1,4 +1,4 @@
-//! What to do next, for as long as nobody has enrolled this agent: one line in the log, and again each hour.
+//! Logs what to do next while nobody has enrolled this agent: one line, repeated each hour.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,12 +11,12 @@ use tracing::info;
 use crate::channels::Wanted;
 use crate::registration::Session;
 
-/// A command that waits at the master comes with the first reply; then nobody need be told anything.
+/// Wait this long before the first line: a command that is pending at the master comes with the first reply.
 const FIRST_REPLY: Duration = Duration::from_secs(3);
-/// Between two lines.
+/// Time between two lines.
 const AGAIN: Duration = Duration::from_secs(3600);
 
-/// The page of a master where agents are enrolled.
+/// Returns the page of a master where agents are enrolled.
 pub(crate) fn agents_page(master: &Url) -> Url {
     let mut page = master.clone();
     if let Ok(mut segments) = page.path_segments_mut() {
@@ -25,12 +25,12 @@ pub(crate) fn agents_page(master: &Url) -> Url {
     page
 }
 
-/// Whether the agent waits to be enrolled: no tunnel was ever given to it, nor refused by it.
+/// Whether the agent waits to be enrolled: it has neither received nor refused a tunnel.
 fn is_pending(wanted: &Wanted) -> bool {
     wanted.id.is_none() && wanted.refusal.is_none() && wanted.decommission.is_none()
 }
 
-/// Says it after each registration, until there is a tunnel; for as long as the two others last.
+/// Logs the line after each registration, until there is a tunnel. Ends when one of the channels closes.
 pub(crate) async fn remind(
     master: Url,
     session: watch::Receiver<Option<Arc<Session>>>,
@@ -126,7 +126,7 @@ mod tests {
             wanted_tx.send_replace(enrolled);
             sleep(3 * AGAIN).await;
             assert_eq!(said(), before, "nothing is to be done");
-            // The host was removed, and is there again.
+            // The host was removed and added again.
             wanted_tx.send_replace(Wanted::default());
             sleep(FIRST_REPLY + SECOND).await;
             assert_eq!(said(), before + 1);

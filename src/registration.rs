@@ -1,9 +1,9 @@
-//! Who this agent is at its master: the id, the protocol, the session, and registering again when one of them
-//! is no longer known there.
+//! Owns this agent's identity at its master: the id, the protocol and the session. Registers again when the master no
+//! longer knows one of them.
 //!
-//! The poller and the reporter share one [`Registrar`]. Whoever finds the session refused calls
-//! [`Registrar::renew`]; the first one registers, the other waits for the result. The id is on disk before the
-//! session is used, so that an agent killed in between comes back as the same one.
+//! The poller and the reporter share one [`Registrar`]. The task whose session is refused calls [`Registrar::renew`].
+//! The first caller registers, the other waits for the result. The id is on disk before the session is used, so an
+//! agent that is killed in between comes back with the same id.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,17 +23,17 @@ use crate::state::{AgentId, Store};
 /// What a master agreed to at registration.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Session {
-    /// This agent's id there.
+    /// This agent's id at the master.
     pub agent_id: AgentId,
-    /// Which protocol both speak.
+    /// The protocol that both speak.
     pub protocol: Protocol,
     /// Counts the registrations of this process, from 1.
     pub number: u64,
-    /// The tunnel that a v1 master says is this agent's: the way back to one whose command was lost.
+    /// The tunnel that a v1 master assigns to this agent. It recovers a tunnel whose command was lost.
     pub assignment: Option<Assignment>,
-    /// The master has just met this agent or has let go of it: on v1 it has no tunnel there, on v2 it got another id.
+    /// The agent is new to the master, or was removed there: on v1 it has no tunnel there, on v2 it got another id.
     pub is_new: bool,
-    /// The master made this agent with this registration, so that it has taken nothing of it before.
+    /// The master created this agent with this registration, so it has accepted nothing from it before.
     pub is_first: bool,
 }
 
@@ -42,15 +42,15 @@ pub struct Session {
 pub enum Protocol {
     /// Masters 3.0 to 3.1: no session, no sequence numbers.
     V1,
-    /// Newer masters: each event carries the session and a number.
+    /// Newer masters: each event carries the session and a sequence number.
     V2 {
-        /// Id of the session.
+        /// The id of the session.
         session: String,
     },
 }
 
 impl Protocol {
-    /// Its number on the wire.
+    /// Returns its number on the wire.
     pub fn version(&self) -> u32 {
         match self {
             Self::V1 => 1,
@@ -58,7 +58,7 @@ impl Protocol {
         }
     }
 
-    /// The session, which the first protocol does not have.
+    /// Returns the id of the session, which v1 does not have.
     pub fn session(&self) -> Option<&str> {
         match self {
             Self::V1 => None,
@@ -67,17 +67,17 @@ impl Protocol {
     }
 }
 
-/// Registers this agent, once for all who need a session.
+/// Registers this agent, once for all tasks that need a session.
 #[derive(Debug)]
 pub struct Registrar {
     master: Arc<Master>,
     store: Store,
-    /// Known once the agent has arrived where it can speak to its master: nothing is sent before.
+    /// Set once the agent has joined its networks. Nothing is sent before.
     introduction: watch::Receiver<Option<Introduction>>,
-    /// Held while registering: at most one registration is under way.
+    /// Locked while registering, so that at most one registration is in flight.
     work: Mutex<Work>,
     session: watch::Sender<Option<Arc<Session>>>,
-    /// v2 says that the agent of this key was removed.
+    /// A v2 master says that the agent of this key was removed.
     removed: watch::Sender<bool>,
     /// The master refuses the agent's key or id.
     refused: watch::Sender<bool>,
@@ -86,20 +86,20 @@ pub struct Registrar {
 #[derive(Debug)]
 struct Work {
     agent_id: Option<AgentId>,
-    /// The master has made the agent, in a registration that another one had to follow.
+    /// The master has created the agent in a registration that needs a second one.
     is_first: bool,
     retry: Retry,
     unsaved: Trouble,
 }
 
-/// v2: the key is bound to another id; asked without one, to an agent that was removed.
+/// v2: the key is bound to another id. If the request had no id, the key is bound to a removed agent.
 const KEY_OF_ANOTHER: &str = "agent_key_mismatch";
-/// A refused key is asked about again, since it may be rolled, but not often.
+/// Retry a refused key, which may be rolled, but not often.
 const FIRST_WAIT: Duration = Duration::from_secs(1);
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
 
 impl Registrar {
-    /// `agent_id` is the one on disk; nobody registers before it is known how the agent introduces itself.
+    /// Creates the registrar. `agent_id` is the one on disk. Nothing registers before `introduction` is set.
     pub fn new(
         master: Arc<Master>,
         store: Store,
@@ -124,22 +124,22 @@ impl Registrar {
         }
     }
 
-    /// Whether the master says for good that the agent of this key was removed.
+    /// Returns whether the master says for good that the agent of this key was removed.
     pub(crate) fn watch_removed(&self) -> watch::Receiver<bool> {
         self.removed.subscribe()
     }
 
-    /// Whether the master refuses this agent, until it takes it.
+    /// Returns whether the master refuses this agent. False again once the master accepts it.
     pub(crate) fn watch_refused(&self) -> watch::Receiver<bool> {
         self.refused.subscribe()
     }
 
-    /// The current session and those that follow.
+    /// Returns the current session and those that follow.
     pub fn watch(&self) -> watch::Receiver<Option<Arc<Session>>> {
         self.session.subscribe()
     }
 
-    /// The current session, registering first when there is none. Never gives up.
+    /// Returns the current session. Registers first if there is none, and never gives up.
     pub async fn session(&self) -> Arc<Session> {
         match self.current() {
             Some(session) => session,
@@ -147,9 +147,9 @@ impl Registrar {
         }
     }
 
-    /// A session other than `stale`, registering unless somebody already has. Never gives up.
+    /// Returns a session newer than `stale`. Registers unless another task already has, and never gives up.
     pub async fn renew(&self, stale: Option<&Session>) -> Arc<Session> {
-        // Whoever registers holds it for as long as the master is away.
+        // The task that registers holds the lock for as long as the master is away.
         let mut work = rest_until(Box::pin(self.work.lock())).await;
         let known = stale.map_or(0, |session| session.number);
         if let Some(session) = self.current().filter(|session| session.number > known) {
@@ -167,7 +167,7 @@ impl Registrar {
                     return session;
                 }
                 Err(error) => {
-                    // Also without an id: see `register`.
+                    // Refused without an id as well: see `ask`.
                     if error.code() == KEY_OF_ANOTHER {
                         self.removed.send_if_modified(|removed| !std::mem::replace(removed, true));
                     }
@@ -185,15 +185,15 @@ impl Registrar {
         self.session.borrow().clone()
     }
 
-    /// How the agent introduces itself, once that is known. Nobody is left who could tell after the end.
+    /// Waits for how the agent introduces itself. By id if the sender is gone, which happens only at the end.
     async fn introduction(&self) -> Introduction {
         let mut told = self.introduction.clone();
         let told = rest_until(Box::pin(told.wait_for(Option::is_some))).await;
         told.ok().and_then(|told| told.clone()).unwrap_or(Introduction::ById)
     }
 
-    /// One registration. On v2 a second one without the id when the first was refused because of the id, and of a new
-    /// agent whose name needs its id a second one with both.
+    /// Registers once. On v2, a second request without the id follows if the master refused the id. A new agent whose
+    /// name needs the id sends a second request with both.
     async fn register(&self, work: &mut Work, number: u64) -> Result<Session, MasterError> {
         let introduction = self.introduction().await;
         let (display_name, is_whole) = introduction.name(work.agent_id.as_ref());
@@ -228,8 +228,8 @@ impl Registrar {
         Ok(Session { agent_id: reply.agent_id, protocol, number, assignment, is_new, is_first })
     }
 
-    /// One request, and a second one without the id when that is another key's. Gives also whether the master has made
-    /// the agent just now.
+    /// Sends one request, and a second one without the id if the id belongs to another key. Also returns whether the
+    /// master has just created the agent.
     async fn ask(&self, id: Option<&AgentId>, display_name: &str) -> Result<(Registered, bool), MasterError> {
         let mut request = Register {
             display_name,
@@ -240,7 +240,7 @@ impl Registrar {
             agent_id: id,
         };
         match self.master.register(&request).await {
-            // The key is bound to another id: asking without one brings the right one back.
+            // The key is bound to another id: a request without one returns the right one.
             Err(error) if error.code() == KEY_OF_ANOTHER && id.is_some() => {
                 request.agent_id = None;
                 self.master.register(&request).await
@@ -249,7 +249,7 @@ impl Registrar {
         }
     }
 
-    /// Puts the id on disk before it is used: an id that is forgotten shows as a second agent in the master.
+    /// Writes the id to disk before it is used. A forgotten id would show as a second agent on the master.
     async fn keep(&self, work: &mut Work, id: &AgentId) {
         if work.agent_id.as_ref() == Some(id) {
             return;
@@ -287,7 +287,7 @@ impl Registrar {
     }
 }
 
-/// For tests of those who need a session.
+/// For tests of tasks that need a session.
 #[cfg(test)]
 pub(crate) fn introduced() -> watch::Receiver<Option<Introduction>> {
     watch::channel(Some(Introduction::Named("test".to_owned()))).1

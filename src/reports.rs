@@ -1,9 +1,9 @@
-//! Everything that is sent to the master as an event: container changes, complete reports, the tunnel's status
-//! and heartbeats; their order, their numbers and their retries.
+//! Sends everything that the master gets as an event: container changes, complete reports, the tunnel's status and
+//! heartbeats. Owns their order, sequence numbers and retries.
 //!
-//! One task, one message in flight. What is due is kept in the `outbox`; what the tunnel and the inventory are
-//! is read from their owners at the moment of sending, so a message is never older than its retry. Nothing is on
-//! disk: after a crash a new session begins with a complete report, which says all that matters.
+//! One task with one message in flight. The `outbox` holds what is due. The task reads the tunnel's status and the
+//! inventory from their owners when it sends, so a message is never older than its retry. No message is on disk: after
+//! a crash, a new session begins with a complete report, which says everything that matters.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -39,36 +39,37 @@ use outbox::{Message, Outbox};
 use rivalry::Rivalry;
 use stubborn::Stubborn;
 
-/// A master counts an agent as gone when it has heard nothing for 60 s; a sign of life goes out well before, so
-/// that one may be lost.
+/// Send a heartbeat after this long without contact. A master treats an agent as offline after 60 s of silence, so one
+/// heartbeat may get lost.
 const HEARTBEAT_AFTER: Duration = Duration::from_secs(25);
-/// What a shutdown may spend on what is still unsaid.
+/// Time limit of a shutdown for sending what is still due.
 const FLUSH_LIMIT: Duration = Duration::from_secs(2);
-/// A master that does not answer is tried again quickly at first, and at most this often in a long outage.
+/// Back-off while the master does not answer: quick retries at first, and no more than one per [`LONGEST_WAIT`] in a
+/// long outage.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
-/// A session that ends sooner is a short one, and after two of them in a row the next is waited for.
+/// A session that ends sooner is short. From the second short session in a row on, wait before registering again.
 const LASTING_SESSION: Duration = Duration::from_secs(60);
 const LONGEST_RENEWAL_WAIT: Duration = Duration::from_secs(15);
 
-/// What the reporter reads.
+/// The inputs of the reporter.
 #[derive(Debug)]
 pub struct Inputs {
     /// The inventory, for reports.
     pub inventory: watch::Receiver<Inventory>,
-    /// Each change of it.
+    /// Each change of the inventory.
     pub changes: mpsc::Receiver<Change>,
-    /// How the tunnel is.
+    /// The status of the tunnel.
     pub tunnel: watch::Receiver<View>,
-    /// Whether the agent is being decommissioned, in which case nothing is said.
+    /// Whether the agent is being decommissioned. The reporter sends nothing then.
     pub wanted: watch::Receiver<Wanted>,
-    /// Counts what waits and what was said.
+    /// Counts pending and sent messages.
     pub metrics: Metrics,
-    /// What is left out and what is tried again is listed here.
+    /// Lists the containers that are left out, and the messages that failed.
     pub concerns: Concerns,
-    /// Where it is kept what the master knows, while a report may go without something.
+    /// Stores what the master knows while containers may be missing from a report.
     pub store: Store,
-    /// What an earlier life kept.
+    /// What an earlier run stored.
     pub reported: Option<Reported>,
 }
 
@@ -79,31 +80,31 @@ pub struct Reporter {
     registrar: Arc<Registrar>,
     inputs: Inputs,
     interval: Duration,
-    /// Whether the tunnel goes down with the agent, which the last message then says.
+    /// Whether the tunnel goes down with the agent. The last message then says so.
     announces_stop: watch::Receiver<bool>,
     outbox: Outbox,
     session: Option<Arc<Session>>,
     streams: Streams,
-    /// The master said that this agent is being decommissioned: nothing more in this session.
+    /// The master said that it is decommissioning this agent: send nothing more in this session.
     quiet: bool,
-    /// What the master took and what it refuses.
+    /// What the master accepted and what it refuses.
     ledger: Ledger,
-    /// The report under way: ids and names, and about its size in bytes.
+    /// The report in flight: ids and names, and its approximate size in bytes.
     reporting: (BTreeMap<String, String>, usize),
     kept: Kept,
     stubborn: Stubborn,
     rivalry: Rivalry,
     /// A v2 master whose answers look like those of v1.
     is_terse: bool,
-    /// The tunnel as the last status told it, and as the one under way does.
+    /// The tunnel in the last accepted status message, and in the one in flight.
     told: View,
     telling: View,
-    /// The inventory's revision that is reported or due.
+    /// The revision of the inventory that was reported or is due.
     revision: u64,
     refused: Trouble,
 }
 
-/// The two streams of a session. On v2 each counts from 1, and a number is used for one message only.
+/// The two streams of a session. On v2 each counts from 1 and uses a number for one message only.
 #[derive(Debug, Default)]
 struct Streams {
     events: Numbered,
@@ -113,42 +114,42 @@ struct Streams {
 #[derive(Debug, Default)]
 struct Numbered {
     last: u64,
-    /// The message under that number while it is not answered, and a digest of what it says: whoever wants to say the
-    /// same repeats it to the letter.
+    /// The message with that number while it is unanswered, and a digest of its content. A retry with the same content
+    /// repeats it byte for byte.
     unanswered: Option<(Digest, Arc<Payload>)>,
 }
 
 type Digest = [u8; 32];
 
-/// A message in the session's words.
+/// A message, serialized for the session's protocol.
 #[derive(Debug)]
 struct Payload {
     kind: &'static str,
     body: String,
 }
 
-/// What became of a message.
+/// The outcome of a message.
 enum Sent {
-    /// Taken, by a master of this protocol where the answer shows it.
+    /// Accepted, with the master's protocol version if the answer shows it.
     Yes(Option<u32>),
-    /// Not now: put it back and wait.
+    /// The master is away: put the message back and wait.
     Later(Option<Duration>),
-    /// Not now either, and said with a 5xx: it may be this message that the master cannot digest.
+    /// The same, but with a 5xx: the master may be failing at this very message.
     Failed(Option<Duration>),
-    /// Never as it is.
+    /// The master never accepts it as it is.
     Refused(Why),
-    /// Dropped, and said so.
+    /// Dropped, with a line in the log.
     Dropped,
-    /// Not under this session, which was one until now.
+    /// The master no longer knows this session.
     Lost,
-    /// The key or the id is refused.
+    /// The master refuses the key or the id.
     Unregistered,
     /// The agent is being decommissioned.
     Decommissioning,
 }
 
 impl Reporter {
-    /// `announces_stop`: whether the tunnel container is stopped when the agent is.
+    /// Creates the task. `announces_stop` tells whether the tunnel container stops with the agent.
     pub fn new(
         master: Arc<Master>,
         registrar: Arc<Registrar>,
@@ -182,7 +183,7 @@ impl Reporter {
         }
     }
 
-    /// Reports until `shutdown`, then says what is still unsaid, within two seconds.
+    /// Reports until `shutdown`, then sends what is still due, within two seconds.
     pub async fn run(mut self, shutdown: CancellationToken) {
         let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
         let mut failures = 0;
@@ -192,7 +193,7 @@ impl Reporter {
         let mut sessions = self.registrar.watch();
         while !shutdown.is_cancelled() {
             let registrar = self.registrar.clone();
-            // One that comes after this look wakes the wait below.
+            // A session that appears after this point wakes the wait below.
             sessions.mark_unchanged();
             let Some(session) = self.meanwhile(&shutdown, registrar.session()).await else { break };
             if self.adopt(&session) {
@@ -203,7 +204,7 @@ impl Reporter {
             let now = Instant::now();
             if now >= next_report {
                 self.outbox.report_now();
-                // What is only counted is not told by itself.
+                // Traffic counts alone do not trigger a status message.
                 if *self.inputs.tunnel.borrow() != self.told {
                     self.outbox.status();
                 }
@@ -224,7 +225,7 @@ impl Reporter {
             let master = self.master.clone();
             let sending = master.send_event(&session.agent_id, &payload.body);
             let Some(result) = self.meanwhile(&shutdown, sending).await else {
-                // Under way when the shutdown came: the flush repeats it, and v2 masters know the number.
+                // In flight at the shutdown: the flush repeats it, and a v2 master recognizes the number.
                 self.outbox.put_back(message);
                 break;
             };
@@ -235,7 +236,7 @@ impl Reporter {
             let sent = match sent {
                 Sent::Failed(asked) if !self.stubborn.failed(&kind_of(&message), Instant::now()) => Sent::Later(asked),
                 Sent::Failed(_) => {
-                    // The next one is another message, and needs a number of its own.
+                    // The next message differs from this one and needs its own number.
                     self.answered(&payload);
                     self.say_set_aside(&message, &result);
                     Sent::Refused(Why::Failing)
@@ -255,7 +256,7 @@ impl Reporter {
                         let Some(renewed) = self.meanwhile(&shutdown, registrar.renew(Some(&session))).await else {
                             break;
                         };
-                        // One that speaks the second all the same is believed.
+                        // If the master agrees to v2 again, believe that.
                         self.is_terse = renewed.protocol != Protocol::V1;
                     }
                 }
@@ -273,7 +274,7 @@ impl Reporter {
                 Sent::Later(asked) | Sent::Failed(asked) => {
                     failures += 1;
                     self.outbox.put_back(message);
-                    // The first retry repeats the message; after that it is an outage.
+                    // The first retry repeats the message. A second failure counts as an outage.
                     if failures > 1 {
                         self.outbox.went_away();
                     }
@@ -286,8 +287,8 @@ impl Reporter {
                         warn!("{SAME_KEY}; {SAME_KEY_REMEDY}");
                         self.inputs.concerns.raise("same_key", "", SAME_KEY, SAME_KEY_REMEDY);
                     }
-                    // A master that takes the registration and not the session must not make this spin, nor another
-                    // agent with the same key.
+                    // Do not spin if the master accepts the registration but not the session, or if another agent uses
+                    // the same key.
                     if adopted.elapsed() >= LASTING_SESSION {
                         (short_sessions, renewals) = (0, Backoff::new(FIRST_WAIT, LONGEST_RENEWAL_WAIT));
                     }
@@ -312,16 +313,16 @@ impl Reporter {
         }
     }
 
-    /// What to say next. While no report can be complete, and nothing else is due, that is what was not told yet of
-    /// single containers.
+    /// Returns the next message. While no report can be complete and nothing else is due, this is what the master does
+    /// not know yet about single containers.
     fn next(&mut self, now: Instant, heartbeat_due: bool, failures: u32) -> Option<Message> {
         if self.rivalry.is_over(now) {
             info!("one session has lasted: no other agent uses this key any more, reports are complete again");
             self.inputs.concerns.clear("same_key", "");
         }
         self.ledger.is_contested = self.rivalry.is_contested();
-        // A report that is answered with 500 each time: now and then something small finds out whether it is the
-        // report or the master.
+        // If the master answers a report with a 5xx each time, a heartbeat now and then shows which of the two is at
+        // fault.
         if self.outbox.is_away() && self.stubborn.count(REPORT) > 1 && failures % 3 == 1 {
             return Some(Message::Heartbeat);
         }
@@ -331,7 +332,7 @@ impl Reporter {
                 let rests = self.stubborn.rests(&kind_of(&message), now);
                 match &message {
                     Message::Change(change) if self.ledger.is_idle_word(change) => self.outbox.delivered(&message),
-                    // It is due again with the next report.
+                    // It becomes due again with the next report.
                     Message::Status | Message::Unknown if rests && !self.outbox.is_away() => {}
                     _ => return Some(message),
                 }
@@ -367,7 +368,7 @@ impl Reporter {
         heartbeat_due.then_some(Message::Heartbeat)
     }
 
-    /// The master took a message.
+    /// Notes that the master accepted a message.
     fn taken(&mut self, message: Message) {
         self.outbox.delivered(&message);
         let kind = kind_of(&message);
@@ -391,7 +392,7 @@ impl Reporter {
         }
     }
 
-    /// The master will not take this message.
+    /// Notes that the master refused a message for good.
     fn refused(&mut self, message: Message, why: Why) {
         match message {
             Message::Report => {
@@ -404,12 +405,12 @@ impl Reporter {
                 }
                 self.outbox.report_when_complete();
             }
-            // What matters of an end is whose it is.
+            // A stop needs only the id and name: send it again without the labels.
             Message::Change(change) if change.container.labels.len() > 1 => {
                 let Container { id, name, .. } = change.container.clone();
                 self.outbox.put_back(Message::Change(Box::new(Change { container: bare(id, name), ..*change })));
             }
-            // The next report tells as much.
+            // The next report says the same.
             Message::Change(_) => self.outbox.report_when_complete(),
             Message::Status | Message::Unknown | Message::Heartbeat => {}
         }
@@ -444,19 +445,19 @@ impl Reporter {
         self.inputs.concerns.raise("report", "", listed, remedy);
     }
 
-    /// Takes from the list what is no more.
+    /// Removes containers that are no longer left out from the list of concerns.
     fn list_left_out(&self) {
         let names = self.ledger.names(&self.inputs.inventory.borrow().containers);
         self.inputs.concerns.retain(LEFT_OUT, |about| names.contains(about));
     }
 
-    /// Keeps on disk what the master knows, while that must be known after a restart.
+    /// Stores what the master knows while it is needed after a restart.
     fn keep(&mut self) {
         let document = self.ledger.to_keep().zip(self.kept.agent_id.clone());
         self.kept.set(document.map(|(containers, agent_id)| Reported { agent_id, containers: containers.clone() }));
     }
 
-    /// Says what is still due, each message once, and last that the tunnel stops.
+    /// Sends what is still due, each message once, and finally that the tunnel stops.
     async fn flush(&mut self) {
         let Some(session) = self.session.clone().filter(|_| !self.is_silenced()) else { return };
         while let Ok(change) = self.inputs.changes.try_recv() {
@@ -473,7 +474,7 @@ impl Reporter {
         if *self.announces_stop.borrow() {
             let view = self.inputs.tunnel.borrow().stopped_with_agent();
             let payload = self.envelope("tunnel_status", view.fields(Traffic::default()), None, &session);
-            // There is nothing left to do about a failure: the master shows the agent as offline in a minute.
+            // Nothing is left to do about a failure: the master shows the agent as offline within a minute.
             let _ = self.master.send_event(&session.agent_id, &payload.body).await;
         }
     }
@@ -487,7 +488,7 @@ impl Reporter {
         self.inputs.metrics.queue(self.outbox.len(), self.outbox.take_coalesced());
     }
 
-    /// Waits for `work` while changes keep coming in. `None` when the shutdown came first; `work` is dropped then.
+    /// Waits for `work` and takes in changes meanwhile. Returns `None` and drops `work` if the shutdown comes first.
     async fn meanwhile<T>(&mut self, shutdown: &CancellationToken, work: impl Future<Output = T>) -> Option<T> {
         let mut work = std::pin::pin!(work);
         loop {
@@ -509,7 +510,7 @@ impl Reporter {
     ) {
         tokio::select! {
             () = shutdown.cancelled() => {}
-            // However long it is until then, it shows in between that it lives.
+            // Wake up in between to beat the pulse, however long the wait.
             () = sleep_until(deadline.min(Instant::now() + BEAT)) => {}
             Some(change) = self.inputs.changes.recv() => self.push(change),
             Ok(()) = self.inputs.inventory.changed() => {}
@@ -519,7 +520,7 @@ impl Reporter {
         }
     }
 
-    /// Takes up a session: a new one has its own numbers and knows nothing yet. Returns whether it is one.
+    /// Adopts a session and returns whether it is new. A new session has its own numbers, and gets a report.
     fn adopt(&mut self, session: &Arc<Session>) -> bool {
         if self.session.as_ref().is_some_and(|known| known.number == session.number) {
             return false;
@@ -529,20 +530,20 @@ impl Reporter {
         self.quiet = false;
         let agent_id = Some(session.agent_id.as_str().to_owned());
         if std::mem::replace(&mut self.kept.agent_id, agent_id.clone()) != agent_id {
-            // What was told under another id is nothing that this master knows.
+            // The master does not know what was reported under another id.
             self.ledger = Ledger::new(None);
         }
         self.ledger.begin(session.is_first);
         self.rivalry.begun(Instant::now());
         self.outbox.report_when_complete();
-        // Before the supervisor's first look there is nothing to say, and its first word is a change.
+        // Before the supervisor's first look there is no status, and its first look counts as a change.
         if self.inputs.tunnel.borrow_and_update().looked {
             self.outbox.status();
         }
         true
     }
 
-    /// Takes note of what changed in the inventory and the tunnel while nobody waited for it.
+    /// Picks up changes of the inventory and the tunnel that came while the task was not waiting for them.
     fn notice(&mut self) {
         if self.inputs.tunnel.has_changed().unwrap_or(false) {
             self.inputs.tunnel.mark_unchanged();
@@ -563,7 +564,7 @@ impl Reporter {
         inventory.complete && self.ledger.can_report(&inventory.containers, now) && !self.stubborn.rests(REPORT, now)
     }
 
-    /// Decides what becomes of a message, by the tables of both protocols.
+    /// Decides the outcome of a message by the tables of both protocols.
     fn judge(&mut self, result: &Result<Option<u32>, MasterError>, message: &Message) -> Sent {
         let error = match result {
             Ok(speaks) => return Sent::Yes(*speaks),
@@ -573,7 +574,7 @@ impl Reporter {
         match (error, error.status(), error.code()) {
             (MasterError::Unavailable { retry_after: None, .. }, Some(500..), _) => Sent::Failed(None),
             _ if error.is_away() => Sent::Later(error.retry_after()),
-            // Whoever registers says what is wrong with the key.
+            // The registration logs what is wrong with the key.
             (_, Some(401 | 403 | 404), _) => Sent::Unregistered,
             (_, Some(409), "registration_required") => Sent::Lost,
             (_, Some(409), "stale_sequence") => {
@@ -583,7 +584,7 @@ impl Reporter {
                 Sent::Lost
             }
             (_, Some(409), "agent_decommissioning") => Sent::Decommissioning,
-            // What is left out is told where that is known.
+            // The caller logs what is left out, where it knows.
             (_, Some(413), _) if of_a_container => Sent::Refused(Why::TooLarge),
             (_, Some(400), _) if of_a_container => Sent::Refused(Why::Invalid),
             _ => {
@@ -599,7 +600,7 @@ impl Reporter {
         }
     }
 
-    /// Puts a message into the session's words.
+    /// Serializes a message for the session's protocol.
     fn write(&mut self, message: &Message, session: &Session) -> Arc<Payload> {
         match message {
             Message::Change(change) => self.change(change, session),
@@ -633,7 +634,7 @@ impl Reporter {
             let names = listed.iter().map(|one| (one.id.clone(), one.name.clone())).collect();
             self.reporting = (names, self.ledger.size(&inventory.containers));
             let listed: Vec<_> = listed.into_iter().map(Listed::of).collect();
-            // Texts and maps of texts.
+            // Cannot fail: only strings and maps of strings.
             serde_json::to_string(&listed).unwrap_or_default()
         };
         match session.protocol {
@@ -647,9 +648,9 @@ impl Reporter {
         }
     }
 
-    /// Type, time and, on v2, session and number around `fields`, which win, and around a list that is JSON already,
-    /// between what comes before and after it: the list of a large host is not copied more often than it must be. What
-    /// was sent and not answered is repeated to the letter.
+    /// Wraps `fields` in type, time and, on v2, session and number; `fields` win. `list` is serialized already and
+    /// comes with the JSON before and after it, so that the list of a large host is copied as little as possible.
+    /// Returns an unanswered message with the same content byte for byte.
     fn envelope(
         &mut self,
         kind: &'static str,
@@ -689,7 +690,7 @@ impl Reporter {
         if kind == REPORT { &mut self.streams.reports } else { &mut self.streams.events }
     }
 
-    /// The master has answered: the next message is another one, even if it says the same.
+    /// Notes that the master answered. The next message gets a new number, even if its content is the same.
     fn answered(&mut self, payload: &Payload) {
         self.stream(payload.kind).unanswered = None;
     }
@@ -722,13 +723,13 @@ fn digest(parts: &[&str]) -> Digest {
     digest
 }
 
-/// A container of which no more is told than whose it is.
+/// Builds a container with no more than its id, its name and the label that enables it.
 fn bare(id: String, name: String) -> Container {
     let labels = [(ENABLE_KEYS[0].to_owned(), "true".to_owned())].into();
     Container { id, name, labels, status: String::new(), image: String::new() }
 }
 
-/// The kind under which [`Stubborn`] knows a message.
+/// Returns the kind by which [`Stubborn`] identifies a message.
 fn kind_of(message: &Message) -> String {
     match message {
         Message::Report => REPORT.to_owned(),
@@ -765,17 +766,17 @@ fn say_left_out(container: &Container, why: Why, concerns: &Concerns) {
     concerns.raise(LEFT_OUT, name, listed, remedy);
 }
 
-/// Under which the list has what the master refuses.
+/// The id of the concern about a container that the master refuses.
 const LEFT_OUT: &str = "container_refused";
 
-/// How another agent is told of, and what to do.
+/// The problem and remedy that are reported when another agent uses this key.
 const SAME_KEY: &str = "another agent uses this key: each host needs its own";
 const SAME_KEY_REMEDY: &str = "generate a key for each on the master's Agents page, and delete agent_id.txt on the copy; until one session has lasted ten minutes no report is called complete";
 
-/// The one type of message that has a stream of its own.
+/// The only type of message with a stream of its own.
 const REPORT: &str = "status_report";
 
-/// What a complete inventory covers, in the words of v2.
+/// The scope of a complete inventory, in the terms of v2.
 const SCOPE: &str = "dockflare_enabled_running";
 
 fn describe(message: &Message) -> String {

@@ -1,9 +1,9 @@
-//! Containers that start and end again and again. No I/O.
+//! Detects containers in a crash loop. No I/O.
 //!
-//! One that crashes at its start, with a restart policy, changes many times in a minute, and none of it is news after
-//! the third. So from then on it is told once that it does, with its exit code, the log says nothing more of each
-//! start and stop, and the master is told the last state, at most every five seconds. A minute without a change ends
-//! it.
+//! A container that crashes at its start and has a restart policy changes many times a minute, and nothing is news
+//! after the third end. From then on the agent logs once that the container flaps, with its exit code, and logs no
+//! further start or stop. The master gets the last state, at most every five seconds. A minute without a change ends
+//! this.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -12,14 +12,14 @@ use tokio::time::Instant;
 
 use crate::channels::Change;
 
-/// So many ends within this time are too many.
+/// A container flaps when it ends this often within [`WITHIN`].
 const ENDS: usize = 3;
 const WITHIN: Duration = Duration::from_secs(30);
-/// While it flaps the master is told at most this often.
+/// While a container flaps, send the master its changes at most this often.
 const TOLD_EVERY: Duration = Duration::from_secs(5);
-/// It has come to rest when nothing has changed for this long.
+/// A container has come to rest after this long without a change.
 const REST: Duration = Duration::from_secs(60);
-/// Of so many containers the ends are remembered; those that ended last.
+/// Remember the ends of this many containers, those that ended last.
 const REMEMBERED: usize = 1024;
 
 #[derive(Debug, Default)]
@@ -37,17 +37,17 @@ struct Flap {
 struct Flapping {
     ends: u64,
     told: Instant,
-    /// The last change, while it waits to be told.
+    /// The last change, while it is held back.
     waits: Option<Change>,
     last: (String, bool),
 }
 
-/// What the log says of a change.
+/// What to log about a change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Said {
-    /// That it started or stopped.
+    /// The container started or stopped.
     Usual,
-    /// Once, that it does so again and again.
+    /// The container flaps; logged once.
     Flaps {
         ends: usize,
         exit_code: Option<i64>,
@@ -55,7 +55,7 @@ pub(super) enum Said {
     Nothing,
 }
 
-/// One that has come to rest.
+/// A container that has come to rest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Rested {
     pub(super) name: String,
@@ -64,11 +64,11 @@ pub(super) struct Rested {
 }
 
 impl Flaps {
-    /// Takes a change; gives what the log says of it, and the change if it is to be told now.
+    /// Takes a change. Returns what to log about it, and the change if the master should get it now.
     pub(super) fn changed(&mut self, change: Change, exit_code: Option<i64>, now: Instant) -> (Said, Option<Change>) {
         let id = change.container.id.clone();
         if !self.0.contains_key(&id) {
-            // A start alone is nothing to remember.
+            // Do not remember a container for a start alone.
             if change.running {
                 return (Said::Usual, Some(change));
             }
@@ -103,7 +103,7 @@ impl Flaps {
         (Said::Flaps { ends, exit_code }, Some(change))
     }
 
-    /// When something is due.
+    /// Returns when something is due next.
     pub(super) fn due(&self) -> Option<Instant> {
         let flapping = self.0.values().filter_map(|flap| Some((flap, flap.flapping.as_ref()?)));
         let times = flapping.map(|(flap, flapping)| match flapping.waits {
@@ -113,7 +113,7 @@ impl Flaps {
         times.min()
     }
 
-    /// What is to be told by now, and what has come to rest.
+    /// Returns the changes that are due now, and the containers that have come to rest.
     pub(super) fn take_due(&mut self, now: Instant) -> (Vec<Change>, Vec<Rested>) {
         let (mut changes, mut rested) = (Vec::new(), Vec::new());
         for flap in self.0.values_mut() {
@@ -121,7 +121,7 @@ impl Flaps {
             if now - flapping.told >= TOLD_EVERY
                 && let Some(change) = flapping.waits.take()
             {
-                // Also when it is what was told last: a report may have said otherwise in between.
+                // Send it even if it repeats the last change sent: a report may have said otherwise in between.
                 flapping.told = now;
                 changes.push(change);
             }
@@ -169,7 +169,7 @@ mod tests {
         let (mut flaps, began) = (Flaps::default(), Instant::now());
         let (mut lines, mut told, mut state) = (Vec::new(), Vec::new(), None);
         let mut now = began;
-        // It runs for half a second and is started again after another.
+        // It runs for half a second and starts again half a second later.
         for step in 0..7200_u32 {
             now = began + SECOND / 2 * step;
             if flaps.due().is_some_and(|at| at <= now) {
@@ -187,7 +187,7 @@ mod tests {
         assert_eq!(lines.iter().filter(|said| **said == Said::Usual).count(), 5, "before it was three");
         let later: Vec<_> = told.iter().filter(|(at, _)| *at > began + 3 * SECOND).collect();
         assert!(later.windows(2).all(|two| two[1].0 - two[0].0 >= TOLD_EVERY) && later.len() > 300, "{}", later.len());
-        // It ended, and that is what stays.
+        // It ended, and the last change must say so.
         while let Some(at) = flaps.due() {
             now = at;
             let (changes, rested) = flaps.take_due(at);
@@ -226,7 +226,7 @@ mod tests {
         for running in [false, true, false, true, false] {
             flaps.changed(change("a", running), Some(1), now);
         }
-        // Told: that it stopped. It starts and stops within the five seconds, and a report may have seen it run.
+        // The master got its stop. It starts and stops within the five seconds, and a report may have seen it run.
         flaps.changed(change("a", true), None, now);
         flaps.changed(change("a", false), Some(1), now);
         now += TOLD_EVERY;

@@ -1,5 +1,5 @@
-//! One look around the tunnel container from outside the task, for `dockflare-agent check`. Changes nothing and
-//! remembers nothing.
+//! Looks around the tunnel container once, outside of the task, for `dockflare-agent check`. Changes and remembers
+//! nothing.
 
 use std::collections::BTreeMap;
 
@@ -12,36 +12,36 @@ use crate::config::TunnelConfig;
 use crate::docker::{Container, Docker, DockerError};
 use crate::state::TunnelId;
 
-/// What was seen.
+/// The result of the look.
 #[derive(Debug, Default)]
 pub(crate) struct Glance {
-    /// The labelled containers that could be looked at, by name.
+    /// The verdicts on the labelled containers that could be inspected, by name.
     pub(crate) ways: BTreeMap<String, Verdict>,
     /// Names of other containers that run a connector of the same tunnel.
     pub(crate) rivals: Vec<String>,
-    /// Containers that are nearly labelled: name, what is wrong with the label, what would do.
+    /// Containers whose labels nearly enable them: name, problem, remedy.
     pub(crate) nearly: Vec<(String, String, String)>,
-    /// Why not all was seen.
+    /// Why the look is incomplete.
     pub(crate) problem: Option<DockerError>,
 }
 
 /// Whether the tunnel reaches a container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// It does; on which network, the label's value, and what may be wrong with it.
+    /// Reached on this network, by the label's value, with a note on what may be wrong with it.
     Open { network: String, service: String, note: Option<String> },
-    /// The label of this kind is missing, so that the master makes no rule.
+    /// The label of this kind is missing, so the master creates no rule.
     NoRule(&'static str),
-    /// Nothing can be said of it.
+    /// Cannot be judged.
     Unjudged,
-    /// It does not.
+    /// Not reached.
     Blocked { problem: String, remedy: String, connects: bool },
 }
 
-/// Looks at the running containers of the host. `tunnel`: id and name of the one that is wanted, for its rivals.
+/// Looks at the running containers of the host. `tunnel` is the id and name of the tunnel in the spec, to find rivals.
 ///
 /// # Errors
-/// When Docker does not list them.
+/// When Docker does not list the containers.
 pub(crate) async fn glance(
     docker: &Docker,
     config: &TunnelConfig,
@@ -53,7 +53,7 @@ pub(crate) async fn glance(
     let own = [config.container_name.clone(), config.successor_name()];
     if let Some((id, name)) = tunnel {
         for candidate in running.iter().filter(|listed| is_candidate(listed, &own)) {
-            // One that is gone by now is none.
+            // A container that is gone by now is no rival.
             let found = docker.inspect(&candidate.id).await.ok().flatten();
             seen.rivals.extend(found.filter(|found| rivalry(found, &own, id, name).is_some()).map(|found| found.name));
         }
@@ -77,7 +77,7 @@ pub(crate) async fn glance(
     let mut reach = Reach::default();
     reach.try_out(&all, tunnel).await;
     for judged in all {
-        // There is no second look that could find out whether it only starts.
+        // No second look follows that could tell whether the program is only starting.
         let way = reach.settle(&judged).or_else(|| Some(Way::Blocked(reach.refusal(&judged)?.clone())));
         let verdict = match way.unwrap_or(Way::Unjudged) {
             Way::Open { service, network, note } => Verdict::Open { network, service, note },

@@ -1,6 +1,6 @@
-//! What was found out of each container and what was told of it, so that each change is told once.
+//! Remembers the verdict on each container and what was logged, so that each change is logged once.
 //!
-//! Owned by the task; pure but for the clock. After a crash it is empty, and what is so is told once more.
+//! Owned by the task; pure except for the clock. After a crash it is empty, and the task logs its findings once more.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -10,16 +10,16 @@ use tokio::time::Instant;
 use super::way::{Block, Cause, Way};
 use crate::channels::{Unreachable, Ways};
 
-/// A container that comes back this soon is no news: a restart, or one that crashes again and again.
+/// Remember a container that is gone for this long, so that a restart or a crash loop is not logged as news.
 pub(super) const REMEMBERED: Duration = Duration::from_secs(600);
-/// Looks that the supervisor has for connecting the tunnel container, the one that asks for it included.
+/// The supervisor has this many looks to connect the tunnel container, including the look that requests it.
 const PATIENCE: u32 = 2;
 
-/// All of it.
+/// Everything that the task remembers.
 #[derive(Debug, Default)]
 pub(super) struct Memory {
     containers: BTreeMap<String, Entry>,
-    /// Whether each was looked at.
+    /// Whether each labelled container was looked at.
     all_known: bool,
     /// Names of rivals by container id.
     rivals: BTreeMap<String, String>,
@@ -28,18 +28,18 @@ pub(super) struct Memory {
 #[derive(Debug)]
 struct Entry {
     name: String,
-    /// What holds now; `None` while it is gone or waited for.
+    /// The current verdict. `None` while the container is gone or the verdict is pending.
     now: Option<Way>,
-    /// What was told last.
+    /// The verdict that was logged last.
     told: Option<Way>,
-    /// Networks that the tunnel container should be on for its sake.
+    /// Networks that the tunnel container should be on to reach this one.
     networks: BTreeSet<String>,
-    /// Looks that were waited for such a network.
+    /// How many looks have waited for such a network.
     waited: u32,
     seen: Instant,
 }
 
-/// A change that is worth a line in the log.
+/// A change to log.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum News {
     Open {
@@ -50,13 +50,12 @@ pub(super) enum News {
     /// The label of this kind is missing.
     NoRule(&'static str),
     Blocked(Block),
-    /// It was blocked, and now nothing is known that would.
+    /// It was blocked, and no block is known any more.
     Unblocked,
 }
 
 impl Memory {
-    /// Notes a judgement, `None` for one that is not made yet, and what networks are to be asked for. Returns what is
-    /// new.
+    /// Notes a verdict (`None` while it is pending) and the networks to request. Returns what is new.
     pub(super) fn learn(&mut self, id: &str, name: &str, way: Option<Way>, networks: BTreeSet<String>) -> Option<News> {
         let (name, seen) = (name.to_owned(), Instant::now());
         let entry = self.containers.entry(id.to_owned()).or_insert_with(|| Entry {
@@ -98,12 +97,12 @@ impl Memory {
         }
     }
 
-    /// Whether a network was asked for that the tunnel container is not on yet.
+    /// Whether a network was requested that the tunnel container is not on yet.
     pub(super) fn waits(&self) -> bool {
         self.containers.values().any(|entry| entry.waited > 0 && entry.now.is_none())
     }
 
-    /// Lets go of containers that do not run any more.
+    /// Clears the verdict on containers that no longer run, and drops them after [`REMEMBERED`].
     pub(super) fn forget_all_but(&mut self, runs: impl Fn(&str) -> bool) {
         self.containers.retain(|id, entry| {
             if runs(id) {
@@ -115,23 +114,23 @@ impl Memory {
         });
     }
 
-    /// Puts these rivals, names by container id, in the place of those before. Returns the ids of the new ones.
+    /// Replaces the known rivals with these names by container id. Returns the ids of the new ones.
     pub(super) fn learn_rivals(&mut self, rivals: BTreeMap<String, String>) -> BTreeSet<String> {
         let before = std::mem::replace(&mut self.rivals, rivals);
         self.rivals.keys().filter(|id| !before.contains_key(*id)).cloned().collect()
     }
 
-    /// The name of a rival that was known before.
+    /// The name of a rival that an earlier look found.
     pub(super) fn rival(&self, id: &str) -> Option<&String> {
         self.rivals.get(id)
     }
 
-    /// Each labelled container has been looked at.
+    /// Notes that each labelled container has been looked at.
     pub(super) fn know_all(&mut self) {
         self.all_known = true;
     }
 
-    /// All that others may read.
+    /// Everything that the other tasks may read.
     pub(super) fn ways(&self) -> Ways {
         let unreachable = self.containers.iter().filter_map(|(id, entry)| {
             let Some(Way::Blocked(block)) = &entry.now else { return None };
@@ -219,10 +218,10 @@ mod tests {
         }
         assert!(matches!(memory.learn("id", "web", lacking(), set(&["x"])), Some(News::Blocked(_))));
         assert_eq!((memory.waits(), memory.ways().unreachable.len()), (false, 1));
-        // Connected: it stays asked for.
+        // Connected, and still requested.
         assert!(matches!(memory.learn("id", "web", Some(open("x")), set(&["x"])), Some(News::Open { .. })));
         assert_eq!((memory.ways().networks, memory.ways().unreachable.len()), (set(&["x"]), 0));
-        // The next time it has the same patience.
+        // The next time it waits as long again.
         assert_eq!(memory.learn("id", "web", lacking(), set(&["x"])), None);
         memory.forget_all_but(|_| false);
         assert_eq!((memory.ways().networks, memory.waits()), (set(&[]), false));

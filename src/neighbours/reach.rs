@@ -1,9 +1,9 @@
-//! Whether something listens where a label leads: one connection from the tunnel's own network, which says more than
-//! any declared port.
+//! Tries whether something listens where a label leads: one connection from the tunnel's own network, which proves more
+//! than any declared port.
 //!
-//! Tried once for each life of a container and each address. One that was taken is not tried again; one that was
-//! refused is, after pauses that grow, since a program may take its time to start. Owned by the task; after a crash
-//! all is tried once more.
+//! Each address is tried once per start of its container. An accepted connection is not tried again. A refused one is
+//! tried again after growing pauses, because a program may take time to start. Owned by the task; after a crash
+//! everything is tried once more.
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -17,28 +17,28 @@ use tokio::time::{Instant, timeout};
 use super::survey::Judged;
 use super::way::{Block, Try, Way};
 
-/// A neighbour answers in a millisecond, or not at all.
+/// Time limit of a connection. A neighbour answers in a millisecond, or not at all.
 const LIMIT: Duration = Duration::from_secs(2);
-/// Connections at the same time.
+/// Connections open at the same time.
 const AT_ONCE: usize = 16;
-/// Connections in one look; the others come with the next.
+/// Connections in one look. The next look tries the others.
 const MOST_IN_A_LOOK: usize = 256;
-/// A program that is refused for less than this may be about to listen.
+/// A program that refuses connections for less than this may still be starting.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Between two tries of what was refused.
+/// Time between two tries of a refused address.
 const FIRST_PAUSE: Duration = Duration::from_secs(2);
 const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 
-/// How a connection went.
+/// The outcome of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Answer {
     Taken,
     Refused,
-    /// Neither: a firewall, or a container that is paused.
+    /// No answer: a firewall, or a paused container.
     Silent,
 }
 
-/// What was tried, by container id and address.
+/// The outcome of each try, by container id and address.
 #[derive(Debug, Default)]
 pub(super) struct Reach {
     tried: BTreeMap<(String, SocketAddr), Tried>,
@@ -48,13 +48,13 @@ pub(super) struct Reach {
 struct Tried {
     life: String,
     answer: Answer,
-    /// Since when it is refused.
+    /// When the current run of refusals began.
     since: Instant,
     next: Instant,
     pause: Duration,
 }
 
-/// One connection; nothing is sent.
+/// Opens one connection and sends nothing.
 pub(super) async fn connect(to: SocketAddr) -> Answer {
     match timeout(LIMIT, TcpStream::connect(to)).await {
         Ok(Ok(_)) => Answer::Taken,
@@ -64,8 +64,8 @@ pub(super) async fn connect(to: SocketAddr) -> Answer {
 }
 
 impl Reach {
-    /// Tries what is new or due among these, if the agent is on the tunnel's network: cloudflared's own port there,
-    /// `tunnel`, must be open to it. An address that is the same on another network would prove nothing.
+    /// Tries new and due addresses, if the agent is on the tunnel's network. To prove that, it first connects to
+    /// cloudflared's own port there, `tunnel`. The same address on another network would prove nothing.
     pub(super) async fn try_out(&mut self, judged: &[Judged], tunnel: Option<SocketAddr>) {
         let due = self.due(judged, Instant::now());
         if let Some(tunnel) = tunnel.filter(|_| !due.is_empty())
@@ -80,7 +80,7 @@ impl Reach {
         self.postpone(Instant::now());
     }
 
-    /// What was due and could not be tried waits as if it had been.
+    /// Makes what was due but could not be tried wait as if it had been refused again.
     fn postpone(&mut self, now: Instant) {
         let late = self.tried.values_mut().filter(|tried| tried.answer == Answer::Refused && tried.next <= now);
         for tried in late {
@@ -113,7 +113,7 @@ impl Reach {
         self.tried.insert((id, at), Tried { life, answer, since, next: now + pause, pause });
     }
 
-    /// The way as it is known with what was tried; `None` while a refusal may be that of a program that starts.
+    /// Combines the verdict with the tries. Returns `None` while a refusal may come from a program that is starting.
     pub(super) fn settle(&self, one: &Judged) -> Option<Way> {
         let Way::Open { service, network, .. } = &one.way else { return Some(one.way.clone()) };
         let now = Instant::now();
@@ -134,7 +134,7 @@ impl Reach {
         }
     }
 
-    /// What a refusal of it says, however fresh it is.
+    /// The block behind a refusal, however recent.
     pub(super) fn refusal<'a>(&self, one: &'a Judged) -> Option<&'a Block> {
         let is_refused = |its_try: &&Try| {
             let tried = self.tried.get(&(one.id.clone(), its_try.at)).filter(|tried| tried.life == one.life);
@@ -143,13 +143,13 @@ impl Reach {
         one.tries.iter().find(is_refused).map(|its_try| &its_try.refused)
     }
 
-    /// How long until something is due again.
+    /// The time until something is due again.
     pub(super) fn due_in(&self) -> Option<Duration> {
         let refused = self.tried.values().filter(|tried| tried.answer == Answer::Refused);
         refused.map(|tried| tried.next.saturating_duration_since(Instant::now())).min()
     }
 
-    /// Lets go of containers that do not run any more.
+    /// Forgets containers that no longer run.
     pub(super) fn forget_all_but(&mut self, runs: impl Fn(&str) -> bool) {
         self.tried.retain(|(id, _), _| runs(id));
     }
@@ -199,7 +199,7 @@ mod tests {
         note(&mut reach, "1", Answer::Taken);
         assert_eq!(note_of(reach.settle(&one)), Some(None));
         assert!(reach.due(std::slice::from_ref(&one), Instant::now()).is_empty(), "once is enough");
-        // Another life.
+        // Started again.
         let again = judged("2", &[AT], None);
         assert_eq!(reach.due(std::slice::from_ref(&again), Instant::now()).len(), 1);
         let mut tries = 0;

@@ -1,16 +1,16 @@
-//! Labelled containers that share a hostname. Pure.
+//! Finds labelled containers that share a hostname. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::way::hostnames;
 use crate::docker::Container;
 
-/// The names of the containers by the hostname, with its path, that more than one of them has.
+/// Returns the hostnames, with their paths, that more than one container has, and the names of those containers.
 pub(super) fn replicas<'a>(labelled: impl Iterator<Item = &'a Container>) -> BTreeMap<String, BTreeSet<String>> {
     let mut known = BTreeMap::<String, BTreeSet<String>>::new();
     for container in labelled {
         for (key, hostname) in hostnames(&container.labels) {
-            // One hostname with two paths is two rules.
+            // A hostname with two paths makes two rules.
             let path = key.strip_suffix("hostname").and_then(|begin| container.labels.get(&format!("{begin}path")));
             let path = path.map(|path| path.trim().trim_matches('/')).filter(|path| !path.is_empty());
             let place =

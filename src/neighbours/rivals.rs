@@ -1,4 +1,4 @@
-//! Whether another container runs a connector of the agent's own tunnel. Pure; the tables of tests are the
+//! Tells whether another container runs a connector of the agent's own tunnel. Pure; the tables of tests are the
 //! specification.
 
 use crate::docker::{Container, Inspected, RunState};
@@ -9,27 +9,27 @@ use crate::state::TunnelId;
 pub(super) enum Rivalry {
     /// Its token says so.
     Certain,
-    /// It has no token that can be seen, and names the tunnel.
+    /// It shows no token, and names the tunnel.
     Likely,
 }
 
 /// Words that are in the command or the name of most connectors, whatever their tunnel is called.
 const COMMON_WORDS: [&str; 3] = ["cloudflared", "tunnel", "run"];
-/// A shorter tunnel name is in too many container names by chance.
+/// Ignore shorter tunnel names in container names: too many contain them by chance.
 const LEAST_LETTERS: usize = 3;
 
-/// Whether a listed container is worth an inspection. An image that is known by its id only, or was built anew, is
-/// recognised by the labels that it keeps.
+/// Whether to inspect a listed container. An image that was rebuilt, or is listed by its id only, is recognized by the
+/// labels that it keeps.
 pub(super) fn is_candidate(listed: &Container, own: &[String; 2]) -> bool {
     is_connector(&listed.image, listed.labels.values()) && !own.contains(&listed.name)
 }
 
-/// Whether a container with this image and these values of labels may be a connector.
+/// Whether a container with this image and these label values may be a connector.
 pub(crate) fn is_connector<'a>(image: &str, mut labels: impl Iterator<Item = &'a String>) -> bool {
     image.to_ascii_lowercase().contains("cloudflared") || labels.any(|value| tells_connector(value))
 }
 
-/// Whether the value of a label tells that its container is made of cloudflared's image.
+/// Whether a label value shows that the container was created from cloudflared's image.
 pub(crate) fn tells_connector(value: &str) -> bool {
     value.contains("cloudflare/cloudflared")
 }
@@ -44,7 +44,7 @@ pub(super) fn rivalry(seen: &Inspected, own: &[String; 2], id: &TunnelId, name: 
         Some(_) => return None,
         None => {}
     }
-    // An entry may be a line for a shell.
+    // An entry may be a shell command line.
     let words = || seen.command.iter().flat_map(|entry| entry.split([' ', '\t', '\n', '=', '"', '\'', ';']));
     let says = |word: &str| words().any(|known| known.eq_ignore_ascii_case(word));
     let name = name.filter(|name| !COMMON_WORDS.iter().any(|common| common.eq_ignore_ascii_case(name)));

@@ -1,19 +1,19 @@
-//! What a service label asks cloudflared to call. Pure; `way` judges it.
+//! Reads what a service label asks cloudflared to call. Pure; `way` judges it.
 //!
-//! Not read by the URL library: it takes the container names `web.1` and `123` for addresses, cloudflared does not.
+//! Does not use the URL library, which takes the container names `web.1` and `123` for addresses. cloudflared does not.
 
 use std::net::IpAddr;
 
-/// The value of a service label, as cloudflared takes it.
+/// The value of a service label, as cloudflared reads it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Service<'a> {
     /// cloudflared answers by itself.
     Inner,
     /// A socket in the file system of the tunnel container.
     Socket,
-    /// Something on a network.
+    /// An address on a network.
     At(Address<'a>),
-    /// Nothing that cloudflared takes.
+    /// Nothing that cloudflared accepts.
     Unreadable,
 }
 
@@ -22,25 +22,25 @@ pub(super) enum Service<'a> {
 pub(super) struct Address<'a> {
     /// Lower case.
     pub(super) scheme: String,
-    /// As it is written.
+    /// The host as written.
     pub(super) text: &'a str,
     pub(super) host: Host<'a>,
-    /// The one that is written, or else the scheme's.
+    /// The written port, or else the scheme's default.
     pub(super) port: Option<u16>,
 }
 
 /// The host of an address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Host<'a> {
-    /// Whoever asks, which is cloudflared's own container.
+    /// cloudflared's own container.
     Loopback,
-    /// `host.docker.internal`, which Docker Desktop knows.
+    /// `host.docker.internal`, which Docker Desktop resolves.
     Desktop,
     Ip(IpAddr),
     Name(&'a str),
 }
 
-/// Services of cloudflared's own, under each of their names.
+/// cloudflared's built-in services, under each of their names.
 const INNER: [&str; 4] = ["hello_world", "hello-world", "bastion", "socks-proxy"];
 
 impl<'a> Service<'a> {
@@ -57,7 +57,7 @@ impl<'a> Service<'a> {
     }
 }
 
-/// The lower-case name that the value of a service label leads to, when it is a name.
+/// Returns the host of a service label in lower case, if it is a name.
 pub(crate) fn named_host(value: &str) -> Option<String> {
     match Service::read(value) {
         Service::At(Address { host: Host::Name(name), .. }) => Some(name.to_ascii_lowercase()),
@@ -65,7 +65,7 @@ pub(crate) fn named_host(value: &str) -> Option<String> {
     }
 }
 
-/// The value as it may be shown: a name and password before the host, and what follows it, may be secrets.
+/// Returns the value without possible secrets: without the user and password before the host and what follows it.
 pub(super) fn shown(value: &str) -> String {
     let place = |rest: &str| {
         let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
@@ -109,7 +109,7 @@ fn address(value: &str) -> Option<Address<'_>> {
 
 fn host(text: &str) -> Host<'_> {
     match text.parse::<IpAddr>() {
-        // To call the unspecified address is to call oneself.
+        // A call to the unspecified address reaches the caller itself.
         Ok(ip) if ip.is_loopback() || ip.is_unspecified() => Host::Loopback,
         Ok(ip) => Host::Ip(ip),
         Err(_) if text.eq_ignore_ascii_case("localhost") => Host::Loopback,
@@ -118,7 +118,7 @@ fn host(text: &str) -> Host<'_> {
     }
 }
 
-/// The port that a scheme means without saying so.
+/// Returns the default port of a scheme.
 fn usual_port(scheme: &str) -> Option<u16> {
     match scheme {
         "http" => Some(80),

@@ -1,4 +1,4 @@
-//! One look at the ways to labelled containers: inspects them one after the other and has them judged.
+//! Does one look at the labelled containers: inspects them one by one and has them judged.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -11,44 +11,44 @@ use crate::config::TunnelConfig;
 use crate::docker::{Container, Docker, DockerError, Inspected, METRICS_PORT, RunState};
 use crate::labels::COMPOSE_SERVICE;
 
-/// What was found out of one container.
+/// The verdict on one container.
 #[derive(Debug)]
 pub(super) struct Judged {
     pub(super) id: String,
     pub(super) name: String,
-    /// Another one after each start of it, or of whose networks it uses.
+    /// Changes with each start of the container, or of the one whose network it uses.
     pub(super) life: String,
     pub(super) way: Way,
-    /// How the way can be tried.
+    /// Connections that test the verdict.
     pub(super) tries: Vec<Try>,
-    /// Networks that the tunnel container must be on for its sake, when it may be connected to any.
+    /// Networks that the tunnel container must be on to reach it. Empty if the agent may not connect it to any.
     pub(super) networks: BTreeSet<String>,
 }
 
-/// Which of many containers are looked at: so many, in turn.
+/// Picks the containers for a look, a limited number in turn.
 #[derive(Debug, Default)]
 pub(super) struct Turn {
-    /// The id that was looked at last, by whose order they take turns.
+    /// The id that was looked at last. Turns follow the order of the ids.
     last: Option<String>,
-    /// How many are still to be looked at since somebody asked for it.
+    /// How many are left since a look at all was last requested.
     left: usize,
 }
 
-/// In one look; more of them would keep what was found out waiting.
+/// Containers in one look. More would delay the verdicts.
 const MOST_IN_A_LOOK: usize = 200;
 
 impl Turn {
-    /// All are to be looked at once more.
+    /// Gives each of `of` containers a turn again.
     pub(super) fn all(&mut self, of: usize) {
         self.left = of;
     }
 
-    /// Whether some are still to be looked at.
+    /// Whether some containers are left.
     pub(super) fn goes_on(&self) -> bool {
         self.left > 0
     }
 
-    /// The next of them, beginning behind the last.
+    /// Returns the next containers, starting after the last.
     fn next<'a>(&mut self, labelled: &'a BTreeMap<String, Container>) -> Vec<(&'a String, &'a Container)> {
         self.left = self.left.min(labelled.len());
         let is_behind = |id: &String| self.last.as_ref().is_none_or(|last| id > last);
@@ -56,20 +56,20 @@ impl Turn {
         behind.into_iter().chain(before).take(self.left.min(MOST_IN_A_LOOK)).collect()
     }
 
-    /// It is this one's turn.
+    /// Notes that this container has its turn.
     fn take(&mut self, id: &str) {
         self.last = Some(id.to_owned());
         self.left = self.left.saturating_sub(1);
     }
 }
 
-/// Looks at the labelled containers whose turn it is from where the tunnel container is, and hands on what was judged
-/// as it comes. Gives the address of cloudflared's own port on the tunnel's network. Without a tunnel container that
-/// runs on its network nothing is judged. One that ends the look is not the first of the next: the others have their
-/// turn.
+/// Judges whether the tunnel container reaches the labelled containers whose turn it is, and passes each verdict to
+/// `judged` at once. Returns the address of cloudflared's own port on the tunnel's network. Judges nothing unless the
+/// tunnel container runs on its network. A container that ends the look does not come first in the next, so the others
+/// get their turn.
 ///
 /// # Errors
-/// What ends the look; what is about one container only is noted in `failures`.
+/// The failure that ends the look. Failures that concern one container only are noted in `failures`.
 pub(super) async fn survey(
     docker: &Docker,
     config: &TunnelConfig,
@@ -81,7 +81,7 @@ pub(super) async fn survey(
 ) -> Result<Option<SocketAddr>, DockerError> {
     let network = &config.network;
     let tunnel = match failures.set_aside(docker.inspect(&config.container_name).await)? {
-        // One that is not on its network is no container of the agent's, or about to be replaced.
+        // A container that is not on the tunnel's network is not the agent's, or is about to be replaced.
         Some(Some(found)) if found.state == RunState::Running && found.networks.contains_key(network) => found,
         _ => {
             turn.all(0);
@@ -89,7 +89,7 @@ pub(super) async fn survey(
         }
     };
     if desktop.is_none() {
-        // A proxy may refuse it; then what depends on it is not judged.
+        // A proxy may refuse the call. What depends on the answer is not judged then.
         let version = docker.version().await.inspect_err(|error| debug!("Docker {error}"));
         *desktop = version.ok().map(|version| version.is_desktop);
     }
@@ -131,8 +131,8 @@ fn own_port(tunnel: &Inspected, network: &str) -> Option<SocketAddr> {
     Some(SocketAddr::new(address, METRICS_PORT))
 }
 
-/// The lower-case names of running containers, without those of the labelled. A label on one container may mean
-/// another, as a proxy beside it; where it names another labelled one it is more likely a copy that was not adapted.
+/// Returns the lower-case names of the running containers that are not labelled. A label may name another container on
+/// purpose, such as a proxy. If it names another labelled one, it is more likely a copy that was not adapted.
 fn names_of(running: &[Container], without: impl Fn(&str) -> bool) -> BTreeSet<String> {
     let others = running.iter().filter(|container| !without(&container.id));
     let names = others.flat_map(|other| [Some(&other.name), other.labels.get(COMPOSE_SERVICE)]);
@@ -167,7 +167,7 @@ mod tests {
         let mut looks = 0;
         while turn.goes_on() {
             looks += 1;
-            // Each look ends early once, as when Docker does not answer.
+            // The first two looks end early, as when Docker does not answer.
             for (number, (id, _)) in turn.next(&all).into_iter().enumerate() {
                 turn.take(id);
                 looked_at.push(id.clone());
@@ -178,14 +178,14 @@ mod tests {
         }
         assert_eq!((looks, looked_at.len()), (5, 450));
         assert_eq!(looked_at.iter().collect::<BTreeSet<_>>().len(), 450, "none twice");
-        // Somebody asks again in the middle: from there all have their turn once more.
+        // Requested again in the middle: from there, all get a turn again.
         turn.all(all.len());
         assert_eq!(turn.next(&all)[0].0, "0000");
         turn.take("0199");
         turn.all(all.len());
         let next = turn.next(&all);
         assert_eq!((next.len(), next[0].0.as_str()), (200, "0200"));
-        // Those that have gone have no turn.
+        // Containers that are gone get no turn.
         let few = labelled(3);
         assert_eq!(turn.next(&few).len(), 3);
         turn.all(0);

@@ -1,10 +1,10 @@
-//! Whether the tunnel container can reach a labelled container, and what mends it. Pure; the table of tests is the
-//! specification.
+//! Judges whether the tunnel container can reach a labelled container, and names the remedy. Pure; the table of tests
+//! is the specification.
 //!
-//! What cannot be known is not judged: a host elsewhere, a container that another label means. A container that is
-//! called unreachable is so for a reason that its operator can see in the settings of the two. A declared port is no
-//! such reason, since programs listen where they are told to, whatever their image says: it makes a note, and a
-//! [`Try`] shows what is so.
+//! Does not judge what it cannot know, such as a host elsewhere or another container that the label names. It calls a
+//! container unreachable only for a reason that the operator can see in the settings of the two. A declared port is no
+//! such reason: a program may listen on other ports than its image declares. A mismatch only makes a note, and a
+//! [`Try`] shows the truth.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -15,22 +15,22 @@ use super::service::{Address, Host, Service, shown};
 use crate::docker::{Endpoint, Inspected};
 use crate::labels::COMPOSE_SERVICE;
 
-/// Networks of Docker's own, which nobody is connected to by choice.
+/// Docker's built-in networks, which nobody connects a container to by choice.
 pub(crate) const DOCKERS_OWN: [&str; 3] = ["bridge", "host", "none"];
-/// Names and ports told in one sentence; more of them help nobody.
+/// List this many names or ports in one sentence. More help nobody.
 const MOST_TOLD: usize = 5;
-/// Ports of one container that are tried.
+/// Try this many ports of one container.
 const MOST_TRIES: usize = 4;
 
-/// What is around the workloads.
+/// The surroundings of the workloads.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Scene<'a> {
     pub(super) tunnel: &'a Inspected,
-    /// The tunnel's own network, by the settings.
+    /// The tunnel's own network, from the configuration.
     pub(super) network: &'a str,
-    /// `None` while Docker has not said.
+    /// Whether this is Docker Desktop. `None` until Docker has answered.
     pub(super) desktop: Option<bool>,
-    /// Lower-case names that other running containers go by.
+    /// Lower-case names of other running containers.
     pub(super) others: &'a BTreeSet<String>,
 }
 
@@ -45,36 +45,36 @@ pub(super) struct Workload<'a> {
     pub(super) has_hostname: bool,
 }
 
-/// Whose networks a container is on.
+/// The container whose networks this one uses.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Lender<'a> {
     /// Its own.
     Nobody,
-    /// Those of another container, by `network_mode: container:…`.
+    /// Another container, by `network_mode: container:…`.
     Container(&'a Inspected),
-    /// Those of another container that is removed or does not run.
+    /// Another container that was removed or does not run.
     Gone,
 }
 
-/// What is known of the way to a workload.
+/// The verdict on the way to a workload.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Way {
-    /// Nothing stands between them.
+    /// Nothing blocks it.
     Open {
         /// The value of the label.
         service: String,
         network: String,
-        /// What may be wrong, and may as well not be.
+        /// What may be wrong, but need not be.
         note: Option<String>,
     },
-    /// Nothing can be said: cloudflared answers by itself, or the service is elsewhere.
+    /// Cannot be judged: cloudflared answers by itself, or the service is elsewhere.
     Unjudged,
-    /// The label of this kind is missing, so that nobody is led to it.
+    /// The label of this kind is missing, so no visitor reaches it.
     NoRule(&'static str),
     Blocked(Block),
 }
 
-/// A way, and how it can be tried from the tunnel's own network.
+/// A verdict, and connections from the tunnel's own network that test it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Judgement {
     pub(super) way: Way,
@@ -82,16 +82,16 @@ pub(super) struct Judgement {
     pub(super) tries: Vec<Try>,
 }
 
-/// One connection that shows whether something listens.
+/// A connection that shows whether something listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Try {
-    /// An address that the workload itself has on the tunnel's network, whatever its label says, and the label's port.
+    /// The workload's own address on the tunnel's network, whatever its label says, and the label's port.
     pub(super) at: SocketAddr,
-    /// What stands in the way if it is refused.
+    /// The block to report if the connection is refused.
     pub(super) refused: Block,
 }
 
-/// What stands between the tunnel and a workload.
+/// What blocks the way from the tunnel to a workload.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Block {
     pub(super) cause: Cause,
@@ -99,36 +99,36 @@ pub(super) struct Block {
     pub(super) remedy: String,
 }
 
-/// What kind of thing stands in the way.
+/// The kind of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Cause {
-    /// The two share no network that would do.
+    /// The two share no suitable network.
     NoNetwork,
-    /// Whatever else: a label, or how the container was made.
+    /// Anything else: a label, or how the container was created.
     Settings,
-    /// It was tried, and refused.
+    /// The connection was refused.
     Refused,
 }
 
-/// Where a workload is found.
+/// Where a workload can be found.
 enum Place<'a> {
-    /// On the networks of this container, itself or its lender.
+    /// On the networks of this container: the workload itself or its lender.
     Networks(&'a Inspected),
     Host,
     Nowhere,
     LenderGone,
-    /// On what is left of the networks of this lender, which was started again since.
+    /// On what is left of the networks of this lender, which started after the workload.
     Stale(&'a Inspected),
     /// Inside the tunnel container, or behind more than one lender.
     Unjudged,
 }
 
-/// The service labels among all labels: `dockflare.service`, `dockflare.0.service`, and under the older prefix.
+/// Returns the service labels: `dockflare.service`, `dockflare.0.service`, and those under the older prefix.
 pub(crate) fn services(labels: &BTreeMap<String, String>) -> Vec<(&str, &str)> {
     of_kind(labels, "service")
 }
 
-/// The hostname labels, likewise.
+/// Returns the hostname labels, likewise.
 pub(super) fn hostnames(labels: &BTreeMap<String, String>) -> Vec<(&str, &str)> {
     of_kind(labels, "hostname")
 }
@@ -143,7 +143,7 @@ fn of_kind<'a>(labels: &'a BTreeMap<String, String>, kind: &str) -> Vec<(&'a str
     said.filter(|(key, value)| is_it(key) && !value.is_empty()).collect()
 }
 
-/// Judges each label of the workload; the first bad one counts, then the first note.
+/// Judges each label of the workload. The first bad label decides, then the first note.
 pub(super) fn way(scene: &Scene<'_>, workload: &Workload<'_>) -> Judgement {
     if workload.services.is_empty() {
         return Judgement { way: Way::NoRule("service"), tries: Vec::new() };
@@ -167,15 +167,15 @@ pub(super) fn way(scene: &Scene<'_>, workload: &Workload<'_>) -> Judgement {
     Judgement { way: if workload.has_hostname { first } else { Way::NoRule("hostname") }, tries }
 }
 
-/// The networks that the tunnel container must be on, besides its own, for the workload's sake; whether it is on
-/// them already makes no difference, so that they stay wanted for as long as they are needed.
+/// Returns the networks besides its own that the tunnel container must be on to reach the workload. Networks that it
+/// is already on are included, so that they stay requested while they are needed.
 pub(super) fn networks_needed(scene: &Scene<'_>, workload: &Workload<'_>) -> BTreeSet<String> {
     let mut bare = scene.tunnel.clone();
     bare.networks.retain(|name, _| name == scene.network);
     let without = Scene { tunnel: &bare, ..*scene };
     let is_lacking = |way: Way| matches!(way, Way::Blocked(block) if block.cause == Cause::NoNetwork);
     if workload.services.is_empty() {
-        // A rule for it may have been made by hand.
+        // An operator may have created a rule for it by hand.
         let is_apart = matches!(workload.place(&bare), Place::Networks(holder) if without.shared(holder).is_empty());
         return is_apart.then(|| scene.choose(workload, None)).flatten().into_iter().collect();
     }
@@ -200,14 +200,14 @@ impl<'a> Workload<'a> {
         }
     }
 
-    /// The declared ports that could be meant. Those of a lender say nothing of who declares none.
+    /// Returns the declared ports that the label could mean. If the workload declares none, its lender's prove nothing.
     fn declared(&self, holder: &Inspected) -> BTreeSet<u16> {
         if self.seen.ports.is_empty() { BTreeSet::new() } else { &self.seen.ports | &holder.ports }
     }
 }
 
 impl Scene<'_> {
-    /// The way to one service, and how it can be tried.
+    /// Judges the way to one service, and how to test it.
     fn judge(&self, workload: &Workload<'_>, (key, value): (&str, &str)) -> (Way, Option<Try>) {
         let name = &workload.seen.name;
         let instead =
@@ -248,7 +248,8 @@ impl Scene<'_> {
         (way, None)
     }
 
-    /// The network on which the tunnel finds a workload with networks of its own, or of its lender; or why on none.
+    /// Returns the network on which the tunnel reaches a workload on its own or its lender's networks, or why there is
+    /// none.
     fn network_to(&self, workload: &Workload<'_>, holder: &Inspected, labelled: &Labelled<'_>) -> Result<String, Way> {
         let (address, shared) = (&labelled.address, self.shared(holder));
         let better = || labelled.with_host(&holder.name, &workload.declared(holder));
@@ -264,7 +265,7 @@ impl Scene<'_> {
                 match (here.first(), elsewhere.first()) {
                     (Some(network), _) => (*network).clone(),
                     (None, Some(_)) if shared.is_empty() => return Err(self.no_network(holder)),
-                    // Another network would not make this address one that leads there.
+                    // Joining another shared network would not make this address reachable.
                     (None, Some(network)) => {
                         let problem =
                             format!("{ip} is its address on the network {network}, which the tunnel is not on");
@@ -286,7 +287,7 @@ impl Scene<'_> {
         })
     }
 
-    /// A way on which nothing stands, with what its declared ports make doubtful.
+    /// Builds an open way, with a note if the declared ports make it doubtful.
     fn open(
         &self,
         workload: &Workload<'_>,
@@ -310,7 +311,7 @@ impl Scene<'_> {
         (Way::Open { service: shown(labelled.value), network, note }, its_try)
     }
 
-    /// A workload on the host's network: it has no name, and every address of the host may be its.
+    /// Judges a workload on the host's network. It has no name, and any address of the host may be its own.
     fn on_the_host(&self, workload: &Workload<'_>, labelled: &Labelled<'_>) -> Way {
         match labelled.address.host {
             Host::Ip(_) => Way::Unjudged,
@@ -323,7 +324,7 @@ impl Scene<'_> {
         }
     }
 
-    /// `host.docker.internal`, whoever's it is.
+    /// Judges `host.docker.internal`, wherever the workload is.
     fn through_the_host(&self, labelled: &Labelled<'_>) -> Way {
         if self.desktop == Some(false) && !self.tunnel.knows_host {
             let problem = "host.docker.internal in its service is known on Docker Desktop only";
@@ -332,12 +333,12 @@ impl Scene<'_> {
         Way::Unjudged
     }
 
-    /// The label change that leads to the host.
+    /// Returns the label change that leads to the host.
     fn by_the_host(&self, labelled: &Labelled<'_>) -> String {
         let gateway = self.tunnel.networks.get(self.network).map(|place| place.gateway.as_str()).unwrap_or_default();
         let host = match (self.desktop, gateway) {
             _ if self.desktop == Some(true) || self.tunnel.knows_host => "host.docker.internal",
-            // As on an internal network.
+            // Such as on an internal network.
             (_, "") => "<address of this host>",
             (_, gateway) => gateway,
         };
@@ -352,12 +353,12 @@ impl Scene<'_> {
         })
     }
 
-    /// The networks on which the tunnel finds it by name, with its place there.
+    /// Returns the networks on which the tunnel finds it by name, with its endpoint there.
     fn shared<'h>(&self, holder: &'h Inspected) -> BTreeMap<&'h str, &'h Endpoint> {
         user_defined(holder).filter(|(network, _)| self.tunnel.networks.contains_key(*network)).collect()
     }
 
-    /// Whether a name means something else than this workload: a host with a domain, another container.
+    /// Whether a name means something other than this workload: a host with a domain, another container.
     fn is_elsewhere(&self, workload: &Workload<'_>, name: &str) -> bool {
         let lender = match workload.lender {
             Lender::Container(lender) => Some(lender),
@@ -372,8 +373,8 @@ impl Scene<'_> {
         !own && (name.contains('.') || self.others.contains(&name.to_ascii_lowercase()))
     }
 
-    /// The network that serves the label best: where its host leads to the workload, then one that the tunnel is on
-    /// already, then the first.
+    /// Returns the best network for the label: first one where its host leads to the workload, then one that the tunnel
+    /// is already on, then the first of all.
     fn choose(&self, workload: &Workload<'_>, label: Option<(&str, &str)>) -> Option<String> {
         let Place::Networks(holder) = workload.place(self.tunnel) else { return None };
         let host = match label.map(|(_, value)| Service::read(value)) {
@@ -402,7 +403,7 @@ struct Labelled<'a> {
 }
 
 impl Labelled<'_> {
-    /// The change of the label that leads to `host`, with a port that may be right.
+    /// Returns the label change that leads to `host`, with a plausible port.
     fn with_host(&self, host: &str, declared: &BTreeSet<u16>) -> String {
         let port = match (self.address.port, declared.is_empty()) {
             (None, true) => String::new(),
@@ -412,7 +413,7 @@ impl Labelled<'_> {
     }
 }
 
-/// What a refused connection says.
+/// The block that a refused connection proves.
 fn refused(labelled: &Labelled<'_>, port: u16, declared: &BTreeSet<u16>) -> Block {
     let other = match declared.first() {
         Some(only) if declared.len() == 1 && *only != port => labelled.with_host(labelled.address.text, declared),
@@ -425,7 +426,7 @@ fn refused(labelled: &Labelled<'_>, port: u16, declared: &BTreeSet<u16>) -> Bloc
     }
 }
 
-/// Whether a container began to run after another: who used its network until then has nothing but `lo` since.
+/// Whether a container started after one that uses its network. The dependent container then has nothing but `lo`.
 fn began_after(holder: &Inspected, dependent: &Inspected) -> bool {
     let begin = |of: &Inspected| of.started_at.parse::<Timestamp>().ok();
     let (Some(holder_began), Some(began)) = (begin(holder), begin(dependent)) else { return false };
@@ -436,7 +437,7 @@ fn blocked(problem: String, remedy: String) -> Way {
     Way::Blocked(Block { cause: Cause::Settings, problem, remedy })
 }
 
-/// The asked one where it may be right, else the only one that is declared.
+/// Returns the port in the label if it may be right, else the only declared one.
 fn port_to_suggest(declared: &BTreeSet<u16>, asked: Option<u16>) -> String {
     match (asked, declared.first()) {
         (Some(asked), None) => asked.to_string(),
@@ -455,8 +456,8 @@ fn is_at(place: &Endpoint, ip: IpAddr) -> bool {
     place.address.parse() == Ok(ip)
 }
 
-/// Docker's DNS knows a container by its name, the start of its id and its aliases there, each also with the
-/// network behind it, in any case.
+/// Whether Docker's DNS resolves `name` to the container on this network. Docker knows its name, the start of its id
+/// and its aliases there, each also with the network appended, in upper or lower case.
 fn is_name(name: &str, container: &Inspected, network: &str, place: &Endpoint) -> bool {
     let is = |known: &str| {
         let Some((begin, rest)) = name.split_at_checked(known.len()) else { return false };
@@ -470,7 +471,7 @@ fn short(id: &str) -> &str {
     id.get(..12).unwrap_or(id)
 }
 
-/// The names that would do, for people: the id is none that one would write.
+/// Lists the names that work, without the id, which nobody would write in a label.
 fn names(holder: &Inspected, shared: &BTreeMap<&str, &Endpoint>) -> String {
     let aliases = shared.values().flat_map(|place| &place.aliases).filter(|alias| *alias != short(&holder.id));
     let mut names = vec![&holder.name];

@@ -1,5 +1,5 @@
-//! The file that says after a restart what the master knows: written by a task of its own, since a slow disk must not
-//! hold up a report, and again until the disk takes it. An old one would be worse than none.
+//! Stores what the master knows, for the next start. A task of its own writes the file, because a slow disk must not
+//! delay a report, and retries until the disk takes it. An outdated file would be worse than none.
 
 use std::time::Duration;
 
@@ -9,22 +9,22 @@ use tokio::time::sleep;
 use crate::retry::{Backoff, Trouble};
 use crate::state::{Reported, Store};
 
-/// The file is written again at most this often.
+/// Write the file at most this often.
 const EVERY: Duration = Duration::from_secs(5);
 const FIRST_WAIT: Duration = Duration::from_secs(2);
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
 
-/// What the file is to say.
+/// The document that the file should hold.
 #[derive(Debug)]
 pub(super) struct Kept {
-    /// Whose knowledge it is; the reporter's own, and not written without a document.
+    /// The id under which the master knows it. The reporter sets it; it is written only with a document.
     pub(super) agent_id: Option<String>,
-    /// `None` where there is to be no such file.
+    /// `None` if there should be no file.
     document: watch::Sender<Option<Reported>>,
 }
 
 impl Kept {
-    /// `found` is what the file of an earlier life says. Ends with this.
+    /// Starts the task, which ends once this is dropped and written. `found` is the file of an earlier run.
     pub(super) fn new(store: Store, found: Option<Reported>) -> Self {
         let agent_id = found.as_ref().map(|reported| reported.agent_id.clone());
         let (document, wanted) = watch::channel(found);
@@ -32,7 +32,7 @@ impl Kept {
         Self { agent_id, document }
     }
 
-    /// The file is to say this from now on.
+    /// Sets the document that the file should hold from now on.
     pub(super) fn set(&self, document: Option<Reported>) {
         self.document.send_if_modified(|known| std::mem::replace(known, document.clone()) != document);
     }
@@ -41,7 +41,7 @@ impl Kept {
 async fn keep(store: Store, mut wanted: watch::Receiver<Option<Reported>>) {
     let mut trouble = Trouble::new("what the master knows");
     let mut waits = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
-    // The first is what was found there. What a write has left that failed is not known.
+    // Starts with the file that was found. `None` after a failed write: what it left on disk is unknown.
     let mut on_disk = Some(wanted.borrow_and_update().clone());
     loop {
         if on_disk.is_some() && wanted.changed().await.is_err() {
@@ -58,7 +58,7 @@ async fn keep(store: Store, mut wanted: watch::Receiver<Option<Reported>>) {
                 on_disk = Some(document);
                 tokio::select! {
                     () = sleep(EVERY) => {}
-                    // That there is to be none is never late.
+                    // Remove the file at once when it is no longer needed.
                     _ = wanted.wait_for(Option::is_none) => {}
                 }
                 wanted.mark_changed();
@@ -89,7 +89,7 @@ mod tests {
         Reported { agent_id: "0f9c".to_owned(), containers: [(container.to_owned(), container.to_owned())].into() }
     }
 
-    /// Something that can be neither replaced nor removed as a file.
+    /// Blocks the path with something that can be neither replaced nor removed as a file.
     fn block(path: &Path) {
         fs::create_dir(path).unwrap();
         fs::write(path.join("in the way"), "").unwrap();

@@ -1,15 +1,15 @@
-//! What the master has taken of this host's containers and what it refuses, and so whether a report may be complete.
-//! No I/O: `a_master_of_any_bounds_ends_with_what_it_takes` of its tests is its specification.
+//! Records which containers of this host the master accepted and which it refuses, and so whether a report may be
+//! complete. No I/O: the test `a_master_of_any_bounds_ends_with_what_it_takes` is the specification.
 //!
-//! A master refuses a whole report for one container in it that is beyond its bounds, which nobody knows. So after such
-//! a refusal each container is told by an event of its own, the largest first: the one whose event is refused is the
-//! one, and is left out. Half a report would find it as well, but there is no such thing: a v1 master takes each for
-//! the whole and removes the rest, and v2 knows no part of an inventory.
+//! A master refuses a whole report for a single container beyond its limits, and the agent does not know the limits.
+//! After such a refusal the agent reports each container with an event of its own, the largest first, and leaves out
+//! the one whose event the master refuses. A bisection with partial reports is impossible: a v1 master takes each
+//! report as complete and removes the rest, and v2 has no partial inventory.
 //!
-//! From what is missing in a complete report the master removes the rules. So what is left out must be what the master
-//! never took; which is known from one report that it did take, from a registration that made this agent, or from the
-//! file that is kept while anything is left out. Where it is not known, or not so, nothing is called complete and each
-//! container is told for itself.
+//! The master removes the rules of containers that are missing from a complete report. So the agent may leave out only
+//! what the master never accepted. It knows that from an accepted report, from a registration that created this agent,
+//! or from the file that it keeps while anything is left out. Otherwise it sends no complete report, but an event for
+//! each container.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -21,51 +21,50 @@ use crate::docker::Container;
 
 type Containers = BTreeMap<String, Container>;
 
-/// A report that was refused as a whole is tried again after this time: whoever bounds it may have been told to allow
-/// more.
+/// Retry a report that was refused as a whole after this long: the limit may have been raised meanwhile.
 const TRY_WHOLE_AFTER: Duration = Duration::from_secs(600);
 
-/// Why a message is not taken.
+/// Why the master does not accept a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Why {
-    /// 413.
+    /// Status 413.
     TooLarge,
-    /// 400.
+    /// Status 400.
     Invalid,
-    /// 5xx each time, while others are taken.
+    /// Status 5xx each time, while the master accepts other messages.
     Failing,
 }
 
-/// A message about one container, besides those that its changes make.
+/// A message about one container that no change of it caused.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum One {
     Start(Container),
-    /// The master was told of it once, by an earlier life of this agent, and it runs no more.
+    /// An earlier run of this agent reported the container, and it no longer runs.
     Stop {
         id: String,
         name: String,
     },
 }
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug, Default)]
 pub(super) struct Ledger {
-    /// What the master may believe to run here, by id with the name; `None` while that is not known.
+    /// What the master may believe to run here, by id with the name. `None` while unknown.
     believed: Option<BTreeMap<String, String>>,
-    /// What was told in this session, by a report or an event, and taken.
+    /// What the master accepted in this session, in a report or an event.
     told: BTreeSet<String>,
     left_out: BTreeMap<String, LeftOut>,
-    /// A report was refused, and it is not known for what.
+    /// Set while it is unknown why a report was refused.
     search: Option<Search>,
     whole: Option<Whole>,
-    /// Another agent takes this one's sessions: the master's picture is of two hosts.
+    /// Another agent takes over this one's sessions, so the master's picture mixes two hosts.
     pub(super) is_contested: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct LeftOut {
     container: Container,
-    /// Whether its own event was refused in this session.
+    /// Whether the master refused its own event in this session.
     is_tried: bool,
 }
 
@@ -76,39 +75,40 @@ struct Search {
     found: bool,
 }
 
-/// A report that was refused though each container in it was taken.
+/// A report that the master refused although it accepted each container in it.
 #[derive(Debug, Clone, Copy)]
 struct Whole {
     size: usize,
     until: Instant,
 }
 
-/// How a search came out.
+/// The outcome of a search.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Outcome {
-    /// What the report was refused for is left out of the next one.
+    /// The cause of the refusal was found. The next report leaves it out.
     Found,
-    /// Each container is taken for itself, and together they are not.
+    /// The master accepts each container by itself, but not all together.
     Whole {
         why: Why,
         containers: usize,
-        /// About so many bytes.
+        /// The approximate size in bytes.
         size: usize,
     },
 }
 
 impl Ledger {
-    /// `believed` is what the file of an earlier life says.
+    /// Creates a ledger. `believed` is from the file of an earlier run.
     pub(super) fn new(believed: Option<BTreeMap<String, String>>) -> Self {
         Self { believed, ..Self::default() }
     }
 
-    /// A new session: a master that forgot, or another one. `is_first`: it has just made this agent.
+    /// Begins a session: the master may have forgotten everything, or be another one. `is_first` says that it has just
+    /// created this agent.
     pub(super) fn begin(&mut self, is_first: bool) {
         if is_first {
             self.believed = Some(BTreeMap::new());
         }
-        // While two agents take each other's sessions the master has forgotten nothing, and is not told all each time.
+        // While two agents take over each other's sessions, the master forgets nothing. Do not repeat everything then.
         if !self.is_contested || is_first {
             self.told.clear();
         }
@@ -116,14 +116,14 @@ impl Ledger {
         self.left_out.values_mut().for_each(|left| left.is_tried = false);
     }
 
-    /// The master took a complete report of these, ids and names.
+    /// Notes that the master accepted a complete report of these ids and names.
     pub(super) fn report_taken(&mut self, reported: BTreeMap<String, String>) {
         self.told = reported.keys().cloned().collect();
         self.believed = Some(reported);
         (self.search, self.whole) = (None, None);
     }
 
-    /// The master took the start of this one.
+    /// Notes that the master accepted the start of this container.
     pub(super) fn start_taken(&mut self, container: &Container) {
         self.left_out.remove(&container.id);
         self.told.insert(container.id.clone());
@@ -132,7 +132,7 @@ impl Ledger {
         }
     }
 
-    /// The master took the stop of this one.
+    /// Notes that the master accepted the stop of this container.
     pub(super) fn stop_taken(&mut self, id: &str) {
         self.told.remove(id);
         self.left_out.remove(id);
@@ -141,7 +141,7 @@ impl Ledger {
         }
     }
 
-    /// The master refuses the start of this one. Returns whether that is news.
+    /// Notes that the master refuses the start of this container. Returns whether that is news.
     pub(super) fn start_refused(&mut self, container: &Container) -> bool {
         self.told.remove(&container.id);
         if let Some(search) = &mut self.search {
@@ -152,25 +152,26 @@ impl Ledger {
         before.is_none_or(|before| before.container.labels != container.labels)
     }
 
-    /// The master refuses a complete report of this [`Ledger::size`].
+    /// Notes that the master refuses a complete report of this [`Ledger::size`].
     pub(super) fn report_refused(&mut self, size: usize, why: Why) {
         self.search = Some(Search { why, size, found: false });
     }
 
-    /// Whether a report of these may be called complete, and is worth a try.
+    /// Whether a report of these containers may be called complete and is worth a try.
     pub(super) fn can_report(&self, containers: &Containers, now: Instant) -> bool {
         let mut left_out = self.left_out.keys().filter(|id| containers.contains_key(*id));
         let fits = |whole: Whole| self.size(containers) < whole.size || now >= whole.until;
         !self.is_contested
             && left_out.all(|id| self.never_took(id))
             && self.whole.is_none_or(fits)
-            // What is looked for may be left out as soon as it is found, and there may be more of it.
+            // Once the search has found one container, try a report without it; it may find more.
             && self.search.is_none_or(|search| search.found)
     }
 
-    /// What is to be said of single containers, while no report says it: of what was not told yet, the largest first.
+    /// Returns the next message about a single container while no report can be sent: of those not reported yet, the
+    /// largest first.
     pub(super) fn next(&self, containers: &Containers, now: Instant) -> Option<One> {
-        // A new session may be with a master of other bounds: one try each.
+        // A new session may be with a master that has other limits: try each container once.
         let again = self.left_out.values().find(|left| !left.is_tried && containers.contains_key(&left.container.id));
         if let Some(left) = again {
             return containers.get(&left.container.id).cloned().map(One::Start);
@@ -186,7 +187,7 @@ impl Ledger {
         untold.max_by_key(|one| weight(one)).cloned().map(One::Start)
     }
 
-    /// How the search came out, once there is nothing more to be told of single containers.
+    /// Ends the search once no message about a single container is left, and returns its outcome.
     pub(super) fn settle(&mut self, containers: &Containers, now: Instant) -> Option<Outcome> {
         let search = self.search?;
         if !search.found && self.next(containers, now).is_some() {
@@ -201,13 +202,13 @@ impl Ledger {
         Some(Outcome::Whole { why: search.why, containers, size: search.size })
     }
 
-    /// Whether reports go without this one.
+    /// Whether reports leave out this container.
     pub(super) fn is_left_out(&self, id: &str) -> bool {
         self.left_out.contains_key(id)
     }
 
-    /// Whether there is no use in telling this: a start that was refused in this session, or the end of what the
-    /// master never took.
+    /// Whether a change is pointless to send: a start that was refused in this session, or the stop of a container that
+    /// the master never accepted.
     pub(super) fn is_idle_word(&self, change: &Change) -> bool {
         let container = &change.container;
         let Some(left) = self.left_out.get(&container.id) else { return false };
@@ -222,32 +223,32 @@ impl Ledger {
         self.believed.as_ref().is_some_and(|believed| !believed.contains_key(id))
     }
 
-    /// Names of what is left out and runs.
+    /// Returns the names of running containers that are left out.
     pub(super) fn names(&self, containers: &Containers) -> BTreeSet<String> {
         let runs = self.left_out.iter().filter(|(id, _)| containers.contains_key(*id));
         runs.map(|(_, left)| left.container.name.clone()).collect()
     }
 
-    /// Forgets what is left out and runs no more.
+    /// Forgets containers that no longer run.
     pub(super) fn forget_gone(&mut self, containers: &Containers) {
         self.left_out.retain(|id, _| containers.contains_key(id));
         self.told.retain(|id| containers.contains_key(id));
     }
 
-    /// What must be known after a restart, while it must: what the master believes, as long as a report may go
-    /// without something.
+    /// Returns what the master believes, while the next start must know it: as long as containers may be missing from a
+    /// report.
     pub(super) fn to_keep(&self) -> Option<&BTreeMap<String, String>> {
         let is_odd = !self.left_out.is_empty() || self.whole.is_some();
         self.believed.as_ref().filter(|_| is_odd)
     }
 
-    /// About how many bytes a report of these has.
+    /// Returns the approximate size of a report of these containers in bytes.
     pub(super) fn size(&self, containers: &Containers) -> usize {
         containers.values().filter(|one| !self.is_left_out(&one.id)).map(|one| weight(one).0).sum()
     }
 }
 
-/// About what a container adds to a report in bytes, its longest label, and how many there are.
+/// Returns the approximate bytes that a container adds to a report, and the number of its labels.
 fn weight(container: &Container) -> (usize, usize) {
     const MEMBERS: usize = 130;
     let labels: usize = container.labels.iter().map(|(key, value)| key.len() + value.len() + 6).sum();

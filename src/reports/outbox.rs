@@ -1,30 +1,30 @@
-//! What is still to be said to the master, and in which order. No I/O: the table of its tests is its manual.
+//! Holds what is due for the master, in order. No I/O: the table of its tests is its manual.
 //!
-//! While the master takes what it is sent, every change goes out, oldest first. While it is away only the newest
-//! change of each container is kept, and of those that are gone not more than [`MAX_BACKLOG`] in all, and when it is
-//! back a complete report goes first.
+//! While the master accepts messages, every change goes out, oldest first. While the master is away, the outbox keeps
+//! only the newest change of each container, and at most [`MAX_BACKLOG`] stops in all. When the master is back, a
+//! complete report goes first.
 
 use std::collections::{HashSet, VecDeque};
 use std::mem;
 
 use crate::channels::Change;
 
-/// Longest queue while the master is slow but there; beyond it, older changes of a container give way as if the
-/// master were away, and then the oldest stops give way to a report. A change is a few hundred bytes.
+/// Longest queue while the master is slow but reachable. Beyond it, newer changes replace older ones of the same
+/// container as if the master were away, and then a report replaces the oldest stops. A change is a few hundred bytes.
 const MAX_BACKLOG: usize = 1024;
 
-/// What to say next.
+/// A message to the master.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Message {
     /// The complete inventory.
     Report,
-    /// That the inventory is not known (v2), or just a sign of life (v1).
+    /// The inventory is unknown (v2), or only a heartbeat (v1).
     Unknown,
-    /// How the tunnel is.
+    /// The status of the tunnel.
     Status,
-    /// One container.
+    /// The change of one container.
     Change(Box<Change>),
-    /// A sign of life.
+    /// A heartbeat, when nothing else is due.
     Heartbeat,
 }
 
@@ -35,24 +35,24 @@ enum Due {
     No,
     /// As soon as the inventory is complete.
     WhenComplete,
-    /// In any case: if the inventory is not complete, that is said.
+    /// At once, or a message that the inventory is not complete.
     Now,
 }
 
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
-    /// What was sent and not answered: it goes out again before anything new of its stream.
+    /// The message that was sent and not answered. It goes out again before anything new of its stream.
     retry: Option<Message>,
     changes: VecDeque<Change>,
     report: Due,
     status: bool,
     away: bool,
-    /// Changes that gave way to newer ones and were not counted yet.
+    /// Changes that newer ones replaced and that were not counted yet.
     coalesced: usize,
 }
 
 impl Outbox {
-    /// A container changed.
+    /// Adds a change of a container.
     pub(super) fn push(&mut self, change: Change) {
         self.changes.push_back(change);
         if self.away || self.changes.len() > MAX_BACKLOG {
@@ -60,25 +60,25 @@ impl Outbox {
         }
     }
 
-    /// A report is due as soon as there is one to send.
+    /// Makes a report due as soon as the inventory is complete.
     pub(super) fn report_when_complete(&mut self) {
         self.report = self.report.max(Due::WhenComplete);
     }
 
-    /// The interval is over: a report is due, or the word that there is none.
+    /// Makes a report due at the end of an interval, or else the message that there is none.
     pub(super) fn report_now(&mut self) {
         self.report = Due::Now;
     }
 
-    /// The tunnel's status is due.
+    /// Makes the tunnel's status due.
     pub(super) fn status(&mut self) {
         self.status = true;
     }
 
-    /// What to say next. What is returned is no longer in the box; [`Outbox::put_back`] returns it.
+    /// Takes the next message out. [`Outbox::put_back`] returns it.
     pub(super) fn next(&mut self, complete: bool, heartbeat_due: bool) -> Option<Message> {
         if self.away {
-            // One message tries the way; the rest waits until it is clear.
+            // One message probes the master; the rest waits until the master accepts it.
             self.report = Due::No;
             return Some(if complete { Message::Report } else { Message::Unknown });
         }
@@ -88,7 +88,7 @@ impl Outbox {
                 return Some(Message::Report);
             }
             Due::Now => {
-                // The report itself stays due for the moment at which the inventory is complete.
+                // The report itself stays due until the inventory is complete.
                 self.report = Due::WhenComplete;
                 return Some(Message::Unknown);
             }
@@ -106,7 +106,7 @@ impl Outbox {
         heartbeat_due.then_some(Message::Heartbeat)
     }
 
-    /// The message could not be delivered and is still due.
+    /// Returns a message that could not be delivered and is still due.
     pub(super) fn put_back(&mut self, message: Message) {
         match message {
             Message::Report | Message::Unknown => self.report_when_complete(),
@@ -116,45 +116,45 @@ impl Outbox {
                     self.coalesce();
                 }
             }
-            // Its hour comes again by itself.
+            // The next heartbeat becomes due by itself.
             Message::Heartbeat => {}
         }
     }
 
-    /// The master has been away for more than a moment.
+    /// Notes that the master has been away for more than a moment.
     pub(super) fn went_away(&mut self) {
         self.away = true;
         self.coalesce();
     }
 
-    /// Whether one message tries the way, and the rest waits.
+    /// Whether one message probes the master and the rest waits.
     pub(super) fn is_away(&self) -> bool {
         self.away
     }
 
-    /// The master took `message`.
+    /// Notes that the master accepted `message`.
     pub(super) fn delivered(&mut self, message: &Message) {
         if mem::take(&mut self.away) && *message != Message::Report {
             self.report_when_complete();
         }
     }
 
-    /// Forgets everything: nothing of it may be said any more.
+    /// Drops everything: none of it may be sent any more.
     pub(super) fn clear(&mut self) {
         *self = Self::default();
     }
 
-    /// How many changes wait, the one that is tried again among them.
+    /// Returns the number of pending changes, including one that is retried.
     pub(super) fn len(&self) -> usize {
         self.changes.len() + usize::from(matches!(self.retry, Some(Message::Change(_))))
     }
 
-    /// How many gave way to newer ones since this was last asked.
+    /// Returns how many changes newer ones replaced since the last call.
     pub(super) fn take_coalesced(&mut self) -> usize {
         mem::take(&mut self.coalesced)
     }
 
-    /// Keeps the newest change of each container, in the order in which those came.
+    /// Keeps the newest change of each container, in order of arrival.
     fn coalesce(&mut self) {
         let before = self.len();
         let mut newest = HashSet::new();
@@ -164,7 +164,7 @@ impl Outbox {
                 kept.push_front(change);
             }
         }
-        // Containers that run are as many as they are; those that are gone may be any number.
+        // The number of running containers is limited by the host; that of containers that are gone is not.
         for stop in (0..kept.len()).rev().filter(|at| !kept[*at].running).skip(MAX_BACKLOG).collect::<Vec<_>>() {
             kept.remove(stop);
             self.report_when_complete();
@@ -194,7 +194,7 @@ mod tests {
         Change { at: Timestamp::UNIX_EPOCH, running, container }
     }
 
-    /// What the box says until it is empty, as words.
+    /// Empties the outbox and returns its messages as words.
     fn said(outbox: &mut Outbox, complete: bool) -> Vec<String> {
         let mut words = Vec::new();
         while let Some(message) = outbox.next(complete, false) {

@@ -1,28 +1,28 @@
-//! Whether another agent uses this one's key, as the copy of a host or of its `.env` does. No I/O.
+//! Detects another agent that uses this one's key, such as a copy of the host or of its `.env`. No I/O.
 //!
-//! A v2 master knows one session of a key, so each of the two ends the other's when it registers. A master that forgets
-//! its sessions looks the same, but it was restarted for that, and was away for a moment.
+//! A v2 master keeps one session per key, so each of the two agents ends the other's session when it registers. A
+//! restarted master forgets its sessions and looks the same, but it was away for a moment.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// So many sessions lost within this time are no accident, and one that lasts for it ends the matter.
+/// This many sessions lost within [`WITHIN`] are no accident. A session that lasts for [`WITHIN`] ends the contest.
 const LOST: usize = 3;
 const WITHIN: Duration = Duration::from_secs(600);
 
 #[derive(Debug, Default)]
 pub(super) struct Rivalry {
     losses: VecDeque<Instant>,
-    /// How many requests had found the master away at the last loss.
+    /// How many requests had failed by the last loss, because the master was away.
     failures: u64,
     since: Option<Instant>,
     is_contested: bool,
 }
 
 impl Rivalry {
-    /// The master does not know the session any more. Returns whether that shows another agent, and is news.
+    /// Notes that the master no longer knows the session. Returns whether that proves another agent for the first time.
     pub(super) fn lost(&mut self, failures: u64, now: Instant) -> bool {
         if std::mem::replace(&mut self.failures, failures) != failures {
             self.losses.clear();
@@ -36,22 +36,22 @@ impl Rivalry {
         !std::mem::replace(&mut self.is_contested, true)
     }
 
-    /// A session has begun.
+    /// Notes that a session has begun.
     pub(super) fn begun(&mut self, now: Instant) {
         self.since = Some(now);
     }
 
-    /// Whether another agent was seen and no session has lasted since.
+    /// Whether another agent was detected and no session has lasted since.
     pub(super) fn is_contested(&self) -> bool {
         self.is_contested
     }
 
-    /// When the matter will be over, if nothing happens.
+    /// Returns when the contest will be over if this session lasts.
     pub(super) fn over_at(&self) -> Option<Instant> {
         self.since.filter(|_| self.is_contested).map(|since| since + WITHIN)
     }
 
-    /// Returns whether the matter has come to an end by now.
+    /// Returns whether the contest has just ended.
     pub(super) fn is_over(&mut self, now: Instant) -> bool {
         let is_over = self.over_at().is_some_and(|at| now >= at);
         if is_over {
@@ -85,7 +85,7 @@ mod tests {
     async fn sessions_lost_over_a_longer_time_or_with_a_master_that_was_away_are_none() {
         let (mut rivalry, began) = (Rivalry::default(), Instant::now());
         assert!((0..20).all(|hour| !rivalry.lost(0, began + hour * 60 * MINUTE)));
-        // A master that is restarted again and again.
+        // A master that restarts again and again.
         assert!((0..20).all(|time| !rivalry.lost(u64::from(time) + 1, began + 1300 * MINUTE + time * MINUTE)));
         assert!(!rivalry.is_contested());
     }

@@ -1,8 +1,8 @@
-//! Messages that a master answers with 500 each time, while it takes others. No I/O.
+//! Sets aside messages that a master answers with 500 each time while it accepts others. No I/O.
 //!
-//! Most of what answers so is a master in trouble, which is waited for. But one message that the master cannot digest
-//! must not hold up all that come after it: after three tries, and once another message was taken meanwhile, it is set
-//! aside, and tried again after pauses that grow.
+//! Usually such an answer means a master in trouble, and the agent waits. But a single message that the master cannot
+//! process must not hold up all later ones. After three tries, and once the master has accepted another message
+//! meanwhile, the agent sets it aside and retries it after growing pauses.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use crate::retry::Backoff;
 const TRIES: u32 = 3;
 const FIRST_REST: Duration = Duration::from_secs(60);
 const LONGEST_REST: Duration = Duration::from_secs(1800);
-/// Kinds of messages that are remembered: a master that fails everybody is not remembered for each.
+/// Remember this many kinds of messages, so that a master that fails at everything does not fill the memory.
 const REMEMBERED: usize = 256;
 
 #[derive(Debug, Default)]
@@ -23,14 +23,14 @@ pub(super) struct Stubborn(BTreeMap<String, Tries>);
 #[derive(Debug)]
 struct Tries {
     count: u32,
-    /// Another message was taken since the first of them.
+    /// The master accepted another message since the first try.
     other_taken: bool,
     rests: Backoff,
     until: Option<Instant>,
 }
 
 impl Stubborn {
-    /// A message of this kind was answered with 500. Returns whether it is to be set aside.
+    /// Notes that the master answered a message of this kind with 500. Returns whether to set it aside.
     pub(super) fn failed(&mut self, kind: &str, now: Instant) -> bool {
         if !self.0.contains_key(kind) && self.0.len() >= REMEMBERED {
             self.0.pop_first();
@@ -49,23 +49,23 @@ impl Stubborn {
         is_set_aside
     }
 
-    /// A message of this kind was taken, or will never be tried again. Returns whether it had been set aside.
+    /// Notes that a message of this kind was accepted or is never retried. Returns whether it had been set aside.
     pub(super) fn over(&mut self, kind: &str) -> bool {
         self.0.remove(kind).is_some_and(|tries| tries.until.is_some())
     }
 
-    /// A message of this kind was taken.
+    /// Notes that the master accepted a message of this kind. Returns whether it had been set aside.
     pub(super) fn taken(&mut self, kind: &str) -> bool {
         self.0.iter_mut().filter(|(other, _)| *other != kind).for_each(|(_, tries)| tries.other_taken = true);
         self.over(kind)
     }
 
-    /// Whether a message of this kind was set aside and is not to be tried yet.
+    /// Whether a message of this kind is set aside and not due for a retry yet.
     pub(super) fn rests(&self, kind: &str, now: Instant) -> bool {
         self.0.get(kind).is_some_and(|tries| tries.until.is_some_and(|until| now < until))
     }
 
-    /// How often a message of this kind was answered so in a row.
+    /// Returns how often in a row the master answered a message of this kind with 500.
     pub(super) fn count(&self, kind: &str) -> u32 {
         self.0.get(kind).map_or(0, |tries| tries.count)
     }

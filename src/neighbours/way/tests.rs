@@ -1,4 +1,4 @@
-//! The table that says what is reachable, and with which remedy where it is not.
+//! The table of what is reachable, and of the remedy where it is not.
 
 use super::*;
 use crate::docker::RunState;
@@ -52,7 +52,7 @@ fn told(judgement: Judgement) -> String {
     }
 }
 
-/// What a test changes of an ordinary scene.
+/// An ordinary scene, for a test to change.
 struct Around<'a> {
     tunnel: Inspected,
     desktop: Option<bool>,
@@ -174,7 +174,7 @@ fn the_way_to_a_workload_on_networks_of_its_own() {
             "http://host.docker.internal:81",
             "host.docker.internal in its service is known on Docker Desktop only => set the label dockflare.service to http://172.18.0.1:81".into(),
         ),
-        // What cloudflared does by itself, and what it does not do.
+        // What cloudflared serves by itself, and what it cannot read.
         (web(), "http_status:404", "-".into()),
         (with_mode("none"), "hello_world", "-".into()),
         (
@@ -401,7 +401,7 @@ fn whoever_began_before_the_container_whose_network_it_uses_has_none_any_more() 
         (at(early, seen()), at(early, vpn()), "open net"),
         (at(early, seen()), vpn(), "open net"),
         (seen(), at(late, vpn()), "open net"),
-        // Who uses the host's network by way of another keeps it.
+        // A container that uses the host's network through another keeps it.
         (at(early, seen()), at(late, with_mode("host")), "-"),
     ] {
         let around = Around { lender: Lender::Container(&lender), ..Around::default() };
@@ -447,7 +447,7 @@ fn networks_are_asked_for_where_the_tunnels_own_does_not_lead() {
     ] {
         assert_eq!(Around::default().needed(seen, values), expected, "{:?} {values:?}", seen.networks.keys());
     }
-    // It stays asked for once the tunnel is on it, and one that it is on already comes before another.
+    // A network stays requested once the tunnel is on it, and a network that the tunnel is on comes before others.
     let around = Around { tunnel: on_beta, ..Around::default() };
     assert_eq!(around.way(&two, &["http://web"]), "open beta");
     assert_eq!(around.needed(&two, &["http://web"]), ["beta"]);

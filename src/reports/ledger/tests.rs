@@ -1,11 +1,11 @@
-//! The ledger against a master of any bounds that forgets, is replaced by one of other bounds, and whose agent is
-//! started again.
+//! Tests the ledger against a master with any limits. The master forgets, gets replaced by one with other limits, and
+//! the agent restarts.
 
 use proptest::prelude::*;
 
 use super::*;
 
-/// A master: the most bytes of a container and of a report, and what it believes.
+/// A master: its limits in bytes for a container and a report, and what it believes.
 #[derive(Debug, Clone, Default)]
 struct Double {
     of_a_container: usize,
@@ -13,7 +13,7 @@ struct Double {
     believes: BTreeSet<String>,
 }
 
-/// A host, the ledger of the agent there, and the file of it.
+/// A host, the ledger of its agent, and the ledger's file.
 struct Host {
     containers: Containers,
     ledger: Ledger,
@@ -31,7 +31,7 @@ enum Step {
     Forget,
     Bounds(usize, usize),
     Wait,
-    /// So many messages.
+    /// Exchanges this many messages.
     Talk(usize),
 }
 
@@ -58,7 +58,7 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 impl Host {
-    /// One message, if there is one to send. `due` is whether a report is.
+    /// Sends one message, if there is one. `due` says whether a report is due.
     fn talk(&mut self, master: &mut Double, due: &mut bool) -> bool {
         self.ledger.forget_gone(&self.containers);
         let said = if *due && self.ledger.can_report(&self.containers, self.now) {
@@ -115,7 +115,7 @@ fn play(steps: Vec<Step>, is_new: bool) {
     let mut master = Double { of_a_container: 2500, of_a_report: 1 << 20, ..Double::default() };
     let mut host = Host { containers: Containers::new(), ledger: Ledger::new(None), file: None, now: Instant::now() };
     if !is_new {
-        // An earlier version of the agent has told this, and kept no file.
+        // An earlier version of the agent reported this and stored no file.
         master.believes.insert("c4".to_owned());
     }
     host.ledger.begin(is_new);
@@ -153,7 +153,7 @@ fn play(steps: Vec<Step>, is_new: bool) {
                 host.ledger.begin(true);
                 due = true;
             }
-            // A bound is another program's, which was started for it.
+            // Other limits mean another program, which has just started.
             Step::Bounds(one, all) => {
                 (master.of_a_container, master.of_a_report) = (one, all);
                 host.ledger.begin(false);
@@ -170,7 +170,7 @@ fn play(steps: Vec<Step>, is_new: bool) {
             }
         }
     }
-    // Now it is quiet: in a few messages all is said.
+    // Nothing changes any more: a few messages must be enough.
     due = true;
     let mut messages = 0;
     while host.talk(&mut master, &mut due) {
@@ -182,7 +182,7 @@ fn play(steps: Vec<Step>, is_new: bool) {
         assert!(master.believes.contains(&one.id), "{} was never told", one.id);
     }
     for id in &master.believes {
-        // Only where nothing is known of what was told before, and something is refused.
+        // Excused only if the agent does not know what was reported before, and the master refuses something.
         let is_excused = host.ledger.believed.is_none();
         assert!(host.containers.contains_key(id) || is_excused, "{id} is gone and stays published");
     }
