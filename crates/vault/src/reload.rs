@@ -8,12 +8,12 @@
 //! ```
 //!
 //! A set of files that nobody has dealt with yet is unsettled ([`State::is_unsettled`]). Each workload with such a set
-//! gets a job of its own ([`Job`]). The job restarts one container after the other, waits for the health of each, and
+//! gets a job of its own (`Job`). The job restarts one container after the other, waits for the health of each, and
 //! settles the set. If a container does not come up well, the job has the settled set put back, and restarts the
 //! containers that started with the new one. A newer set ends the job for the older one.
 //!
 //! A killed vault goes on where it was, in both directions: the start times in Docker tell which containers were
-//! restarted already. A start within [`SLACK`] after a switch of the files tells nothing. The vault itself restarts no
+//! restarted already. A start within `SLACK` after a switch of the files tells nothing. The vault itself restarts no
 //! container in that time, so that it recognizes its own restarts. Somebody else's restart in that time is repeated.
 //!
 //! Names from the configuration are looked up once for each set; after that only ids count. If Docker does not answer

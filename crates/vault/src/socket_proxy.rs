@@ -3,7 +3,7 @@
 //!
 //! It is a second process of the same program, meant for a container of its own. It holds the Docker socket and has
 //! neither network nor key nor store. Whoever takes over the vault can signal, restart and start these containers, and
-//! nothing more. [`dockflare_engine::proxy`] reads and answers requests, as it does for the agent's proxy. [`plan`] is
+//! nothing more. [`dockflare_engine::proxy`] reads and answers requests, as it does for the agent's proxy. `plan` is
 //! a pure function from a request to one of a closed set of calls.
 //!
 //! A call that acts on a container names its full id. The proxy looks the container up at that moment, and the
