@@ -2,7 +2,7 @@
 //! one sentence, the agent's action, and what the operator can do.
 //!
 //! The command poller and the supervisor find the causes. The log, the master and the health page show them. The table
-//! in the README's troubleshooting is this list, and a test keeps the two in sync.
+//! in `docs/troubleshoot.md` is this list, and a test keeps the two in sync.
 
 /// The status of the tunnel, in the master's terms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -114,7 +114,7 @@ pub enum Action {
 type Row = (&'static str, Status, Action, &'static str, &'static str);
 
 impl Cause {
-    /// All causes, in the order of the README.
+    /// All causes, in the order of `docs/troubleshoot.md`.
     pub const ALL: [Self; 24] = [
         Self::TokenMissing,
         Self::TokenMalformed,
@@ -344,15 +344,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_readme_lists_each_cause_with_the_words_of_the_log() {
-        let readme = include_str!("../README.md");
+    fn the_documented_table_lists_each_cause_with_the_words_of_the_log() {
+        let page = include_str!("../docs/troubleshoot.md");
         let expected = Cause::ALL.map(|cause| {
             let (reason, status, _, what, next) = cause.row();
             format!("| `{reason}` | `{}` | the tunnel {what} | {next} |", status.as_str())
         });
-        let missing: Vec<_> = expected.iter().filter(|row| !readme.contains(row.as_str())).collect();
-        assert!(missing.is_empty(), "rows that README.md lacks:\n{missing:#?}");
-        let rows = readme.lines().skip_while(|line| !line.starts_with("| reason | status |")).skip(2);
+        let missing: Vec<_> = expected.iter().filter(|row| !page.contains(row.as_str())).collect();
+        assert!(missing.is_empty(), "rows that docs/troubleshoot.md lacks:\n{missing:#?}");
+        let rows = page.lines().skip_while(|line| !line.starts_with("| reason | status |")).skip(2);
         let rows = rows.take_while(|line| line.starts_with('|')).count();
         assert_eq!(rows, Cause::ALL.len(), "rows of causes that the code does not know");
     }

@@ -187,7 +187,7 @@ pub async fn run(loaded: Result<Loaded, ConfigErrors>) -> Report {
     };
     findings.pass("config", title, "valid");
     for warning in loaded.warnings {
-        findings.warn("config", title, warning, "the README's table of settings says what it may be");
+        findings.warn("config", title, warning, "docs/settings.md says what it may be");
     }
     let config = loaded.config;
     let folder = state::peek_soon(config.data_dir.clone()).await;

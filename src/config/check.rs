@@ -69,7 +69,7 @@ impl Check {
         if self.unknown <= MOST {
             let name: String = name.chars().filter(|c| !c.is_control()).take(100).collect();
             self.warnings.push(format!(
-                "nothing reads the variable {name}{hint}; remove it, or see the README's table of settings for its name"
+                "nothing reads the variable {name}{hint}; remove it, or see docs/settings.md for its name"
             ));
         }
     }

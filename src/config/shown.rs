@@ -25,7 +25,7 @@ enum Kind {
     SecretFile,
 }
 
-/// All variables of the README's table, in the same order.
+/// All variables of the table in `docs/settings.md`, in the same order.
 const SETTINGS: [(&str, Kind); 34] = {
     use Kind::{Address, Plain, Secret, SecretFile};
     [
@@ -131,9 +131,9 @@ mod tests {
     use crate::config::Config;
 
     #[test]
-    fn every_variable_of_the_readme_is_shown_and_no_other() {
-        let readme = include_str!("../../README.md");
-        let table = readme.lines().skip_while(|line| !line.starts_with("| variable | default |")).skip(2);
+    fn every_variable_of_the_documented_table_is_shown_and_no_other() {
+        let page = include_str!("../../docs/settings.md");
+        let table = page.lines().skip_while(|line| !line.starts_with("| variable | default |")).skip(2);
         let rows: Vec<_> = table.take_while(|line| line.starts_with('|')).collect();
         let first = |row: &&str| row.split('|').nth(1).unwrap_or_default().to_owned();
         let named: Vec<_> = rows.iter().map(first).collect();

@@ -129,7 +129,7 @@ async fn a_dotenv_in_the_working_folder_fills_what_is_unset_or_empty_and_nothing
 
 /// Names on which people's collectors rely.
 #[tokio::test]
-async fn the_log_as_json_has_the_fields_that_the_readme_names() {
+async fn the_log_as_json_has_the_fields_that_the_documentation_names() {
     let mut desk = Desk::new(Protocol::V2).await.unwrap();
     desk.set("LOG_FORMAT", "json");
     desk.set("LOG_LEVEL", "INFO");
@@ -145,10 +145,10 @@ async fn the_log_as_json_has_the_fields_that_the_readme_names() {
     let banner: Value = serde_json::from_str(&banner).unwrap();
     assert_eq!((&banner["level"], &banner["message"]), (&json!("INFO"), &json!("dockflare-agent runs")));
     let fields = ["version", "id", "master", "protocol", "docker", "host", "network", "image"];
-    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
+    let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/operate.md")).unwrap();
     for field in ["timestamp", "level", "message"].into_iter().chain(fields) {
         assert!(banner.get(field).is_some(), "{field} of {banner}");
-        assert!(readme.contains(&format!("`{field}`")), "{field} is not in the README");
+        assert!(page.contains(&format!("`{field}`")), "{field} is not in docs/operate.md");
     }
     assert_eq!(banner.as_object().unwrap().len(), 3 + fields.len(), "{banner}");
 }

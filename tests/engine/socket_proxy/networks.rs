@@ -211,9 +211,9 @@ async fn starts_after_a_kill(program: PathBuf) -> Result<()> {
     ensure!(has_joined(&deployed.stage, &deployed.agent()).await?, "nobody was left to leave");
     deployed.stage.scope.rm(&deployed.stage.tunnel).await?;
     make_anew(&deployed.stage).await?;
-    // What Docker refuses to start, as the README says.
+    // What Docker refuses to start, as docs/operate.md says.
     let refused = deployed.compose(&["up", "-d", "--no-build"]).await;
-    ensure!(refused.is_err(), "Docker starts it all the same: the README need not name --force-recreate");
+    ensure!(refused.is_err(), "Docker starts it all the same: docs/operate.md need not name --force-recreate");
     deployed.compose(&["up", "-d", "--no-build", "--force-recreate"]).await?;
     deployed.is_back().await?;
     ensure!(has_joined(&deployed.stage, &deployed.agent()).await?);
