@@ -1,6 +1,6 @@
-//! `systemctl restart docker` and a reboot, with the agent and its socket proxy in containers that Docker starts again.
-//! All containers are told to end at once, by a Docker whose API is gone by then, and start in any order. What
-//! visitors lose is Docker's own outage and nothing more. On an Engine of the test's own.
+//! Tests `systemctl restart docker` and a reboot, with the agent and its socket proxy in containers that Docker
+//! restarts. Docker signals all containers at once, after its API is gone, and starts them in any order. Visitors must
+//! lose no more than Docker's own outage. Each case runs its own Engine.
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
@@ -26,13 +26,13 @@ pub(crate) fn cases() -> Vec<Case> {
     cases.into_iter().map(|case| case.limit(Duration::from_secs(400)).without(daemon::missing())).collect()
 }
 
-/// Shorter than each outage: a proxy that starts leaves an agent 15 s all the same, from when Docker answers.
+/// Shorter than each outage. A starting proxy still gives the agent 15 s from the moment Docker answers.
 const LEASE: &str = "1";
 const LEASE_IS_OVER: Duration = Duration::from_secs(20);
-/// From the start of the connector to its first visitor, beyond what the edge takes, on a machine that is busy.
+/// The limit from the connector's start to its first visitor on a busy machine, without the edge's own delay.
 const CONNECTS_WITHIN: Duration = Duration::from_secs(10);
 
-/// A host with nothing but the compose file's two services and the tunnel.
+/// A host that runs only the compose file's two services and the tunnel.
 struct Host {
     daemon: Daemon,
     stage: Stage,
@@ -46,11 +46,11 @@ const PROXY: &str = "socket-proxy";
 const AGENT: &str = "agent";
 
 impl Host {
-    /// With a tunnel that visitors come through.
+    /// Starts the host, with visitors coming through its tunnel.
     async fn up() -> Result<(Self, Visitors)> {
         let mut stage = Stage::new(Protocol::V2).await?;
         let image = images().agent(&agent_binary()).await?;
-        // Before the network is left: the two images, from the Engine that has them.
+        // Save the two images from the machine's Engine before leaving its network.
         let saved = tempfile::Builder::new().suffix(".tar").tempfile()?;
         let done = Command::new("docker")
             .args(["--host", &format!("unix://{}", testkit::socket_path()), "save", "--output"])
@@ -92,7 +92,7 @@ impl Host {
         Ok((host, visitors))
     }
 
-    /// As the compose file has them.
+    /// Runs the two services as the compose file does.
     fn run_services(&self, image: &str) -> Result<()> {
         let file = |name: &str, env: &[(String, String)]| -> Result<String> {
             let mut text = String::new();
@@ -115,7 +115,7 @@ impl Host {
         self.daemon.docker(&[&common[..], &own, &["-v", "docker-api:/run/dockflare:ro", image]].concat()).map(drop)
     }
 
-    /// Which container the tunnel's is, and which start of it: id, time, token.
+    /// Returns the tunnel container's id, start time and token.
     fn life(&self) -> Result<[String; 3]> {
         let told = "{{.Id}}|{{.State.StartedAt}}|{{range .Config.Env}}{{println .}}{{end}}";
         let told = self.daemon.docker(&["inspect", "--format", told, &self.stage.tunnel])?;
@@ -124,7 +124,7 @@ impl Host {
         Ok([id, started_at, token].map(str::to_owned))
     }
 
-    /// Waits until an agent that has started since has the tunnel, and its master knows that.
+    /// Waits until an agent that started since the last call has the tunnel and its master knows it.
     async fn is_back(&mut self) -> Result<()> {
         let before = self.registrations;
         let known = self.stage.master.wait_for("the agent to be back", 2 * SOON, |known| {
@@ -135,7 +135,8 @@ impl Host {
         Ok(())
     }
 
-    /// Docker is there again, since an outage that began then.
+    /// Checks, after an outage that began at `began`, that the same container serves visitors in time, and that none of
+    /// them fails once it does.
     async fn was_away(
         &mut self,
         what: &str,
@@ -185,7 +186,7 @@ impl Host {
 async fn a_restart_of_docker_costs_its_own_outage_and_nothing_more() -> Result<()> {
     let (mut host, mut visitors) = Host::up().await?;
     let before = host.life()?;
-    // As Docker has it, and with one of the two so much later that the other one notices.
+    // In the order that Docker chooses, and with one of the two so late that the other one notices.
     for late in [None, Some((PROXY, AGENT)), Some((AGENT, PROXY))] {
         if let Some((late, _)) = late {
             host.daemon.docker(&["update", "--restart=no", late])?;

@@ -1,4 +1,4 @@
-//! Each way in which the tunnel can be down: what the master and the log are told, and what is done about it.
+//! Tests each cause of a tunnel that is down: what the master and the log learn, and what the agent does about it.
 
 use std::time::Duration;
 
@@ -40,11 +40,11 @@ pub(crate) fn cases() -> Vec<Case> {
     cases
 }
 
-/// Longer than what a connector gets at its start, until a hang is acted upon, or until Docker's own check has failed
-/// three times, each 15 s after the end of the one before, which takes long on a busy machine.
+/// Longer than a connector's time to start, the time until the agent acts on a hang, and three failures of Docker's
+/// health check. Docker starts each check 15 s after the end of the one before, which takes long on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(180);
 
-/// Waits longer than usual until the master is told this.
+/// Like [`told`], but waits longer.
 async fn told_late(stage: &Stage, status: &str, reason: Option<&str>) -> Result<Agent> {
     let is_it = |agent: &&Agent| {
         let told = agent.tunnel_status.as_ref();
@@ -54,14 +54,14 @@ async fn told_late(stage: &Stage, status: &str, reason: Option<&str>) -> Result<
     stage.master.wait_for(&what, PATIENCE, |known| known.only_agent().filter(is_it).cloned()).await
 }
 
-/// A way to be down from the first start on, at the pace at which the real cloudflared was recorded.
+/// A failure from the first start on, at the pace of a recording of the real cloudflared.
 struct Way {
     what: &'static str,
     words: &'static str,
     protocol: &'static str,
     status: &'static str,
     reason: &'static str,
-    /// What the log says of it, and what to do.
+    /// What the log says about it, and the remedy that the log names.
     log: [&'static str; 2],
 }
 
@@ -124,7 +124,7 @@ const WAYS: [Way; 7] = [
     },
 ];
 
-/// The health page of an agent that shows one, on a port of its own.
+/// Turns on the agent's health page on a free port and returns its address.
 fn with_page(stage: &mut Stage) -> Result<String> {
     let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
     stage.set("HEALTH_CHECK_PORT", port.to_string());
@@ -132,13 +132,13 @@ fn with_page(stage: &mut Stage) -> Result<String> {
     Ok(format!("127.0.0.1:{port}"))
 }
 
-/// What may be told of this: a refusal over QUIC, where no reason is given, becomes certain by a try over HTTP/2.
+/// Returns the acceptable reasons. Over QUIC the edge gives no reason for a refusal; a try over HTTP/2 confirms it.
 fn names(reason: &str) -> Vec<&str> {
     let certain = (reason == "registration_refused").then_some("token_refused");
     [reason].into_iter().chain(certain).collect()
 }
 
-/// Waits until the page gives this as the reason.
+/// Waits until the health page shows this reason.
 async fn shown(address: &str, reason: &str) -> Result<()> {
     let mut last = Value::Null;
     let shown = wait_until("the page", SOON, async || {
@@ -149,7 +149,7 @@ async fn shown(address: &str, reason: &str) -> Result<()> {
     shown.with_context(|| format!("the page says {last:#}"))
 }
 
-/// Each reason that the master was told, once, in order; and no reason where none was given.
+/// Returns the reasons reported to the master, in order and without repetitions; `None` for a status without one.
 fn reasons(stage: &Stage) -> Vec<Option<String>> {
     let requests = stage.master.requests();
     let statuses = requests.iter().filter(|request| request.event() == Some("tunnel_status"));
@@ -158,7 +158,7 @@ fn reasons(stage: &Stage) -> Vec<Option<String>> {
     reasons
 }
 
-/// Nothing but that reason was told, and nothing else was warned of.
+/// Checks that the master received only that reason and that the log warns of nothing else.
 fn nothing_else(stage: &Stage, agent: &AgentProcess, reason: &str, sentence: &str) -> Result<()> {
     let told = reasons(stage);
     let is_it = |told: &String| names(reason).contains(&told.as_str());
@@ -208,7 +208,7 @@ async fn refused_later(protocol: &str, reason: &str) -> Result<()> {
     let told = reasons(&stage);
     let is_it = |told: &String| names(reason).contains(&told.as_str());
     ensure!(told.iter().flatten().all(is_it), "{told:?}\n{}", agent.log());
-    // The edge takes it after all; cloudflared finds out at its next try.
+    // The edge accepts the token now; cloudflared notices at its next try.
     edge.accept(Whose::Tunnel(tunnel.id.clone()));
     stage.scope.tell_stand_in(&stage.tunnel, &json!({ "speed": 10 })).await?;
     told_late(&stage, "running", None).await?;
@@ -228,7 +228,7 @@ async fn a_token_that_cloudflare_refuses_is_an_error_and_its_connector_is_not_re
     let before = Life::now(&stage).await?;
     two_more_polls(&stage).await?;
     assert_eq!(Life::now(&stage).await?, before);
-    // Cloudflare takes it after all.
+    // Cloudflare accepts the token now.
     stage.scope.tell_stand_in(&stage.tunnel, &json!({ "unauthorized": null })).await?;
     told(&stage, "running", None).await?;
     assert_eq!(Life::now(&stage).await?, before);
@@ -254,7 +254,7 @@ async fn one_that_has_lost_the_edge_is_followed_by_a_fresh_one_that_finds_it() -
     let tunnel = Tunnel::new(&stage, "");
     let agent = tunnel.agent_with_ready_tunnel(&stage).await?;
     let before = tunnel.container(&stage).await?;
-    // Said to this one only: any other one is connected at once.
+    // Only this connector loses the edge: any other one connects at once.
     stage.scope.tell_stand_in(&stage.tunnel, &json!({ "unreachable": true, "speed": 10 })).await?;
     let known = told(&stage, "degraded", Some("edge_unreachable")).await?;
     assert_eq!(known.tunnel_status.context("a status")?.event["ready_connections"], 0);
@@ -264,7 +264,7 @@ async fn one_that_has_lost_the_edge_is_followed_by_a_fresh_one_that_finds_it() -
     told(&stage, "running", None).await?;
     let after = tunnel.container(&stage).await?;
     ensure!(after.id != before.id, "it came back by itself");
-    // One line at the beginning, and one at the end.
+    // One line each at the beginning and at the end.
     let count = |text: &str| agent.log().lines().filter(|line| line.contains(text)).count();
     assert_eq!((count("trying fresh connectors"), count("takes over"), count("works again")), (1, 1, 1));
     stage.assert_no_violations();
@@ -285,7 +285,7 @@ async fn where_only_quic_is_allowed_and_udp_is_blocked_the_remedy_is_told() -> R
 
 async fn where_udp_is_blocked_it_falls_back_and_the_protocol_is_told() -> Result<()> {
     let stage = Stage::new(Protocol::V1).await?;
-    // What is composed of recordings takes more than two minutes.
+    // The recordings take more than two minutes at normal speed.
     let tunnel = Tunnel::new(&stage, "udp-blocked speed=50");
     let _agent = tunnel.agent_with_ready_tunnel(&stage).await?;
     let known = told(&stage, "running", None).await?;
@@ -298,7 +298,7 @@ async fn one_that_hangs_is_restarted_exactly_once() -> Result<()> {
     let tunnel = Tunnel::new(&stage, "");
     let agent = tunnel.agent_with_ready_tunnel(&stage).await?;
     let (before, story) = (tunnel.container(&stage).await?, Story::follow(&stage));
-    // Said at run time, so that the next start of it does not know.
+    // Set this at run time, so that the connector's next start does not hang.
     stage.scope.tell_stand_in(&stage.tunnel, &json!({ "hang": true })).await?;
     told(&stage, "degraded", Some("hung")).await?;
     let line = agent.wait_for_log("cloudflared does not answer any more", SOON).await?;
@@ -313,8 +313,8 @@ async fn one_that_hangs_is_restarted_exactly_once() -> Result<()> {
     Ok(())
 }
 
-/// An agent that has not reached its cloudflared so far. Whenever Engine 20.10 makes a network, as other cases do at the
-/// same time, what keeps its networks apart is not there for a moment, and a question may get through.
+/// Returns an agent that cannot reach its cloudflared. Whenever Engine 20.10 makes a network, as parallel cases do, it
+/// drops the isolation of its networks for a moment, and a request may get through. Hence the retries.
 async fn unable_to_ask() -> Result<Contained> {
     for _ in 0..5 {
         let contained = Contained::apart_from_its_tunnel().await?;
@@ -338,7 +338,7 @@ async fn by_dockers_check() -> Result<()> {
         let health = stage.scope.inspect(&stage.tunnel).await?.state.and_then(|state| state.health);
         bail!("{error:#}\nDocker's own check: {health:#?}\n{}", stage.scope.logs(&contained.id).await?);
     }
-    // Docker's check of a fresh one has found it ready, and it took over.
+    // Docker's health check has found a fresh connector ready, and that one took over.
     told_late(stage, "running", None).await?;
     let after = tunnel.container(stage).await?;
     ensure!(after.id != before.id, "it came back by itself");
@@ -362,9 +362,9 @@ async fn one_that_the_kernel_ended_for_want_of_memory_is_told_so() -> Result<()>
     let body = models::ContainerUpdateBody { memory: Some(limit), memory_swap: Some(limit), ..Default::default() };
     stage.scope.docker().update_container(&stage.tunnel, body).await?;
     let before = tunnel.container(&stage).await?;
-    // Each start of it eats again, until it is told.
+    // Make each start of the connector eat memory again, until the agent reports the reason.
     wait_until("the reason to be told", PATIENCE, async || {
-        // It may be down just now.
+        // The connector may be down at the moment.
         let _ = stage.scope.tell_stand_in(&stage.tunnel, &json!({ "eat": 256 })).await;
         let told = registered(&stage).await.ok()?.tunnel_status?;
         (told.event["reason"] == "out_of_memory").then_some(())
@@ -385,7 +385,7 @@ async fn the_options_of_the_connector_reach_it() -> Result<()> {
         ("CLOUDFLARED_EDGE_IP_VERSION", "6"),
         ("CLOUDFLARED_POST_QUANTUM", "true"),
         ("CLOUDFLARED_LOGLEVEL", "debug"),
-        // Not one of ours: it must not get there.
+        // Not one of our settings: it must not reach the connector.
         ("TUNNEL_EDGE", "attacker.example.com:7844"),
     ] {
         stage.set(name, value);
@@ -410,7 +410,7 @@ async fn the_options_of_the_connector_reach_it() -> Result<()> {
     Ok(())
 }
 
-/// The last status that the master took.
+/// Returns the last status that the master accepted.
 async fn status(stage: &Stage) -> Result<Value> {
     Ok(registered(stage).await?.tunnel_status.context("no status")?.event)
 }
@@ -434,7 +434,7 @@ async fn a_status_tells_what_the_connector_says_of_itself_and_what_it_carried() 
     let since: jiff::Timestamp = first["since"].as_str().context("since")?.parse()?;
     ensure!(since <= jiff::Timestamp::now(), "{since}");
 
-    // What is carried is added up over the statuses, each counting from the one before it.
+    // Each status counts from the previous one: add them up.
     let mut visitors = Visitors::come(&edge, &tunnel).await?;
     let carried = |name: &'static str| {
         let requests = stage.master.requests();
@@ -454,12 +454,12 @@ async fn a_status_tells_what_the_connector_says_of_itself_and_what_it_carried() 
 
 async fn removed_host(protocol: Protocol) -> Result<()> {
     let mut stage = Stage::new(protocol).await?;
-    // Over QUIC nobody says why a registration is refused.
+    // Over QUIC the edge gives no reason for a refused registration.
     stage.set("CLOUDFLARED_PROTOCOL", "http2");
     let tunnel = Tunnel::new(&stage, "");
     let agent = tunnel.agent(&stage)?;
     let known = tunnel.enrol(&stage, &agent).await?;
-    // An operator removes the host: the tunnel is deleted at Cloudflare, and the agent at the master.
+    // An operator removes the host: deletes the tunnel at Cloudflare, and the agent at the master.
     stage.scope.tell_stand_in(&stage.tunnel, &json!({ "unauthorized": true, "speed": 10 })).await?;
     told_late(&stage, "error", Some("token_refused")).await?;
     stage.master.forget(&known.id)?;
@@ -475,7 +475,7 @@ async fn removed_host(protocol: Protocol) -> Result<()> {
         (&json!(null), &json!(null), &json!("stopped"))
     );
     if protocol == Protocol::V1 {
-        // The same key may enrol again there.
+        // A v1 master lets the same key enroll again.
         let again = reported(&stage, "another registration", |agent| Some(agent.clone())).await?;
         stage.master.enroll_with(&again.id, "edge", &tunnel.id, &tunnel.token)?;
         agent.wait_for_log("command start_tunnel", SOON).await?;
@@ -497,7 +497,7 @@ async fn a_refused_token_alone_and_an_unknown_agent_alone_change_nothing() -> Re
     assert_eq!(tunnel.container(&stage).await?, before, "the edge still takes it");
     told(&stage, "running", None).await?;
 
-    // Assigned again, so the master knows it; now the edge refuses.
+    // The master assigns the tunnel again and so knows the agent; now the edge refuses the token.
     let known = registered(&stage).await?;
     stage.master.enroll_with(&known.id, "edge", &tunnel.id, &tunnel.token)?;
     agent.wait_for_log("command start_tunnel", SOON).await?;

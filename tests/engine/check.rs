@@ -1,5 +1,5 @@
-//! `dockflare-agent check` on a real Engine, alone and behind a real haproxy: each permission that is missing or too
-//! much, the image, the network, the tunnel and the containers; and that nothing is changed by it.
+//! Tests `dockflare-agent check` on a real Engine, directly and behind a real HAProxy: each missing or excess
+//! permission, the image, the network, the tunnel and the containers. The check must change nothing.
 
 use std::collections::BTreeSet;
 
@@ -31,7 +31,7 @@ async fn check(stage: &Stage) -> Result<Checked> {
     Checked::new(&stage.env, stage.data.path(), &[&stage.key]).await
 }
 
-/// Calls that are refused, by the ends of their ids.
+/// Returns the calls that fail, by the ends of their ids.
 fn refused(checked: &Checked) -> Vec<&str> {
     checked.ids("fail").into_iter().filter_map(|id| id.strip_prefix("docker.may_")).collect()
 }
@@ -89,7 +89,7 @@ async fn what_the_socket_proxy_lets_through_without_need_is_a_warning() -> Resul
     let told = check(&stage).await?.is("docker.proxy", "warn")?;
     ensure!(told.contains("BUILD, SECRETS, VOLUMES") && told.contains("set BUILD=0 SECRETS=0 VOLUMES=0"), "{told}");
 
-    // Docker itself: one warning, not one for each thing.
+    // Directly on Docker there is one warning, not one for each permission.
     stage.set("DOCKER_HOST", "");
     let checked = check(&stage).await?;
     ensure!(checked.is("docker.proxy", "warn")?.contains("the whole host"));
@@ -97,7 +97,8 @@ async fn what_the_socket_proxy_lets_through_without_need_is_a_warning() -> Resul
     Ok(())
 }
 
-/// What is on this host, but for what other tests make and remove at this moment: all of that has labels.
+/// Returns this host's containers, networks and images, except those with our labels: parallel tests make and remove
+/// such objects at any time.
 async fn picture(docker: &Docker) -> Result<BTreeSet<String>> {
     let is_ours = |label: &String| label.starts_with("dockflare-") || label.starts_with("com.dockflare.");
     let mut seen = BTreeSet::new();
@@ -132,14 +133,14 @@ async fn a_check_leaves_docker_as_it_was() -> Result<()> {
     ensure!(before == after, "{:#?}", before.symmetric_difference(&after).collect::<Vec<_>>());
     ensure!(scope.status(&stage.tunnel).await? == "gone");
 
-    // Whatever was asked to be changed, Docker refused.
+    // Docker refused every request that would change something.
     let changing = |line: &&str| ["\"POST ", "\"DELETE ", "\"PUT "].iter().any(|method| line.contains(method));
     let log = wait_until("eleven requests in the log of the proxy", SOON, async || {
         scope.logs(proxy.container()).await.ok().filter(|log| log.lines().filter(changing).count() >= 11)
     });
     let log = log.await?;
     for line in log.lines().filter(changing) {
-        // haproxy's httplog: `… clients backend/server timers status bytes …`
+        // HAProxy's httplog: `… clients backend/server timers status bytes …`
         let status = line.split_whitespace().skip_while(|word| *word != "clients").nth(3);
         let status = status.and_then(|word| word.parse::<u16>().ok());
         ensure!(status.is_some_and(|status| status >= 400), "{line}");
@@ -150,7 +151,7 @@ async fn a_check_leaves_docker_as_it_was() -> Result<()> {
 
 async fn an_image_or_network_that_is_missing_is_told_with_what_becomes_of_it() -> Result<()> {
     let mut stage = Stage::new(Protocol::V2).await?;
-    // Whatever stands before the others: a proxy would not let the registry be asked.
+    // Use Docker directly, whatever the other tests use: a proxy would not let the agent ask the registry.
     stage.set("DOCKER_HOST", format!("unix://{}", testkit::socket_path()));
     ensure!(check(&stage).await?.is("docker.image", "pass")?.contains("is here"));
     let absent = format!("registry.invalid/absent-{}:1", stage.scope.suffix());
@@ -160,7 +161,7 @@ async fn an_image_or_network_that_is_missing_is_told_with_what_becomes_of_it() -
     ensure!(told.contains(&absent) && told.contains("its registry cannot be asked") && told.contains("docker load"));
     ensure!(checked.is("docker.network", "pass")?.contains("is made when it is needed"));
 
-    // Nobody may ask the registry for the agent, which needs no such right.
+    // This proxy does not let the agent ask the registry, and the agent does not need that permission.
     let scope = Scope::new(testkit::docker()?);
     let narrow = scope.socket_proxy(&without("POST")).await?;
     stage.set("DOCKER_HOST", narrow.host_url());
@@ -208,7 +209,7 @@ async fn a_running_tunnel_and_the_ways_from_it_are_seen_and_left_alone() -> Resu
     let checked = Checked::new(&stage.env, stage.data.path(), &[&stage.key, &tunnel.token]).await?;
     ensure!(checked.is("tunnel.assigned", "pass")?.contains("edge"));
     ensure!(checked.is("tunnel.container", "pass")?.contains("cloudflared 2025.9.0"));
-    // As time goes by, it only becomes older.
+    // The version only gets older with time.
     let told = checked.is("tunnel.version", "warn")?;
     ensure!(told.contains("2025.9.0 is") && told.contains("one year") && told.contains("CLOUDFLARED_IMAGE="), "{told}");
     ensure!(checked.is("tunnel.ready", "pass")?.contains("connection"));
@@ -258,7 +259,7 @@ async fn a_tunnel_that_the_master_no_longer_assigns_is_told_by_log_check_and_hea
     ensure!(problem().await == Some(false));
     check(&stage).await?.is("tunnel.assigned", "pass")?;
 
-    // The host is removed there, and the edge goes on taking the token.
+    // The master removes the host; the edge still accepts the token.
     stage.master.forget(&known.id)?;
     let line = agent.wait_for_log(sentence, SOON).await?;
     ensure!(line.contains("WARN") && line.contains("enrol the agent"), "{line}");
@@ -289,7 +290,7 @@ async fn a_container_that_is_not_the_agents_or_not_there_is_told() -> Result<()>
     ensure!(checked.is("tunnel.container", "fail")?.contains("is not there"));
     checked.is("tunnel.ready", "skip")?;
 
-    // Made and not started: what Docker does to one whose network is gone.
+    // Created but not started, like a container whose network is gone.
     let made = tunnel.python_container(&stage).await?;
     ensure!(check(&stage).await?.is("tunnel.container", "fail")?.contains("was never started"));
     stage.scope.rm(&made).await?;

@@ -1,4 +1,4 @@
-//! Each state in which the agent may find its tunnel container, and each thing that may be done to it by hand.
+//! Tests each state in which the agent may find its tunnel container, and each manual change to that container.
 
 use anyhow::{Context, Result, ensure};
 use dockflare_dev_master::Protocol;
@@ -48,7 +48,7 @@ pub(crate) fn cases() -> Vec<Case> {
     cases
 }
 
-/// A state that a container may be found in.
+/// A state in which the agent may find a container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Running,
@@ -69,12 +69,12 @@ impl State {
         format!("{}_{}", if self == Self::Exited { "an" } else { "a" }, self.word())
     }
 
-    /// What the stand-in must be told for it.
+    /// Returns the stand-in's script for this state.
     fn words(self) -> &'static str {
         if self == Self::Restarting { "exit=7" } else { "" }
     }
 
-    /// Brings the stage's container, which was started, into this state.
+    /// Brings the stage's started container into this state.
     async fn bring(self, stage: &Stage) -> Result<()> {
         let (scope, name) = (&stage.scope, &stage.tunnel);
         match self {
@@ -92,7 +92,7 @@ impl State {
     }
 }
 
-/// As an agent leaves it that is killed between creating and starting.
+/// Leaves the container as an agent does that is killed between creating and starting it.
 async fn create_again_without_starting(stage: &Stage) -> Result<()> {
     let found = stage.scope.inspect(&stage.tunnel).await?;
     stage.scope.rm(&stage.tunnel).await?;
@@ -170,7 +170,7 @@ async fn ours_with_the_right_spec_is_made_anew(state: State) -> Result<()> {
     Ok(())
 }
 
-/// What differs between two runs of the agent.
+/// The difference between two runs of the agent.
 #[derive(Debug, Clone, Copy)]
 enum Change {
     Token,
@@ -189,7 +189,7 @@ async fn ours_with_another_spec_is_replaced(state: State, change: Change) -> Res
     let mut tunnel = Tunnel::new(&stage, state.words());
     tunnel.store(&stage)?;
     let mut first = tunnel.agent(&stage)?;
-    // One that crashes at once is never ready.
+    // A connector that crashes at once is never ready.
     first.wait_for_log(if state == State::Restarting { "starting the tunnel" } else { "tunnel ready" }, SOON).await?;
     if state == State::Restarting {
         state.bring(&stage).await?;
@@ -282,7 +282,7 @@ async fn a_container_that_crashes_once_is_restarted_by_docker_and_not_replaced()
     Ok(())
 }
 
-/// What a person may do to the container behind the agent's back.
+/// A manual change to the container behind the agent's back.
 #[derive(Debug, Clone, Copy)]
 enum Deed {
     Removed,
@@ -303,7 +303,7 @@ impl Deed {
         ("whose_network_is_made_anew", Self::NetworkMadeAnew),
     ];
 
-    /// Its container runs on, and what it lacks can be given back to it.
+    /// Whether the container keeps running and only needs its network back.
     fn takes_the_network(self) -> bool {
         matches!(self, Self::CutOff | Self::NetworkMadeAnew)
     }
@@ -335,8 +335,8 @@ async fn done_by_hand_is_put_right(deed: Deed) -> Result<()> {
     let tunnel = Tunnel::new(&stage, "");
     let agent = tunnel.agent_with_ready_tunnel(&stage).await?;
     let (before, mark) = (tunnel.container(&stage).await?, agent.mark());
-    // An agent that is half-way through its answer when the next step is taken is another matter: Docker makes
-    // two networks of one name if both ask for it.
+    // Stop the agent meanwhile, so that it does not react halfway through the change: Docker makes two networks of one
+    // name if both ask for it.
     agent.signal(Signal::STOP)?;
     deed.is_done(&stage).await?;
     agent.signal(Signal::CONT)?;

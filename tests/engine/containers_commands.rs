@@ -1,4 +1,4 @@
-//! Each command of a master, and what it makes of the tunnel container.
+//! Tests what each of the master's commands does to the tunnel container.
 
 use std::time::Duration;
 
@@ -67,7 +67,7 @@ async fn a_restart_and_a_kill(protocol: Protocol) -> Result<()> {
     let before = tunnel.container(&stage).await?;
     let story = Story::follow(&stage);
     stage.master.redeploy(&known.id)?;
-    // Not `wait_until`, which looks less often than a replacement takes.
+    // Not `wait_until`: a replacement may take less time than its pause between two looks.
     tokio::time::timeout(SOON, async {
         while !stage.file("tunnel_state.json").is_ok_and(|state| state.contains(r#""redeploys": 1"#)) {
             tokio::time::sleep(Duration::from_millis(1)).await;
@@ -149,7 +149,7 @@ async fn white_space(protocol: Protocol) -> Result<()> {
     stage.master.enroll_with(&known.id, " edge ", &format!(" {}\n", tunnel.id), &format!("\t{}\r\n", tunnel.token))?;
     agent.wait_for_log("tunnel ready", SOON).await?;
     let before = tunnel.container(&stage).await?;
-    // Without it, it is the same.
+    // Without the white space it is the same tunnel.
     stage.master.enroll_with(&known.id, "edge", &tunnel.id, &tunnel.token)?;
     two_more_polls(&stage).await?;
     assert_eq!(tunnel.container(&stage).await?, before);
@@ -221,7 +221,7 @@ async fn another_tunnel(protocol: Protocol) -> Result<()> {
     Ok(())
 }
 
-/// Rules of every kind, the more specific ones not first.
+/// Returns ingress rules of every kind, with the more specific ones not first.
 pub(crate) fn rules() -> Value {
     let rule = |host: &str, path: &str, status: &str| json!({ "hostname": host, "path": path, "service": "http://web:80", "status": status });
     let mut with_origin = rule("a.example.com", "", "active");
@@ -289,7 +289,7 @@ async fn v1_a_command_whose_reply_was_lost_is_recovered_by_registering() -> Resu
     let tunnel = Tunnel::new(&stage, "");
     let agent = tunnel.agent(&stage)?;
     let known = registered(&stage).await?;
-    // Nothing is asked while the fault and the command are put in place.
+    // Pause the master, so that the agent polls only once both the fault and the command are in place.
     stage
         .master
         .while_paused(async {

@@ -1,4 +1,4 @@
-//! What the tests of the tunnel container share: tunnels as the master names them, and what Docker shows of them.
+//! Shared by the tests of the tunnel container: tunnels as the master names them, and Docker's view of them.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -16,7 +16,7 @@ use crate::support::{SOON, Stage};
 /// The label that holds the hash of the whole spec.
 pub(crate) const SPEC_LABEL: &str = "com.dockflare.agent.spec";
 const TUNNEL_LABEL: &str = "com.dockflare.agent.tunnel-id";
-/// What cloudflared is started with.
+/// The arguments of cloudflared.
 pub(crate) const COMMAND: [&str; 3] = ["tunnel", "--no-autoupdate", "run"];
 
 /// A tunnel as the master names it.
@@ -27,7 +27,7 @@ pub(crate) struct Tunnel {
 }
 
 impl Tunnel {
-    /// The stage's tunnel with a new token, in whose hands the stand-in behaves as `words` say.
+    /// Makes the stage's tunnel with a new token that scripts the stand-in with `words`.
     pub(crate) fn new(stage: &Stage, words: &str) -> Self {
         let id = stage.scope.name("id");
         let token = testkit::token(&id, words);
@@ -42,20 +42,20 @@ impl Tunnel {
         json!({ "action": "restart_tunnel", "tunnel_name": "edge", "tunnel_id": self.id, "tunnel_token": self.token })
     }
 
-    /// Writes the state file as the Python agent does: this tunnel shall run.
+    /// Writes the state file as the Python agent does, with this tunnel as the one to run.
     pub(crate) fn store(&self, stage: &Stage) -> Result<()> {
         let state = json!({ "token": self.token, "id": self.id, "name": "edge", "desired_state": "running" });
         Ok(std::fs::write(stage.data.path().join("tunnel_state.json"), state.to_string())?)
     }
 
-    /// Starts an agent that must not tell this tunnel's token.
+    /// Starts an agent that must not log this tunnel's token.
     pub(crate) fn agent(&self, stage: &Stage) -> Result<AgentProcess> {
         let mut agent = stage.agent()?;
         agent.plant(&self.token);
         Ok(agent)
     }
 
-    /// Starts an agent that has this tunnel in its state file, and waits until the tunnel is ready.
+    /// Starts an agent with this tunnel in its state file, and waits until the tunnel is ready.
     pub(crate) async fn agent_with_ready_tunnel(&self, stage: &Stage) -> Result<AgentProcess> {
         self.store(stage)?;
         let agent = self.agent(stage)?;
@@ -63,14 +63,14 @@ impl Tunnel {
         Ok(agent)
     }
 
-    /// Starts an agent and gives it this tunnel as the master does, so that the master knows it as the agent's.
+    /// Starts an agent and enrolls it with this tunnel, so that the master knows the tunnel as the agent's.
     pub(crate) async fn enrolled_agent(&self, stage: &Stage) -> Result<AgentProcess> {
         let agent = self.agent(stage)?;
         self.enrol(stage, &agent).await?;
         Ok(agent)
     }
 
-    /// Waits for an agent to register, gives it this tunnel and waits until that is ready.
+    /// Waits for an agent to register, enrolls it with this tunnel, and waits until the tunnel is ready.
     pub(crate) async fn enrol(&self, stage: &Stage, agent: &AgentProcess) -> Result<Agent> {
         let known = registered(stage).await?;
         stage.master.enroll_with(&known.id, "edge", &self.id, &self.token)?;
@@ -78,8 +78,8 @@ impl Tunnel {
         stage.tunnel_is("running").await
     }
 
-    /// Waits until the stage's container runs, made by the agent for this token and for the settings of the
-    /// stage. It must be the only one of the tunnel, running or not.
+    /// Waits until the stage's container runs, made by the agent for this token and the stage's settings. It must be
+    /// the tunnel's only container, running or not.
     pub(crate) async fn container(&self, stage: &Stage) -> Result<Life> {
         let expected = vec![
             format!("TUNNEL_TOKEN={}", self.token),
@@ -99,7 +99,7 @@ impl Tunnel {
             seen = vec![token, config.image?, networks.join(","), found.state.clone()?.status?.to_string()];
             (has_hash && seen == expected).then_some(found)
         });
-        // The tokens differ between runs and tell nothing.
+        // Leave out the tokens: they differ between runs and do not help.
         let found = found.await.with_context(|| format!("expected {:?}, seen last {seen:?}", &expected[1..]))?;
         let filters = HashMap::from([("label".to_owned(), vec![format!("{TUNNEL_LABEL}={}", self.id)])]);
         let options = ListContainersOptions { all: true, filters: Some(filters), ..Default::default() };
@@ -108,7 +108,7 @@ impl Tunnel {
         Ok(Life::of(&found))
     }
 
-    /// Creates the container that the Python agent runs, without starting it.
+    /// Creates a container like the Python agent's, without starting it.
     pub(crate) async fn python_container(&self, stage: &Stage) -> Result<String> {
         let (image, network) = (setting(stage, "CLOUDFLARED_IMAGE"), stage.network.as_str());
         if stage.scope.docker().inspect_network(network, None).await.is_err() {
@@ -144,13 +144,13 @@ impl Life {
         Self { id: found.id.clone().unwrap_or_default(), started_at }
     }
 
-    /// The present one of the container with the stage's name, whatever its state.
+    /// Returns the current life of the container with the stage's name, whatever its state.
     pub(crate) async fn now(stage: &Stage) -> Result<Self> {
         Ok(Self::of(&stage.scope.inspect(&stage.tunnel).await?))
     }
 }
 
-/// What happens to the stage's container from now on, as Docker tells it.
+/// Docker's events of the stage's container from now on.
 pub(crate) struct Story {
     told: watch::Receiver<Vec<Event>>,
     reader: tokio::task::JoinHandle<()>,
@@ -166,13 +166,13 @@ impl Story {
         Self::follow_named(stage, &stage.tunnel)
     }
 
-    /// As [`Story::follow`], of another container.
+    /// Like [`Story::follow`], for another container.
     pub(crate) fn follow_named(stage: &Stage, name: &str) -> Self {
         let filters = HashMap::from([
             ("type".to_owned(), vec!["container".to_owned()]),
             ("container".to_owned(), vec![name.to_owned()]),
         ]);
-        // What happens before Docker listens is told as well.
+        // With `since`, Docker also sends the events from before the subscription takes effect.
         let since = Some(format!("{:.9}", jiff::Timestamp::now().as_duration().as_secs_f64()));
         let options = EventsOptions { since, filters: Some(filters), ..Default::default() };
         let mut events = stage.scope.docker().events(Some(options));
@@ -188,7 +188,7 @@ impl Story {
         Self { told, reader }
     }
 
-    /// Waits, without looking at intervals, until this has happened.
+    /// Waits for this event without polling.
     pub(crate) async fn until(&self, action: &str) -> Result<()> {
         let mut told = self.told.clone();
         let happened = told.wait_for(|told| told.iter().any(|event| event.action == action));
@@ -196,12 +196,12 @@ impl Story {
         in_time.with_context(|| format!("no {action}"))?.map(drop).context("Docker's events ended")
     }
 
-    /// How often this happened so far.
+    /// Returns how often this event occurred so far.
     pub(crate) fn count(&self, action: &str) -> usize {
         self.told.borrow().iter().filter(|event| event.action == action).count()
     }
 
-    /// The exit codes of the lives that ended so far.
+    /// Returns the exit codes of the lives that have ended so far.
     pub(crate) fn exit_codes(&self) -> Vec<String> {
         self.told.borrow().iter().filter(|event| event.action == "die").filter_map(|e| e.exit_code.clone()).collect()
     }
@@ -213,7 +213,7 @@ impl Drop for Story {
     }
 }
 
-/// What the agent of this stage is configured with.
+/// Returns the value of a setting of the stage's agent; empty if it is not set.
 pub(crate) fn setting(stage: &Stage, name: &str) -> String {
     stage.env.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone()).unwrap_or_default()
 }
@@ -223,20 +223,21 @@ pub(crate) async fn registered(stage: &Stage) -> Result<Agent> {
     stage.master.wait_for("an agent to register", SOON, |known| known.only_agent().cloned()).await
 }
 
-/// Waits for a tunnel that is ready after this was said; with a replacement in between, a third of the time is nominal.
+/// Waits until the log reports a ready tunnel after this sentence. With a replacement in between, the nominal time is a
+/// third of the limit.
 pub(crate) async fn ready_after(agent: &AgentProcess, sentence: &str) -> Result<()> {
     let line = agent.wait_for_log(sentence, SOON).await?;
     let mark = agent.log().lines().position(|other| other == line).unwrap_or_default();
     agent.wait_for_log_after(mark, "tunnel ready", 2 * SOON).await.map(drop)
 }
 
-/// Waits until the master believes this of the stage's agent. Some causes are told 25 s after they began, when all
-/// goes well.
+/// Waits until `is_it` holds for what the master knows of the stage's agent. Even at best, the agent reports some
+/// causes 25 s after they began.
 pub(crate) async fn reported<T>(stage: &Stage, what: &str, is_it: impl Fn(&Agent) -> Option<T>) -> Result<T> {
     stage.master.wait_for(what, 2 * SOON, |known| known.only_agent().and_then(&is_it)).await
 }
 
-/// Waits until the master is told this status with this reason.
+/// Waits until the agent reports this status with this reason to the master.
 pub(crate) async fn told(stage: &Stage, status: &str, reason: Option<&str>) -> Result<Agent> {
     let what = format!("the tunnel to be reported as {status} because of {reason:?}");
     reported(stage, &what, |agent| {
@@ -246,13 +247,13 @@ pub(crate) async fn told(stage: &Stage, status: &str, reason: Option<&str>) -> R
     .await
 }
 
-/// Waits until the agent has asked for commands twice more: whatever it was to do in between, it has done.
+/// Waits for two more polls by the agent: by then it has done whatever it had to do.
 pub(crate) async fn two_more_polls(stage: &Stage) -> Result<()> {
     let before = registered(stage).await?.polls;
     reported(stage, "two more polls", |agent| (agent.polls >= before + 2).then_some(())).await
 }
 
-/// A case for each kind of master, named after it.
+/// Makes a case for each kind of master, named after it.
 pub(crate) fn on_both<F, Fut>(name: &str, body: F) -> Vec<Case>
 where
     F: Fn(Protocol) -> Fut + Copy + Send + 'static,

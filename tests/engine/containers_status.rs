@@ -1,4 +1,4 @@
-//! What the tunnel container is made of, what starts it, and what the master is told of it.
+//! Tests what the tunnel container is made of, what starts it, and what the agent reports of it.
 
 use anyhow::{Context, Result, ensure};
 use dockflare_dev_master::Protocol;
@@ -81,7 +81,7 @@ async fn a_missing_network_is_made_with_a_label_that_says_whose_it_is() -> Resul
 async fn two_networks_of_the_name_are_an_error_with_a_remedy_until_one_is_removed() -> Result<()> {
     let stage = Stage::new(Protocol::V2).await?;
     stage.scope.create_network(&stage.network).await?;
-    // From Engine 25 on there can be no second one.
+    // Engine 25 and later refuse a second network of the same name.
     let Ok(second) = stage.scope.create_network(&stage.network).await else { return Ok(()) };
     let tunnel = Tunnel::new(&stage, "");
     tunnel.store(&stage)?;
@@ -95,7 +95,7 @@ async fn two_networks_of_the_name_are_an_error_with_a_remedy_until_one_is_remove
     tunnel.container(&stage).await.map(drop)
 }
 
-/// Nobody listens there, so a pull fails at once.
+/// Returns an image whose registry address nobody listens at, so that a pull fails at once.
 fn missing_image(stage: &Stage) -> String {
     format!("127.0.0.1:1/cloudflared:{}", stage.scope.suffix())
 }
@@ -139,7 +139,7 @@ async fn a_stop_is_obeyed_while_the_pull_of_another_image_hangs() -> Result<()> 
     let before = tunnel.container(&stage).await?;
     first.sigkill()?;
     first.wait_exit(SOON).await?;
-    // A registry that takes the connection and says nothing.
+    // A registry that accepts the connection and never answers.
     let registry = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
     stage.set("CLOUDFLARED_IMAGE", format!("{}/cloudflared:1", registry.local_addr()?));
     let agent = tunnel.agent(&stage)?;
@@ -170,7 +170,7 @@ async fn starts_without_master(protocol: Protocol) -> Result<()> {
 async fn a_tunnel_of_a_python_agents_state_file_starts_before_the_master_answers() -> Result<()> {
     let stage = Stage::new(Protocol::V1).await?;
     let tunnel = Tunnel::new(&stage, "");
-    // An agent that the master knows, with what the Python agent would have kept of it.
+    // An agent that the master knows, with the files that the Python agent would have left.
     let mut first = stage.agent()?;
     let known = registered(&stage).await?;
     first.sigkill()?;
@@ -192,7 +192,7 @@ async fn a_tunnel_of_a_python_agents_state_file_starts_before_the_master_answers
     let known_again = stage.tunnel_is("running").await?;
     assert_eq!((known_again.id.as_str(), known_again.registrations), (known.id.as_str(), 2));
 
-    // And back: a command rewrites the file, which the Python agent must still be able to read.
+    // And back: a command rewrites the file, and the Python agent must still be able to read it.
     stage.master.push_commands(&known.id, vec![json!({ "action": "stop_tunnel" })])?;
     stage.tunnel_is("stopped").await?;
     agent.sigterm()?;
@@ -205,7 +205,7 @@ async fn a_tunnel_of_a_python_agents_state_file_starts_before_the_master_answers
     Ok(())
 }
 
-/// The statuses that the master was told, in order.
+/// Returns the statuses reported to the master, in order.
 fn statuses(stage: &Stage) -> Vec<String> {
     let requests = stage.master.requests();
     let told = requests.iter().filter(|request| request.event() == Some("tunnel_status"));
@@ -233,7 +233,7 @@ async fn degraded(protocol: Protocol) -> Result<()> {
     tunnel.enrol(&stage, &agent).await?;
     let before = tunnel.container(&stage).await?;
     stage.scope.tell_stand_in(&stage.tunnel, &json!({ "unready": true })).await?;
-    // Without a word of cloudflared's no cause is named.
+    // Without a message from cloudflared the agent names no cause.
     told(&stage, "degraded", None).await?;
     stage.scope.tell_stand_in(&stage.tunnel, &json!({ "unready": null })).await?;
     told(&stage, "running", None).await?;
@@ -261,7 +261,7 @@ async fn bad_token(protocol: Protocol) -> Result<()> {
     two_more_polls(&stage).await?;
     assert_eq!(stage.scope.status(&stage.tunnel).await?, "exited", "it waits for another token");
     assert!(!statuses(&stage).contains(&"running".to_owned()));
-    // The next agent finds out the same.
+    // The next agent comes to the same result.
     agent.sigkill()?;
     agent.wait_exit(SOON).await?;
     let before = Life::now(&stage).await?;
@@ -269,7 +269,7 @@ async fn bad_token(protocol: Protocol) -> Result<()> {
     second.wait_for_log("has a token that cloudflared does not take", SOON).await?;
     two_more_polls(&stage).await?;
     assert_eq!(Life::now(&stage).await?, before);
-    // And another token is the end of it.
+    // Another token ends the refusal.
     let good = Tunnel::new(&stage, "");
     stage.master.enroll_with(&known.id, "edge", &good.id, &good.token)?;
     second.wait_for_log("tunnel ready", SOON).await?;

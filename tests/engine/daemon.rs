@@ -1,4 +1,4 @@
-//! An Engine that belongs to the test, so that it can be absent, killed, frozen and started again under the agent.
+//! Runs the test's own Engine, so that a test can withhold, kill, freeze and restart it under the agent.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -27,10 +27,10 @@ pub(crate) fn cases() -> Vec<Case> {
     cases.into_iter().map(|case| case.without(missing())).collect()
 }
 
-/// What an outage may cost at most, once it is over.
+/// How long the master's picture may stay wrong after an outage ends.
 const MOMENTS: Duration = Duration::from_secs(2);
 
-/// Why no Engine of the test's own can run here.
+/// Returns what prevents a separate Engine on this machine, if anything.
 pub(crate) fn missing() -> Option<String> {
     let has = |name: &str| {
         let path = std::env::var_os("PATH").unwrap_or_default();
@@ -49,31 +49,32 @@ pub(crate) fn missing() -> Option<String> {
     }
 }
 
-/// An Engine in a folder of its own. Dropped, all of it is gone.
+/// An Engine in its own folder. Dropping it removes everything.
 pub(crate) struct Daemon {
     folder: tempfile::TempDir,
     child: Option<Child>,
     kind: Kind,
 }
 
-/// Where its network is, and what becomes of its containers without it.
+/// The network of an Engine, and the fate of its containers when it ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
-    /// In a network of its own. They run on when it is killed, as with `live-restore`.
+    /// In its own network namespace. The containers survive a kill, as with `live-restore`.
     Apart,
-    /// In the network of the case's thread, which is no one else's: see [`leave_the_hosts_network`]. They end with it,
-    /// as on most hosts.
+    /// In the private network namespace of the case's thread: see [`leave_the_hosts_network`]. The containers end with
+    /// the Engine, as on most hosts.
     WithTheCase,
 }
 
-/// Takes this thread, and all that it starts or listens on from now on, into a network of its own, which goes with it.
+/// Moves this thread, and whatever it starts or listens on from now on, into a new network namespace. The namespace
+/// ends with them.
 pub(crate) fn leave_the_hosts_network() -> Result<()> {
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).context("no network of its own")
 }
 
-/// Whether that was done.
+/// Whether this thread has left the host's network.
 fn has_left_the_hosts_network() -> Result<bool> {
-    // The first thread has never left it.
+    // The process's first thread never leaves it.
     let first = format!("/proc/{0}/task/{0}/ns/net", std::process::id());
     Ok(std::fs::read_link("/proc/thread-self/ns/net")? != std::fs::read_link(first)?)
 }
@@ -85,14 +86,14 @@ impl Daemon {
         Self::of_kind(Kind::Apart)
     }
 
-    /// In the network of this thread, which has left the host's.
+    /// Makes an Engine in the network of this thread, which must have left the host's.
     pub(crate) fn with_the_case() -> Result<Self> {
         ensure!(has_left_the_hosts_network()?, "an Engine without a bridge would remove that of this machine");
         Self::of_kind(Kind::WithTheCase)
     }
 
     fn of_kind(kind: Kind) -> Result<Self> {
-        // Short: the path of a socket in it may have 107 bytes.
+        // Keep it short: the path of a socket in it is limited to 107 bytes.
         Ok(Self { folder: tempfile::Builder::new().prefix("dfd-").tempdir_in("/tmp")?, child: None, kind })
     }
 
@@ -108,7 +109,7 @@ impl Daemon {
         Ok(Docker::connect_with_unix(&self.host_url(), 20, testkit::bollard::API_DEFAULT_VERSION)?)
     }
 
-    /// Starts it, again or for the first time, and waits until it answers.
+    /// Starts or restarts the Engine and waits until it answers.
     pub(crate) async fn start(&mut self) -> Result<()> {
         self.spawn()?;
         let answers = wait_until("the test's own Engine to answer", SOON, async || {
@@ -121,8 +122,8 @@ impl Daemon {
         let settings = self.path("daemon.json");
         std::fs::write(&settings, format!("{{\"live-restore\":{}}}", self.kind == Kind::Apart))?;
         let log = File::options().create(true).append(true).open(self.path("log"))?;
-        // Whatever ends this thread ends the Engine, a SIGKILL of the tests included. And it has a network of its own:
-        // an Engine without a bridge removes the `docker0` that it finds, which is the machine's.
+        // The Engine ends with this thread, even if a SIGKILL ends the tests. It needs its own network: an Engine
+        // without a bridge removes any `docker0` that it finds, here the machine's.
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "--"]);
         if self.kind == Kind::Apart {
@@ -150,7 +151,7 @@ impl Daemon {
         Ok(())
     }
 
-    /// SIGKILL; what runs in it goes on.
+    /// Kills the Engine with SIGKILL; its containers keep running.
     fn kill(&mut self) -> Result<()> {
         let mut child = self.child.take().context("it does not run")?;
         child.kill()?;
@@ -159,7 +160,7 @@ impl Daemon {
         Ok(())
     }
 
-    /// As `systemctl stop docker` does: it ends its containers first.
+    /// Stops the Engine as `systemctl stop docker` does: it ends its containers first.
     pub(crate) async fn stop(&mut self) -> Result<()> {
         self.signal("-TERM")?;
         let child = self.child.as_mut().context("it does not run")?;
@@ -169,8 +170,8 @@ impl Daemon {
         Ok(())
     }
 
-    /// The host is switched off, all of a sudden or after all processes were told to end: what it does not keep on its
-    /// disk is gone.
+    /// Switches the host off, either suddenly or after signaling all processes to end. Whatever is not on its disk is
+    /// lost.
     pub(crate) async fn switch_off(&mut self, suddenly: bool) -> Result<()> {
         let ids = self.docker(&["ps", "-q"])?;
         let pids: Vec<_> = ids.split_whitespace().map(|id| self.pid_of(id)).collect::<Result<_>>()?;
@@ -194,8 +195,8 @@ impl Daemon {
     }
 
     fn end_containerd(&self) {
-        // Its containerd ends with it. Where nobody waits for orphans both leave a process id that looks alive, and
-        // the next dockerd would wait for them.
+        // The Engine's containerd ends with it. On a machine where nobody reaps orphans, both leave a process id that
+        // looks alive, and the next dockerd would wait for them.
         let containerd = self.path("exec/containerd/containerd.pid");
         if let Ok(pid) = std::fs::read_to_string(&containerd) {
             let _ = Command::new("kill").args(["-KILL", pid.trim()]).stderr(Stdio::null()).status();
@@ -205,7 +206,7 @@ impl Daemon {
         }
     }
 
-    /// Stops or continues all of it.
+    /// Sends a signal to the Engine.
     fn signal(&self, signal: &str) -> Result<()> {
         let pid = self.child.as_ref().context("it does not run")?.id();
         ensure!(Command::new("kill").args([signal, &pid.to_string()]).status()?.success(), "kill {signal} {pid}");
@@ -219,25 +220,25 @@ impl Daemon {
         Ok(String::from_utf8_lossy(&done.stdout).trim().to_owned())
     }
 
-    /// As [`Daemon::docker`], with what is said on standard error.
+    /// Like [`Daemon::docker`], but includes standard error.
     pub(crate) fn docker_both(&self, args: &[&str]) -> Result<String> {
         let done =
             Command::new("docker").arg("--host").arg(self.host_url()).args(args).stdin(Stdio::null()).output()?;
         Ok(format!("{}{}", String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr)))
     }
 
-    /// Imports the image of the workload.
+    /// Imports the workload's image.
     fn import(&self) -> Result<()> {
         let archive = self.path("image.tar");
         let mut tar = tar::Builder::new(File::create(&archive)?);
-        // The Engine does not read what this library makes of holes.
+        // The Engine cannot read this library's entries for sparse files.
         tar.sparse(false);
         tar.append_path_with_name(testkit::binary("workload")?, "workload")?;
         tar.finish()?;
         self.docker(&["import", &archive.display().to_string(), IMAGE]).map(drop)
     }
 
-    /// Brings images of the machine's own Engine here.
+    /// Loads images from the machine's own Engine.
     fn load(&self, images: &[&str]) -> Result<()> {
         let archive = self.path("images.tar").display().to_string();
         let saved = Command::new("docker").args(["save", "-o", &archive]).args(images).stdin(Stdio::null()).output()?;
@@ -245,7 +246,7 @@ impl Daemon {
         self.docker(&["load", "-i", &archive]).map(drop)
     }
 
-    /// Starts a labelled workload. It ends by itself after a while, should all else fail.
+    /// Starts a labelled workload. As a last resort, it ends by itself after a while.
     fn run(&self) -> Result<String> {
         self.docker(&[
             "run",
@@ -261,12 +262,12 @@ impl Daemon {
         ])
     }
 
-    /// The process of a container, on this host.
+    /// Returns the host's process id of a container.
     fn pid_of(&self, id: &str) -> Result<u32> {
         Ok(self.docker(&["inspect", "--format", "{{.State.Pid}}", id])?.parse()?)
     }
 
-    /// The containers that run: id and name.
+    /// Returns the running containers: id and name.
     async fn running(&self) -> Result<BTreeMap<String, String>> {
         let listed = self.client()?.list_containers(None::<ListContainersOptions>).await?;
         let pair = |container: testkit::models::ContainerSummary| {
@@ -279,8 +280,8 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // What runs is removed by the Engine itself, so it must run for that. Whatever fails here shows in what is
-        // left, and nothing more can be done about it.
+        // Only the Engine itself can remove its running containers, so start it if necessary. Ignore errors: the
+        // leftovers will show them, and nothing else can be done here.
         if self.child.is_none() && self.path("data").exists() {
             drop(self.spawn());
         }
@@ -305,7 +306,7 @@ impl Drop for Daemon {
             drop(child.kill());
             drop(child.wait());
         }
-        // Those who watch over its containers, if it could not be started to remove them; the workloads end by themselves.
+        // Kill the containers' shims, in case the Engine did not start to remove them. The workloads end by themselves.
         for pid in processes_of(self.folder.path()) {
             let _ = Command::new("kill").args(["-KILL", &pid]).stderr(Stdio::null()).status();
         }
@@ -316,7 +317,7 @@ impl Drop for Daemon {
     }
 }
 
-/// The processes with this folder, which nobody else has, in their command.
+/// Returns the processes whose command line contains this folder, which is unique to the test.
 fn processes_of(folder: &Path) -> Vec<String> {
     let folder = folder.display().to_string();
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
@@ -327,7 +328,7 @@ fn processes_of(folder: &Path) -> Vec<String> {
     pids.filter(|pid| pid.bytes().all(|byte| byte.is_ascii_digit())).filter(is_its).collect()
 }
 
-/// The innermost first.
+/// Returns the mount points in the folder, the innermost first.
 fn mounts_in(folder: &Path) -> Vec<PathBuf> {
     let mounts = std::fs::read_to_string("/proc/mounts").unwrap_or_default();
     let places = mounts.lines().filter_map(|line| line.split(' ').nth(1)).map(PathBuf::from);
@@ -336,7 +337,7 @@ fn mounts_in(folder: &Path) -> Vec<PathBuf> {
     inside
 }
 
-/// Waits until the master believes what this Engine runs, and gives how long that took.
+/// Waits until the master's picture matches what this Engine runs, and returns how long that took.
 async fn agreed(stage: &Stage, daemon: &Daemon, within: Duration) -> Result<Duration> {
     let began = std::time::Instant::now();
     let running = daemon.running().await?;
@@ -349,7 +350,7 @@ async fn agreed(stage: &Stage, daemon: &Daemon, within: Duration) -> Result<Dura
     Ok(began.elapsed())
 }
 
-/// A daemon that is up, with an agent that has reported all it runs: two containers.
+/// Starts a daemon with two containers, and an agent that has reported both.
 async fn scene(protocol: Protocol) -> Result<(Stage, Daemon, testkit::AgentProcess, [String; 2])> {
     let mut daemon = Daemon::new()?;
     daemon.start().await?;
@@ -391,7 +392,7 @@ async fn killed(protocol: Protocol) -> Result<()> {
     let took = agreed(&stage, &daemon, MOMENTS).await?;
     let running = daemon.running().await?;
     ensure!(running.contains_key(&always) && !running.contains_key(&ends), "{running:?}");
-    // Events as well.
+    // The agent receives events again, too.
     daemon.run()?;
     agreed(&stage, &daemon, MOMENTS).await?;
     eprintln!("{protocol}: the picture right {took:.1?} after the killed Docker answered again");
@@ -404,7 +405,7 @@ async fn hangs(protocol: Protocol) -> Result<()> {
     let mark = agent.mark();
     daemon.signal("-STOP")?;
     ensure!(Command::new("kill").args(["-KILL", &pid.to_string()]).status()?.success());
-    // Found out by the listing that comes with the next report, which is not answered.
+    // The agent notices with the next report, because Docker does not answer its listing.
     agent
         .wait_for_log_after(mark, "WARN Docker did not answer within 20s when asked to list containers", 2 * SOON)
         .await?;
@@ -415,8 +416,8 @@ async fn hangs(protocol: Protocol) -> Result<()> {
     stage.assert_never_missed(&always)
 }
 
-/// The socket proxy mounts Docker's socket as a file, as most people do, and the daemon is not one that systemd gives
-/// its socket to: after its restart the containers go on, and the proxy's socket is dead for ever.
+/// The socket proxy mounts Docker's socket as a file, as most people do, and the daemon makes its own socket instead of
+/// getting it from systemd. After a restart the containers keep running, but the proxy's socket stays dead forever.
 async fn live_restored() -> Result<()> {
     let mut daemon = Daemon::new()?;
     daemon.start().await?;

@@ -1,4 +1,4 @@
-//! Leaving the master, through both phases and over restarts.
+//! Tests decommissioning: both phases, and restarts in between.
 
 use anyhow::{Context, Result};
 use dockflare_dev_master::{Decommission, Fault, Phase, Protocol, Route, Times};
@@ -25,7 +25,7 @@ pub(crate) fn cases() -> Vec<Case> {
     cases
 }
 
-/// The files of the agent that matter here.
+/// The agent's files that these tests read.
 const TOMBSTONE: &str = "decommission.json";
 const STATE: &str = "tunnel_state.json";
 
@@ -47,10 +47,10 @@ async fn phase_is(stage: &Stage, phase: Phase) -> Result<Decommission> {
     stage.master.wait_for(&what, SOON, |known| known.decommissions.last().filter(there).cloned()).await
 }
 
-/// An agent that has acknowledged the first phase and has not been sent the second one yet: commands fail.
+/// Returns an agent that has acknowledged the first phase. The master's commands fail, so the second has not arrived.
 async fn prepared() -> Result<(Stage, AgentProcess, String, Decommission)> {
     let (stage, agent, id) = with_tunnel().await?;
-    // The acknowledgement comes late, so that there is time to shut the other route before it.
+    // Delay the acknowledgement, so that there is time to break the other route first.
     stage.master.fault(Route::Ack, Fault::Delay { millis: 1000 }, 1);
     stage.master.remove(&id)?;
     wait_until("the tombstone", SOON, async || file(&stage, TOMBSTONE).ok()).await?;
@@ -59,12 +59,12 @@ async fn prepared() -> Result<(Stage, AgentProcess, String, Decommission)> {
     Ok((stage, agent, id, operation))
 }
 
-/// Events that the master was sent, whatever became of them.
+/// Returns the number of event requests that reached the master, whatever it answered.
 fn events(stage: &Stage) -> usize {
     stage.master.requests().iter().filter(|request| request.route == Route::Events).count()
 }
 
-/// Nothing of the tunnel is left in the agent's files, and the master has let go of it.
+/// Asserts that the agent's files hold nothing of the tunnel, and that the master has decommissioned the agent.
 fn assert_gone(stage: &Stage) -> Result<Value> {
     let (state, tombstone) = (file(stage, STATE)?, file(stage, TOMBSTONE)?);
     for key in ["token", "id", "name"] {
@@ -79,7 +79,7 @@ fn assert_gone(stage: &Stage) -> Result<Value> {
     Ok(tombstone)
 }
 
-/// Started again, the agent says what is the matter, asks nobody for anything, and stops when told.
+/// Asserts that a restarted agent logs why it idles, sends no requests, and stops on a signal.
 async fn assert_does_nothing(stage: &Stage, tombstone: &Value) -> Result<()> {
     let before = stage.master.requests().len();
     let mut again = stage.agent()?;
@@ -94,7 +94,7 @@ async fn assert_does_nothing(stage: &Stage, tombstone: &Value) -> Result<()> {
     Ok(())
 }
 
-/// Waits for the agent's end of it, and that it can still be stopped.
+/// Waits until the agent idles, and checks that it still stops on SIGTERM.
 async fn idles_and_stops(agent: &mut AgentProcess) -> Result<()> {
     agent.wait_for_log("cannot tell its own container for certain and idles", SOON).await?;
     assert!(agent.is_running()?);
@@ -127,7 +127,7 @@ async fn both_phases_with_a_crash_in_between_end_in_an_agent_that_does_nothing()
     agent.sigkill()?;
     agent.wait_exit(SOON).await?;
     let mut agent = stage.agent()?;
-    // It registers and polls, and whatever happens on the host is none of the master's business any more.
+    // The agent registers and polls, but no longer reports what happens on the host.
     let polls = "a poll of the second life";
     stage.master.wait_for(polls, SOON, |known| (known.registrations == 2).then_some(())).await?;
     let workload = stage.scope.run_workload(&[("dockflare.enable", "true")], &[], None, false).await?;
@@ -152,7 +152,7 @@ async fn name_of(stage: &Stage, container: &str) -> Result<String> {
 
 async fn other_tunnel_commands_are_ignored_between_the_phases() -> Result<()> {
     let (stage, mut agent, id) = with_tunnel().await?;
-    // The master does not take the first phase, so it goes on repeating it, with other commands before it.
+    // The master rejects the acknowledgement of the first phase, so it keeps repeating it, after other commands.
     stage.master.fault(Route::Ack, Fault::code(503, "persistence_failed"), Times::UntilCleared);
     stage.master.remove(&id)?;
     wait_until("the tunnel's end", SOON, async || {
@@ -183,7 +183,7 @@ async fn other_tunnel_commands_are_ignored_between_the_phases() -> Result<()> {
 
 async fn lost_replies_to_acknowledgements_do_not_keep_the_agent_from_leaving() -> Result<()> {
     let (stage, mut agent, id) = with_tunnel().await?;
-    // Each acknowledgement arrives, and no answer to one ever does.
+    // Each acknowledgement arrives, but no answer to one ever does.
     stage.master.fault(Route::Ack, Fault::LostReply, Times::UntilCleared);
     stage.master.remove(&id)?;
     phase_is(&stage, Phase::Completed).await?;
@@ -194,9 +194,9 @@ async fn lost_replies_to_acknowledgements_do_not_keep_the_agent_from_leaving() -
 
 async fn an_answer_that_is_not_the_masters_is_no_acknowledgement() -> Result<()> {
     let stage = killed_between().await?;
-    // 200 and a page of HTML, from something in between: the master has not heard a word.
+    // A middlebox answers 200 with an HTML page: the master has received nothing.
     stage.master.fault(Route::Ack, Fault::NotJson, 2);
-    // Nor is a page that says 404 the master's word that it has let go.
+    // Nor does a 404 page mean that the master has decommissioned the agent.
     stage.master.fault(Route::Ack, Fault::status(404), 2);
     ends_as_it_should(&stage).await
 }
@@ -213,7 +213,7 @@ async fn an_agent_without_a_tunnel_leaves_as_well() -> Result<()> {
     Ok(())
 }
 
-/// An agent that was killed after the first phase, and a master that will send it the second one.
+/// Kills an agent after the first phase, with a master that will send the second one.
 async fn killed_between() -> Result<Stage> {
     let (stage, mut agent, _, _) = prepared().await?;
     agent.sigkill()?;
@@ -222,7 +222,7 @@ async fn killed_between() -> Result<Stage> {
     Ok(stage)
 }
 
-/// Runs an agent until the second phase is on disk, and kills it.
+/// Runs an agent until the second phase is on disk, then kills it.
 async fn killed_after_the_last_tombstone(stage: &Stage) -> Result<()> {
     let mut agent = stage.agent()?;
     let last = async || (file(stage, TOMBSTONE).ok()?["phase"] == "finalized").then_some(());
@@ -233,7 +233,7 @@ async fn killed_after_the_last_tombstone(stage: &Stage) -> Result<()> {
     Ok(())
 }
 
-/// The next start comes to the same end as if nothing had happened.
+/// Checks that the next start ends as if nothing had happened.
 async fn ends_as_it_should(stage: &Stage) -> Result<()> {
     let told = events(stage);
     let mut agent = stage.agent()?;
@@ -254,7 +254,7 @@ async fn a_crash_before_the_last_acknowledgement_is_made_up_for() -> Result<()> 
 
 async fn a_crash_after_the_last_acknowledgement_was_taken_is_noticed() -> Result<()> {
     let stage = killed_between().await?;
-    // Taken, and the agent is killed before it learns that: every answer is lost, every poll fails.
+    // The master accepts it, but the agent is killed before it learns that: every answer is lost, every poll fails.
     stage.master.fault(Route::Ack, Fault::LostReply, Times::UntilCleared);
     stage.master.fault(Route::Commands, Fault::Delay { millis: 0 }, 1);
     stage.master.fault(Route::Commands, Fault::status(503), Times::UntilCleared);
@@ -273,7 +273,7 @@ async fn a_crash_between_the_last_tombstone_and_the_state_forgets_the_tunnel_all
     stage.master.fault(Route::Ack, Fault::Hold, Times::UntilCleared);
     killed_after_the_last_tombstone(&stage).await?;
     stage.master.clear_faults();
-    // As a crash after the first of the two files would have left them.
+    // The files as a crash after writing the first of the two would leave them.
     std::fs::write(stage.data.path().join(STATE), state)?;
     ends_as_it_should(&stage).await
 }

@@ -1,4 +1,4 @@
-//! Drains: as long as it is configured, and never cut by a second signal, whatever becomes of the agent meanwhile.
+//! Tests that a drain lasts as long as configured and that no second signal cuts it, whatever happens to the agent.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,18 +22,18 @@ pub(crate) fn cases() -> Vec<Case> {
     ]
 }
 
-/// A stage whose connectors drain for as long as the agent tells them, with an edge.
+/// Makes a stage with an edge, whose connectors drain for as long as the agent configures.
 async fn stage(grace: &str) -> Result<(Stage, Arc<Edge>, Tunnel)> {
     let mut stage = Stage::with_image(Protocol::V2, testkit::images().stand_in().await?).await?;
     stage.set("CLOUDFLARED_GRACE_PERIOD", grace);
-    // The end of the agent is the end of its tunnel: that drain is looked at.
+    // The tunnel ends with its agent: these tests look at that drain.
     stage.set("TUNNEL_LEASE_SECONDS", "0");
     let edge = visitors::edge(&stage).await?;
     let tunnel = Tunnel::new(&stage, &format!("edge={}", edge.address()));
     Ok((stage, edge, tunnel))
 }
 
-/// A visitor who has just begun to wait for an answer that takes this long.
+/// Starts a visitor's request whose answer takes this long, and returns once the connector has the request.
 async fn download(
     stage: &Stage,
     edge: &Arc<Edge>,
@@ -43,7 +43,7 @@ async fn download(
     wait_until("a connector", SOON, async || (!edge.connectors(&tunnel.id).is_empty()).then_some(())).await?;
     let (edge, id, path) = (edge.clone(), tunnel.id.clone(), format!("/slow?ms={}", takes.as_millis()));
     let asked = tokio::spawn(async move { edge.ask(&id, &path).await });
-    // It is under way once the connector has it, and counts it.
+    // The request is under way once the connector counts it.
     let address = format!("{}:20241", stage.scope.ip(&stage.tunnel).await?);
     wait_until("the connector to have the request", SOON, async || {
         let page = testkit::http::get(&address, "/metrics").await.ok()?.body;
@@ -53,7 +53,7 @@ async fn download(
     Ok(asked)
 }
 
-/// Docker kills after 35 s where the drain is the usual 30 s.
+/// With the default drain of 30 s, Docker would kill the connector after 35 s.
 async fn a_download_that_is_longer_than_dockers_usual_patience_survives_a_redeploy() -> Result<()> {
     let (stage, edge, tunnel) = stage("90").await?;
     let agent = tunnel.agent_with_ready_tunnel(&stage).await?;
@@ -82,8 +82,8 @@ async fn a_download_that_is_longer_than_the_drain_does_not() -> Result<()> {
     Ok(())
 }
 
-/// An agent that was killed while it waited for a drain, and what a visitor still waits for. How long the drain is
-/// says the stand-in's own word.
+/// Kills an agent while it waits for a drain, with a visitor's request still open. The stand-in's script sets the
+/// length of the drain.
 async fn killed_in_a_drain() -> Result<(Stage, Arc<Edge>, Tunnel, JoinHandle<Result<String>>, Story, String)> {
     let mut stage = Stage::with_image(Protocol::V2, testkit::images().stand_in().await?).await?;
     stage.set("TUNNEL_LEASE_SECONDS", "0");
@@ -104,7 +104,7 @@ async fn killed_in_a_drain() -> Result<(Stage, Arc<Edge>, Tunnel, JoinHandle<Res
 async fn a_drain_that_an_agent_was_killed_in_is_not_cut_by_the_next_one_while_its_successor_serves() -> Result<()> {
     let (stage, edge, tunnel, asked, story, before) = killed_in_a_drain().await?;
     let agent = tunnel.agent(&stage)?;
-    // A connector for visitors, while the one before it still drains.
+    // Visitors have a new connector while the old one still drains.
     wait_until("a connector", SOON, async || (!edge.connectors(&tunnel.id).is_empty()).then_some(())).await?;
     ensure!(stage.scope.status(&before).await? == "running", "it still drains");
     ensure!(edge.ask(&tunnel.id, "/").await.is_ok(), "and the other one serves");
@@ -141,7 +141,7 @@ async fn a_decommission_that_was_killed_after_its_last_acknowledgement_is_finish
     let known = tunnel.enrol(&stage, &agent).await?;
     agent.sigkill()?;
     agent.wait_exit(SOON).await?;
-    // What is on disk, and on the Engine, when the master has taken the last acknowledgement.
+    // Set up the disk and the Engine as they are after the master has accepted the last acknowledgement.
     stage.scope.stop(&stage.tunnel, 10).await?;
     let state: serde_json::Value = serde_json::from_str(&stage.file("tunnel_state.json")?)?;
     let forgotten = serde_json::json!({

@@ -1,4 +1,4 @@
-//! A new host at its master: what it is called there, and that whoever reads its log knows what to do next.
+//! Tests a new host: its name at the master, and a log that tells the operator what to do next.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -42,8 +42,8 @@ async fn a_new_agent_has_the_name_of_its_docker_host_and_the_operators_word_goes
     Ok(())
 }
 
-/// Agents in containers, without Docker: no more is known than the ids of the containers. One has the host's
-/// `/etc/hostname`.
+/// Runs four agents in containers without Docker, so they know only their containers' ids. One of them mounts the
+/// host's `/etc/hostname`.
 async fn three_new_hosts(protocol: Protocol) -> Result<()> {
     let scope = Scope::new(testkit::docker()?);
     let network = scope.name("net");

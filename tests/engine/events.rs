@@ -1,4 +1,4 @@
-//! What Docker says of labelled containers, and what the master hears of it.
+//! Tests what the master receives of Docker's events for labelled containers.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use crate::support::{SOON, Stage};
 mod gaps;
 mod outages;
 
-/// Each case once with either kind of master.
+/// Makes each case once for either kind of master.
 macro_rules! with_either_master {
     ($($function:path),* $(,)?) => {
         vec![$(
@@ -43,34 +43,34 @@ pub(crate) fn cases() -> Vec<Case> {
 
 const ENABLED: &[(&str, &str)] = &[("dockflare.enable", "true")];
 
-/// An agent that has told its master a complete inventory, and what the master knows of it.
+/// Starts an agent and waits for its first complete report. Returns it with what the master knows of it.
 async fn watched(stage: &Stage) -> Result<(AgentProcess, Agent)> {
     let process = stage.agent()?;
     let agent = complete_reports(stage, 1).await?;
     Ok((process, agent))
 }
 
-/// Waits until this many complete reports have come.
+/// Waits until the master has this many complete reports.
 async fn complete_reports(stage: &Stage, count: u64) -> Result<Agent> {
     let what = format!("{count} complete report(s)");
     let enough = |agent: &&Agent| agent.complete_reports >= count;
     stage.master.wait_for(&what, SOON, |known| known.only_agent().filter(enough).cloned()).await
 }
 
-/// Waits for one complete report more than there are.
+/// Waits for one more complete report.
 async fn another_report(stage: &Stage) -> Result<Agent> {
     let before = stage.master.snapshot().only_agent().context("no agent")?.complete_reports;
     complete_reports(stage, before + 1).await
 }
 
-/// Waits until these many starts and stops of the container have come, or more.
+/// Waits until the master has at least this many starts and stops of the container.
 async fn heard_of(stage: &Stage, id: &str, starts: u64, stops: u64) -> Result<Agent> {
     let what = format!("{starts} start(s) and {stops} stop(s) of {id}");
     let enough = |agent: &&Agent| agent.starts_of(id) >= starts && agent.stops_of(id) >= stops;
     stage.master.wait_for(&what, SOON, |known| known.only_agent().filter(enough).cloned()).await
 }
 
-/// Whatever Docker said before this is with the master after it: events come in order.
+/// Waits until the master has all of Docker's earlier events: it waits for a later one, and events come in order.
 async fn all_is_told(stage: &Stage) -> Result<Agent> {
     let marker = stage.scope.run_workload(ENABLED, &[], None, false).await?;
     heard_of(stage, &marker, 1, 0).await
@@ -191,7 +191,7 @@ async fn only_labels_meant_for_the_master_leave_the_host(protocol: Protocol) -> 
     for known in [told, reported] {
         assert_eq!(known.containers.get(&id).map(|container| &container.labels), Some(&expected));
     }
-    // Nor did they leave in a form that the master does not read.
+    // Nor did the agent send them in a field that the master ignores.
     for request in stage.master.requests() {
         assert!(!request.body.to_string().contains("hush-hush"), "{request}");
     }
@@ -241,8 +241,8 @@ async fn enable_is_read_in_all_spellings_and_under_both_prefixes(protocol: Proto
     Ok(())
 }
 
-/// Waits until a container that lives for a moment is told. Docker answers a subscription before it takes effect, long
-/// before on a busy machine: who starts and ends in between is told to nobody, and no listing shows it.
+/// Waits until the agent reports a short-lived container. Docker answers a subscription before it takes effect, long
+/// before on a busy machine. A container that starts and ends in between appears in no event and no listing.
 async fn listens(stage: &Stage) -> Result<()> {
     for _ in 0..10 {
         let id = stage.scope.run_workload(ENABLED, &["sleep", "30"], None, true).await?;
@@ -257,7 +257,7 @@ async fn listens(stage: &Stage) -> Result<()> {
 }
 
 async fn a_burst_of_short_lived_containers_is_told_in_full(protocol: Protocol) -> Result<()> {
-    // Fifty of them, or twenty where nothing is numbered.
+    // Fifty containers with v2; twenty with v1, whose events have no numbers.
     const AT_ONCE: usize = 10;
     let rounds = if protocol == Protocol::V2 { 5 } else { 2 };
     let stage = Stage::new(protocol).await?;
@@ -291,7 +291,7 @@ async fn a_start_reaches_the_master_in_moments(protocol: Protocol) -> Result<()>
             is_it.then(|| (request.at, request.body["timestamp"].as_str().map(str::to_owned)))
         });
         let (heard, happened) = told.await?;
-        // Docker's own time of the event, which is a moment after the process began.
+        // Docker's own timestamp of the event, a moment after the process began.
         let happened: jiff::Timestamp = happened.context("no timestamp")?.parse()?;
         let state = stage.scope.inspect(&id).await?.state.unwrap_or_default();
         let began: jiff::Timestamp = state.started_at.context("not started")?.parse()?;
@@ -300,7 +300,7 @@ async fn a_start_reaches_the_master_in_moments(protocol: Protocol) -> Result<()>
     }
     late.sort_by(f64::total_cmp);
     eprintln!("{protocol}: container_start at the master after {late:.1?} ms by Docker's clock");
-    // Far below any interval of the agent, far above what a busy machine needs.
+    // Far below any of the agent's intervals, far above what a busy machine needs.
     assert!(late[0] < 1000.0, "{late:?} ms");
     Ok(())
 }

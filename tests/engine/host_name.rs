@@ -1,4 +1,4 @@
-//! `host.docker.internal` in a service label: the tunnel container knows its host by that name.
+//! Tests `host.docker.internal` in a service label: the tunnel container resolves that name to its host.
 
 use anyhow::{Context, Result, ensure};
 use dockflare_dev_master::Protocol;
@@ -14,7 +14,7 @@ pub(crate) fn cases() -> Vec<Case> {
     ]
 }
 
-/// Two labelled containers, of which the second one is out of reach.
+/// Starts two labelled containers, of which the second is out of reach.
 async fn labelled(stage: &Stage) -> Result<(String, String)> {
     let image = testkit::images().workload().await?;
     let run = async |name: &str, service: &str, network: Option<&str>| -> Result<String> {
@@ -36,7 +36,7 @@ async fn a_service_on_the_host_is_reached_by_the_name_that_labels_use() -> Resul
     let found = stage.scope.inspect(&stage.tunnel).await?;
     let hosts = found.host_config.and_then(|host| host.extra_hosts).unwrap_or_default();
     assert_eq!(hosts, ["host.docker.internal:host-gateway"]);
-    // What the Engine has made of it.
+    // The address to which the Engine has resolved it.
     let file = std::fs::read_to_string(found.hosts_path.context("no file of hosts")?)?;
     let line = file.lines().find(|line| line.ends_with("\thost.docker.internal")).context(file.clone())?;
     let address: std::net::IpAddr = line.split('\t').next().unwrap_or_default().parse()?;

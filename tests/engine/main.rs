@@ -1,4 +1,4 @@
-//! The agent as people run it: the real binary, a real Docker Engine, a master in both protocols.
+//! Tests the agent as people run it: the real binary, a real Docker Engine, and a master in both protocols.
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::disallowed_macros, reason = "tests may block")]
 

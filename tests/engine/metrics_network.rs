@@ -1,4 +1,4 @@
-//! cloudflared's metrics on a network of their own: the agent reads them there, and no workload does.
+//! Tests cloudflared's metrics on a separate network, where the agent can read them and workloads cannot.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ pub(crate) fn cases() -> Vec<Case> {
         .into()
 }
 
-/// The tunnel container's address on a network.
+/// Returns the tunnel container's address on a network.
 async fn address(stage: &Stage, network: &str) -> Result<String> {
     let seen = stage.scope.inspect(&stage.tunnel).await?;
     let mut networks = seen.network_settings.and_then(|settings| settings.networks).unwrap_or_default();
@@ -28,14 +28,14 @@ async fn address(stage: &Stage, network: &str) -> Result<String> {
     place.ip_address.filter(|address| !address.is_empty()).context("no address")
 }
 
-/// Whether a workload on the tunnel's network gets an answer from this address' port of the metrics. It asks as a
-/// health check does, which ends with 0 when the tunnel is ready.
+/// Whether a workload on the tunnel's network gets an answer from the metrics port at this address. The workload runs
+/// the health check's command, which exits with 0 if the tunnel is ready.
 async fn is_read_by_a_workload(stage: &Stage, address: &str) -> Result<bool> {
     let (image, metrics) = (images().stand_in().await?, format!("{address}:20241"));
     let args = ["tunnel", "--metrics", &metrics, "ready"];
     let asking = stage.scope.run(Spec { image: &image, args: &args, network: Some(&stage.network), ..Spec::default() });
     let asking = asking.await?;
-    // What Docker keeps apart is never answered, so this one would ask for minutes.
+    // Docker drops requests between isolated networks, so the command would wait for minutes.
     let ended = wait_until("an answer", Duration::from_secs(5), async || {
         let state = stage.scope.inspect(&asking).await.ok()?.state?;
         (state.running == Some(false)).then_some(state.exit_code)
@@ -45,7 +45,7 @@ async fn is_read_by_a_workload(stage: &Stage, address: &str) -> Result<bool> {
     Ok(code == Some(0))
 }
 
-/// No workload reads them, at whatever address, and Docker's health check and the agent do.
+/// Checks that no workload can read the metrics at any address, and that Docker's health check and the agent can.
 async fn is_private(stage: &Stage, metrics: &str) -> Result<()> {
     for network in [stage.network.as_str(), metrics] {
         let address = address(stage, network).await?;
@@ -86,7 +86,7 @@ async fn read_by_the_agent_alone(behind: bool) -> Result<()> {
     is_private(&stage, &metrics).await?;
     let made = stage.scope.docker().inspect_network(&metrics, None).await?;
     ensure!(made.internal == Some(true), "the agent makes it, and nothing leaves by it");
-    // Only the page of the metrics tells how many connections are ready; Docker's health check does not.
+    // Only the metrics tell how many connections are ready; Docker's health check does not.
     let known = registered(&stage).await?;
     wait_until("the agent to read the page", SOON, async || {
         let told = stage.master.snapshot().only_agent()?.tunnel_status.clone()?;
@@ -94,14 +94,14 @@ async fn read_by_the_agent_alone(behind: bool) -> Result<()> {
     })
     .await?;
 
-    // One more beside it on the same network, each under a name of its own.
+    // A successor joins the same network, under its own name.
     let second = tunnel.container(&stage).await?;
     stage.master.push_commands(&known.id, vec![tunnel.restart()])?;
     replaced(&stage, &tunnel, &second.id).await?;
     visitors.all_were_served().await?;
     is_private(&stage, &metrics).await?;
 
-    // Taken from that network it cannot be asked any more, and is replaced.
+    // Off that network, the agent cannot ask the connector any more, and replaces it.
     let third = tunnel.container(&stage).await?;
     let request = testkit::models::NetworkDisconnectRequest { container: third.id.clone(), ..Default::default() };
     stage.scope.docker().disconnect_network(&metrics, request).await?;
@@ -109,7 +109,7 @@ async fn read_by_the_agent_alone(behind: bool) -> Result<()> {
     visitors.all_were_served().await?;
     drop(visitors);
 
-    // A restart by Docker may give it another address there, which it finds again.
+    // After a restart Docker may give the connector another address there, and the agent must find it again.
     stage.scope.restart(&stage.tunnel, 10).await?;
     is_private(&stage, &metrics).await?;
     if let Some(proxy) = &proxy {

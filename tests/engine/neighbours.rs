@@ -1,4 +1,4 @@
-//! What is around the tunnel container: the way to each workload, and other connectors of the same tunnel.
+//! Tests the tunnel container's surroundings: the way to each workload, and other connectors of the same tunnel.
 
 use std::net::TcpListener;
 use std::time::Duration;
@@ -39,13 +39,13 @@ impl Scene {
         Ok(Self { stage, address: format!("127.0.0.1:{port}") })
     }
 
-    /// Starts a labelled workload under this name with a random suffix, and returns its name. `{}` in the service
-    /// stands for that name. It declares port 8080 and listens there.
+    /// Starts a labelled workload under this name with a random suffix, and returns the full name, which also replaces
+    /// `{}` in the service. The workload declares port 8080 and listens there.
     async fn run(&self, name: &str, service: &str, network: &str) -> Result<String> {
         self.run_on(name, service, network, "8080").await
     }
 
-    /// As [`Scene::run`], listening on this port.
+    /// Like [`Scene::run`], listening on this port.
     async fn run_on(&self, name: &str, service: &str, network: &str, port: &str) -> Result<String> {
         let name = self.stage.scope.name(name);
         let (service, hostname) = (service.replace("{}", &name), format!("{name}.example"));
@@ -56,7 +56,7 @@ impl Scene {
 
     async fn run_labelled(&self, name: &str, labels: &[(&str, &str)], network: &str, port: &str) -> Result<String> {
         let image = testkit::images().workload().await?;
-        // One on the network of the host, or of another, must not take a port there.
+        // A workload on the network of the host or of another container must not take a port there.
         let is_shared = network == "host" || network.starts_with("container:");
         let args: &[&str] = if is_shared { &["sleep", "600000"] } else { &[] };
         let env = [("PORT", port)];
@@ -64,7 +64,7 @@ impl Scene {
         self.stage.scope.run(spec).await
     }
 
-    /// Waits until the health page is as it should be.
+    /// Waits until `is_it` holds for the health page.
     async fn page(&self, what: &str, is_it: impl Fn(&Value) -> bool) -> Result<Value> {
         self.page_within(what, SOON, is_it).await
     }
@@ -80,7 +80,7 @@ impl Scene {
         page.with_context(|| format!("the page says {last:#}"))
     }
 
-    /// Waits until the page shows this many of the scene's containers as out of reach, and returns them by name.
+    /// Waits until the page shows this many of the scene's containers as out of reach. Returns them, sorted by name.
     async fn unreachable(&self, count: usize) -> Result<Vec<Value>> {
         self.unreachable_within(count, SOON).await
     }
@@ -101,12 +101,12 @@ impl Scene {
         Ok(shown)
     }
 
-    /// Tests beside this one have labelled containers too, and the agent judges them all.
+    /// Whether the text names a container of this scene. The agent also sees the labelled containers of parallel tests.
     fn is_own(&self, text: &str) -> bool {
         text.contains(self.stage.scope.suffix())
     }
 
-    /// How often this was logged of a container of the scene's.
+    /// Returns how often the agent logged this text about the scene's containers.
     fn count(&self, agent: &AgentProcess, text: &str) -> usize {
         let log = agent.log();
         let names = log.lines().filter(|line| line.contains(text)).filter_map(|line| line.split_once("name="));
@@ -146,7 +146,7 @@ async fn a_workload_is_told_once_as_reachable_and_one_apart_with_the_command_tha
     scene.unreachable(0).await?;
     ensure!(scene.count(&agent, &reached) == 1 && scene.count(&agent, "cannot reach the container") == 1);
 
-    // All the while the reports were complete, and no network was asked for.
+    // Meanwhile the reports were complete, and the tunnel joined no network.
     let known = scene.stage.master.wait_for("both in a complete report", SOON, |known| {
         let agent = known.only_agent()?;
         let own = agent.containers.values().filter(|container| scene.is_own(&container.name)).count();
@@ -167,7 +167,7 @@ async fn each_label_that_leads_nowhere_is_told_with_what_mends_it_and_shown_by_t
     let mut expected = Vec::new();
     for (name, service, network, better) in [
         ("a-typo", "http://typo:8080", network, "http://{}:8080"),
-        // The tunnel container has that name for its host.
+        // The tunnel container knows its host by that name.
         ("c-host", "http://{}:8123", "host", "http://host.docker.internal:8123"),
         ("d-loop", "http://localhost:8080", network, "http://{}:8080"),
     ] {
@@ -198,12 +198,12 @@ async fn a_declared_port_proves_nothing_and_what_answers_on_its_own_address_is_w
     let found = scope.inspect(&scene.stage.tunnel).await?.network_settings.and_then(|settings| settings.networks);
     let gateway = found.and_then(|mut all| all.remove(network)?.gateway).context("the tunnel has no gateway")?;
 
-    // Its image declares 8080, and it listens where its label says.
+    // The image declares 8080, but the workload listens on the port in its label.
     let odd = scene.run_on("odd", "http://{}:9000", network, "9000").await?;
     agent.wait_for_log(&format!("the tunnel can reach the container name={odd}"), SOON).await?;
-    // The label says one of the declared ports, and nothing listens there.
+    // The label names a declared port, but nothing listens there.
     let shut = scene.run_on("shut", "http://{}:8080", network, "9000").await?;
-    // Whatever a label says, the agent connects to nobody but the labelled container itself.
+    // Whatever the label says, the agent connects only to the labelled container itself.
     let listener = tokio::net::TcpListener::bind((gateway.as_str(), 0)).await?;
     let lured = format!("http://{gateway}:{}", listener.local_addr()?.port());
     scene.run("lure", &lured, network).await?;
@@ -235,7 +235,7 @@ async fn whoever_uses_the_network_of_a_container_that_was_restarted_is_told_to_r
     let shown = scene.unreachable(1).await?;
     let problem = format!("{vpn}, whose network it uses, was started after it, and took that network away");
     ensure!(shown[0] == json!({ "name": web, "problem": problem, "remedy": format!("docker restart {web}") }));
-    // So it is: of the networks of the other there is nothing left in it.
+    // The problem is real: the workload has lost the other container's networks until it restarts.
     let mark = agent.mark();
     scope.restart(&web, 0).await?;
     agent.wait_for_log_after(mark, &reached, SOON).await?;
@@ -289,7 +289,7 @@ async fn labels_that_make_no_site_are_named_once_with_what_would() -> Result<()>
     ensure!(line.contains(&format!("containers=\"{first}, {second}\"")), "{line}");
     scene.unreachable(0).await?;
 
-    // Once, whatever happens around it.
+    // The agent logs this once, whatever happens around it.
     scope.restart(&bare, 0).await?;
     scope.restart(&second, 0).await?;
     let after = scene.run("after", "http://{}:8080", network).await?;
@@ -332,7 +332,7 @@ async fn a_second_connector_is_told_by_its_token_or_by_the_tunnel_that_it_names(
     ensure!(line.contains("WARN"), "{line}");
     scene.connectors(&[&rival]).await?;
 
-    // With its token in a file there is only its name to tell it by.
+    // With the token in a file, only the container's name gives it away.
     let file = stage.data.path().join("token-of-the-rival");
     std::fs::write(&file, testkit::token(&tunnel.id, ""))?;
     let host = models::HostConfig { binds: Some(vec![format!("{}:/token:ro", file.display())]), ..Default::default() };
@@ -352,7 +352,7 @@ async fn a_second_connector_is_told_by_its_token_or_by_the_tunnel_that_it_names(
     Ok(())
 }
 
-/// The networks of the stage's tunnel container.
+/// Returns the networks of the stage's tunnel container.
 async fn networks(stage: &Stage) -> Result<Vec<String>> {
     let found = stage.scope.inspect(&stage.tunnel).await?.network_settings.and_then(|settings| settings.networks);
     let mut names: Vec<_> = found.unwrap_or_default().into_keys().collect();
@@ -364,7 +364,7 @@ async fn with_auto_connect_the_tunnel_joins_a_workloads_network_and_does_so_agai
     let mut scene = Scene::new().await?;
     scene.stage.set("AUTO_CONNECT_NETWORKS", "true");
     let app = scene.stage.scope.name("app");
-    // The networks of others on this host are none of the test's business.
+    // Hide the host's other networks from the agent.
     let relay = Relay::start(Way::OneNetwork(app.clone(), None)).await?;
     scene.stage.set("DOCKER_HOST", relay.host_url());
     scene.stage.scope.create_network(&app).await?;
@@ -388,8 +388,8 @@ async fn with_auto_connect_the_tunnel_joins_a_workloads_network_and_does_so_agai
     ensure!(networks(&scene.stage).await? == expected, "before it took over");
     scene.unreachable(0).await?;
 
-    // It leaves when the last container that needs it is gone, also an agent that was not there when it was joined;
-    // what was connected by hand stays.
+    // The tunnel leaves the network when the last container that needs it is gone, even under an agent that started
+    // after the tunnel joined. A network that was connected by hand stays.
     let by_hand = scene.stage.scope.name("hand");
     scene.stage.scope.create_network(&by_hand).await?;
     scene.stage.scope.connect(&by_hand, &scene.stage.tunnel).await?;
@@ -423,7 +423,7 @@ async fn behind_a_proxy_that_connects_and_does_not_disconnect_that_is_said_once_
     let command = format!("docker network disconnect {app} {}", scene.stage.tunnel);
     ensure!(line.contains("WARN") && line.contains("NETWORKS=1") && line.contains(&command), "{line}");
 
-    // The tunnel goes on, the next container of that network is served, and nothing is asked again and again.
+    // The tunnel goes on and serves the next container of that network, and the agent does not keep asking.
     let again = scene.run("again", "http://{}:8080", &app).await?;
     agent.wait_for_log(&format!("the tunnel can reach the container name={again}"), SOON).await?;
     scene.stage.scope.rm(&again).await?;

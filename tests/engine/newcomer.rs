@@ -1,5 +1,5 @@
-//! The first evening with the agent: whatever was forgotten, one line of its log at the usual level says what it is
-//! and what to do.
+//! Tests the first evening with the agent: whatever the user forgot, one log line at the default level names the
+//! problem and the remedy.
 
 use anyhow::{Context, Result, ensure};
 use dockflare_dev_master::Protocol;
@@ -23,14 +23,14 @@ pub(crate) fn cases() -> Vec<Case> {
     ]
 }
 
-/// A stage whose agents log what users see.
+/// Makes a stage whose agents log at the level that users see.
 async fn stage() -> Result<Stage> {
     let mut stage = Stage::new(Protocol::V2).await?;
     stage.set("LOG_LEVEL", "INFO");
     Ok(stage)
 }
 
-/// There is one line with these words, it is a warning or an error, and it names the remedy.
+/// Checks that exactly one line has these words, that it is a warning or an error, and that it names the remedy.
 async fn one_line(agent: &AgentProcess, words: &str, remedy: &str) -> Result<()> {
     let line = agent.wait_for_log(words, SOON).await?;
     ensure!(line.contains(remedy), "{remedy} is not in: {line}");
@@ -64,7 +64,7 @@ async fn a_newcomer_whose_master_is_down_is_told_what_to_check() -> Result<()> {
     stage.set("DOCKFLARE_MASTER_URL", "http://127.0.0.1:9");
     let agent = stage.agent()?;
     one_line(&agent, "the master cannot be reached", "DOCKFLARE_MASTER_URL").await?;
-    // The banner comes all the same, and says what it does not know.
+    // The banner still appears, and says what the agent does not know.
     let banner = agent.wait_for_log("dockflare-agent runs", SOON).await?;
     ensure!(banner.contains("protocol=unknown") && banner.contains("master=http://127.0.0.1:9/"), "{banner}");
     Ok(())

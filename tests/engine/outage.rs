@@ -1,5 +1,5 @@
-//! What visitors wait for after an outage of the edge, what becomes of a host that was removed, and of a tunnel
-//! container that somebody restarts by hand. The edge, and the connectors that play recordings of cloudflared, are
+//! Tests how long visitors wait after an outage of the edge, and what happens to a removed host and to a tunnel
+//! container that somebody restarts by hand. The edge and the connectors, which play recordings of cloudflared, are
 //! stand-ins.
 
 use std::time::{Duration, Instant};
@@ -32,21 +32,21 @@ pub(crate) fn cases() -> Vec<Case> {
     cases
 }
 
-/// Outages that last until cloudflared's own pauses are long; hours are in the unit tests.
+/// Outages long enough for cloudflared's back-off to grow. The unit tests cover hours.
 const MINUTE: Duration = Duration::from_secs(60);
 const FOUR_MINUTES: Duration = Duration::from_secs(240);
-/// From the edge's return to the first visitor.
+/// The limit from the edge's return to the first visitor.
 const SERVED_WITHIN: Duration = Duration::from_secs(20);
-/// What the double of the edge, on a machine that is busy with other cases, may add to that.
+/// What the stand-in for the edge may add to that on a machine busy with other cases.
 const BUSY: Duration = Duration::from_secs(10);
 
-/// Shown with `--nocapture`, and if the case fails.
+/// Prints a measurement with `--nocapture`, and if the case fails.
 fn measured(text: &str) {
     println!("measured: {text}");
     note("measured", text);
 }
 
-/// How long it takes until visitors of this tunnel are led to a connector.
+/// Waits until the edge sends this tunnel's visitors to a connector, and returns how long that took.
 async fn until_visited(edge: &Edge, tunnel: &Tunnel) -> Result<Duration> {
     let began = Instant::now();
     let visited = async || (!edge.connectors(&tunnel.id).is_empty()).then_some(());
@@ -54,7 +54,7 @@ async fn until_visited(edge: &Edge, tunnel: &Tunnel) -> Result<Duration> {
     Ok(began.elapsed())
 }
 
-/// At the same time, since nearly all of it is waiting.
+/// Runs the outages in parallel: nearly all of their time is waiting.
 async fn after_four_minutes() -> Result<()> {
     let outages = [("quic", None), ("http2", None), ("quic", Some("other"))];
     let outages = outages.map(async |(protocol, order)| {
@@ -72,7 +72,7 @@ async fn after_an_outage(protocol: &'static str, order: Option<&str>, length: Du
     let known = registered(&stage).await?;
     edge.leave();
     let began = Instant::now();
-    // Where only QUIC may be used, nothing tells the two apart.
+    // With QUIC alone the agent cannot tell the two reasons apart.
     let reason = if protocol == "quic" { "udp_blocked" } else { "edge_unreachable" };
     told(&stage, "degraded", Some(reason)).await?;
     let wanted = match order {
@@ -81,7 +81,7 @@ async fn after_an_outage(protocol: &'static str, order: Option<&str>, length: Du
             let other = visitors::tunnel(&stage, &edge, "");
             agent.plant(&other.token);
             stage.master.enroll_with(&known.id, name, &other.id, &other.token)?;
-            // It is carried out with no edge, and told as what runs.
+            // The agent carries out the command without an edge, and reports the new tunnel as running.
             other.container(&stage).await?;
             other
         }
@@ -97,7 +97,7 @@ async fn after_an_outage(protocol: &'static str, order: Option<&str>, length: Du
     ensure!(took <= SERVED_WITHIN + BUSY, "{took:?}");
     let status = told(&stage, "running", None).await?.tunnel_status.map(|status| status.event).unwrap_or_default();
     assert_eq!(status["tunnel_id"], json!(wanted.id));
-    // Whichever was ready first stays, the other one goes.
+    // The connector that was ready first stays; the other one goes.
     wait_until("one container", SOON, async || wanted.container(&stage).await.ok()).await?;
     let lines = agent.log();
     let fresh = lines.lines().filter(|line| line.contains("trying fresh connectors")).count();
@@ -106,12 +106,12 @@ async fn after_an_outage(protocol: &'static str, order: Option<&str>, length: Du
     Ok(())
 }
 
-/// A fault that hits QUIC and nothing else.
+/// A fault that affects only QUIC.
 #[derive(Debug, Clone, Copy)]
 enum Fault {
-    /// The edge answers, and refuses without a word.
+    /// The edge answers, and refuses without a reason.
     Refused,
-    /// Nobody is there.
+    /// Nobody answers.
     Blocked,
 }
 
@@ -157,7 +157,7 @@ async fn only_quic(protocol: &'static str, fault: Fault) -> Result<()> {
     tunnel.container(&stage).await?;
     assert_eq!(env().await?, "TUNNEL_TRANSPORT_PROTOCOL=http2");
 
-    // A new order begins with the protocol that is set; without one it is half an hour until the way back is tried.
+    // A new command starts with the configured protocol. Without one the agent retries QUIC only after half an hour.
     match fault {
         Fault::Refused => edge.accept(Whose::Over(Via::Quic)),
         Fault::Blocked => edge.unblock(Via::Quic),
@@ -178,7 +178,7 @@ async fn removed_over_quic(protocol: Protocol) -> Result<()> {
     let tunnel = visitors::tunnel(&stage, &edge, "");
     let agent = tunnel.agent(&stage)?;
     let known = tunnel.enrol(&stage, &agent).await?;
-    // The tunnel is deleted at Cloudflare, and the agent at the master.
+    // An operator deletes the tunnel at Cloudflare, and the agent at the master.
     let began = Instant::now();
     edge.refuse(Whose::Tunnel(tunnel.id.clone()));
     stage.master.forget(&known.id)?;
@@ -216,7 +216,7 @@ async fn a_restart_of_the_tunnel_container_by_hand_is_not_cut_in_the_middle() ->
     Ok(())
 }
 
-/// Docker waits for the drain before it starts the container again, and cloudflared takes nothing new meanwhile.
+/// Docker waits for the drain before it restarts the container. Meanwhile cloudflared accepts no new requests.
 async fn while_one_that_was_told_to_end_by_hand_drains_a_fresh_one_serves() -> Result<()> {
     let stage = Stage::new(Protocol::V2).await?;
     let edge = visitors::edge(&stage).await?;
@@ -225,7 +225,7 @@ async fn while_one_that_was_told_to_end_by_hand_drains_a_fresh_one_serves() -> R
     let mut visitors = Visitors::come(&edge, &tunnel).await?;
     visitors.all_were_served().await?;
     let story = Story::follow(&stage);
-    // Somebody waits for a long answer.
+    // A visitor waits for a long answer.
     let asked = {
         let (edge, id) = (edge.clone(), tunnel.id.clone());
         tokio::spawn(async move { edge.ask(&id, "/slow?ms=20000").await })
@@ -245,11 +245,11 @@ async fn while_one_that_was_told_to_end_by_hand_drains_a_fresh_one_serves() -> R
         took.as_secs_f64(),
         failed - before
     ));
-    // The one that drains and the fresh one each have their own time.
+    // The fresh connector serves without waiting for the old one's drain.
     ensure!(took < Duration::from_secs(15), "{took:?}: {}", agent.log());
     let answer = tokio::time::timeout(SOON, asked).await.context("no answer")??;
     ensure!(answer.is_ok(), "the drain was not cut: {answer:?}");
-    // Whether Docker found the container to start it again depends on who was first.
+    // Ignore the result: whether Docker still finds the container to restart depends on who was first.
     drop(restarted);
     told(&stage, "running", None).await?;
     wait_until("one container", 2 * SOON, async || tunnel.container(&stage).await.ok()).await?;

@@ -1,4 +1,4 @@
-//! Each message that the agent sends, held against its sample in `docs/payloads`.
+//! Compares each message that the agent sends with its sample in `docs/payloads`.
 
 use anyhow::Result;
 use dockflare_dev_master::Protocol;
@@ -18,7 +18,7 @@ pub(crate) fn cases() -> Vec<Case> {
     on_both("each_message_is_as_its_sample_in_docs_payloads", each_message)
 }
 
-/// What a container has that a master shall make a site of, and one label that is none of the master's business.
+/// The labels of a container that a master makes a site of, and one label that must not reach the master.
 const LABELS: &[(&str, &str)] = &[
     ("dockflare.enable", "true"),
     ("dockflare.hostname", "app.example.com"),
@@ -26,7 +26,7 @@ const LABELS: &[(&str, &str)] = &[
     ("com.example.owner", "somebody"),
 ];
 
-/// Nobody listens there.
+/// An address where nobody listens.
 const NOWHERE: &str = "127.0.0.1:1";
 
 async fn each_message(protocol: Protocol) -> Result<()> {
@@ -34,14 +34,14 @@ async fn each_message(protocol: Protocol) -> Result<()> {
     let mut samples = Samples::new(protocol);
     let relay = Relay::start(Way::Engine).await?;
     stage.set("DOCKER_HOST", relay.host_url());
-    // So that a request has all the headers it can have.
+    // Make the requests carry every possible header.
     stage.set("CF_ACCESS_CLIENT_ID", "id.access");
     stage.set("CF_ACCESS_CLIENT_SECRET", "not-a-secret");
     stage.master.set_account(Some("0123456789abcdef0123456789abcdef"));
 
     let mut agent = stage.agent()?;
     first_life(&stage, &mut samples).await?;
-    // What Docker does from now on, here and for other tests, is not heard.
+    // Cut the agent off from Docker's events, including those of other tests.
     relay.switch(Way::Proxy(NOWHERE.to_owned()));
     if protocol == Protocol::V2 {
         let is_incomplete = |_: &str, body: &Value| body["inventory_complete"] == false;
@@ -58,7 +58,7 @@ async fn each_message(protocol: Protocol) -> Result<()> {
     samples.check()
 }
 
-/// An agent that nobody knows yet, its tunnel, and a container that comes and goes.
+/// Takes the samples of a new agent, its tunnel, and a container that starts and stops.
 async fn first_life(stage: &Stage, samples: &mut Samples) -> Result<()> {
     let (master, scope) = (&stage.master, &stage.scope);
     let id = registered(stage).await?.id;
@@ -87,7 +87,7 @@ async fn first_life(stage: &Stage, samples: &mut Samples) -> Result<()> {
     samples.take("configuration", stage, |kind, _| kind == "configuration").await
 }
 
-/// The same agent after a crash, with so little to say that its heart is heard.
+/// Takes the samples of the same agent after a crash, with intervals so long that it sends heartbeats.
 async fn second_life(stage: &mut Stage, samples: &mut Samples) -> Result<()> {
     stage.set("COMMAND_POLL_INTERVAL_SECONDS", "3600");
     stage.set("REPORT_INTERVAL_SECONDS", "3600");
@@ -97,7 +97,8 @@ async fn second_life(stage: &mut Stage, samples: &mut Samples) -> Result<()> {
     samples.take("heartbeat", stage, |kind, _| kind == "heartbeat").await
 }
 
-/// An agent in a container of its own, removed on the master's page: its acknowledgements have all there is to say.
+/// Takes the samples of an agent in a container that is decommissioned on the master's page. Its acknowledgements have
+/// every possible member.
 async fn leave(samples: &mut Samples) -> Result<()> {
     let contained = contained(AS_COMPOSE_SERVICE).await?;
     contained.leaves().await?;

@@ -1,9 +1,9 @@
-//! The agent on a real Podman instead of Docker: registering, enrolling, events, a replacement, `check`.
+//! Tests the agent on a real Podman instead of Docker: registration, enrollment, events, a replacement, `check`.
 //!
-//! A Podman of the test's own, in network, process and mount namespaces of its own, with its state in a folder of the
-//! test: nothing of it touches the machine's containers or firewall, and all of it ends with the one process. There it
-//! takes Docker's place for this same program, which is started once more and runs the cases of [`inside`]. Podman need
-//! not be installed: `PODMAN_ROOT` may name a folder into which its packages were unpacked.
+//! The test runs its own Podman in separate network, process and mount namespaces, with its state in a folder of the
+//! test. It does not touch the machine's containers or firewall, and all of it ends with one process. In the
+//! namespaces this program runs again, with Podman in Docker's place, and runs the cases of [`inside`]. Podman need not
+//! be installed: `PODMAN_ROOT` may name a folder with its unpacked packages.
 
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ use crate::containers_scene::{Tunnel, registered};
 use crate::support::checked::Checked;
 use crate::support::{SOON, Stage};
 
-/// Set for the program that runs inside.
+/// Set for the program that runs in the namespaces.
 const INSIDE: &str = "DOCKFLARE_TEST_PODMAN_SOCKET";
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -33,7 +33,7 @@ pub(crate) fn cases() -> Vec<Case> {
     vec![case("podman_is_served_like_docker", outside).limit(limit).without(missing())]
 }
 
-/// Where Podman is: `/`, or where its packages were unpacked.
+/// Returns the root of Podman's files: `/`, or the folder with its unpacked packages.
 fn root() -> PathBuf {
     std::env::var_os("PODMAN_ROOT").map_or_else(|| PathBuf::from("/"), PathBuf::from)
 }
@@ -49,8 +49,8 @@ fn missing() -> Option<String> {
     (!podman.exists()).then(|| format!("no Podman: {} is not there", podman.display()))
 }
 
-/// What is done in the namespaces before the cases run. `/run` and `/var/lib` are empty there: Podman keeps things in
-/// them whatever it is told.
+/// The script that sets up the namespaces before the cases run. `/run` and `/var/lib` are empty there: Podman keeps
+/// files in them whatever its settings say.
 const INNER: &str = r#"set -e
 ip link set lo up
 mount -t tmpfs tmpfs /run
@@ -67,7 +67,7 @@ async fn outside() -> Result<()> {
     let (path, root) = (folder.path(), root());
     prepare(path, &root)?;
     let socket = path.join("podman.sock");
-    // Whatever ends this thread ends all of it.
+    // Everything inside ends with this thread.
     let mut inner = Command::new("setpriv");
     inner
         .args(["--pdeathsig", "KILL", "--", "unshare", "--net", "--mount", "--pid", "--fork", "--kill-child"])
@@ -96,14 +96,14 @@ async fn outside() -> Result<()> {
     Ok(())
 }
 
-/// Writes the settings of this Podman.
+/// Writes this Podman's settings.
 fn prepare(folder: &Path, root: &Path) -> Result<()> {
     for name in ["tmp", "networks", ".config/containers"] {
         std::fs::create_dir_all(folder.join(name))?;
     }
     let at = |name: &str| root.join(name).display().to_string();
     let own = |name: &str| folder.join(name).display().to_string();
-    // Its own defaults are above what a container of the test may set.
+    // Podman's default limits exceed what a container of the test may set.
     let settings = format!(
         r#"[containers]
 default_ulimits = ["nofile=1024:1024", "nproc=4096:4096"]
@@ -124,7 +124,7 @@ network_config_dir = "{}"
     std::fs::write(folder.join("containers.conf"), settings)?;
     let policy = r#"{"default":[{"type":"insecureAcceptAnything"}]}"#;
     std::fs::write(folder.join(".config/containers/policy.json"), policy)?;
-    // The libraries of an unpacked Podman are found by it, and by what it starts.
+    // Lets an unpacked Podman, and the programs that it starts, find its libraries.
     let mut libraries = String::from("include /etc/ld.so.conf\n");
     for entry in std::fs::read_dir(root.join("usr/lib"))? {
         let path = entry?.path();
@@ -141,10 +141,10 @@ network_config_dir = "{}"
 
 async fn inside(socket: String, behind_its_proxy: bool) -> Result<()> {
     let mut stage = Stage::new(Protocol::V2).await?;
-    // A change must be told by an event: a listing would come too late.
+    // Make a listing come too late: the agent must learn of changes from events.
     stage.set("REPORT_INTERVAL_SECONDS", "60");
     let host = format!("unix://{socket}");
-    // Long enough to see that it is a lease, which the proxy then ends.
+    // Long enough to observe the lease before the proxy ends it.
     stage.set("TUNNEL_LEASE_SECONDS", "3");
     let _proxy = if behind_its_proxy {
         stage.set("SOCKET_PROXY_DOCKER_HOST", &host);
@@ -160,7 +160,7 @@ async fn inside(socket: String, behind_its_proxy: bool) -> Result<()> {
     tunnel.enrol(&stage, &agent).await?;
     let known = registered(&stage).await?;
 
-    // Ten seconds of grace for a Podman on a busy machine; the listing comes after thirty.
+    // Ten seconds for a Podman on a busy machine; the listing comes after thirty.
     let soon = Duration::from_secs(10);
     let id = stage.scope.run_workload(&[("dockflare.enable", "true")], &[], Some(&stage.network), false).await?;
     let is_known = |is: bool| {

@@ -1,4 +1,4 @@
-//! The same agent through a real haproxy that lets through as little as it needs.
+//! Tests the agent behind a real HAProxy that allows only what the agent needs.
 
 use anyhow::{Context, Result, ensure};
 use dockflare_dev_master::{Agent, Protocol};
@@ -18,7 +18,7 @@ pub(crate) fn cases() -> Vec<Case> {
         let name = format!("{protocol}_master_from_enrolment_to_sigterm_through_a_socket_proxy");
         cases.push(case(name, move || from_enrolment_to_sigterm(protocol)));
     }
-    // The variable, what the log says that is needed, and the master: v1 and v2 differ in what they are told.
+    // The variable, the remedy in the log, and the protocol: the agent reports different things to v1 and v2 masters.
     for (variable, needs, protocol) in [
         ("CONTAINERS", "the socket proxy needs CONTAINERS=1", Protocol::V1),
         ("CONTAINERS", "the socket proxy needs CONTAINERS=1", Protocol::V2),
@@ -32,12 +32,12 @@ pub(crate) fn cases() -> Vec<Case> {
     cases
 }
 
-/// All of it but this variable, which is forbidden.
+/// Returns [`PROXY_OPENS`] with this variable set to 0.
 pub(crate) fn without(missing: &str) -> Vec<(&str, &str)> {
     PROXY_OPENS.iter().map(|&(name, value)| (name, if name == missing { "0" } else { value })).collect()
 }
 
-/// The container's id and the start of its present life.
+/// Returns the container's id and the time of its last start.
 async fn life(stage: &Stage) -> Result<(Option<String>, Option<String>)> {
     let found = stage.scope.inspect(&stage.tunnel).await?;
     Ok((found.id, found.state.and_then(|state| state.started_at)))
@@ -49,7 +49,7 @@ async fn known_to_run(stage: &Stage, id: &str, runs: bool) -> Result<Agent> {
     stage.master.wait_for(what, SOON, |known| known.only_agent().filter(right).cloned()).await
 }
 
-/// A workload's start and stop arrive.
+/// Checks that a workload's start and stop reach the master.
 async fn events_arrive(stage: &Stage) -> Result<()> {
     let id = stage.scope.run_workload(&[("dockflare.enable", "true")], &[], None, false).await?;
     known_to_run(stage, &id, true).await?;
@@ -85,7 +85,7 @@ async fn from_enrolment_to_sigterm(protocol: Protocol) -> Result<()> {
     agent.wait_for_log_after(mark, "tunnel ready", SOON).await?;
     assert_ne!(life(&stage).await?.0, before.0);
     stops_with_its_tunnel(&stage, &mut agent).await?;
-    // HAProxy logs a request when it has ended, and the events ended last.
+    // HAProxy logs a request at its end, and the event stream ended last.
     let asked = wait_until("the log of the proxy", SOON, async || {
         scope.logs(proxy.container()).await.ok().filter(|log| log.contains("/events"))
     })
@@ -94,7 +94,7 @@ async fn from_enrolment_to_sigterm(protocol: Protocol) -> Result<()> {
     Ok(())
 }
 
-/// One line says what is missing, and nothing but the proxy has to be changed.
+/// Checks that one line names what is missing, and that only the proxy must change.
 async fn until_it_is_set(variable: &str, needs: &str, protocol: Protocol) -> Result<()> {
     let mut stage = Stage::new(protocol).await?;
     let scope = Scope::new(testkit::docker()?);
@@ -110,7 +110,7 @@ async fn until_it_is_set(variable: &str, needs: &str, protocol: Protocol) -> Res
         "{line}"
     );
     if ["CONTAINERS", "EVENTS"].contains(&variable) {
-        // What cannot be known is not reported as known.
+        // The agent must not report what it cannot know.
         let unsure =
             |agent: &&Agent| if agent.protocol == 1 { agent.heartbeats > 0 } else { agent.incomplete_reports > 0 };
         let what = "the agent to say that it does not know";
@@ -164,7 +164,7 @@ async fn a_network_that_may_not_be_made_is_asked_for_with_the_command() -> Resul
     assert!(line.contains("NETWORKS=1 and POST=1"), "{line}");
     let status = stage.tunnel_is("error").await?.tunnel_status.context("no status")?;
     assert_eq!(status.event["reason"], "network_missing");
-    // The operator does as told.
+    // The operator follows the log's advice.
     stage.scope.create_network(&stage.network).await?;
     agent.wait_for_log("tunnel ready", SOON).await?;
     stops_with_its_tunnel(&stage, &mut agent).await
@@ -187,7 +187,7 @@ async fn a_proxy_that_dies_does_not_touch_the_tunnel() -> Result<()> {
     known_to_run(&stage, &unseen, true).await?;
     events_arrive(&stage).await?;
     assert_eq!(life(&stage).await?, before);
-    // cloudflared itself said all the while that it is ready.
+    // cloudflared was ready all along.
     let told = stage.master.requests();
     let mut told = told.iter().filter(|request| request.event() == Some("tunnel_status"));
     let told_after = told.by_ref().skip_while(|request| request.body["status"] != "running");

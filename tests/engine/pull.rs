@@ -1,5 +1,5 @@
-//! Pulling the image of cloudflared, from a registry of the test's own: Docker asks registries on the loopback
-//! address without TLS.
+//! Tests pulling the cloudflared image from the test's own registry. Docker uses plain HTTP for registries on the
+//! loopback address.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -32,13 +32,13 @@ pub(crate) fn cases() -> Vec<Case> {
     ]
 }
 
-/// How the registry answers when it is asked for the manifest.
+/// How the registry answers a request for the manifest.
 #[derive(Clone, Copy, PartialEq)]
 enum Mood {
     Serves,
-    /// Refuses to hand out anything.
+    /// Refuses the request.
     Fails,
-    /// Fails, after it has seen to it that the image is there all the same.
+    /// Tags the image locally, so that it exists anyway, and then refuses the request.
     FailsButTags,
 }
 
@@ -84,7 +84,7 @@ impl Registry {
         Ok(Self { repository, manifest_digest, docker, content, _server: server })
     }
 
-    /// From now on the tag means this image, or there is no answer but 403.
+    /// Moves the tag to this image. With `None`, the registry answers 403 from now on.
     async fn moves_to(&self, image: Option<&str>) -> Result<()> {
         let new = match image {
             Some(image) => Some(blobs(&self.docker, image).await?.0),
@@ -104,17 +104,17 @@ impl Registry {
         format!("{}@{}", self.repository, self.manifest_digest)
     }
 
-    /// Takes away what was pulled.
+    /// Removes the pulled image.
     async fn forget(&self) {
         for reference in [self.tagged(), self.digested()] {
             let options = RemoveImageOptions { force: true, ..Default::default() };
-            // Most tests make one of the two only.
+            // Ignore errors: most tests create only one of the two references.
             let _ = self.docker.remove_image(&reference, Some(options), None).await;
         }
     }
 }
 
-/// What a registry has of an image of this Docker, by digest and under the tag, and the digest of its manifest.
+/// Returns a local image as a registry serves it, by digest and by tag, and the digest of its manifest.
 async fn blobs(docker: &testkit::Docker, image: &str) -> Result<(HashMap<String, (String, Bytes)>, String)> {
     let saved: Vec<Bytes> = docker.export_image(image).try_collect().await?;
     let mut files = HashMap::new();
@@ -156,7 +156,7 @@ async fn serve(listener: TcpListener, content: Arc<Mutex<Content>>) {
                 let now = content.lock().unwrap_or_else(PoisonError::into_inner).clone();
                 answer(request, now)
             });
-            // Docker hangs up as it likes.
+            // Ignore errors: Docker may hang up at any time.
             let _ = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
         });
     }
@@ -176,7 +176,7 @@ async fn answer(request: Request<Incoming>, content: Content) -> Result<Response
             Mood::FailsButTags => {
                 let options =
                     TagImageOptions { repo: Some(content.repository.clone()), tag: Some("latest-test".to_owned()) };
-                // Without the tag the test does not come to its end, which says enough.
+                // Ignore the result: without the tag the test fails anyway.
                 let _ = content.docker.tag_image(&content.stand_in, Some(options)).await;
                 *response.status_mut() = StatusCode::FORBIDDEN;
                 return Ok(response);
@@ -199,7 +199,7 @@ async fn answer(request: Request<Incoming>, content: Content) -> Result<Response
     Ok(response)
 }
 
-/// An agent whose image this registry has; what was pulled is gone afterwards, also after a failure.
+/// Runs a test of an agent whose image this registry serves. Removes the pulled image afterwards, also on failure.
 async fn with_agent(
     mood: Mood,
     reference: impl Fn(&Registry) -> String,
@@ -271,7 +271,7 @@ async fn moved(registry: &Registry, stage: &Stage) -> Result<()> {
     ensure!(image_of(&stage.tunnel).await? == first_id);
     let before = Life::now(stage).await?;
 
-    // A redeploy: one successor, and of the newer image.
+    // A redeploy makes exactly one successor, from the newer image.
     let story = Story::follow_named(stage, &format!("{}-next", stage.tunnel));
     registry.moves_to(Some(&second)).await?;
     stage.master.redeploy(&known.id)?;
@@ -283,7 +283,7 @@ async fn moved(registry: &Registry, stage: &Stage) -> Result<()> {
     let redeployed = Life::now(stage).await?;
     ensure!(redeployed.id != before.id);
 
-    // A start: nothing else asks for it. An agent whose tag has not moved leaves the connector as it is.
+    // A start also checks the tag. If it has not moved, the agent leaves the connector alone.
     agent.sigkill()?;
     agent.wait_exit(SOON).await?;
     let mut agent = tunnel.agent(stage)?;
@@ -298,7 +298,7 @@ async fn moved(registry: &Registry, stage: &Stage) -> Result<()> {
     agent.sigkill()?;
     agent.wait_exit(SOON).await?;
 
-    // A registry that is away or refuses takes nothing from anybody.
+    // A registry that is down or refuses must not harm the running connector.
     let last = Life::now(stage).await?;
     registry.moves_to(None).await?;
     let agent = tunnel.agent(stage)?;

@@ -1,4 +1,5 @@
-//! A connector is replaced without a gap, whatever is changed, whatever is refused, and whenever the agent is killed.
+//! Tests that the agent replaces a connector without a gap, whatever changes, whatever Docker or the edge refuses, and
+//! whenever the agent is killed.
 
 use anyhow::{Result, ensure};
 use dockflare_dev_master::Protocol;
@@ -36,7 +37,7 @@ fn successor(stage: &Stage) -> String {
     format!("{}-next", stage.tunnel)
 }
 
-/// An agent with a tunnel that visitors come through.
+/// Starts an agent with a tunnel, and visitors that come through it.
 async fn visited(stage: &Stage) -> Result<(AgentProcess, Tunnel, Visitors)> {
     let edge = visitors::edge(stage).await?;
     let tunnel = visitors::tunnel(stage, &edge, "");
@@ -45,7 +46,7 @@ async fn visited(stage: &Stage) -> Result<(AgentProcess, Tunnel, Visitors)> {
     Ok((agent, tunnel, visitors))
 }
 
-/// The tunnel's container is another one than before, the only one, and all is well.
+/// Waits until the tunnel has a new container, the only one, and the agent reports it as running.
 pub(crate) async fn replaced(stage: &Stage, tunnel: &Tunnel, before: &str) -> Result<()> {
     wait_until("the replacement", 2 * SOON, async || {
         let now = stage.scope.find(&stage.tunnel).await.ok()??.id?;
@@ -66,7 +67,7 @@ async fn a_redeploy(protocol: Protocol) -> Result<()> {
     visitors.all_were_served().await?;
     visitors.until_connectors(1).await?;
     assert_eq!(story.exit_codes(), ["0"], "the old one drained");
-    // From one running one to the next, nothing else was ever said.
+    // Between the two connectors the agent reported nothing but `running`.
     let requests = stage.master.requests();
     let statuses = requests.iter().filter(|request| request.event() == Some("tunnel_status"));
     let statuses = statuses.skip_while(|status| status.body["status"] != "running");
@@ -124,7 +125,7 @@ async fn another_setting(change: Change) -> Result<()> {
     Ok(())
 }
 
-/// When the agent is killed, by what Docker tells of the two containers.
+/// The moment of the agent's death, by Docker's events of the two containers.
 #[derive(Debug, Clone, Copy)]
 enum Moment {
     Created,
@@ -175,7 +176,7 @@ async fn killed(moment: Moment) -> Result<()> {
     moment.comes(&main, &next, &visitors).await?;
     first.sigkill()?;
     first.wait_exit(SOON).await?;
-    // Without an agent, and when the next one has done its part.
+    // Visitors are served without an agent, and after the next one has finished the replacement.
     visitors.all_were_served().await?;
     let _second = tunnel.agent(&stage)?;
     replaced(&stage, &tunnel, &before.id).await?;
@@ -201,7 +202,7 @@ async fn a_successor_whose_token_is_refused_is_removed_and_the_one_before_it_sta
     visitors.all_were_served().await?;
     assert_eq!(tunnel.container(&stage).await?, before);
 
-    // It waits for another token, and that one is taken at once.
+    // The agent waits for another token, and accepts this one at once.
     stage.master.enroll_with(&known.id, "edge", &tunnel.id, &tunnel.token)?;
     told(&stage, "running", None).await?;
     assert_eq!(tunnel.container(&stage).await?, before);
@@ -235,7 +236,7 @@ async fn after_a_replacement_that_failed_a_stop_says_of_nothing_that_it_works_ag
         agent.wait_for_log_after(mark, "tunnel ready", 2 * SOON).await.map(drop)
     };
     stop(&stage).await?;
-    // Nor when one that had lost the edge is started anew.
+    // Nor after a start of a tunnel that had lost the edge.
     start(&stage, &agent).await?;
     edge.leave();
     agent.wait_for_log("has no connection to Cloudflare", 2 * SOON).await?;
@@ -244,7 +245,7 @@ async fn after_a_replacement_that_failed_a_stop_says_of_nothing_that_it_works_ag
     start(&stage, &agent).await?;
     ensure!(!agent.log().contains("works again"), "{}", agent.log());
 
-    // Nor where Docker did not let it be replaced.
+    // Nor after Docker refused the replacement.
     agent.sigkill()?;
     agent.wait_exit(SOON).await?;
     let relay = Relay::start(Way::Answer { line: "/create?", with: REFUSAL }).await?;

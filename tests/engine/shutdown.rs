@@ -1,4 +1,4 @@
-//! The end of the agent as a process: what it waits for, what it does not wait for, and what it leaves.
+//! Tests the agent's shutdown as a process: what it waits for, what it does not wait for, and what it leaves.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use crate::containers_scene::{Story, Tunnel, registered, setting, told, two_more_polls};
 use crate::support::{SOON, Stage, agent_binary, complaints};
 
-/// Docker's patience with a container that it stops.
+/// Docker's default time limit for a container to stop.
 const DOCKERS_PATIENCE: Duration = Duration::from_secs(10);
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -36,14 +36,14 @@ pub(crate) fn cases() -> Vec<Case> {
     ]
 }
 
-/// A stage whose agents take the tunnel with them: it is not left to their socket proxy.
+/// Makes a stage whose agents remove the tunnel when they stop, instead of leaving it to their socket proxy.
 async fn at_once(protocol: Protocol) -> Result<Stage> {
     let mut stage = Stage::new(protocol).await?;
     stage.set("TUNNEL_LEASE_SECONDS", "0");
     Ok(stage)
 }
 
-/// Sends the signal and waits for the end, which must come before Docker would kill and with code 0.
+/// Sends the signal and waits for the agent to end, with code 0 and before Docker would kill it.
 async fn end(agent: &mut AgentProcess, signal: Signal) -> Result<()> {
     agent.signal(signal)?;
     assert_eq!(agent.wait_exit(DOCKERS_PATIENCE).await?.code(), Some(0));
@@ -124,17 +124,17 @@ async fn sigterm_while_the_tunnel_is_being_made_leaves_no_container() -> Result<
     stage.scope.create_network(&stage.network).await?;
     let tunnel = Tunnel::new(&stage, "");
     tunnel.store(&stage)?;
-    // Before, during and after the creation and the start, whichever they hit on this machine.
+    // These hit before, during and after the creation and the start, depending on this machine.
     for millis in [0, 8, 16, 32, 64, 128, 512] {
         let mut agent = tunnel.agent(&stage)?;
         agent.wait_for_log("starting the tunnel", SOON).await?;
         tokio::time::sleep(Duration::from_millis(millis)).await;
         agent.sigterm()?;
-        // A signal that comes before PID 1 has asked for it is lost, and then Docker's time-out ends it.
+        // A signal that arrives before PID 1 has a handler is lost. Then Docker's timeout ends the container.
         let ended = agent.wait_exit(Duration::from_secs(60)).await?;
         assert_eq!(ended.code(), Some(0));
         assert_eq!(stage.scope.status(&stage.tunnel).await?, "gone", "{millis} ms after it was begun");
-        // What Docker does late, it has done when it has made and run another one.
+        // Once Docker has made and run another container, it has also finished any late work.
         stage.scope.run_workload(&[], &["exit", "0"], None, true).await?;
         assert_eq!(stage.scope.status(&stage.tunnel).await?, "gone", "{millis} ms after it was begun, and late");
     }
@@ -153,7 +153,7 @@ async fn sigterm_while_the_tunnel_is_being_replaced_does_not_cut_the_drain_short
     end(&mut agent, Signal::TERM).await?;
     assert_eq!(stage.scope.status(&stage.tunnel).await?, "gone");
     wait_until("the end of the container", SOON, async || (story.count("destroy") > 0).then_some(())).await?;
-    // The successor had its name by then, or not.
+    // The successor may or may not have the name by then.
     let codes = story.exit_codes();
     ensure!(codes.iter().all(|code| code == "0"), "a second signal would have ended it at once: {codes:?}");
     assert_eq!(stage.scope.status(&format!("{}-next", stage.tunnel)).await?, "gone");
@@ -170,7 +170,7 @@ async fn sigterm_does_not_wait_for_a_master_that_is_away() -> Result<()> {
     end(&mut agent, Signal::TERM).await?;
     assert_eq!(stage.scope.status(&stage.tunnel).await?, "gone");
 
-    // Nor for one that was never there.
+    // Nor for a master that was never there.
     let mut agent = tunnel.agent_with_ready_tunnel(&stage).await?;
     end(&mut agent, Signal::TERM).await?;
     assert_eq!(stage.scope.status(&stage.tunnel).await?, "gone");
@@ -183,7 +183,7 @@ async fn sigterm_does_not_wait_for_a_master_that_never_answers() -> Result<()> {
     let mut agent = tunnel.agent_with_ready_tunnel(&stage).await?;
     stage.tunnel_is("running").await?;
     stage.master.fault(Route::Any, Fault::Hold, Times::UntilCleared);
-    // The agent asks each second: after this long it waits for an answer.
+    // The agent polls each second: after 2 s of silence it is waiting for an answer.
     wait_until("a request to be held", SOON, async || {
         let quiet = jiff::Timestamp::now().duration_since(registered(&stage).await.ok()?.last_seen?);
         (quiet > jiff::SignedDuration::from_secs(2)).then_some(())
@@ -208,7 +208,7 @@ async fn sigterm_does_not_wait_for_a_docker_that_is_away() -> Result<()> {
 
 async fn sigterm_does_not_wait_for_a_pull_that_hangs() -> Result<()> {
     let mut stage = at_once(Protocol::V2).await?;
-    // A registry that takes the connection and says nothing.
+    // A registry that accepts the connection and never answers.
     let registry = TcpListener::bind("127.0.0.1:0").await?;
     stage.set("CLOUDFLARED_IMAGE", format!("{}/cloudflared:1", registry.local_addr()?));
     let tunnel = Tunnel::new(&stage, "");
@@ -298,7 +298,7 @@ async fn two_agents_with_containers_of_their_own_do_not_disturb_each_other() -> 
     let (tunnel, other_tunnel) = (Tunnel::new(&one, ""), Tunnel::new(&other, ""));
     let agent = tunnel.enrolled_agent(&one).await?;
     let before = tunnel.container(&one).await?;
-    // On the same network, as on one host with the same settings but for the name.
+    // Both use the same network, like two agents on one host whose settings differ only in the name.
     other.set("CLOUDFLARED_NETWORK_NAME", setting(&one, "CLOUDFLARED_NETWORK_NAME"));
     let mut other_agent = other_tunnel.agent_with_ready_tunnel(&other).await?;
     let known = registered(&other).await?;
@@ -306,7 +306,7 @@ async fn two_agents_with_containers_of_their_own_do_not_disturb_each_other() -> 
     other.master.push_commands(&known.id, vec![other_tunnel.restart()])?;
     let mark = other_agent.mark();
     other_agent.wait_for_log("replacing the tunnel container", SOON).await?;
-    // The word comes first; what it says is over when the successor has the name and is ready.
+    // The log line announces the replacement. It is complete once the successor has the name and is ready.
     other_agent.wait_for_log_after(mark, "tunnel ready", 2 * SOON).await?;
     other_tunnel.container(&other).await?;
     end(&mut other_agent, Signal::TERM).await?;

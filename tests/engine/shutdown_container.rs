@@ -1,4 +1,4 @@
-//! The agent in the image that people run, as process 1 with as few rights as the compose file gives it.
+//! Tests the agent in the image that people run, as PID 1 with only the rights that the compose file gives it.
 
 use std::net::SocketAddr;
 use std::os::unix::fs::MetadataExt;
@@ -27,16 +27,16 @@ pub(crate) fn cases() -> Vec<Case> {
 const SOCKET: &str = "/var/run/docker.sock";
 const DATA: &str = "/app/data";
 
-/// An agent in a container, with its data in a volume, beside a master on this host.
+/// An agent in a container with its data in a volume, and a master on this host.
 pub(crate) struct Contained {
     pub(crate) stage: Stage,
     pub(crate) tunnel: Tunnel,
-    /// The agent's container.
+    /// The id of the agent's container.
     pub(crate) id: String,
 }
 
 impl Contained {
-    /// Starts the agent and waits until its tunnel is reported as running.
+    /// Starts the agent and waits until it reports its tunnel as running.
     async fn with_ready_tunnel(words: &str, settings: &[(&str, &str)]) -> Result<Self> {
         let mut stage = Stage::new(Protocol::V2).await?;
         settings.iter().for_each(|(name, value)| stage.set(name, *value));
@@ -44,8 +44,8 @@ impl Contained {
         Self::enrolled(stage, tunnel, None).await
     }
 
-    /// As [`Contained::with_ready_tunnel`], in the network of another container, which is on one of its own: it joins
-    /// none, and cannot ask cloudflared anything.
+    /// Like [`Contained::with_ready_tunnel`], but in the network namespace of another container on a separate network.
+    /// The agent joins no network, and cannot ask cloudflared anything.
     pub(crate) async fn apart_from_its_tunnel() -> Result<Self> {
         let stage = Stage::new(Protocol::V2).await?;
         let (network, tunnel) = (stage.scope.name("apart"), Tunnel::new(&stage, ""));
@@ -64,14 +64,14 @@ impl Contained {
         Ok(contained)
     }
 
-    /// How the agent ended, and that it did not tell a secret.
+    /// Returns the agent's exit code, and checks that it logged no secret.
     async fn exit_code(&self) -> Result<i64> {
         let log = self.stage.scope.logs(&self.id).await?;
         ensure!(!log.contains(&self.tunnel.token) && !log.contains(&self.stage.key), "the log holds a secret");
         self.stage.scope.inspect(&self.id).await?.state.and_then(|state| state.exit_code).context("no exit code")
     }
 
-    /// `docker stop`, which must end before Docker's patience does.
+    /// Runs `docker stop`, which must end before Docker's time limit.
     async fn stop(&self) -> Result<()> {
         let asked = Instant::now();
         self.stage.scope.stop(&self.id, 10).await?;
@@ -81,8 +81,8 @@ impl Contained {
     }
 }
 
-/// A volume of this stage for the data. Docker gives a new one the owner that the image's folder has, but for
-/// one that is mounted as it is.
+/// Returns a mount of the stage's data volume. Docker gives a new volume the owner of the image's folder, unless
+/// `as_it_is` is set.
 fn volume(stage: &Stage, as_it_is: bool) -> Mount {
     Mount {
         target: Some(DATA.to_owned()),
@@ -93,8 +93,8 @@ fn volume(stage: &Stage, as_it_is: bool) -> Mount {
     }
 }
 
-/// Runs the stage's agent in a container on the tunnel's network or on another one. Its master is at the host's
-/// address on the tunnel's.
+/// Runs the stage's agent in a container on the tunnel's network, or apart on another one. The master listens at the
+/// host's address on the tunnel's network.
 async fn start(stage: &mut Stage, data: Mount, apart: Option<&str>) -> Result<String> {
     stage.scope.create_network(&stage.network).await?;
     stage.scope.create_volume(&stage.scope.name("data")).await?;
@@ -108,7 +108,7 @@ async fn start(stage: &mut Stage, data: Mount, apart: Option<&str>) -> Result<St
     stage.set("DOCKFLARE_API_KEY", stage.key.clone());
     stage.set("DOCKFLARE_DATA_DIR", "");
     stage.set("HEALTH_CHECK_PORT", "");
-    // It has the socket itself; an address of this host would lead nowhere in there.
+    // The container mounts Docker's socket; an address from this host would not work in there.
     stage.set("DOCKER_HOST", "");
     let lender = match apart {
         Some(network) => Some(stage.scope.run_workload(&[], &["sleep", "3600000"], Some(network), false).await?),
@@ -149,7 +149,7 @@ async fn docker_stop_ends_the_agent_with_0_and_takes_the_tunnel_with_it() -> Res
     assert_eq!(stage.scope.status(&stage.tunnel).await?, "gone");
     let before = told(stage, "stopped", Some("agent_stopped")).await?;
 
-    // What it needs to come back is in the volume.
+    // The volume holds whatever the agent needs to come back.
     stage.scope.start(id).await?;
     let after = told(stage, "running", None).await?;
     assert_eq!((after.id, after.registrations), (before.id, before.registrations + 1));
@@ -197,7 +197,7 @@ async fn an_interrupt_ends_the_agent_in_its_container_as_well() -> Result<()> {
     Ok(())
 }
 
-/// Waits for an agent that ends by itself; gives its exit code and its log.
+/// Waits for an agent to end by itself. Returns its exit code and its log.
 async fn ended(stage: &Stage, id: &str) -> Result<(i64, String)> {
     let code = wait_until("the agent to end by itself", SOON, async || {
         let state = stage.scope.inspect(id).await.ok()?.state?;

@@ -1,4 +1,4 @@
-//! The agent behind its own socket proxy, deployed as the compose file does it, and what others get from that proxy.
+//! Tests the agent behind its own socket proxy, deployed as in the compose file, and what others get from that proxy.
 
 use std::path::Path;
 use std::time::Duration;
@@ -36,7 +36,7 @@ pub(crate) fn cases() -> Vec<Case> {
         a_check_finds_a_docker_that_is_away_behind_the_own_proxy,
     ];
     let name = "no_mutated_request_changes_anything_but_the_tunnel_on_the_engine";
-    // Of tens of thousands, when it is asked for.
+    // The limit allows for tens of thousands of requests, on demand.
     cases.push(case(name, no_mutated_request_changes_anything_but_the_tunnel).limit(Duration::from_secs(1800)));
     cases.extend(deployed::cases());
     cases.extend(lease::cases());
@@ -45,7 +45,7 @@ pub(crate) fn cases() -> Vec<Case> {
     cases
 }
 
-/// Sends these bytes to the proxy; gives the status and the body of the answer.
+/// Sends these bytes to the proxy. Returns the status and the body of the answer.
 async fn ask(proxy: &Path, bytes: &[u8]) -> Result<(u16, String)> {
     let mut stream = UnixStream::connect(proxy).await?;
     stream.write_all(bytes).await?;
@@ -69,7 +69,7 @@ async fn post(proxy: &Path, path: &str, body: &Value) -> Result<(u16, String)> {
     ask(proxy, (head + &body).as_bytes()).await
 }
 
-/// A tunnel container of the agent's, without an agent, and a socket proxy with its settings.
+/// Makes the agent's tunnel container, without a running agent, and a socket proxy with its settings.
 async fn tunnel_and_proxy(stage: &Stage) -> Result<(Tunnel, SocketProxy)> {
     let tunnel = Tunnel::new(stage, "");
     let agent = tunnel.agent_with_ready_tunnel(stage).await?;
@@ -77,7 +77,7 @@ async fn tunnel_and_proxy(stage: &Stage) -> Result<(Tunnel, SocketProxy)> {
     Ok((tunnel, SocketProxy::start(&agent_binary(), &stage.env)?))
 }
 
-/// The agent's own create call, as the container shows it.
+/// Returns the body of the agent's create request, reconstructed from the container.
 async fn create_body(stage: &Stage) -> Result<Value> {
     let config = stage.scope.inspect(&stage.tunnel).await?.config.context("no config")?;
     let env: Vec<_> = config.env.into_iter().flatten().filter(|entry| entry.starts_with("TUNNEL_")).collect();
@@ -99,7 +99,7 @@ async fn create_body(stage: &Stage) -> Result<Value> {
     }))
 }
 
-/// The settings of a proxy on a free port of this host, and its address.
+/// Returns the settings of a proxy on a free port of this host, and its address.
 fn on_tcp(stage: &Stage) -> Result<(Vec<(String, String)>, String)> {
     let free = std::net::TcpListener::bind(("127.0.0.1", 0))?.local_addr()?;
     let mut env = stage.env.clone();
@@ -140,7 +140,7 @@ async fn a_check_behind_the_own_proxy_asks_for_nothing_that_it_refuses() -> Resu
     let checked = Checked::new(&stage.env, stage.data.path(), &[&stage.key]).await?;
     ensure!(checked.is("docker.proxy", "pass")?.contains("this project's own"), "{:#}", checked.document);
     ensure!(checked.is("docker.version", "pass")?.contains("linux/"), "{:#}", checked.document);
-    // Containers of other cases are not on this tunnel's network.
+    // Other cases' containers are not on this tunnel's network, so the check may complain about them.
     ensure!(checked.ids("fail").iter().all(|id| *id == "container"), "{:#}", checked.document);
     ensure!(proxy.refusals().is_empty(), "{:#?}", proxy.refusals());
     Ok(())
@@ -181,7 +181,7 @@ async fn a_check_finds_a_docker_that_is_away_behind_the_own_proxy() -> Result<()
     Ok(())
 }
 
-/// All of the stage, and of what attacks would make, as far as nothing but an attack changes it.
+/// Returns everything of the stage, and everything an attack would make, that only an attack can change.
 async fn state(scope: &Scope) -> Result<Value> {
     use testkit::bollard::query_parameters::{ListContainersOptions, ListNetworksOptions, ListVolumesOptions};
     let docker = scope.docker();
@@ -246,7 +246,7 @@ async fn no_attack_changes_anything_on_the_engine() -> Result<()> {
         ensure!(refused, "{}: {status} {body} instead of {}", attack.name, attack.rule);
     }
     assert_eq!(state(&stage.scope).await?, before);
-    // A flood of refusals is no flood of lines, and no line holds what was sent.
+    // A flood of refusals must not flood the log, and no line may hold what was sent.
     let lines = proxy.refusals().len();
     let log = proxy.process().log();
     ensure!((20..=60).contains(&lines), "{lines} lines for {} attacks", attacks.len());
@@ -254,7 +254,7 @@ async fn no_attack_changes_anything_on_the_engine() -> Result<()> {
     Ok(())
 }
 
-/// `TEST_SEED` and `TEST_MUTATIONS` repeat it, or try others and more.
+/// `TEST_SEED` repeats a run or tries other mutations. `TEST_MUTATIONS` sets their number, 600 by default.
 async fn no_mutated_request_changes_anything_but_the_tunnel() -> Result<()> {
     let seed = attacks::number("TEST_SEED", fastrand::u64(..));
     let count = usize::try_from(attacks::number("TEST_MUTATIONS", 600))?;
@@ -285,7 +285,7 @@ async fn no_mutated_request_changes_anything_but_the_tunnel() -> Result<()> {
     let (before, began) = (others().await?, std::time::Instant::now());
     let mut answers = std::collections::BTreeMap::<u16, usize>::new();
     let requests = futures_util::stream::iter(attacks::mutated(&target, &own_id, seed, count));
-    // Some have no end, or one that is far away.
+    // Some requests have no end, or a distant one.
     let mut answered = requests.map(|bytes| brief(&proxy, bytes)).buffer_unordered(8);
     while let Some(status) = answered.next().await {
         *answers.entry(status?).or_default() += 1;
@@ -293,7 +293,7 @@ async fn no_mutated_request_changes_anything_but_the_tunnel() -> Result<()> {
     drop(answered);
     eprintln!("{count} requests in {:.1?}: {answers:?} (0: cut off by the client)", began.elapsed());
     assert_eq!(others().await?, before);
-    // What may be there under the tunnel's names is as the agent would have made it.
+    // Any container with one of the tunnel's names must be as the agent would make it.
     for name in &own {
         let Some(found) = stage.scope.find(name).await? else { continue };
         let made = found.host_config.clone().map(|host| models::HostConfig { network_mode: None, ..host });
@@ -313,11 +313,11 @@ async fn no_mutated_request_changes_anything_but_the_tunnel() -> Result<()> {
     Ok(())
 }
 
-/// The status of the answer to this, 0 where none came within some seconds.
+/// Returns the status of the answer to these bytes; 0 if none comes within 3 s.
 async fn brief(proxy: &SocketProxy, bytes: Vec<u8>) -> Result<u16> {
     let talk = async {
         let mut stream = UnixStream::connect(proxy.path()).await?;
-        // It may answer before all is sent.
+        // Ignore the error: the proxy may answer before everything is sent.
         let _ = stream.write_all(&bytes).await;
         if !bytes.windows(4).any(|four| four == b"\r\n\r\n") {
             let _ = stream.shutdown().await;
@@ -336,7 +336,7 @@ async fn what_is_somebody_elses_is_neither_shown_nor_touched() -> Result<()> {
     let proxy = SocketProxy::start(&agent_binary(), &stage.env)?;
     let (scope, path) = (&stage.scope, proxy.path());
     let (own, next) = (stage.tunnel.clone(), format!("{}-next", stage.tunnel));
-    // Under the tunnel's names there are containers that the agent did not make, one with the owner's label but no more.
+    // Containers that the agent did not make have the tunnel's names. One of them has the owner's label, but no other.
     let image = images().workload().await?;
     let labels = [("com.dockflare.agent.owner", "dockflare-agent")];
     let foreign = scope.run(Spec { image: &image, name: &own, ..Spec::default() }).await?;
@@ -375,7 +375,7 @@ async fn what_is_somebody_elses_is_neither_shown_nor_touched() -> Result<()> {
     ensure!(seen.contains(&own) && !seen.contains("PATH") && !seen.contains("/usr/local/bin"), "{seen}");
     assert_eq!(state(scope).await?, before);
 
-    // Its own container is connected to networks of labelled containers and to no other.
+    // The proxy connects the agent's tunnel container only to networks of labelled containers.
     scope.rm(&own).await?;
     scope.rm(&next).await?;
     let tunnel = Tunnel::new(&stage, "");
@@ -390,14 +390,14 @@ async fn what_is_somebody_elses_is_neither_shown_nor_touched() -> Result<()> {
     Ok(())
 }
 
-/// Up to Engine 24 Docker itself makes another one of the same name each time, until there is no address left.
+/// Docker up to Engine 24 makes another network of the same name for each request, until it runs out of addresses.
 async fn one_network_is_made_however_often_it_is_asked_for() -> Result<()> {
     let stage = Stage::new(Protocol::V2).await?;
     let proxy = SocketProxy::start(&agent_binary(), &stage.env)?;
     let labels = json!({ "com.dockflare.agent.owner": "dockflare-agent" });
     let (path, body) = (proxy.path(), json!({ "Name": stage.network, "Driver": "bridge", "Labels": labels }));
     let ask = async |_: usize| post(&path, "/networks/create", &body).await;
-    // Those who hang up at once, then many together, then one after the other.
+    // Clients that hang up at once, then many at the same time, then one after the other.
     for _ in 0..8 {
         let text = body.to_string();
         let head = format!(
@@ -434,7 +434,7 @@ async fn the_hardening_is_forced_whatever_the_client_sent() -> Result<()> {
     });
     body["StopTimeout"] = json!(0);
     let name = format!("{}-next", stage.tunnel);
-    // Under an old version of the API Docker would drop the limit of processes.
+    // With an old API version Docker would drop the process limit.
     let (status, answer) = post(&proxy.path(), &format!("/v1.24/containers/create?name={name}"), &body).await?;
     ensure!(status == 201, "{status} {answer}");
     let (made, ours) = (stage.scope.inspect(&name).await?, stage.scope.inspect(&stage.tunnel).await?);
@@ -467,7 +467,7 @@ async fn a_proxy_that_was_killed_is_followed_by_one_at_the_same_address() -> Res
         .wait_for(what, SOON, |known| known.only_agent().filter(|a| a.containers.contains_key(&unseen)).map(drop))
         .await?;
     assert_eq!(stage.scope.inspect(&stage.tunnel).await?.id, before);
-    // A second one at the same address is told that the first one listens.
+    // A second proxy at the same address reports that the first one is listening.
     let mut second = testkit::AgentProcess::spawn_with(
         &agent_binary(),
         &["socket-proxy"],

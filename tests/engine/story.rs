@@ -1,4 +1,4 @@
-//! The main job from beginning to end.
+//! Tests the agent's main job from beginning to end.
 
 use anyhow::{Context, Result};
 use dockflare_dev_master::Protocol;
@@ -20,7 +20,7 @@ async fn v2_master_from_enrolment_to_sigterm() -> Result<()> {
 
 async fn from_enrolment_to_sigterm(protocol: Protocol) -> Result<()> {
     let mut stage = Stage::new(protocol).await?;
-    // With the agent, not a while after it.
+    // The tunnel must end with the agent, without a lease.
     stage.set("TUNNEL_LEASE_SECONDS", "0");
     let mut agent = stage.agent()?;
     stage.enrolled_agent("edge").await?;

@@ -1,5 +1,5 @@
-//! What is somebody else's is never touched: not when it takes the tunnel's name in the middle of something, and not
-//! through any of the ways to Docker.
+//! Tests that the agent never touches a stranger's container, even if it takes the tunnel's name in the middle of an
+//! operation, on each way to Docker.
 
 use anyhow::{Result, ensure};
 use dockflare_dev_master::{DevMaster, Protocol};
@@ -45,16 +45,16 @@ pub(crate) fn cases() -> Vec<Case> {
     cases
 }
 
-/// Keeps what stands between an agent and Docker.
+/// Keeps whatever is between an agent and Docker alive.
 pub(crate) enum Way {
     None,
     Own(Box<SocketProxy>),
-    /// It lives as long as the scope.
+    /// A HAProxy, which lives as long as the scope.
     Haproxy,
 }
 
 impl Way {
-    /// Agents of this stage reach Docker in this way from now on.
+    /// Makes this stage's agents reach Docker in this way from now on.
     pub(crate) async fn set(stage: &mut Stage, between: Between) -> Result<Self> {
         let (way, url) = match between {
             Between::Nothing => (Self::None, format!("unix://{}", testkit::socket_path())),
@@ -69,12 +69,12 @@ impl Way {
             }
         };
         stage.set("DOCKER_HOST", url);
-        // Whoever leaves takes the tunnel along, behind any proxy.
+        // A stopping agent removes its tunnel, whatever the proxy.
         stage.set("TUNNEL_LEASE_SECONDS", "0");
         Ok(way)
     }
 
-    /// The own proxy refused nothing that the agent asked for.
+    /// Checks that the agent's own proxy refused none of its requests.
     pub(crate) fn refused_nothing(&self) -> Result<()> {
         if let Self::Own(proxy) = self {
             ensure!(proxy.refusals().is_empty(), "{:#?}", proxy.refusals());
@@ -83,19 +83,20 @@ impl Way {
     }
 }
 
-/// An agent with a tunnel that drains for three seconds.
+/// Starts an agent with a tunnel that drains for three seconds.
 async fn at_work(between: Between) -> Result<(Stage, Way, Tunnel, AgentProcess, String)> {
     let mut stage = Stage::new(Protocol::V2).await?;
     let way = Way::set(&mut stage, between).await?;
     let tunnel = Tunnel::new(&stage, "drain=3000");
-    // Not from a state file: the container is to carry the agent's id.
+    // Not from a state file: the container must carry the agent's id.
     let agent = tunnel.agent(&stage)?;
     tunnel.enrol(&stage, &agent).await?;
     let ours = tunnel.container(&stage).await?.id;
     Ok((stage, way, tunnel, agent, ours))
 }
 
-/// Waits for the drain, moves our container out of the way and puts a stranger under its name. Gives the stranger's id.
+/// Waits for the drain, moves our container out of the way, and starts a stranger under its name. Returns the
+/// stranger's id.
 async fn takes_the_name(stage: &Stage, story: &Story, ours: &str) -> Result<String> {
     story.until("kill").await?;
     rename(stage, ours, "aside").await?;
@@ -103,7 +104,7 @@ async fn takes_the_name(stage: &Stage, story: &Story, ours: &str) -> Result<Stri
     stage.scope.run(Spec { image: &image, name: &stage.tunnel, ..Spec::default() }).await
 }
 
-/// As `docker rename` does, to a name of this stage. Gives that.
+/// Renames a container to a name of this stage, as `docker rename` does. Returns the new name.
 async fn rename(stage: &Stage, container: &str, to: &str) -> Result<String> {
     let name = stage.scope.name(to);
     stage.scope.owns_container(&name);
@@ -112,7 +113,7 @@ async fn rename(stage: &Stage, container: &str, to: &str) -> Result<String> {
     Ok(name)
 }
 
-/// It runs, and has always run.
+/// Checks that the stranger runs and has never restarted.
 async fn is_untouched(stage: &Stage, stranger: &str) -> Result<()> {
     let found = stage.scope.inspect(stranger).await?;
     ensure!(found.name.as_deref() == Some(&format!("/{}", stage.tunnel)), "{:?}", found.name);
@@ -166,7 +167,7 @@ async fn renamed_by_hand(between: Between) -> Result<()> {
     way.refused_nothing()
 }
 
-/// While no agent runs, ours is renamed and somebody puts a container under its name; then they take it away.
+/// While no agent runs, somebody renames our container, starts another one under its name, and removes it later.
 async fn renamed_and_replaced(between: Between) -> Result<()> {
     let (stage, way, tunnel, mut agent, ours) = at_work(between).await?;
     agent.sigkill()?;
@@ -185,7 +186,7 @@ async fn renamed_and_replaced(between: Between) -> Result<()> {
     })
     .await?;
     tunnel.container(&stage).await?;
-    // And one that has another name when the agent leaves goes with it.
+    // A container that has another name when the agent stops goes with the agent.
     agent.wait_for_log("has its own again", SOON).await?;
     agent.sigterm()?;
     rename(&stage, &ours, "aside").await?;
@@ -202,7 +203,7 @@ async fn two_agents(between: Between) -> Result<()> {
     let known = tunnel.enrol(&stage, &first).await?;
     let before = tunnel.container(&stage).await?;
 
-    // Another master, key, folder and tunnel, and the same name.
+    // Another master, key, folder and tunnel, but the same name.
     let master = DevMaster::builder().protocol(Protocol::V1).start().await?;
     let (key, folder) = (master.generate_key("other"), tempfile::tempdir()?);
     let mut env = stage.env.clone();
@@ -235,7 +236,7 @@ async fn two_agents(between: Between) -> Result<()> {
 async fn a_container_of_an_earlier_version_is_adopted_and_its_successor_says_whose_it_is() -> Result<()> {
     let stage = Stage::new(Protocol::V2).await?;
     let tunnel = Tunnel::new(&stage, "");
-    // Without an id in the folder the agent marks its container as earlier versions did.
+    // Without an id in its folder, the agent labels its container as earlier versions did.
     let first = tunnel.agent_with_ready_tunnel(&stage).await?;
     let known = registered(&stage).await?;
     let before = tunnel.container(&stage).await?;
@@ -265,7 +266,7 @@ async fn an_agent_that_is_given_another_id_goes_on_with_its_container() -> Resul
     let before = tunnel.container(&stage).await?;
     agent.sigkill()?;
     drop(agent);
-    // As when it is enrolled anew: another key, and the id is gone.
+    // As after a new enrollment: another key, and no id.
     std::fs::remove_file(stage.data.path().join("agent_id.txt"))?;
     let key = stage.master.generate_key("another");
     stage.set("DOCKFLARE_API_KEY", key);
@@ -283,7 +284,7 @@ async fn an_agent_that_is_given_another_id_goes_on_with_its_container() -> Resul
     Ok(())
 }
 
-/// `docker network disconnect` of the tunnel container.
+/// Somebody runs `docker network disconnect` on the tunnel container.
 async fn disconnected(between: Between) -> Result<()> {
     let mut stage = Stage::new(Protocol::V2).await?;
     let way = Way::set(&mut stage, between).await?;
@@ -299,7 +300,7 @@ async fn disconnected(between: Between) -> Result<()> {
     agent.wait_for_log("had lost its network and is connected to it again", SOON).await?;
     eprintln!("connected again after {:.1?}", began.elapsed());
     assert_eq!(tunnel.container(&stage).await?.id, before.id);
-    // Where its connections did not survive, what follows is an outage of the edge like any other.
+    // If the connections did not survive, this is an outage of the edge like any other.
     visitors.until_connectors(1).await?;
     stage.tunnel_is("running").await?;
     eprintln!("visitors are served after {:.1?}", began.elapsed());

@@ -1,4 +1,4 @@
-//! A Docker over TLS, with a certificate on both sides: the real Engine behind an end of TLS that wants the agent's.
+//! Tests Docker over mutual TLS: the real Engine behind a TLS endpoint that requires the agent's certificate.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -28,7 +28,7 @@ pub(crate) fn cases() -> Vec<Case> {
 
 type Authority = CertifiedIssuer<'static, KeyPair>;
 
-/// The end of TLS before the Engine.
+/// The TLS endpoint in front of the Engine.
 struct Front {
     authority: Authority,
     port: u16,
@@ -69,7 +69,8 @@ impl Front {
         format!("tcp://localhost:{}", self.port)
     }
 
-    /// A folder as Docker's client has it: which authority is trusted, and who has signed the client's certificate.
+    /// Writes a folder as Docker's client uses it. It trusts the authority `trusts` and holds a client certificate that
+    /// `signed_by` has signed.
     fn folder(&self, at: &Path, trusts: &Authority, signed_by: &Authority) -> Result<PathBuf> {
         std::fs::create_dir_all(at)?;
         let (certificate, key) = signed(signed_by, ExtendedKeyUsagePurpose::ClientAuth)?;
@@ -89,7 +90,7 @@ impl Drop for Front {
 fn authority() -> Result<Authority> {
     let mut params = CertificateParams::new(Vec::new())?;
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    // Two of one name are taken for one whose signatures are wrong.
+    // Use a random name: TLS mistakes two authorities of one name for one with wrong signatures.
     params.distinguished_name.push(rcgen::DnType::CommonName, format!("authority {:016x}", fastrand::u64(..)));
     Ok(CertifiedIssuer::self_signed(params, KeyPair::generate()?)?)
 }
@@ -101,7 +102,7 @@ fn signed(authority: &Authority, purpose: ExtendedKeyUsagePurpose) -> Result<(rc
     Ok((params.signed_by(&key, authority)?, key))
 }
 
-/// A stage whose agents reach the Engine through TLS.
+/// Makes a stage whose agents reach the Engine through TLS.
 async fn stage(front: &Front) -> Result<Stage> {
     let mut stage = Stage::new(Protocol::V2).await?;
     let folder = front.folder(&stage.data.path().join("certificates"), &front.authority, &front.authority)?;
@@ -180,7 +181,7 @@ async fn what_is_wrong_with_tls_is_named() -> Result<()> {
     Ok(())
 }
 
-/// A port at which plain HTTP is spoken.
+/// Opens a port that speaks plain HTTP.
 async fn plain_port() -> Result<u16> {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let listener = TcpListener::bind("localhost:0").await?;

@@ -1,4 +1,4 @@
-//! Visitors of a tunnel: requests through a stand-in for Cloudflare's edge, all along, and what became of them.
+//! Visitors of a tunnel: a steady stream of requests through a stand-in for Cloudflare's edge, and their outcome.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -12,9 +12,9 @@ use tokio::task::JoinSet;
 use crate::containers_scene::Tunnel;
 use crate::support::{SOON, Stage};
 
-/// What the edge takes to lead visitors to a connector that has just registered.
+/// How long the edge takes to send visitors to a newly registered connector.
 pub(crate) const EDGE_TAKES: Duration = Duration::from_secs(3);
-/// Between two visitors. Each second one asks for something that takes a while.
+/// The pause between two visitors. Every second one makes a slow request.
 const EVERY: Duration = Duration::from_millis(20);
 
 /// An edge on the stage's network, with visitors of one tunnel.
@@ -22,24 +22,24 @@ pub(crate) struct Visitors {
     edge: Arc<Edge>,
     tunnel: String,
     seen: watch::Receiver<Seen>,
-    /// Dropped, they stay away.
+    /// Dropping this ends the visits.
     coming: JoinSet<()>,
 }
 
-/// What became of them.
+/// The outcome of the visits so far.
 #[derive(Debug, Default, Clone)]
 struct Seen {
     served: usize,
     failed: Vec<String>,
 }
 
-/// Makes the stage's network and an edge that is reached from it.
+/// Makes the stage's network and an edge that containers on it can reach.
 pub(crate) async fn edge(stage: &Stage) -> Result<Arc<Edge>> {
     stage.scope.create_network(&stage.network).await?;
     edge_on(stage).await
 }
 
-/// An edge that is reached from the stage's network, which is there.
+/// Makes an edge that containers on the stage's existing network can reach.
 pub(crate) async fn edge_on(stage: &Stage) -> Result<Arc<Edge>> {
     let network = stage.scope.docker().inspect_network(&stage.network, None).await?;
     let config = network.ipam.and_then(|ipam| ipam.config).and_then(|config| config.into_iter().next());
@@ -47,13 +47,13 @@ pub(crate) async fn edge_on(stage: &Stage) -> Result<Arc<Edge>> {
     Ok(Arc::new(Edge::start(SocketAddr::new(gateway, 0), EDGE_TAKES).await?))
 }
 
-/// The stage's tunnel with a new token, whose connectors come to this edge.
+/// Returns the stage's tunnel with a new token, whose connectors register at this edge.
 pub(crate) fn tunnel(stage: &Stage, edge: &Edge, words: &str) -> Tunnel {
     Tunnel::new(stage, &format!("edge={} drain=1500 {words}", edge.address()))
 }
 
 impl Visitors {
-    /// They come from when the first one can be served.
+    /// Waits for the first connector, then starts the visits.
     pub(crate) async fn come(edge: &Arc<Edge>, tunnel: &Tunnel) -> Result<Self> {
         let (told, seen) = watch::channel(Seen::default());
         let visitors = Self { edge: edge.clone(), tunnel: tunnel.id.clone(), seen, coming: JoinSet::new() };
@@ -82,29 +82,29 @@ impl Visitors {
         Ok(visitors)
     }
 
-    /// Waits until visitors are led to this many connectors.
+    /// Waits until the edge sends visitors to this many connectors.
     pub(crate) async fn until_connectors(&self, count: usize) -> Result<()> {
         let what = format!("{count} connector(s) at the edge");
         wait_until(&what, SOON, async || (self.edge.connectors(&self.tunnel).len() == count).then_some(())).await
     }
 
-    /// How many failed so far, and how many were served.
+    /// Returns how many visits failed so far, and how many succeeded.
     pub(crate) fn counted(&self) -> (usize, usize) {
         let seen = self.seen.borrow();
         (seen.failed.len(), seen.served)
     }
 
-    /// How many were served so far.
+    /// Returns how many visits succeeded so far.
     pub(crate) fn served(&self) -> usize {
         self.seen.borrow().served
     }
 
-    /// Waits for a hundred more, and sees that each one so far was served.
+    /// Waits for a hundred more visits, and checks that none has failed so far.
     pub(crate) async fn all_were_served(&mut self) -> Result<()> {
         self.all_were_served_but(0).await
     }
 
-    /// As [`Visitors::all_were_served`], where so many have failed before.
+    /// Like [`Visitors::all_were_served`], but allows for the first `before` failures.
     pub(crate) async fn all_were_served_but(&mut self, before: usize) -> Result<()> {
         let more = self.seen.borrow().served + 100;
         let enough = |seen: &Seen| seen.served >= more || seen.failed.len() > before;

@@ -1,4 +1,4 @@
-//! The agent, or any of the workspace's programs, as a process of this host.
+//! Runs the agent, or any other program of the workspace, as a process on this host.
 
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Read};
@@ -15,39 +15,39 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::runner;
 
-/// A running program, all it writes, and the secrets that it must not write.
+/// A running program, its log, and the secrets that must not appear in that log.
 ///
-/// Dropping it kills it. If the test fails the log is shown with it; and if a planted secret occurs in
-/// the log, the drop panics, so that the test fails for that alone.
+/// Dropping it kills the program and shows the log if the test fails. If the log holds a planted secret, the drop
+/// panics and so fails the test.
 pub struct AgentProcess {
     name: String,
     child: Child,
     log: Arc<Log>,
-    /// Hangs up when standard output and error have both ended.
+    /// Disconnects when standard output and standard error have both ended.
     reading: Receiver<()>,
     secrets: Vec<String>,
 }
 
-/// Lines of both outputs, as they came.
+/// The lines of both outputs, in order of arrival.
 struct Log {
     lines: Mutex<Vec<String>>,
-    /// The number of lines, for those who wait.
+    /// The number of lines; each new line wakes the waiting callers.
     count: watch::Sender<usize>,
 }
 
 impl AgentProcess {
-    /// Starts `binary` with this environment and nothing else of ours, in the folder `cwd`.
+    /// Starts `binary` in the folder `cwd` with exactly this environment, inheriting none of ours.
     ///
     /// # Errors
-    /// When it cannot be started.
+    /// When the program cannot be started.
     pub fn spawn(binary: &Path, env: &[(String, String)], cwd: &Path) -> Result<Self> {
         Self::spawn_with(binary, &[], env, cwd)
     }
 
-    /// As [`AgentProcess::spawn`], with arguments.
+    /// Like [`AgentProcess::spawn`], with arguments.
     ///
     /// # Errors
-    /// When it cannot be started.
+    /// When the program cannot be started.
     pub fn spawn_with(binary: &Path, args: &[&str], env: &[(String, String)], cwd: &Path) -> Result<Self> {
         let mut child = Command::new(binary)
             .args(args)
@@ -69,71 +69,71 @@ impl AgentProcess {
         Ok(Self { name, child, log, reading, secrets: Vec::new() })
     }
 
-    /// From now on, and for all that was written before: this must not occur in the log.
+    /// Forbids `secret` anywhere in the log, in earlier lines too.
     pub fn plant(&mut self, secret: &str) {
         self.secrets.push(secret.to_owned());
     }
 
-    /// The process id.
+    /// Returns the process id.
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// All it has written so far, standard output and error as they came.
+    /// Returns the log so far: standard output and error, in order of arrival.
     #[must_use]
     pub fn log(&self) -> String {
         self.log.lines().join("\n")
     }
 
-    /// How many lines it has written: a mark for [`AgentProcess::wait_for_log_after`].
+    /// Returns the number of lines so far, as a mark for [`AgentProcess::wait_for_log_after`].
     #[must_use]
     pub fn mark(&self) -> usize {
         self.log.lines().len()
     }
 
-    /// Waits for a line with this text, and gives it; one that was written already will do.
+    /// Waits for a line with this text and returns it. An earlier line counts.
     ///
     /// # Errors
-    /// When `limit` is over, or the program has ended, without one.
+    /// When `limit` passes or the program ends without such a line.
     pub async fn wait_for_log(&self, text: &str, limit: Duration) -> Result<String> {
         self.wait_for_log_after(0, text, limit).await
     }
 
-    /// As [`AgentProcess::wait_for_log`], but only lines written after the mark count.
+    /// Like [`AgentProcess::wait_for_log`], but only lines after the mark count.
     ///
     /// # Errors
-    /// As there.
+    /// As for [`AgentProcess::wait_for_log`].
     pub async fn wait_for_log_after(&self, mark: usize, text: &str, limit: Duration) -> Result<String> {
         let deadline = Instant::now() + limit;
         let mut count = self.log.count.subscribe();
         loop {
             count.mark_unchanged();
-            // Looked at before the log: what was written until the end is in it then.
+            // Check this before the log: the log is complete once the outputs have ended.
             let ended = self.reading.try_recv() == Err(std::sync::mpsc::TryRecvError::Disconnected);
             let found = self.log.lines().iter().skip(mark).find(|line| line.contains(text)).cloned();
             match found {
                 Some(line) => return Ok(line),
                 None if ended => bail!("{} ended without {text:?} in its log", self.name),
                 None if Instant::now() >= deadline => bail!("{} logged no {text:?} within {limit:?}", self.name),
-                // Woken by a line, or to see whether it has ended; the deadline is looked at above.
+                // Wake on a new line, or to check whether the program has ended. The deadline is checked above.
                 None => drop(timeout_at(deadline.min(Instant::now() + LOOK_EVERY), count.changed()).await),
             }
         }
     }
 
-    /// Asks it to stop.
+    /// Sends SIGTERM.
     ///
     /// # Errors
-    /// When it has ended and been waited for.
+    /// When the program has ended and been waited for.
     pub fn sigterm(&self) -> Result<()> {
         self.signal(Signal::TERM)
     }
 
-    /// Ends it without its having a say, as a crash of the host would.
+    /// Sends SIGKILL, which ends the program as abruptly as a crash of the host.
     ///
     /// # Errors
-    /// When it has ended and been waited for.
+    /// When the program has ended and been waited for.
     pub fn sigkill(&self) -> Result<()> {
         self.signal(Signal::KILL)
     }
@@ -141,24 +141,24 @@ impl AgentProcess {
     /// Sends any signal.
     ///
     /// # Errors
-    /// When it has ended and been waited for.
+    /// When the program has ended and been waited for.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).context("no process id")?;
         kill_process(pid, signal).with_context(|| format!("cannot signal {}", self.name))
     }
 
-    /// Whether it is still running.
+    /// Whether the program is still running.
     ///
     /// # Errors
-    /// When the system does not say.
+    /// When the system cannot tell.
     pub fn is_running(&mut self) -> Result<bool> {
         Ok(self.child.try_wait()?.is_none())
     }
 
-    /// Waits for its end, and for the rest of its log.
+    /// Waits for the program to end and for the rest of its log.
     ///
     /// # Errors
-    /// When `limit` is over first.
+    /// When `limit` passes first.
     pub async fn wait_exit(&mut self, limit: Duration) -> Result<ExitStatus> {
         let deadline = Instant::now() + limit;
         loop {
@@ -173,14 +173,14 @@ impl AgentProcess {
         }
     }
 
-    /// A process that inherited the pipe could keep it open for ever: this does not wait that long.
+    /// Waits at most 2 s for the rest of the log: a process that inherited the pipe could keep it open forever.
     fn finish_reading(&self) {
         let ended = self.reading.recv_timeout(Duration::from_secs(2));
         debug_assert!(matches!(ended, Err(RecvTimeoutError::Disconnected | RecvTimeoutError::Timeout)));
     }
 }
 
-/// How often the system is asked for what it does not tell by itself.
+/// The pause between two checks for what the system does not announce by itself.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 impl Log {
@@ -189,12 +189,12 @@ impl Log {
     }
 }
 
-/// Reads to the end on a thread of its own; `open` is dropped there.
+/// Reads `output` to its end on a separate thread, which then drops `open`.
 fn read_lines(output: impl Read + Send + 'static, log: Arc<Log>, open: Sender<()>) {
     std::thread::spawn(move || {
         let mut output = BufReader::new(output);
         let mut line = Vec::new();
-        // Not `lines()`: what is no UTF-8 would end the reading, and then block the program.
+        // Not `lines()`: invalid UTF-8 would end the reading, and the full pipe would then block the program.
         while output.read_until(b'\n', &mut line).is_ok_and(|length| length > 0) {
             log.lines().push(String::from_utf8_lossy(&line).trim_end().to_owned());
             log.count.send_modify(|count| *count += 1);
@@ -206,7 +206,7 @@ fn read_lines(output: impl Read + Send + 'static, log: Arc<Log>, open: Sender<()
 
 impl Drop for AgentProcess {
     fn drop(&mut self) {
-        // Ended already is as good.
+        // Ignore errors: the program may have ended already.
         drop(self.child.kill());
         drop(self.child.wait());
         self.finish_reading();
@@ -219,10 +219,10 @@ impl Drop for AgentProcess {
     }
 }
 
-/// How every tunnel token begins: base64 of `{"`. No test need plant the tokens that a master makes up.
+/// The start of every tunnel token: base64 of `{"`. It finds tokens that a master makes up without planting them.
 const TOKEN_START: &str = "eyJ";
 
-/// The lines that hold a secret, each with a mark where the secret was.
+/// Returns the lines that hold a secret, with a placeholder instead of the secret.
 fn told_secrets(log: &str, secrets: &[String]) -> String {
     let mut told = String::new();
     for line in log.lines() {

@@ -1,4 +1,4 @@
-//! The workspace's programs, built when first asked for.
+//! Builds the workspace's programs when a test first asks for them.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-/// The programs whose package is called otherwise.
+/// The programs whose package has another name.
 const PACKAGES: [(&str, &str); 4] = [
     ("cloudflared", "cloudflared-stand-in"),
     ("workload", "cloudflared-stand-in"),
@@ -17,22 +17,22 @@ const PACKAGES: [(&str, &str); 4] = [
     ("checker", "testkit"),
 ];
 
-/// Built already, by this process; true is the release profile.
+/// The programs that this process has built; `true` means the release profile.
 static BUILT: Mutex<Option<HashMap<(String, bool), PathBuf>>> = Mutex::new(None);
 
-/// The workspace's folder.
+/// Returns the workspace's folder.
 ///
 /// # Panics
-/// Never, while this crate lies in `crates/`.
+/// Never, as long as this crate is in `crates/`.
 #[must_use]
 pub fn workspace_root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("crates/testkit lies in the workspace").to_owned()
 }
 
-/// The path of one of the workspace's programs (`cloudflared`, `workload`, `dockflare-dev-master`,
-/// `dockflare-agent`), static like all its builds. Builds it if this process has not done so yet.
+/// Returns the path of one of the workspace's programs (`cloudflared`, `workload`, `dockflare-dev-master`,
+/// `dockflare-agent`), statically linked like all its builds. Builds it if this process has not done so yet.
 ///
-/// Blocks while Cargo works. Cargo's own lock keeps several test processes apart.
+/// Blocks while Cargo builds. Cargo's lock serializes several test processes.
 ///
 /// # Errors
 /// When there is no such program or it does not compile.
@@ -40,17 +40,17 @@ pub fn binary(name: &str) -> Result<PathBuf> {
     remembered(name, false)
 }
 
-/// As [`binary`], in the release profile: the program that is shipped.
+/// Like [`binary`], in the release profile: the program that is shipped.
 ///
 /// # Errors
-/// As there.
+/// As for [`binary`].
 pub fn release_binary(name: &str) -> Result<PathBuf> {
     remembered(name, true)
 }
 
 fn remembered(name: &str, release: bool) -> Result<PathBuf> {
-    // Held while building: who wants the same program waits for it, who wants another would wait for
-    // Cargo's lock anyway.
+    // Held during the build. A caller that needs the same program waits for it; one that needs another program would
+    // wait for Cargo's lock anyway.
     let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
     let built = built.get_or_insert_default();
     let key = (name.to_owned(), release);
@@ -72,8 +72,8 @@ fn build(name: &str, release: bool) -> Result<PathBuf> {
     path.context("cargo named no executable")
 }
 
-/// The command that builds one of the workspace's programs as [`binary`] and [`release_binary`] do, but
-/// shows Cargo's progress: run it before them where somebody watches.
+/// Returns the command that builds one of the workspace's programs as [`binary`] and [`release_binary`] do, but
+/// shows Cargo's progress. Run it before them if a person is watching.
 #[must_use]
 pub fn cargo_build(name: &str, release: bool) -> Command {
     let package = PACKAGES.iter().find(|(binary, _)| *binary == name).map_or(name, |(_, package)| package);
@@ -82,8 +82,8 @@ pub fn cargo_build(name: &str, release: bool) -> Command {
     command
 }
 
-/// Cargo in the workspace's folder, as a person would call it there: without the variables that it sets
-/// for the process it runs, and without standard input.
+/// Returns a Cargo command in the workspace's folder, as a person would run it there: without the variables that
+/// Cargo sets for the processes it runs, and without standard input.
 #[must_use]
 pub fn cargo() -> Command {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| env!("CARGO").into());
@@ -95,15 +95,15 @@ pub fn cargo() -> Command {
     command
 }
 
-/// Where one line of Cargo's report says that the program is.
+/// Returns the path of the program, if this line of Cargo's report names it.
 fn executable(line: &str, name: &str) -> Option<PathBuf> {
     let message: Value = serde_json::from_str(line).ok()?;
     let is_it = message["reason"] == "compiler-artifact" && message["target"]["name"] == name;
     message["executable"].as_str().filter(|_| is_it).map(PathBuf::from)
 }
 
-/// Whether Cargo set the variable for the process it runs. Passed on, it would differ from one caller to
-/// the next, and build scripts that look at it would make Cargo build again.
+/// Whether Cargo set the variable for the process it runs. Such a variable differs from one caller to the next:
+/// passed on, it would make build scripts that read it run again.
 fn is_cargos_own(variable: &OsString) -> bool {
     let Some(variable) = variable.to_str() else { return false };
     let prefixes = ["CARGO_PKG_", "CARGO_BIN_", "CARGO_MANIFEST_"];

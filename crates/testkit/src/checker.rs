@@ -1,9 +1,10 @@
-//! A program that reads the files of a workload as fast as it can and counts what is not as it should be. It runs in an
-//! image of its own, without a shell, under a user who may read files of group 1000.
+//! A program that reads a workload's files as fast as it can and counts bad reads. It runs in its own image, without a
+//! shell, as a user who may read files of group 1000.
 //!
-//! `checker FOLDER LAST` expects the files `key`, which is eight digits 512 times, and `both`, which is twice what `key`
-//! is. It says `seen DIGITS NANOSECONDS` for each new content, `reads N` each 100,000 reads, and ends when it has seen
-//! LAST: with 0 if no read found a file missing, cut, mixed with another version, or older than one before.
+//! `checker FOLDER LAST` expects the files `key`, which holds eight digits 512 times, and `both`, which holds the
+//! content of `key` twice. It prints `seen DIGITS NANOSECONDS` for each new version and `reads N` every 99,999 reads.
+//! It ends when it has seen LAST, with exit code 0 if no read found a file missing, cut, mixed with another version, or
+//! older than an earlier read.
 
 #![allow(clippy::print_stdout, reason = "it talks to a test through its log")]
 #![allow(clippy::disallowed_methods, clippy::disallowed_macros, reason = "it does one thing and nobody waits for it")]
@@ -16,7 +17,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{Mode, OFlags, openat};
 
-/// Digits of a version, and how often they are repeated.
+/// Digits of a version, and how often `key` repeats them.
 const DIGITS: usize = 8;
 const TIMES: usize = 512;
 
@@ -68,7 +69,7 @@ fn main() -> ExitCode {
     ExitCode::from(u8::from(missing + torn + mixed + older > 0))
 }
 
-/// Both files of one version, as a program reads them that needs them to fit together.
+/// Reads both files of one version, as a program does that needs a matching pair.
 fn together(folder: &Path) -> io::Result<(Vec<u8>, Vec<u8>)> {
     let set = File::open(folder.join("..data"))?;
     let read = |name: &str| {
@@ -80,7 +81,7 @@ fn together(folder: &Path) -> io::Result<(Vec<u8>, Vec<u8>)> {
 }
 
 impl Count {
-    /// Which version was read, if it is a whole one.
+    /// Returns the version that was read if it is complete, and counts a missing or torn file.
     fn version(&mut self, read: io::Result<Vec<u8>>, copies: usize) -> Option<String> {
         let bytes = match read {
             Ok(bytes) => bytes,

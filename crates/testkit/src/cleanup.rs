@@ -1,6 +1,6 @@
-//! Removing: a scope's things, this process's images, and what dead processes left.
+//! Removes a scope's objects, this process's images, and what dead processes left.
 //!
-//! Every listing here filters by this crate's label, and every removal by name looks at the thing's age.
+//! Every listing here filters by label, and every removal by name checks the object's age.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -18,17 +18,17 @@ use bollard::query_parameters::{
 use crate::engine::{docker, wait_until};
 use crate::process::{self, Kind, MARK, Owned, SCOPE, is_orphan, me};
 
-/// How often a network that Docker says is in use is tried again, and how long after.
+/// How often to try to remove a network that Docker reports as in use, and the pause between tries.
 const REMOVAL_TRIES: usize = 20;
 const REMOVAL_PAUSE: Duration = Duration::from_millis(100);
 
-/// Runs `future` on a runtime of its own.
+/// Runs `future` on a separate runtime.
 pub(crate) fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
     tokio::runtime::Builder::new_current_thread().enable_all().build().context("no runtime")?.block_on(future)
 }
 
-/// Removes what carries the scope's label, and what it registered by name. Gives the containers' logs
-/// if they are wanted.
+/// Removes the objects with the scope's label and those registered by name. Returns the containers' logs if
+/// `want_logs` is set.
 pub(crate) async fn end_scope(suffix: &str, owned: &[Owned], want_logs: bool) -> Result<Vec<(String, String)>> {
     let docker = docker()?;
     let label = format!("{SCOPE}={suffix}");
@@ -56,9 +56,9 @@ pub(crate) async fn end_scope(suffix: &str, owned: &[Owned], want_logs: bool) ->
     Ok(logs)
 }
 
-/// Removes what test processes of this machine left that are no more: containers, networks, volumes and
-/// images with this crate's labels, and what they registered by name. [`main`](crate::main) calls it.
-/// Gives what it removed, each like `container web-abcdefgh`.
+/// Removes what dead test processes of this machine left: containers, networks, volumes and images with this crate's
+/// labels, and what those processes registered by name. [`main`](crate::main) calls it.
+/// Returns what it removed, each entry like `container web-abcdefgh`.
 ///
 /// # Errors
 /// When the engine refuses.
@@ -78,7 +78,7 @@ pub async fn sweep(docker: &Docker) -> Result<Vec<String>> {
 }
 
 /// Removes every container, network, volume and image with this label (`key` or `key=value`), by force.
-/// Gives what it removed, as [`sweep`] does.
+/// Returns what it removed, as [`sweep`] does.
 ///
 /// # Errors
 /// When the engine refuses.
@@ -86,8 +86,8 @@ pub async fn remove_labelled(docker: &Docker, label: &str) -> Result<Vec<String>
     remove_all(docker, label, |_| true).await
 }
 
-/// Removes the images of this process, and what is left of its scopes. [`main`](crate::main) does it at
-/// its end; another program that used the kit calls it at its own.
+/// Removes this process's images and what is left of its scopes. [`main`](crate::main) does so at its end; any other
+/// program that uses the kit calls this function at its own end.
 ///
 /// # Errors
 /// When the engine refuses.
@@ -103,7 +103,7 @@ async fn end_process(docker: &Docker) -> Result<()> {
 
 type Labels = HashMap<String, String>;
 
-/// What has the label and is wanted, in the order in which it can be removed.
+/// Removes the objects with the label that `wanted` accepts, in the order that Docker allows.
 async fn remove_all(docker: &Docker, label: &str, wanted: impl Fn(&Labels) -> bool) -> Result<Vec<String>> {
     let mut removed = Vec::new();
     for (id, name) in containers(docker, label, &wanted).await? {
@@ -127,7 +127,7 @@ fn label_filter(label: &str) -> Option<HashMap<String, Vec<String>>> {
     Some(HashMap::from([("label".to_owned(), vec![label.to_owned()])]))
 }
 
-/// Ids and names.
+/// Lists ids and names.
 async fn containers(docker: &Docker, label: &str, wanted: impl Fn(&Labels) -> bool) -> Result<Vec<(String, String)>> {
     let options = ListContainersOptions { all: true, filters: label_filter(label), ..Default::default() };
     let found = docker.list_containers(Some(options)).await?.into_iter();
@@ -141,7 +141,7 @@ async fn containers(docker: &Docker, label: &str, wanted: impl Fn(&Labels) -> bo
     Ok(named.collect())
 }
 
-/// Ids and names.
+/// Lists ids and names.
 async fn networks(docker: &Docker, label: &str, wanted: impl Fn(&Labels) -> bool) -> Result<Vec<(String, String)>> {
     let found = docker.list_networks(Some(ListNetworksOptions { filters: label_filter(label) })).await?.into_iter();
     let found = found.filter(|network| wanted(&network.labels.clone().unwrap_or_default()));
@@ -169,7 +169,7 @@ fn ids(found: Vec<(String, String)>) -> Vec<String> {
     found.into_iter().map(|(id, _)| id).collect()
 }
 
-/// Removes a thing registered by name; false if it is not there, or not ours.
+/// Removes an object registered by name. Returns false if there is none or it is not ours.
 async fn remove_owned(docker: &Docker, owned: &Owned) -> Result<bool> {
     let found = match owned.kind {
         Kind::Container => owned_container(docker, owned).await,
@@ -183,10 +183,10 @@ async fn remove_owned(docker: &Docker, owned: &Owned) -> Result<bool> {
     Ok(true)
 }
 
-/// The id of a container registered by name, unless it is older than its registration.
+/// Returns the id of a container registered by name, unless it is older than its registration.
 async fn owned_container(docker: &Docker, owned: &Owned) -> Option<String> {
     let found = docker.inspect_container(&owned.name, None).await.ok()?;
-    // An id's beginning finds a container too: only a name is meant.
+    // Docker also finds a container by an id prefix: accept only an exact name.
     let named = found.name.as_deref().map(|name| name.trim_start_matches('/')) == Some(&owned.name);
     (named && is_since(found.created.as_deref()?, owned.since)).then_some(found.id?)
 }
@@ -197,12 +197,12 @@ async fn owned_network(docker: &Docker, owned: &Owned) -> Option<String> {
     (named && is_since(found.created.as_deref()?, owned.since)).then_some(found.id?)
 }
 
-/// Whether a time of Docker's is not before ours. Their clocks are one: the engine is on this host.
+/// Whether Docker's time `created` is at or after our time `since`. The engine on this host uses the same clock.
 fn is_since(created: &str, since: i64) -> bool {
     created.parse::<jiff::Timestamp>().is_ok_and(|created| created.as_millisecond() >= since)
 }
 
-/// A container's name and the end of its log.
+/// Returns a container's name with its status, and the last 200 lines of its log.
 async fn tail(docker: &Docker, id: &str) -> Option<(String, String)> {
     let found = docker.inspect_container(id, None).await.ok()?;
     let state = found.state.and_then(|state| state.status).map(|status| status.to_string()).unwrap_or_default();
@@ -214,7 +214,7 @@ async fn remove_container(docker: &Docker, id: &str) -> Result<()> {
     let options = RemoveContainerOptions { v: true, force: true, ..Default::default() };
     let removed = docker.remove_container(id, Some(options)).await;
     if let Err(Error::DockerResponseServerError { status_code: 409, .. }) = removed {
-        // Someone else is removing it, Docker itself for one with `--rm`.
+        // Another party is removing it: Docker itself, for example, if the container has `--rm`.
         return wait_until("a container to be gone", Duration::from_secs(10), async || {
             let gone = docker.inspect_container(id, None).await;
             matches!(gone, Err(Error::DockerResponseServerError { status_code: 404, .. })).then_some(())
@@ -224,11 +224,11 @@ async fn remove_container(docker: &Docker, id: &str) -> Result<()> {
     tolerate_gone(removed).with_context(|| format!("cannot remove container {id}"))
 }
 
-/// False when Docker cannot remove it.
+/// Returns false when Docker cannot remove the network.
 async fn remove_network(docker: &Docker, id: &str) -> Result<bool> {
-    // Docker lets go of the last container's place there a moment after the container is gone.
+    // Docker frees the last container's endpoint a moment after the container is gone.
     for _ in 0..REMOVAL_TRIES {
-        // What is still attached was made by someone else, but the network is ours.
+        // Any container still attached is not ours, but the network is.
         let attached = docker.inspect_network(id, None).await.ok().and_then(|network| network.containers);
         let attached: Vec<_> = attached.into_iter().flatten().map(|(id, _)| id).collect();
         for container in &attached {
@@ -244,7 +244,7 @@ async fn remove_network(docker: &Docker, id: &str) -> Result<bool> {
         }
         tokio::time::sleep(REMOVAL_PAUSE).await;
     }
-    // Engine 20.10 may count a place that is not there, and then nobody can remove the network until it restarts.
+    // Engine 20.10 may count an endpoint that does not exist. Then nobody can remove the network until it restarts.
     eprintln!("testkit: Docker miscounts the places on network {id}, which stays until dockerd is restarted");
     Ok(false)
 }
@@ -254,7 +254,7 @@ async fn remove_volume(docker: &Docker, name: &str) -> Result<()> {
     tolerate_gone(removed).with_context(|| format!("cannot remove volume {name}"))
 }
 
-/// Gone already is as good as removed.
+/// Treats an object that is already gone as removed.
 fn tolerate_gone(result: Result<(), Error>) -> Result<(), Error> {
     match result {
         Err(Error::DockerResponseServerError { status_code: 404, .. }) => Ok(()),

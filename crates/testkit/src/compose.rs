@@ -1,5 +1,5 @@
-//! The two generations of Docker Compose that people deploy with. The first is Debian 12's package, installed or not;
-//! the second is Debian 13's, which runs as it is once it is unpacked.
+//! Finds the two generations of Docker Compose that people deploy with. V1 is Debian 12's package and must be
+//! installed. V2 is Debian 13's package, which only needs unpacking.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::binaries::workspace_root;
 
-/// A generation.
+/// A generation of Docker Compose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Compose {
     /// 1.29, in Python.
@@ -18,7 +18,7 @@ pub enum Compose {
     V2,
 }
 
-/// What is fetched. A package of this name and content is in Debian's pool for as long as trixie is.
+/// The package to fetch. Debian's pool keeps it under this name and with this content as long as it keeps trixie.
 const PACKAGE: &str = "docker-compose_2.26.1-4";
 /// SHA-256 of the package, by architecture.
 const SUMS: [(&str, &str, &str); 2] = [
@@ -26,16 +26,16 @@ const SUMS: [(&str, &str, &str); 2] = [
     ("aarch64", "arm64", "bbafaa666f3e7fa00ad36f2a8bab889f1c791ca8743d674e7267a3d07203869c"),
 ];
 const POOL: &str = "http://deb.debian.org/debian/pool/main/d/docker-compose";
-/// Comes with apt; it checks the sum, and knows the proxy that apt is told to use.
+/// Comes with apt. It checks the sum and uses the proxy that apt is configured with.
 const FETCH: &str = "/usr/lib/apt/apt-helper";
-/// Where the program lies in the package.
+/// The program's path in the package.
 const PROGRAM: &str = "usr/libexec/docker/cli-plugins/docker-compose";
 
 impl Compose {
-    /// The program. The second generation is fetched into `target/tools` when it is not there; blocks until it is.
+    /// Returns the program's path. If V2 is not in `target/tools` yet, fetches it there and blocks meanwhile.
     ///
     /// # Errors
-    /// When it cannot be had here.
+    /// When V1 is not installed, or V2 cannot be fetched or unpacked.
     pub fn program(self) -> Result<PathBuf> {
         match self {
             Self::V1 => {
@@ -54,7 +54,7 @@ fn is_version(program: &Path, begins: &str) -> bool {
     told.is_ok_and(|told| String::from_utf8_lossy(&told.stdout).trim().trim_start_matches('v').starts_with(begins))
 }
 
-/// Held while it is fetched, so that one process does it once.
+/// Held during the fetch, so that each process fetches only once.
 static FETCHING: Mutex<()> = Mutex::new(());
 
 fn fetched() -> Result<PathBuf> {
@@ -70,7 +70,7 @@ fn fetched() -> Result<PathBuf> {
     let (_, debian, sum) = known.with_context(|| format!("no package of Docker Compose 2 is known for {here}"))?;
     ensure!(Path::new(FETCH).exists(), "Docker Compose 2 is fetched with apt, which is not here");
     std::fs::create_dir_all(&tools)?;
-    // Another process may do the same: whoever is first puts it into place.
+    // Another process may fetch at the same time: the first one moves its copy into place.
     let work = tempfile::tempdir_in(&tools)?;
     let file = work.path().join("package.deb");
     let mut fetch = Command::new(FETCH);

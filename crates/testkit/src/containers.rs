@@ -1,4 +1,4 @@
-//! Containers and networks of a scope.
+//! Makes and controls a scope's containers, networks and volumes.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -22,34 +22,34 @@ use crate::images::images;
 use crate::process;
 use crate::scope::Scope;
 
-/// Where the stand-in's metrics server listens by default.
+/// The default port of the stand-in's metrics server.
 const METRICS_PORT: u16 = 20241;
 
-/// A container to be made. All but the image may be left out.
+/// The description of a container to make. Only the image is required.
 #[derive(Debug, Clone, Default)]
 pub struct Spec<'a> {
     /// The image.
     pub image: &'a str,
-    /// The name in full, [`Scope::name`] gives a free one; a random one if empty.
+    /// The full name; [`Scope::name`] returns a free one. Empty for a random name.
     pub name: &'a str,
-    /// Labels, besides the scope's.
+    /// Labels in addition to the scope's.
     pub labels: &'a [(&'a str, &'a str)],
-    /// Environment.
+    /// Environment variables.
     pub env: &'a [(&'a str, &'a str)],
-    /// Arguments to the image's entry point; its own if empty.
+    /// Arguments to the image's entry point. Empty for the image's own.
     pub args: &'a [&'a str],
-    /// The network it starts in, Docker's `bridge` if none.
+    /// The network in which the container starts; Docker's `bridge` if `None`.
     pub network: Option<&'a str>,
-    /// `--rm`.
+    /// Whether Docker removes the container when it ends, as `--rm` does.
     pub auto_remove: bool,
-    /// All else: mounts, ports, capabilities, a read-only root …
+    /// All other settings: mounts, ports, capabilities, a read-only root …
     pub host: HostConfig,
     /// A health check.
     pub health: Option<HealthConfig>,
 }
 
 impl Scope {
-    /// Creates and starts a container; gives its id.
+    /// Creates and starts a container. Returns its id.
     ///
     /// # Errors
     /// When the engine refuses.
@@ -59,7 +59,7 @@ impl Scope {
         Ok(id)
     }
 
-    /// Creates a container without starting it; gives its id.
+    /// Creates a container without starting it. Returns its id.
     ///
     /// # Errors
     /// When the engine refuses.
@@ -86,8 +86,8 @@ impl Scope {
         Ok(created.with_context(|| format!("cannot create container {name}"))?.id)
     }
 
-    /// A container of the `workload` image, started. Without `args` it serves; `["exit", "3"]` and
-    /// `["sleep", "500"]` end. Gives its id.
+    /// Starts a container of the `workload` image. Without `args` it serves; with `["exit", "3"]` or `["sleep", "500"]`
+    /// it ends. Returns its id.
     ///
     /// # Errors
     /// When the engine refuses, or the image cannot be made.
@@ -110,7 +110,7 @@ impl Scope {
         self.docker().start_container(container, None).await.with_context(|| format!("cannot start {container}"))
     }
 
-    /// Stops a container: SIGTERM, and SIGKILL after so many seconds.
+    /// Stops a container: SIGTERM, then SIGKILL after `seconds`.
     ///
     /// # Errors
     /// When the engine refuses.
@@ -119,7 +119,7 @@ impl Scope {
         Ok(self.docker().stop_container(container, Some(options)).await?)
     }
 
-    /// Restarts a container, with so many seconds to stop.
+    /// Restarts a container, which has `seconds` to stop.
     ///
     /// # Errors
     /// When the engine refuses.
@@ -137,7 +137,7 @@ impl Scope {
         Ok(self.docker().kill_container(container, Some(options)).await?)
     }
 
-    /// Freezes a container.
+    /// Pauses a container.
     ///
     /// # Errors
     /// When the engine refuses.
@@ -145,7 +145,7 @@ impl Scope {
         Ok(self.docker().pause_container(container).await?)
     }
 
-    /// Thaws a container.
+    /// Resumes a paused container.
     ///
     /// # Errors
     /// When the engine refuses.
@@ -162,7 +162,7 @@ impl Scope {
         Ok(self.docker().remove_container(container, Some(options)).await?)
     }
 
-    /// A container's state in full.
+    /// Returns the full inspection of a container.
     ///
     /// # Errors
     /// When there is no such container.
@@ -171,10 +171,10 @@ impl Scope {
         found.with_context(|| format!("cannot inspect {container}"))
     }
 
-    /// A container's state in full; none if there is no such container.
+    /// Returns the full inspection of a container; `None` if there is no such container.
     ///
     /// # Errors
-    /// When the engine cannot say.
+    /// When the engine cannot tell.
     pub async fn find(&self, container: &str) -> Result<Option<ContainerInspectResponse>> {
         match self.docker().inspect_container(container, None).await {
             Ok(found) => Ok(Some(found)),
@@ -183,16 +183,16 @@ impl Scope {
         }
     }
 
-    /// A container's status in one word (`running`, `exited`, …); `gone` if there is no such container.
+    /// Returns a container's status in one word (`running`, `exited`, …); `gone` if there is no such container.
     ///
     /// # Errors
-    /// When the engine cannot say.
+    /// When the engine cannot tell.
     pub async fn status(&self, container: &str) -> Result<String> {
         let Some(found) = self.find(container).await? else { return Ok("gone".into()) };
         Ok(found.state.and_then(|state| state.status).map(|status| status.to_string()).unwrap_or_default())
     }
 
-    /// A container's health in one word (`starting`, `healthy`, …); empty without a health check.
+    /// Returns a container's health in one word (`starting`, `healthy`, …); empty without a health check.
     ///
     /// # Errors
     /// When there is no such container.
@@ -201,7 +201,7 @@ impl Scope {
         Ok(health.and_then(|health| health.status).map(|status| status.to_string()).unwrap_or_default())
     }
 
-    /// What a container has written, standard output and error as they came.
+    /// Returns a container's log: standard output and error, in order of arrival.
     ///
     /// # Errors
     /// When there is no such container.
@@ -209,10 +209,10 @@ impl Scope {
         logs(self.docker(), container, "all").await
     }
 
-    /// A running container's first address, which this host can reach.
+    /// Returns a running container's first address, which this host can reach.
     ///
     /// # Errors
-    /// When it has none (yet).
+    /// When the container has no address (yet).
     pub async fn ip(&self, container: &str) -> Result<IpAddr> {
         let networks = self.inspect(container).await?.network_settings.and_then(|settings| settings.networks);
         let mut addresses = networks.into_iter().flatten().filter_map(|(_, endpoint)| endpoint.ip_address);
@@ -220,11 +220,11 @@ impl Scope {
         address.with_context(|| format!("{container} has no address"))
     }
 
-    /// Changes a running stand-in's behaviour: `{"unready": true}`, `{"exit": 1}` (see the stand-in's
-    /// table). It may be any container, the agent's too, with its metrics server on port 20241.
+    /// Changes a running stand-in's behavior: `{"unready": true}`, `{"exit": 1}` (see the stand-in's table).
+    /// `container` may be any container with the stand-in's metrics server on port 20241, also one that the agent made.
     ///
     /// # Errors
-    /// When it does not answer, or refuses the words.
+    /// When the stand-in does not answer or refuses the words.
     pub async fn tell_stand_in(&self, container: &str, words: &Value) -> Result<()> {
         let address = format!("{}:{METRICS_PORT}", self.ip(container).await?);
         let request = crate::http::post(&address, "/stand-in", words);
@@ -233,7 +233,7 @@ impl Scope {
         Ok(())
     }
 
-    /// Makes a bridge network of this name, [`Scope::name`] gives a free one. Gives its id.
+    /// Makes a bridge network of this name; [`Scope::name`] returns a free one. Returns the network's id.
     ///
     /// # Errors
     /// When the engine refuses.
@@ -246,7 +246,7 @@ impl Scope {
         Ok(self.docker().create_network(request).await.with_context(|| format!("cannot create {name}"))?.id)
     }
 
-    /// Removes a network. What is attached has to be gone before.
+    /// Removes a network. Detach or remove its containers first.
     ///
     /// # Errors
     /// When the engine refuses.
@@ -275,7 +275,7 @@ impl Scope {
     }
 }
 
-/// The last `tail` lines of a container's log, or `all`.
+/// Returns the last `tail` lines of a container's log; `all` for the whole log.
 ///
 /// # Errors
 /// When there is no such container.

@@ -1,19 +1,19 @@
-//! One stage of a Dockerfile, made to build from local files.
+//! Extracts one stage of a Dockerfile and makes it build from local files.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-/// A stage that needs nothing but its context.
+/// A stage that builds from its context alone.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Stage {
     pub(crate) dockerfile: String,
-    /// Path in the context, file or folder here, and the mode if the instruction gives one.
+    /// Path in the context, local file or folder, and the mode if the instruction sets one.
     pub(crate) copies: Vec<(String, PathBuf, Option<u32>)>,
 }
 
-/// Takes the stage `FROM scratch AS name`, or the last `FROM scratch`, and lets each `COPY --from=` copy from the context
-/// what `sources` has for it, by the whole path or by its last part.
+/// Takes the stage `FROM scratch AS <name>`, or the last `FROM scratch` stage. Rewrites each `COPY --from=` to copy the
+/// matching file of `sources` from the context. A source matches by the whole path or by its last part.
 pub(crate) fn stage(text: &str, name: Option<&str>, sources: &[(&str, &Path)]) -> Result<Stage> {
     let lines = logical_lines(text);
     let start = lines.iter().rposition(|line| {
@@ -40,7 +40,7 @@ impl Stage {
         let (flags, paths): (Vec<_>, Vec<_>) = rest.split_whitespace().partition(|word| word.starts_with("--"));
         let mode = flags.iter().find_map(|flag| flag.strip_prefix("--chmod="));
         let mode = mode.map(|mode| u32::from_str_radix(mode, 8)).transpose().context("--chmod")?;
-        // The classic builder knows neither `--chmod` nor `--link`; the mode goes into the context.
+        // The classic builder knows neither `--chmod` nor `--link`. The files in the context get the mode instead.
         let keep: Vec<_> = flags.into_iter().filter(|flag| flag.starts_with("--chown=")).collect();
         let [froms @ .., to] = &paths[..] else { bail!("no destination") };
         let mut instruction = format!("COPY {}", keep.join(" "));
@@ -66,7 +66,7 @@ fn last_part(path: &str) -> &str {
     path.trim_end_matches('/').rsplit('/').next().unwrap_or(path)
 }
 
-/// Lines with their continuations, without comments and empty ones.
+/// Joins continued lines, and drops comments and empty lines.
 fn logical_lines(text: &str) -> Vec<String> {
     let mut lines = Vec::new();
     let mut open = String::new();

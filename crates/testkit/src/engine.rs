@@ -1,4 +1,4 @@
-//! The one Docker Engine of this machine.
+//! Reaches this machine's Docker Engine.
 
 use std::time::Duration;
 
@@ -6,23 +6,23 @@ use anyhow::{Context, Result, bail};
 use bollard::Docker;
 use tokio::time::{Instant, sleep, timeout};
 
-/// How often [`wait_until`] looks.
+/// The pause between two looks of [`wait_until`].
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
-/// A client of the engine at `DOCKER_HOST`, or of the usual socket. Nothing is sent yet.
+/// Returns a client of the engine at `DOCKER_HOST`, or at the default socket. Sends nothing yet.
 ///
 /// A client belongs to the runtime it is first used in: make one per test.
 ///
 /// # Errors
-/// When `DOCKER_HOST` makes no sense.
+/// When `DOCKER_HOST` is invalid.
 pub fn docker() -> Result<Docker> {
     Docker::connect_with_defaults().context("cannot set up a Docker client: is DOCKER_HOST right?")
 }
 
-/// The engine, if one answers. For tests that do not run under [`main`](crate::main).
+/// Returns a client if an engine answers within 10 s. For tests that do not run under [`main`](crate::main).
 ///
 /// # Panics
-/// With `CI=true`, when none answers: there a skipped test would pass unseen.
+/// With `CI=true`, when no engine answers: a skipped test would go unnoticed there.
 pub async fn engine() -> Option<Docker> {
     let docker = docker().ok();
     let answers = match &docker {
@@ -33,27 +33,27 @@ pub async fn engine() -> Option<Docker> {
     docker.filter(|_| answers)
 }
 
-/// Whether this run may not skip what needs an engine: `CI=true`.
+/// Whether this run must not skip tests that need an engine: `CI` is `true` or `1`.
 #[must_use]
 pub fn in_ci() -> bool {
     matches!(std::env::var("CI").as_deref(), Ok("true" | "1"))
 }
 
-/// The engine's socket, as a path on the engine's own host: for a mount.
+/// Returns the path of the engine's socket on the engine's host, for use as a mount.
 #[must_use]
 pub fn socket_path() -> String {
     let host = std::env::var("DOCKER_HOST").unwrap_or_default();
     host.strip_prefix("unix://").unwrap_or("/var/run/docker.sock").to_owned()
 }
 
-/// Asks `look` every 50 ms until it gives something.
+/// Calls `look` every 50 ms until it returns a value.
 ///
 /// # Errors
-/// When `limit` is over first; the error names `what` was waited for.
+/// When `limit` passes first; the error names `what` it waited for.
 pub async fn wait_until<T>(what: &str, limit: Duration, mut look: impl AsyncFnMut() -> Option<T>) -> Result<T> {
     let deadline = Instant::now() + limit;
     loop {
-        // The look has the same end: one that hangs is not waited for.
+        // The deadline also cuts off a look that hangs.
         match tokio::time::timeout_at(deadline, look()).await {
             Ok(Some(found)) => return Ok(found),
             Ok(None) if Instant::now() < deadline => sleep(LOOK_EVERY).await,

@@ -1,9 +1,8 @@
-//! A double of a Docker Engine on a unix socket: as much of its API as the agent reads, and all the ways in which
-//! that fails.
+//! A fake Docker Engine on a unix socket. It serves the part of the API that the agent reads, and fails on demand.
 //!
-//! It has containers, which the test starts and stops, their events with `since` and filters, and a listing. It says
-//! no more than an Engine would: events are kept for `since` up to 256, as there, and an event that nobody heard is
-//! not told again. Nothing can be created through it. It serves paths with and without a `/v1.NN` before them.
+//! It has containers, which the test starts and stops, their events with `since` and filters, and a listing. It reveals
+//! no more than a real Engine: it keeps the last 256 events for `since`, and does not repeat an event that nobody
+//! received. Clients cannot create anything. It serves paths with and without a `/v1.NN` prefix.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::convert::Infallible;
@@ -28,27 +27,27 @@ use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, JoinSet};
 
-/// The newest API that it speaks.
+/// The newest API version that the double serves.
 const NEWEST: u32 = 51;
 /// How many events an Engine keeps.
 const KEPT: usize = 256;
 
-/// A running double. Dropped, it cuts all connections, and its socket is gone.
+/// A running double. Dropping it cuts all connections and removes its socket.
 pub struct FakeDocker {
     engine: Arc<Mutex<Engine>>,
     folder: tempfile::TempDir,
     server: Mutex<Option<JoinHandle<()>>>,
 }
 
-/// How a listing is answered.
+/// How the double answers a listing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Listing {
     /// In full.
     #[default]
     Whole,
-    /// 200, and then half of it.
+    /// With status 200 and half of the body.
     Truncated,
-    /// This status.
+    /// With this status.
     Status(u16),
 }
 
@@ -59,12 +58,12 @@ type Body = UnsyncBoxBody<Bytes, io::Error>;
 struct Engine {
     containers: BTreeMap<String, Container>,
     made: u64,
-    /// The time of the last event, in nanoseconds, and the events since the start of the Engine.
+    /// The time of the last event in Unix nanoseconds. `kept` holds the events since the start of the Engine.
     told: i64,
     kept: VecDeque<(i64, Value)>,
     streams: Vec<Stream>,
     subscriptions: u64,
-    /// Streams that stay open and are told nothing.
+    /// Streams that stay open and receive nothing.
     deaf: Vec<Stream>,
     is_mute: bool,
     lag: Duration,
@@ -81,7 +80,7 @@ struct Stream {
 struct Container {
     labels: BTreeMap<String, String>,
     now: View,
-    /// What the listing goes on saying until then.
+    /// What the listing shows until `until`.
     before: View,
     until: Instant,
 }
@@ -93,10 +92,10 @@ struct View {
 }
 
 impl FakeDocker {
-    /// Starts one without containers.
+    /// Starts a double without containers.
     ///
     /// # Errors
-    /// When there can be no socket.
+    /// When the socket cannot be made.
     pub fn start() -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("dockflare-docker-").tempdir()?;
         let fake = Self { engine: Arc::default(), folder, server: Mutex::default() };
@@ -104,7 +103,7 @@ impl FakeDocker {
         Ok(fake)
     }
 
-    /// What an agent puts into `DOCKER_HOST`.
+    /// Returns the agent's value for `DOCKER_HOST`.
     #[must_use]
     pub fn host_url(&self) -> String {
         format!("unix://{}", self.socket().display())
@@ -114,13 +113,13 @@ impl FakeDocker {
         self.folder.path().join("docker.sock")
     }
 
-    /// Starts a new container with `dockflare.enable=true`, and gives its id.
+    /// Starts a new container with `dockflare.enable=true` and returns its id.
     #[must_use]
     pub fn run(&self, name: &str) -> String {
         self.run_with(name, &[("dockflare.enable", "true")])
     }
 
-    /// As [`FakeDocker::run`], with these labels.
+    /// Like [`FakeDocker::run`], with these labels.
     #[must_use]
     pub fn run_with(&self, name: &str, labels: &[(&str, &str)]) -> String {
         let mut engine = self.engine();
@@ -134,24 +133,24 @@ impl FakeDocker {
         id
     }
 
-    /// Starts a container again.
+    /// Starts a stopped container again.
     pub fn begin(&self, id: &str) {
         self.engine().change(id, "start", |view| view.runs = true);
     }
 
-    /// Ends a container, as `docker stop` does: `die`, then `stop`.
+    /// Ends a container with the events of `docker stop`: `die`, then `stop`.
     pub fn stop(&self, id: &str) {
         let mut engine = self.engine();
         engine.change(id, "die", |view| view.runs = false);
         engine.change(id, "stop", |_| {});
     }
 
-    /// Gives a container another name.
+    /// Renames a container.
     pub fn rename(&self, id: &str, name: &str) {
         self.engine().change(id, "rename", |view| name.clone_into(&mut view.name));
     }
 
-    /// The containers that run: id and name.
+    /// Returns the running containers: id and name.
     #[must_use]
     pub fn running(&self) -> BTreeMap<String, String> {
         let engine = self.engine();
@@ -159,7 +158,7 @@ impl FakeDocker {
         running.map(|(id, container)| (id.clone(), container.now.name.clone())).collect()
     }
 
-    /// How many streams of events are open and hear.
+    /// Returns the number of open event streams that receive events.
     #[must_use]
     pub fn listeners(&self) -> usize {
         let mut engine = self.engine();
@@ -167,59 +166,59 @@ impl FakeDocker {
         engine.streams.len()
     }
 
-    /// How many streams of events were ever asked for.
+    /// Returns the number of event streams requested so far.
     #[must_use]
     pub fn subscriptions(&self) -> u64 {
         self.engine().subscriptions
     }
 
-    /// Cuts all streams of events.
+    /// Cuts all event streams.
     pub fn cut(&self) {
         for stream in self.engine().streams.drain(..) {
-            // One that was left is cut already.
+            // The send fails if the client has left, which is fine.
             drop(stream.lines.send(Err(io::ErrorKind::ConnectionReset.into())));
         }
     }
 
-    /// Ends all streams of events in good order.
+    /// Ends all event streams cleanly.
     pub fn end_streams(&self) {
         self.engine().streams.clear();
     }
 
-    /// The streams that are open now stay so, and are told nothing any more. New ones are.
+    /// Stops sending events to the streams that are open now, but keeps them open. New streams receive events.
     pub fn deafen(&self) {
         let mut engine = self.engine();
         let now_deaf = std::mem::take(&mut engine.streams);
         engine.deaf.extend(now_deaf);
     }
 
-    /// While set, events are neither told nor kept.
+    /// While set, drops events: neither sends nor keeps them.
     pub fn mute(&self, is_mute: bool) {
         self.engine().is_mute = is_mute;
     }
 
-    /// The listing shows a change this long after its event, as that of Engine 20.10 does.
+    /// Makes the listing show a change only this long after its event, as Engine 20.10 does.
     pub fn lag(&self, lag: Duration) {
         self.engine().lag = lag;
     }
 
-    /// A listing is held for this long after it was made.
+    /// Delays each listing by this long after its content is fixed.
     pub fn slow_down(&self, slowness: Duration) {
         self.engine().slowness = slowness;
     }
 
-    /// How listings are answered from now on.
+    /// Sets how the double answers listings from now on.
     pub fn answer_listings(&self, listing: Listing) {
         self.engine().listing = listing;
     }
 
-    /// Refuses an API older than `1.<minor>`, as Engine 29 refuses what is older than 1.44.
+    /// Refuses API versions older than `1.<minor>`, as Engine 29 refuses those older than 1.44.
     pub fn insist_on(&self, minor: u32) {
         self.engine().oldest = minor;
     }
 
-    /// Takes back all that was set to go wrong, except that streams that are deaf stay deaf and a double that is
-    /// down stays down.
+    /// Undoes `mute`, `lag`, `slow_down` and `answer_listings`. Deaf streams stay deaf, and a double that is down stays
+    /// down.
     pub fn heal(&self) {
         let mut engine = self.engine();
         engine.is_mute = false;
@@ -231,13 +230,13 @@ impl FakeDocker {
         }
     }
 
-    /// Ends as a killed Engine does: connections are cut, the events are forgotten, the socket is gone. What runs
-    /// goes on running.
+    /// Ends the double like a killed Engine: cuts the connections, forgets the events, and removes the socket. Running
+    /// containers keep running.
     pub fn down(&self) {
         if let Some(server) = self.server().take() {
             server.abort();
         }
-        // Not there if it was down.
+        // The socket does not exist if the double was down.
         drop(std::fs::remove_file(self.socket()));
         let mut engine = self.engine();
         engine.streams.clear();
@@ -245,10 +244,10 @@ impl FakeDocker {
         engine.kept.clear();
     }
 
-    /// Serves, again or still.
+    /// Serves again. Does nothing if the double is up.
     ///
     /// # Errors
-    /// When there can be no socket.
+    /// When the socket cannot be made.
     pub fn up(&self) -> Result<()> {
         let mut server = self.server();
         if server.is_none() {
@@ -278,7 +277,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 async fn serve(listener: UnixListener, engine: Arc<Mutex<Engine>>) {
-    // Dropped with this task, which cuts them.
+    // The end of this task drops the connections, which cuts them.
     let mut connections = JoinSet::new();
     while let Ok((stream, _)) = listener.accept().await {
         let engine = engine.clone();
@@ -315,7 +314,7 @@ async fn answer(request: &Request<Incoming>, engine: &Mutex<Engine>) -> Response
                 Listing::Whole => reply(StatusCode::OK, text),
                 Listing::Truncated => {
                     let half = Bytes::copy_from_slice(&text.as_bytes()[..text.len() / 2]);
-                    // A moment in between, or the answer's head would be lost with its end.
+                    // Pause before the cut: otherwise the client would lose the head of the answer too.
                     let lines = stream::unfold(Some(half), |half| async {
                         match half {
                             Some(half) => Some((Ok(Frame::data(half)), None)),
@@ -346,7 +345,7 @@ async fn answer(request: &Request<Incoming>, engine: &Mutex<Engine>) -> Response
     }
 }
 
-/// The path without its `/v1.NN`, or what an Engine says of that version.
+/// Returns the path without its `/v1.NN`, or an Engine's error message for that version.
 fn versionless(path: &str, oldest: u32) -> Result<&str, String> {
     let Some((minor, rest)) = path.strip_prefix("/v1.").and_then(|rest| rest.split_once('/')) else { return Ok(path) };
     let Ok(minor) = minor.parse::<u32>() else { return Ok(path) };
@@ -376,7 +375,7 @@ fn parameters(uri: &Uri) -> HashMap<String, String> {
     Query::try_from_uri(uri).map(|Query(found)| found).unwrap_or_default()
 }
 
-/// `since`, in nanoseconds: seconds, with or without a fraction of up to nine digits.
+/// Parses `since` into nanoseconds. The parameter holds seconds, with an optional fraction of up to nine digits.
 fn since(uri: &Uri) -> Option<i64> {
     let text = parameters(uri).remove("since")?;
     let (seconds, fraction) = text.split_once('.').unwrap_or((&text, ""));
@@ -384,7 +383,7 @@ fn since(uri: &Uri) -> Option<i64> {
     Some(seconds.parse::<i64>().ok()?.saturating_mul(1_000_000_000).saturating_add(nanoseconds))
 }
 
-/// One of each kind must hold, or all of them for labels.
+/// Filters by kind. One value of each kind must match; for labels, all values must match.
 #[derive(Default)]
 struct Filters(HashMap<String, Vec<String>>);
 
@@ -413,7 +412,7 @@ impl Filters {
 }
 
 impl Engine {
-    /// Changes a container and tells it. Whoever is told finds the listing as it was, for as long as it lags.
+    /// Changes a container and sends the event. The listing shows the old state for as long as it lags.
     fn change(&mut self, id: &str, action: &str, change: impl FnOnce(&mut View)) {
         let lag = self.lag;
         let Some(container) = self.containers.get_mut(id) else { return };
@@ -429,7 +428,7 @@ impl Engine {
         if self.is_mute {
             return;
         }
-        // No two events share a time, however fast they follow each other.
+        // Give each event a distinct time, however fast the events follow each other.
         let now = i64::try_from(Timestamp::now().as_nanosecond()).unwrap_or(i64::MAX);
         self.told = now.max(self.told + 1);
         let actor = json!({ "ID": id, "Attributes": attributes });
@@ -452,7 +451,7 @@ impl Engine {
             .iter()
             .filter(|(at, event)| since.is_some_and(|since| *at >= since) && filters.allow_event(event));
         for (_, event) in missed {
-            // The other end is in this function.
+            // This cannot fail: the receiver is in this function.
             drop(lines.send(Ok(line(event))));
         }
         self.streams.push(Stream { lines, filters });

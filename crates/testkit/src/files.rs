@@ -1,4 +1,4 @@
-//! A root file system, collected in memory.
+//! Collects a root file system in memory.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,53 +9,53 @@ use anyhow::{Context, Result};
 /// User and group 0.
 const ROOT: (u64, u64) = (0, 0);
 
-/// The files of an image (or of a build's context): later ones replace earlier ones of the same path.
+/// The files of an image or of a build context. A later file replaces an earlier one of the same path.
 #[derive(Debug, Clone, Default)]
 pub struct Files {
-    /// By path without the leading slash.
+    /// Keyed by path without the leading slash.
     entries: BTreeMap<String, Entry>,
 }
 
 #[derive(Debug, Clone)]
 struct Entry {
-    /// None is a folder.
+    /// `None` means a folder.
     content: Option<Vec<u8>>,
     mode: u32,
     owner: (u64, u64),
 }
 
 impl Files {
-    /// No files.
+    /// Starts without files.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// A file of these bytes, with its mode (`0o644`) and its owner (user id, group id).
+    /// Adds a file with this content, mode (`0o644`) and owner (user id, group id).
     #[must_use]
     pub fn bytes(self, path: &str, content: impl Into<Vec<u8>>, mode: u32, owner: (u64, u64)) -> Self {
         self.entry(path, Entry { content: Some(content.into()), mode, owner })
     }
 
-    /// A folder. Folders on the way to a file are made anyway, open to all and root's.
+    /// Adds a folder. Parent folders need no entry: they are made with mode 0755 and belong to root.
     #[must_use]
     pub fn folder(self, path: &str, mode: u32, owner: (u64, u64)) -> Self {
         self.entry(path, Entry { content: None, mode, owner })
     }
 
-    /// A copy of this machine's file, or of what it links to.
+    /// Adds a copy of a file on this machine; follows a symbolic link.
     ///
     /// # Errors
-    /// When it cannot be read.
+    /// When the file cannot be read.
     pub fn copy(self, path: &str, from: &Path, mode: u32, owner: (u64, u64)) -> Result<Self> {
         let content = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
         Ok(self.bytes(path, content, mode, owner))
     }
 
-    /// A copy of a file with its mode, or of a whole folder; root's.
+    /// Adds a copy of a file with its mode, or of a whole folder. The copies belong to root.
     ///
     /// # Errors
-    /// When something cannot be read.
+    /// When anything in it cannot be read.
     pub fn copy_all(mut self, path: &str, from: &Path) -> Result<Self> {
         let found = fs::metadata(from).with_context(|| format!("cannot read {}", from.display()))?;
         let mode = std::os::unix::fs::PermissionsExt::mode(&found.permissions()) & 0o7777;
@@ -75,7 +75,7 @@ impl Files {
         self
     }
 
-    /// All of it as a tar archive.
+    /// Packs all files into a tar archive.
     pub(crate) fn tar(&self) -> Result<Vec<u8>> {
         let mut archive = tar::Builder::new(Vec::new());
         for (path, entry) in &self.with_folders() {
@@ -92,8 +92,8 @@ impl Files {
         Ok(archive.into_inner()?)
     }
 
-    /// With the folders on the way, which Docker would otherwise make for root alone. Sorted, so a
-    /// folder comes before what is in it.
+    /// Adds the parent folders, which Docker would otherwise make for root alone. The entries are sorted, so a folder
+    /// comes before its content.
     fn with_folders(&self) -> BTreeMap<String, Entry> {
         let mut all = self.entries.clone();
         for path in self.entries.keys() {

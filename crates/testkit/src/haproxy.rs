@@ -1,4 +1,4 @@
-//! The files of a Docker socket proxy: this machine's HAProxy and a configuration that behaves like
+//! Builds the files of a Docker socket proxy: this machine's HAProxy and a configuration that behaves like
 //! `tecnativa/docker-socket-proxy` 0.4.1, the most used one.
 
 use std::path::Path;
@@ -10,10 +10,11 @@ use crate::files::Files;
 
 const ROOT: (u64, u64) = (0, 0);
 const PROGRAM: &str = "/usr/sbin/haproxy";
-/// Where it listens.
+/// The proxy's TCP port.
 pub(crate) const PORT: u16 = 2375;
 
-/// Variable to the path that it opens, with all below it and all that merely begins like it.
+/// Maps each variable to the path it opens. The pattern has no end anchor: it opens everything below the path and
+/// every path with that prefix.
 const OPENS: [(&str, &str); 27] = [
     ("ALLOW_RESTARTS", "/containers/[a-zA-Z0-9_.-]+/(stop|restart|kill)"),
     ("ALLOW_START", "/containers/[a-zA-Z0-9_.-]+/start"),
@@ -41,17 +42,17 @@ const OPENS: [(&str, &str); 27] = [
     ("TASKS", "/tasks"),
     ("VERSION", "/version"),
     ("VOLUMES", "/volumes"),
-    // No path of its own: with it, methods other than GET and HEAD pass as well.
+    // Opens no path. It allows methods other than GET and HEAD.
     ("POST", ""),
 ];
 
-/// A variable of ours: what is connected to a network stays there, whatever else is open.
+/// Our own variable: forbids disconnecting containers from a network, whatever else is open.
 pub(crate) const KEEPS_CONNECTED: &str = "KEEPS_CONNECTED";
 
-/// What is open unless a variable says otherwise.
+/// The variables that default to 1.
 const OPEN_BY_DEFAULT: [&str; 3] = ["EVENTS", "PING", "VERSION"];
 
-/// A refusal is HTTP/1.0, with an HTML body, and closes the connection.
+/// The reply to a refused request: HTTP/1.0 with an HTML body. It closes the connection.
 const REFUSAL: &str = "HTTP/1.0 403 Forbidden\r\n\
     Cache-Control: no-cache\r\n\
     Connection: close\r\n\
@@ -59,7 +60,7 @@ const REFUSAL: &str = "HTTP/1.0 403 Forbidden\r\n\
     \r\n\
     <html><body><h1>403 Forbidden</h1>\nRequest forbidden by administrative rules.\n</body></html>\n";
 
-/// The program, the libraries it needs, and its configuration.
+/// Returns HAProxy, the libraries it needs, and its configuration.
 pub(crate) fn files() -> Result<Files> {
     ensure!(Path::new(PROGRAM).exists(), "HAProxy is not installed: apt-get install haproxy");
     let output = Command::new("ldd").arg(PROGRAM).output().context("cannot run ldd")?;
@@ -74,7 +75,7 @@ pub(crate) fn files() -> Result<Files> {
     Ok(files)
 }
 
-/// The image's configuration.
+/// Returns the image's configuration as Dockerfile instructions.
 pub(crate) fn changes() -> Vec<String> {
     let variables =
         OPENS.iter().map(|(variable, _)| format!("ENV {variable}={}", u8::from(OPEN_BY_DEFAULT.contains(variable))));
@@ -87,7 +88,7 @@ pub(crate) fn changes() -> Vec<String> {
     variables.chain(fixed).collect()
 }
 
-/// The absolute paths in a report of `ldd`, the dynamic loader's among them.
+/// Returns the absolute paths in the output of `ldd`, including the dynamic loader's.
 fn libraries(report: &str) -> Vec<&str> {
     report.lines().filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/'))).collect()
 }

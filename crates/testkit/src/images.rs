@@ -1,4 +1,4 @@
-//! Images made from local files, once per process, for engines that can pull nothing.
+//! Makes images from local files, once per process, for engines that cannot pull.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -20,29 +20,28 @@ use crate::process::me;
 const ROOT: (u64, u64) = (0, 0);
 /// The user of distroless images.
 const NONROOT: &str = "USER 65532:65532";
-/// Where a distribution keeps the authorities that it trusts.
+/// Where the distribution keeps its bundle of trusted CA certificates.
 const CA_BUNDLE: &str = "/etc/ssl/certs/ca-certificates.crt";
 
-/// Images, each made once. Those of [`images`] are removed by [`main`](crate::main); without it, by the next
-/// sweep.
+/// Images, each made once. [`main`](crate::main) removes those of [`images`]; without it, the next sweep does.
 #[derive(Default)]
 pub struct Images {
     owner: Owner,
-    /// A std mutex: no await happens under it. The cell makes who comes second wait for the first.
+    /// A std mutex: no await happens under it. The cell makes a second caller wait for the first one.
     made: Mutex<BTreeMap<String, Arc<OnceCell<String>>>>,
 }
 
-/// What the images are called, and by what they are found to be removed.
+/// The names of the images, and the labels by which they are found for removal.
 #[derive(Default)]
 enum Owner {
-    /// Names and labels that no other process has.
+    /// Names and labels of this process alone.
     #[default]
     Process,
     /// See [`Images::named`].
     Named { repository: String, label: (String, String) },
 }
 
-/// The images of this process.
+/// Returns the images of this process.
 #[must_use]
 pub fn images() -> &'static Images {
     static IMAGES: LazyLock<Images> = LazyLock::new(Images::default);
@@ -50,27 +49,26 @@ pub fn images() -> &'static Images {
 }
 
 impl Images {
-    /// Images called `<repository>/<what>:local` with this label, for something that outlives the process.
-    /// Nobody removes them but who calls [`remove_labelled`](crate::remove_labelled); a later one takes the
-    /// name of an earlier one.
+    /// Makes images named `<repository>/<what>:local` with this label, for use beyond the life of the process.
+    /// Only [`remove_labelled`](crate::remove_labelled) removes them. A later image takes the name of an earlier one.
     #[must_use]
     pub fn named(repository: &str, label: (&str, &str)) -> Self {
         let label = (label.0.to_owned(), label.1.to_owned());
         Self { owner: Owner::Named { repository: repository.to_owned(), label }, made: Mutex::default() }
     }
 
-    /// The `cloudflared` stand-in, in an image like the real one.
+    /// Makes an image of the `cloudflared` stand-in that resembles the real image.
     ///
     /// # Errors
-    /// When it does not compile or the engine refuses.
+    /// When the program does not compile or the engine refuses.
     pub async fn stand_in(&self) -> Result<String> {
         self.stand_in_with(&[]).await
     }
 
-    /// As [`Images::stand_in`], with behaviours set in the image: `[("STAND_IN_UNREADY", "1")]`.
+    /// Like [`Images::stand_in`], with behaviors set in the image: `[("STAND_IN_UNREADY", "1")]`.
     ///
     /// # Errors
-    /// As there.
+    /// As for [`Images::stand_in`].
     pub async fn stand_in_with(&self, env: &[(&str, &str)]) -> Result<String> {
         self.once(&format!("cloudflared {env:?}"), async || {
             let files = Files::new().copy("/usr/local/bin/cloudflared", &binary("cloudflared")?, 0o755, ROOT)?.bytes(
@@ -92,26 +90,26 @@ impl Images {
         .await
     }
 
-    /// The `workload` program.
+    /// Makes an image of the `workload` program.
     ///
     /// # Errors
-    /// When it does not compile or the engine refuses.
+    /// When the program does not compile or the engine refuses.
     pub async fn workload(&self) -> Result<String> {
         self.program("workload", &["EXPOSE 8080"]).await
     }
 
-    /// The `credential-reader` program.
+    /// Makes an image of the `credential-reader` program.
     ///
     /// # Errors
-    /// When it does not compile or the engine refuses.
+    /// When the program does not compile or the engine refuses.
     pub async fn credential_reader(&self) -> Result<String> {
         self.program("credential-reader", &[]).await
     }
 
-    /// The `checker` program, as user 4242 of group 1000.
+    /// Makes an image of the `checker` program, which runs as user 4242 in group 1000.
     ///
     /// # Errors
-    /// When it does not compile or the engine refuses.
+    /// When the program does not compile or the engine refuses.
     pub async fn checker(&self) -> Result<String> {
         self.once("checker", async || {
             let files = Files::new().copy("/checker", &binary("checker")?, 0o755, ROOT)?;
@@ -121,10 +119,10 @@ impl Images {
         .await
     }
 
-    /// The development master.
+    /// Makes an image of the development master.
     ///
     /// # Errors
-    /// When it does not compile or the engine refuses.
+    /// When the program does not compile or the engine refuses.
     pub async fn dev_master(&self) -> Result<String> {
         self.program("dockflare-dev-master", &[]).await
     }
@@ -140,7 +138,7 @@ impl Images {
         .await
     }
 
-    /// A Docker socket proxy: this machine's HAProxy with a configuration like that of the usual ones.
+    /// Makes an image of a Docker socket proxy: this machine's HAProxy, configured like the common socket proxies.
     /// [`Scope::socket_proxy`](crate::Scope::socket_proxy) runs it.
     ///
     /// # Errors
@@ -150,10 +148,10 @@ impl Images {
             .await
     }
 
-    /// The agent, by the last stage of the repository's own `Dockerfile`, with this program in it.
+    /// Makes an image of the agent by the `agent` stage of the repository's `Dockerfile`, with this program in it.
     ///
     /// # Errors
-    /// When the stage copies something else than a program, a CA bundle and two empty folders.
+    /// When the stage copies anything but a program, a CA bundle and two empty folders.
     pub async fn agent(&self, program: &Path) -> Result<String> {
         let name = program.file_name().and_then(|name| name.to_str()).context("the agent's path has no name")?;
         self.once(&format!("agent {}", program.display()), async || {
@@ -170,10 +168,10 @@ impl Images {
         .await
     }
 
-    /// The vault, by its stage of the repository's own `Dockerfile`, with this program in it.
+    /// Makes an image of the vault by the `vault` stage of the repository's `Dockerfile`, with this program in it.
     ///
     /// # Errors
-    /// When the stage copies something else than a program and empty folders.
+    /// When the stage copies anything but a program and empty folders.
     pub async fn vault(&self, program: &Path) -> Result<String> {
         self.once(&format!("vault {}", program.display()), async || {
             let (empty, open) = (tempfile::tempdir()?, tempfile::tempdir()?);
@@ -185,13 +183,14 @@ impl Images {
         .await
     }
 
-    /// An image by the stage `FROM scratch AS` this name, or the last `FROM scratch`, of a Dockerfile. What it copies `--from` other stages is
-    /// taken from `sources`: pairs of the path there, or of its last part, and the file or folder here.
+    /// Builds an image by the Dockerfile's stage `FROM scratch AS <stage>`, or by its last `FROM scratch` stage.
+    /// Whatever the stage copies `--from` other stages comes from `sources`: pairs of the path there, or its last part,
+    /// and the file or folder here.
     ///
-    /// Not remembered: each call makes one.
+    /// Not cached: each call makes an image.
     ///
     /// # Errors
-    /// When it copies what is not among the sources, or the engine refuses.
+    /// When the stage copies a path that is not among the sources, or the engine refuses.
     pub async fn from_stage(
         &self,
         prefix: &str,
@@ -201,7 +200,7 @@ impl Images {
     ) -> Result<String> {
         let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
         let stage = dockerfile::stage(&text, stage, sources).with_context(|| file.display().to_string())?;
-        // At the top, so that what an interrupted build leaves has them too.
+        // At the top, so that the leftovers of an interrupted build have the labels too.
         let labels = self.labels().into_iter().map(|(key, value)| format!("LABEL {key}={value:?}\n"));
         let text = stage.dockerfile.replacen('\n', &format!("\n{}", labels.collect::<String>()), 1);
         let mut context = Files::new().bytes("Dockerfile", text, 0o644, ROOT);
@@ -215,7 +214,7 @@ impl Images {
         let options = BuildImageOptions {
             dockerfile: "Dockerfile".into(),
             t: Some(image.clone()),
-            // Steps shared with another process's build could be removed under it.
+            // Another process could remove the layers that the builds share.
             nocache: true,
             rm: true,
             forcerm: true,
@@ -226,9 +225,9 @@ impl Images {
         Ok(image)
     }
 
-    /// An image of these files. `changes` are Dockerfile instructions: `ENTRYPOINT`, `ENV`, `USER` …
+    /// Makes an image of these files. `changes` are Dockerfile instructions: `ENTRYPOINT`, `ENV`, `USER` …
     ///
-    /// Not remembered: each call makes one.
+    /// Not cached: each call makes an image.
     ///
     /// # Errors
     /// When the engine refuses.
@@ -237,7 +236,7 @@ impl Images {
         let labels = self.labels().into_iter().map(|(key, value)| format!("LABEL {key}={value:?}"));
         let options = CreateImageOptions {
             from_src: Some("-".into()),
-            // With the tag in it: Podman does not read the one beside it.
+            // Includes the tag: Podman ignores the separate `tag` parameter.
             repo: Some(image.clone()),
             changes: changes.iter().cloned().chain(labels).collect(),
             ..CreateImageOptions::default()
@@ -246,7 +245,7 @@ impl Images {
         finish(docker.create_image(Some(options), Some(body_full(files.tar()?.into())), None)).await?;
         let made = docker.inspect_image(&image).await?.config.and_then(|config| config.labels).unwrap_or_default();
         if self.labels().keys().any(|label| !made.contains_key(label)) {
-            // Podman reads the first of several instructions.
+            // Podman applies only the first of several instructions: build once more on top to apply them all.
             let text = format!("FROM {image}\n{changes}\n");
             let context = Files::new().bytes("Dockerfile", text, 0o644, ROOT);
             let options = BuildImageOptions {
@@ -260,7 +259,7 @@ impl Images {
         Ok(image)
     }
 
-    /// `dockflare-test/<prefix>:<process>-<n>`, or as [`Images::named`] says.
+    /// Returns `dockflare-test/<prefix>:<process>-<n>`, or the name that [`Images::named`] describes.
     fn name(&self, prefix: &str) -> String {
         static COUNT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(1);
         match &self.owner {
@@ -279,7 +278,7 @@ impl Images {
         }
     }
 
-    /// The image made under this key, or makes it.
+    /// Returns the image of this key; makes it on the first call.
     async fn once(&self, key: &str, make: impl AsyncFnOnce() -> Result<String>) -> Result<String> {
         let cell = self.made.lock().unwrap_or_else(PoisonError::into_inner).entry(key.to_owned()).or_default().clone();
         let image = cell.get_or_try_init(async || make().await.with_context(|| format!("image {key}"))).await?;
@@ -287,7 +286,7 @@ impl Images {
     }
 }
 
-/// Reads a build's or import's report to its end: only then it is done.
+/// Reads the report of a build or an import to its end: only then is the image done.
 async fn finish<T>(report: impl Stream<Item = Result<T, bollard::errors::Error>>) -> Result<()> {
     let mut report = std::pin::pin!(report);
     while let Some(line) = report.next().await {

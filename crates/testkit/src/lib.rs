@@ -1,5 +1,5 @@
-//! What the engine tests and the demo share: a real Docker Engine, images made from local files, and
-//! scopes that leave nothing behind.
+//! The support code that the engine tests and the demo share: access to a real Docker Engine, images made from local
+//! files, and scopes that leave nothing behind.
 //!
 //! # A test file
 //!
@@ -23,22 +23,21 @@
 //! }
 //! ```
 //!
-//! # What it promises
+//! # Guarantees
 //!
-//! - **Without an engine** every case is reported as ignored; with `CI=true` every case fails instead.
-//! - **Nothing is left behind**: a [`Scope`] removes what carries its label and what was registered by
-//!   name when it is dropped, also on panic; [`main`] removes the images of this process; what a killed
-//!   process left is swept at the next start. Only things with this crate's labels, or names that a
-//!   scope registered, are ever touched.
-//! - **A failure explains itself**: the logs of the scope's containers and of the [`AgentProcess`]es
-//!   are printed with it, and only then.
+//! - **Without an engine** the runner reports every case as ignored. With `CI=true` every case fails instead.
+//! - **Nothing is left behind.** A dropped [`Scope`] removes everything with its label and everything registered by
+//!   name, also on panic. [`main`] removes the images of this process. The next start sweeps what a killed process
+//!   left. The kit removes only things with this crate's labels and names that a scope registered.
+//! - **A failure explains itself.** A failing case prints the logs of the scope's containers and of the
+//!   [`AgentProcess`]es; a passing one does not.
 //!
 //! # Parts
 //!
 //! [`main`], [`case`], [`cases!`] run tests · [`docker`], [`engine`], [`wait_until`] reach the engine ·
 //! [`Scope`] with [`Spec`] and [`Proxy`] makes containers, networks and volumes · [`images`] makes images from
-//! [`Files`] · [`SocketProxy`] is the agent's own proxy as a process · [`FakeDocker`] is an engine that fails on demand ·
-//! [`binary`] builds the workspace's programs · [`AgentProcess`] runs one outside Docker ·
+//! [`Files`] · [`SocketProxy`] runs the agent's own proxy as a process · [`FakeDocker`] is an engine that fails on
+//! demand · [`binary`] builds the workspace's programs · [`AgentProcess`] runs one outside Docker ·
 //! [`token`], [`http`] talk to the `cloudflared` stand-in.
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::disallowed_macros, reason = "for development")]
@@ -84,8 +83,8 @@ pub use rustix::process::Signal;
 pub use scope::Scope;
 pub use socket_proxy::{Between, SocketProxy};
 
-/// A tunnel token that the stand-in obeys: `words` as in its table (`unready`,
-/// `ready-after=500 connections=2`); none for a tunnel in good health. Each call makes another one.
+/// Returns a fresh tunnel token that scripts the stand-in. `words` come from the stand-in's table (`unready`,
+/// `ready-after=500 connections=2`); an empty string makes a healthy tunnel.
 #[must_use]
 pub fn token(tunnel_id: &str, words: &str) -> String {
     cloudflared_stand_in::token::Token::scripted(tunnel_id, words)

@@ -1,4 +1,4 @@
-//! Who owns a thing: this test process, told apart from others and from dead ones.
+//! Tells which test process owns a Docker object: this one, another one, or a dead one.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -9,23 +9,23 @@ use std::sync::OnceLock;
 
 use jiff::Timestamp;
 
-/// On everything this crate makes.
+/// The label on everything this crate makes.
 pub(crate) const MARK: &str = "dockflare-test";
 const PID: &str = "dockflare-test.pid";
-/// Host name and the process's start time: a process id alone comes round again.
+/// Host name and the process's start time: the kernel reuses process ids.
 const STARTED: &str = "dockflare-test.started";
 /// The scope's suffix.
 pub(crate) const SCOPE: &str = "dockflare-test.scope";
 
-/// This process, as the labels have it.
+/// This process, as its labels identify it.
 pub(crate) struct Me {
     pid: u32,
     started: String,
-    /// A random part for the names of things that belong to the process and not to a scope.
+    /// The random part in the names of objects that belong to the process, not to a scope.
     pub(crate) suffix: String,
 }
 
-/// This process.
+/// Returns this process's identity.
 pub(crate) fn me() -> &'static Me {
     static ME: OnceLock<Me> = OnceLock::new();
     ME.get_or_init(|| {
@@ -34,13 +34,13 @@ pub(crate) fn me() -> &'static Me {
     })
 }
 
-/// Eight characters that may stand in any name.
+/// Returns eight random letters that are valid in any name.
 pub(crate) fn random_suffix() -> String {
     (0..8).map(|_| fastrand::char('a'..='z')).collect()
 }
 
 impl Me {
-    /// The labels that make a thing this process's own.
+    /// Returns the labels that mark an object as this process's own.
     pub(crate) fn labels(&self) -> HashMap<String, String> {
         HashMap::from([
             (MARK.to_owned(), "1".to_owned()),
@@ -49,27 +49,27 @@ impl Me {
         ])
     }
 
-    /// Whether a thing with these labels is this process's own.
+    /// Whether an object with these labels is this process's own.
     pub(crate) fn owns(&self, labels: &HashMap<String, String>) -> bool {
         labels.get(PID) == Some(&self.pid.to_string()) && labels.get(STARTED) == Some(&self.started)
     }
 }
 
-/// Whether a thing with these labels was left by a process of this machine that is no more.
+/// Whether a dead process of this machine left the object with these labels.
 pub(crate) fn is_orphan(labels: &HashMap<String, String>) -> bool {
     let (Some(pid), Some(started)) = (labels.get(PID), labels.get(STARTED)) else { return false };
     pid.parse().is_ok_and(|pid| is_dead(pid, started))
 }
 
-/// True only when the process was one of this host and is gone for sure.
+/// True only if the process ran on this host and is certainly gone.
 fn is_dead(pid: u32, was_started: &str) -> bool {
     was_started.starts_with(&format!("{}@", hostname())) && started(pid).as_deref() != Some(was_started)
 }
 
-/// `host@ticks`, the ticks from boot to the process's start; none if there is no such process.
+/// Returns `host@ticks`, with the ticks from boot to the process's start; `None` if there is no such process.
 fn started(pid: u32) -> Option<String> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The second field is the name in brackets, and may hold anything: count from its end.
+    // The second field is the process name in parentheses and may hold anything: count from its end.
     let ticks = stat.rsplit_once(')')?.1.split_whitespace().nth(19)?;
     Some(format!("{}@{ticks}", hostname()))
 }
@@ -78,12 +78,12 @@ fn hostname() -> String {
     fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned()
 }
 
-/// A thing without labels, made by the program under test, which a scope has to remove by its name.
+/// An unlabelled object that the program under test makes and a scope must remove by name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Owned {
     pub(crate) kind: Kind,
     pub(crate) name: String,
-    /// Unix milliseconds: what is older was there before the test, and is not ours to remove.
+    /// Time of registration in Unix milliseconds. An older object predates the test and is not ours to remove.
     pub(crate) since: i64,
 }
 
@@ -122,12 +122,12 @@ impl Owned {
     }
 }
 
-/// Where each process keeps the names it registered, for the sweep after it was killed.
+/// The folder where each process records the names it registered. The sweep reads it if the process is killed.
 fn ledgers() -> PathBuf {
     std::env::temp_dir().join("dockflare-testkit")
 }
 
-/// Writes a registered name down. Losing one is not worth failing a test for.
+/// Records a registered name. A failed write only prints a warning: it is not worth failing a test.
 pub(crate) fn write_down(owned: &Owned) {
     let me = me();
     let write = || -> std::io::Result<()> {
@@ -140,16 +140,16 @@ pub(crate) fn write_down(owned: &Owned) {
     }
 }
 
-/// The ledgers of dead processes, each with what it names.
+/// Returns the ledgers of dead processes, each with the objects it names.
 pub(crate) fn orphaned_ledgers() -> Vec<(PathBuf, Vec<Owned>)> {
     let files = fs::read_dir(ledgers()).into_iter().flatten().flatten().map(|entry| entry.path());
     files.filter(|path| is_orphaned_ledger(path)).map(|path| (path.clone(), read_ledger(&path))).collect()
 }
 
-/// Forgets this process's ledger: all it names has been removed.
+/// Deletes this process's ledger, once everything it names has been removed.
 pub(crate) fn close_ledger() {
     let me = me();
-    // Not there if no name was ever registered.
+    // The file does not exist if this process never registered a name.
     drop(fs::remove_file(ledgers().join(format!("{} {}", me.pid, me.started))));
 }
 

@@ -1,4 +1,4 @@
-//! A running Docker socket proxy.
+//! Runs a Docker socket proxy in a container.
 
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, TcpListener};
@@ -13,14 +13,14 @@ use crate::haproxy::PORT;
 use crate::images::images;
 use crate::scope::Scope;
 
-/// A Docker socket proxy between a program and the engine, in a container of the scope.
+/// A Docker socket proxy between a program and the engine, in one of the scope's containers.
 pub struct Proxy<'a> {
     scope: &'a Scope,
     container: String,
     address: String,
 }
 
-/// The variables of the usual socket proxies that open what the agent needs, and no more.
+/// The variables of the common socket proxies that open exactly what the agent needs.
 pub const PROXY_OPENS: [(&str, &str); 7] = [
     ("CONTAINERS", "1"),
     ("EVENTS", "1"),
@@ -32,23 +32,23 @@ pub const PROXY_OPENS: [(&str, &str); 7] = [
 ];
 
 impl Scope {
-    /// Starts a socket proxy that opens what `env` says (`[("CONTAINERS", "1"), ("POST", "1")]`; pings,
-    /// the version and events are open anyway), and waits until it answers.
+    /// Starts a socket proxy with the variables `env` (`[("CONTAINERS", "1"), ("POST", "1")]`) and waits until it
+    /// answers. Pings, the version and events are open by default.
     ///
     /// # Errors
-    /// When HAProxy is not installed, or it does not come up.
+    /// When HAProxy is not installed or the proxy does not come up.
     pub async fn socket_proxy(&self, env: &[(&str, &str)]) -> Result<Proxy<'_>> {
         self.socket_proxy_in(env, None).await
     }
 
-    /// As [`Scope::socket_proxy`], in this network instead of Docker's `bridge`.
+    /// Like [`Scope::socket_proxy`], in this network instead of Docker's `bridge`.
     ///
     /// # Errors
-    /// As there.
+    /// As for [`Scope::socket_proxy`].
     pub async fn socket_proxy_in(&self, env: &[(&str, &str)], network: Option<&str>) -> Result<Proxy<'_>> {
         let image = images().haproxy().await?;
-        // The port is ours to choose, for it must be the same after a restart. Another process may take
-        // it before Docker does: then the next one.
+        // Choose the port ourselves, because it must be the same after a restart. If another process takes it before
+        // Docker does, try the next one.
         for _ in 0..5 {
             let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
             let container =
@@ -77,36 +77,36 @@ fn host(port: u16) -> HostConfig {
 }
 
 impl Proxy<'_> {
-    /// What a program on this host puts into `DOCKER_HOST`: `tcp://127.0.0.1:port`.
+    /// Returns the value of `DOCKER_HOST` for a program on this host: `tcp://127.0.0.1:port`.
     #[must_use]
     pub fn host_url(&self) -> String {
         format!("tcp://{}", self.address)
     }
 
-    /// `127.0.0.1:port`.
+    /// Returns `127.0.0.1:port`.
     #[must_use]
     pub fn address(&self) -> &str {
         &self.address
     }
 
-    /// The container's id.
+    /// Returns the container's id.
     #[must_use]
     pub fn container(&self) -> &str {
         &self.container
     }
 
-    /// Attaches it to a network of the scope, and gives what a container there puts into `DOCKER_HOST`.
+    /// Attaches the proxy to a network of the scope. Returns the value of `DOCKER_HOST` for a container there.
     ///
     /// # Errors
     /// When the engine refuses.
     pub async fn join(&self, network: &str) -> Result<String> {
         self.scope.connect(network, &self.container).await?;
-        // Docker resolves the beginning of an id in every network but its default one.
+        // Docker resolves the short id as a host name in every network except its default one.
         let name = self.container.get(..12).unwrap_or(&self.container);
         Ok(format!("tcp://{name}:{PORT}"))
     }
 
-    /// Kills it: connections are cut, new ones refused.
+    /// Kills the proxy, which cuts its connections. It refuses new ones from then on.
     ///
     /// # Errors
     /// When the engine refuses.
@@ -119,10 +119,10 @@ impl Proxy<'_> {
         .await
     }
 
-    /// Starts it again, after a kill or not, at the same address, and waits until it answers.
+    /// Restarts the proxy at the same address, whether it was killed or not, and waits until it answers.
     ///
     /// # Errors
-    /// When the engine refuses, or it does not come up.
+    /// When the engine refuses or the proxy does not come up.
     pub async fn restart(&self) -> Result<()> {
         self.scope.restart(&self.container, 0).await?;
         self.wait_for_answer().await
@@ -130,7 +130,7 @@ impl Proxy<'_> {
 
     async fn wait_for_answer(&self) -> Result<()> {
         let waited = wait_until("the socket proxy to answer", Duration::from_secs(20), async || {
-            // Docker's own forwarder accepts before the proxy does, and cuts: only an answer counts.
+            // Docker's port forwarder accepts connections before the proxy does, then cuts them: only an answer counts.
             let asked = tokio::time::timeout(Duration::from_secs(2), crate::http::get(&self.address, "/_ping"));
             asked.await.ok()?.ok().map(drop)
         });

@@ -1,4 +1,4 @@
-//! Runs cases: each on a thread and runtime of its own, with a time limit, reported as `cargo test` does.
+//! Runs cases, each on its own thread and runtime with a time limit, and reports them as `cargo test` does.
 
 use std::any::Any;
 use std::cell::RefCell;
@@ -15,15 +15,15 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use crate::cleanup;
 use crate::engine::{docker, in_ci};
 
-/// What a case may take, unless it says otherwise: a good multiple of what the slowest takes.
+/// The default time limit of a case: several times what the slowest case takes.
 const TIME_LIMIT: Duration = Duration::from_secs(180);
-/// What a case that overran may take to clean up.
+/// How long a case that overran may take to clean up.
 const GRACE: Duration = Duration::from_secs(60);
-/// Cases mostly wait for Docker: more at once than there are cores.
+/// How many cases run at once. Cases mostly wait for Docker, so this may exceed the number of cores.
 const THREADS: usize = 4;
 
-/// What a line on standard error begins with that names something which a dead process left, and which
-/// was removed at the start of a run.
+/// The prefix of each line on standard error that names an object which a dead process left and the start of this run
+/// removed.
 pub const SWEPT: &str = "testkit: swept ";
 
 type Body = Box<dyn FnOnce() -> Pin<Box<dyn Future<Output = Result<()>>>> + Send>;
@@ -33,12 +33,12 @@ pub struct Case {
     name: String,
     limit: Duration,
     missing: Option<String>,
-    /// Whether it is a failure with `CI=true` when something is missing.
+    /// Whether a missing requirement fails the case with `CI=true`.
     required: bool,
     body: Body,
 }
 
-/// A test called `name`. [`cases!`](crate::cases) makes them from functions.
+/// Makes a test named `name`. [`cases!`](crate::cases) makes tests from functions.
 pub fn case<F, Fut>(name: impl Into<String>, body: F) -> Case
 where
     F: FnOnce() -> Fut + Send + 'static,
@@ -54,21 +54,21 @@ where
 }
 
 impl Case {
-    /// With another time limit than 180 s. Those with the longest are begun first.
+    /// Sets another time limit than 180 s. The runner starts the cases with the longest limits first.
     #[must_use]
     pub fn limit(mut self, limit: Duration) -> Self {
         self.limit = limit;
         self
     }
 
-    /// It cannot run here if something is `missing`, and is then reported as if there were no engine.
+    /// Names what is `missing` for the case to run, if anything. The case is then reported as if there were no engine.
     #[must_use]
     pub fn without(mut self, missing: Option<String>) -> Self {
         self.missing = missing;
         self
     }
 
-    /// As [`Case::without`], and no failure with `CI=true` either: what is missing cannot be had everywhere.
+    /// Like [`Case::without`], but ignored with `CI=true` too: not every machine can provide what is missing.
     #[must_use]
     pub fn where_there_is(mut self, missing: Option<String>) -> Self {
         (self.missing, self.required) = (missing, false);
@@ -76,7 +76,7 @@ impl Case {
     }
 }
 
-/// Cases from `async fn() -> anyhow::Result<()>`, named after the functions.
+/// Makes cases from functions of the form `async fn() -> anyhow::Result<()>`, named after the functions.
 #[macro_export]
 macro_rules! cases {
     ($($function:path),* $(,)?) => {
@@ -86,8 +86,8 @@ macro_rules! cases {
 
 /// Runs the cases with libtest's options, and ends with libtest's last line.
 ///
-/// Without an engine all are ignored; with `CI=true` they fail. Before them, what dead processes left is
-/// swept and the stand-ins are built; after them, this process's images are removed.
+/// Without an engine it ignores all cases; with `CI=true` they fail. Before the cases it sweeps what dead processes
+/// left and builds the `cloudflared` stand-in. After them it removes this process's images.
 #[must_use]
 pub fn main(cases: Vec<Case>) -> ExitCode {
     let mut arguments = Arguments::from_args();
@@ -100,7 +100,7 @@ pub fn main(cases: Vec<Case>) -> ExitCode {
     if let Err(error) = &engine {
         eprintln!("testkit: no Docker Engine: {error:#}");
     }
-    // They are begun in this order: a long one that is begun last is what all would wait for.
+    // Start the longest first: a long case that starts last would delay the end of the run.
     let mut cases = cases;
     cases.sort_by_key(|case| std::cmp::Reverse(case.limit));
     let trials = cases.into_iter().map(|case| trial(case, engine.as_ref().err())).collect();
@@ -113,16 +113,16 @@ pub fn main(cases: Vec<Case>) -> ExitCode {
     conclusion.exit_code()
 }
 
-/// Fails if there is no engine, and only then.
+/// Sweeps and builds the stand-in. Fails only if there is no engine.
 async fn prepare() -> Result<()> {
     let docker = docker()?;
     tokio::time::timeout(Duration::from_secs(10), docker.ping()).await.context("it does not answer")??;
     match cleanup::sweep(&docker).await {
-        // `cargo xtask test` looks for this.
+        // `cargo xtask test` searches for this prefix.
         Ok(swept) => swept.iter().for_each(|thing| eprintln!("{SWEPT}{thing}")),
         Err(error) => eprintln!("testkit: cannot sweep: {error:#}"),
     }
-    // Here, so that a cold build does not count against a case. Its error is shown by who needs it.
+    // Build it here, so that a cold build does not count against a case. The case that needs it reports the error.
     drop(crate::binary("cloudflared"));
     Ok(())
 }
@@ -139,7 +139,7 @@ fn trial(case: Case, no_engine: Option<&anyhow::Error>) -> Trial {
     }
 }
 
-/// Runs one case on its own thread, so that one that blocks for ever does not take the runner with it.
+/// Runs one case on its own thread, so that a case that blocks forever does not block the runner.
 fn run(case: Case) -> Result<(), Failed> {
     let (report, reported) = mpsc::channel();
     let Case { name, limit, body, .. } = case;
@@ -149,7 +149,7 @@ fn run(case: Case) -> Result<(), Failed> {
         let result = catch_unwind(AssertUnwindSafe(|| attempt(limit, body)));
         let result = result.unwrap_or_else(|panic| Err(anyhow::anyhow!("panicked: {}", panic_text(&*panic))));
         let notes = NOTES.take().unwrap_or_default();
-        // The runner has given up on it if it does not listen.
+        // Ignore the error: without a receiver, the runner has given up on this case.
         drop(report.send(result.map_err(|error| format!("{error:?}\n{}", notes.concat()))));
     });
     spawned.map_err(|error| Failed::from(format!("no thread: {error}")))?;
@@ -173,12 +173,12 @@ fn panic_text(panic: &(dyn Any + Send)) -> &str {
 }
 
 thread_local! {
-    /// What will be shown if this thread's case fails; none outside of a case.
+    /// The notes to show if this thread's case fails; `None` outside of a case.
     static NOTES: RefCell<Option<Vec<String>>> = const { RefCell::new(None) };
 }
 
-/// Something to show if the case on this thread fails, and not otherwise. Outside of a case it is shown
-/// if the thread is panicking.
+/// Keeps a text to show only if the case on this thread fails. Outside of a case, prints it at once if the thread is
+/// panicking.
 pub fn note(title: &str, text: &str) {
     let note = format!("\n--- {title} ---\n{}\n", text.trim_end());
     let outside = NOTES.with_borrow_mut(|notes| match notes {
@@ -193,7 +193,7 @@ pub fn note(title: &str, text: &str) {
     }
 }
 
-/// Whether a note would ever be shown.
+/// Whether a note on this thread can still be shown.
 pub(crate) fn wants_notes() -> bool {
     std::thread::panicking() || NOTES.with_borrow(Option::is_some)
 }

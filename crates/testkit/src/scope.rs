@@ -1,4 +1,4 @@
-//! A scope: what a test makes, and the promise that it is gone afterwards.
+//! Scopes: a scope owns what a test makes and removes it afterwards.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -9,7 +9,7 @@ use crate::cleanup;
 use crate::process::{self, Kind, Owned, SCOPE};
 use crate::runner;
 
-/// Everything one test makes. Dropping it removes the lot, whether the test passed, failed or panicked.
+/// Everything one test makes. Dropping the scope removes it all, whether the test passed, failed or panicked.
 pub struct Scope {
     docker: Docker,
     suffix: String,
@@ -18,31 +18,31 @@ pub struct Scope {
 }
 
 impl Scope {
-    /// An empty scope with a suffix of its own.
+    /// Creates an empty scope with a random suffix.
     #[must_use]
     pub fn new(docker: Docker) -> Self {
         Self { docker, suffix: process::random_suffix(), owned: Mutex::default() }
     }
 
-    /// The engine.
+    /// Returns the engine's client.
     #[must_use]
     pub fn docker(&self) -> &Docker {
         &self.docker
     }
 
-    /// The random part of this scope's names.
+    /// Returns the random part of this scope's names.
     #[must_use]
     pub fn suffix(&self) -> &str {
         &self.suffix
     }
 
-    /// `base-<suffix>`: a name that no other test has.
+    /// Returns `base-<suffix>`, a name that no other test uses.
     #[must_use]
     pub fn name(&self, base: &str) -> String {
         format!("{base}-{}", self.suffix)
     }
 
-    /// The labels that make a thing part of this scope; whatever bears them is removed with it.
+    /// Returns the labels that make an object part of this scope. The scope removes every object with them.
     #[must_use]
     pub fn labels(&self) -> HashMap<String, String> {
         let mut labels = process::me().labels();
@@ -50,13 +50,13 @@ impl Scope {
         labels
     }
 
-    /// A container of this name, made from now on by the program under test, is this scope's to remove.
-    /// One that was there before is left alone.
+    /// Registers a container by name: the scope removes it if the program under test makes it from now on.
+    /// An older container of that name is left alone.
     pub fn owns_container(&self, name: &str) {
         self.own(Owned::now(Kind::Container, name));
     }
 
-    /// As [`Scope::owns_container`], for a network.
+    /// Like [`Scope::owns_container`], for a network.
     pub fn owns_network(&self, name: &str) {
         self.own(Owned::now(Kind::Network, name));
     }
@@ -72,7 +72,7 @@ impl Drop for Scope {
         let owned = std::mem::take(&mut *self.owned.lock().unwrap_or_else(PoisonError::into_inner));
         let suffix = self.suffix.clone();
         let want_logs = runner::wants_notes();
-        // A thread and runtime of its own: this drop may run inside a runtime, or outside of any.
+        // Use a separate thread and runtime: this drop may run inside a runtime or outside of any.
         let cleaner = std::thread::spawn(move || cleanup::block_on(cleanup::end_scope(&suffix, &owned, want_logs)));
         match cleaner.join() {
             Ok(Ok(logs)) => logs.into_iter().for_each(|(name, log)| runner::note(&format!("container {name}"), &log)),

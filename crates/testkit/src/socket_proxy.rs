@@ -1,4 +1,4 @@
-//! What stands between an agent and Docker: above all the agent's own socket proxy, as a process of this host.
+//! Runs the agent's own socket proxy as a process on this host, and names the other ways from an agent to Docker.
 
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -10,14 +10,14 @@ use anyhow::{Context, Error, Result, bail, ensure};
 use crate::agent::AgentProcess;
 use crate::engine::socket_path;
 
-/// What an agent under test reaches Docker through.
+/// The way on which an agent under test reaches Docker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Between {
-    /// Its own socket proxy, as in the compose file: `own`.
+    /// Through the agent's own socket proxy, as in the compose file: `own`.
     Own,
-    /// A haproxy that behaves like the usual socket proxies: `haproxy`.
+    /// Through a HAProxy that behaves like the common socket proxies: `haproxy`.
     Haproxy,
-    /// Nothing: `none`.
+    /// Directly: `none`.
     Nothing,
 }
 
@@ -34,7 +34,7 @@ impl FromStr for Between {
     }
 }
 
-/// The settings of an agent that the policy of its socket proxy comes from.
+/// The agent settings that determine its socket proxy's policy.
 const SETTINGS: [&str; 6] = [
     "CLOUDFLARED_IMAGE",
     "CLOUDFLARED_NETWORK_NAME",
@@ -44,10 +44,10 @@ const SETTINGS: [&str; 6] = [
     "LOG_LEVEL",
 ];
 
-/// How long one may take until it listens.
+/// How long a socket proxy may take until it listens.
 const STARTED: Duration = Duration::from_secs(30);
 
-/// A running `dockflare-agent socket-proxy` on a unix socket of its own. Dropping it kills it.
+/// A running `dockflare-agent socket-proxy` on its own unix socket. Dropping it kills the process.
 pub struct SocketProxy {
     program: PathBuf,
     settings: Vec<(String, String)>,
@@ -56,12 +56,12 @@ pub struct SocketProxy {
 }
 
 impl SocketProxy {
-    /// Starts one of this program, for an agent with these settings, and waits until it listens.
+    /// Starts `program` as the socket proxy of an agent with these settings, and waits until it listens.
     ///
-    /// Blocks: it is another process that is waited for.
+    /// Blocks the thread while it waits for the other process.
     ///
     /// # Errors
-    /// When it cannot be started or does not listen.
+    /// When the proxy cannot be started or does not listen within 30 s.
     pub fn start(program: &Path, agent_env: &[(String, String)]) -> Result<Self> {
         let (folder, settings) = (tempfile::tempdir()?, Self::settings(agent_env));
         let process = spawn(program, &settings, folder.path())?;
@@ -70,51 +70,51 @@ impl SocketProxy {
         Ok(proxy)
     }
 
-    /// What of an agent's settings concerns its proxy.
+    /// Returns those of an agent's settings that concern its proxy.
     #[must_use]
     pub fn settings(agent_env: &[(String, String)]) -> Vec<(String, String)> {
         agent_env.iter().filter(|(name, _)| SETTINGS.contains(&name.as_str())).cloned().collect()
     }
 
-    /// Whether it serves an agent with these settings.
+    /// Whether this proxy fits an agent with these settings.
     #[must_use]
     pub fn serves(&self, agent_env: &[(String, String)]) -> bool {
         self.settings == Self::settings(agent_env)
     }
 
-    /// Another one in its place, at the same address. Blocks, as [`SocketProxy::start`] does.
+    /// Replaces the process by a fresh one at the same address. Blocks, as [`SocketProxy::start`] does.
     ///
     /// # Errors
-    /// As there.
+    /// As for [`SocketProxy::start`].
     pub fn restart(&mut self) -> Result<()> {
         self.process = spawn(&self.program, &self.settings, self.folder.path())?;
         self.wait()
     }
 
-    /// The running program.
+    /// Returns the running process.
     #[must_use]
     pub fn process(&self) -> &AgentProcess {
         &self.process
     }
 
-    /// The running program, to be waited for.
+    /// Returns the running process mutably, to wait for it.
     pub fn process_mut(&mut self) -> &mut AgentProcess {
         &mut self.process
     }
 
-    /// Where it listens.
+    /// Returns the path of the proxy's socket.
     #[must_use]
     pub fn path(&self) -> PathBuf {
         self.folder.path().join("docker.sock")
     }
 
-    /// What an agent puts into `DOCKER_HOST`.
+    /// Returns the agent's value for `DOCKER_HOST`.
     #[must_use]
     pub fn host_url(&self) -> String {
         format!("unix://{}", self.path().display())
     }
 
-    /// The lines in which it says what it refused, of the process that runs now.
+    /// Returns the log lines of the current process that report refused requests.
     #[must_use]
     pub fn refusals(&self) -> Vec<String> {
         let log = self.process.log();

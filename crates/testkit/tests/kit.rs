@@ -1,4 +1,4 @@
-//! The kit on a real engine: what the other engine tests rely on.
+//! Tests on a real engine the parts of the kit that the other engine tests rely on.
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::disallowed_macros, reason = "tests may block")]
 #![allow(clippy::expect_used, reason = "tests; clippy spares only the test functions themselves")]
@@ -21,7 +21,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 const SOON: Duration = Duration::from_secs(20);
 
 fn main() -> ExitCode {
-    // The sweep's test runs this program as a process that is killed.
+    // The test of the sweep runs this program again and kills it.
     if std::env::var_os(LEFTOVERS).is_some() {
         return leave_things_behind();
     }
@@ -46,7 +46,7 @@ fn main() -> ExitCode {
     ])
 }
 
-/// As the agent runs it: no right but to run, and a health check by Docker.
+/// Returns the agent's settings for its connector: no capabilities, a read-only root, and a Docker health check.
 fn like_the_agent() -> (HostConfig, HealthConfig) {
     let host = HostConfig {
         readonly_rootfs: Some(true),
@@ -96,7 +96,7 @@ async fn the_stand_in_changes_when_told() -> Result<()> {
     wait_for_health(&scope, &id, "unhealthy").await?;
     scope.tell_stand_in(&id, &json!({"unready": false})).await?;
     wait_for_health(&scope, &id, "healthy").await?;
-    // As PID 1 it must end on SIGTERM by itself: within its drain, not at Docker's kill.
+    // As PID 1 it must end on SIGTERM by itself: within its drain, before Docker kills it.
     scope.stop(&id, 60).await?;
     let state = scope.inspect(&id).await?.state.context("state")?;
     ensure!(state.exit_code == Some(0), "{state:?}");
@@ -154,7 +154,7 @@ async fn the_proxy_refuses_what_is_not_open() -> Result<()> {
     ensure!(is_403, "exec: {refused:?}");
     let answer = testkit::http::get(proxy.address(), "/v1.41/networks").await?;
     ensure!(answer.status == 403 && answer.body.contains("<html>"), "networks: {answer:?}");
-    // As its model answers, which clients have been seen to stumble over.
+    // The proxy that it imitates answers like this, and clients have been seen to fail on it.
     let raw = raw_answer(proxy.address(), "GET /exec/0123/json HTTP/1.1\r\nHost: docker\r\n\r\n").await?;
     ensure!(raw.starts_with("HTTP/1.0 403 Forbidden\r\n") && raw.ends_with("</html>\n"), "{raw}");
     let ping = testkit::http::get(proxy.address(), "/v1.41/_ping").await?;
@@ -169,7 +169,7 @@ async fn the_proxy_refuses_what_is_not_open() -> Result<()> {
     Ok(())
 }
 
-/// What comes back until the other side closes.
+/// Sends the request and reads until the other side closes.
 async fn raw_answer(address: &str, request: &str) -> Result<String> {
     let mut stream = tokio::net::TcpStream::connect(address).await?;
     stream.write_all(request.as_bytes()).await?;
@@ -221,7 +221,7 @@ async fn named_images_stay_until_their_label_is_removed() -> Result<()> {
     let image = Images::named(&repository, (&label, "1")).workload().await?;
     ensure!(image == format!("{repository}/workload:local"), "{image}");
     testkit::sweep(&docker()?).await?;
-    // A container has its image's labels.
+    // A container inherits its image's labels.
     let id = scope.run(Spec { image: &image, name: &repository, ..Spec::default() }).await?;
     let removed = testkit::remove_labelled(&docker()?, &format!("{label}=1")).await?;
     ensure!(removed == [format!("container {repository}"), format!("image {image}")], "{removed:?}");
@@ -230,7 +230,7 @@ async fn named_images_stay_until_their_label_is_removed() -> Result<()> {
     Ok(())
 }
 
-/// A container as a program under test makes one: without our labels.
+/// Makes a container as the program under test does: without our labels.
 async fn unlabelled_container(docker: &Docker, name: &str) -> Result<()> {
     let image = Some(images().workload().await?);
     let options = CreateContainerOptions { name: Some(name.into()), ..Default::default() };
@@ -244,7 +244,7 @@ async fn unlabelled_network(docker: &Docker, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// One of each kind.
+/// Makes six objects: a network, a volume, two containers, and an unlabelled container and network.
 async fn fill(scope: &Scope) -> Result<()> {
     let network = scope.name("net");
     scope.create_network(&network).await?;
@@ -263,7 +263,7 @@ async fn fill(scope: &Scope) -> Result<()> {
     Ok(())
 }
 
-/// Everything on the engine whose name or label has this suffix.
+/// Returns the containers, networks and volumes whose description contains this suffix.
 async fn leftovers(suffix: &str) -> Result<Vec<String>> {
     let docker = docker()?;
     let all = ListContainersOptions { all: true, ..Default::default() };
@@ -312,7 +312,7 @@ async fn a_scope_leaves_alone_what_was_there_before() -> Result<()> {
 
 const LEFTOVERS: &str = "TESTKIT_LEAVE_THINGS_BEHIND";
 
-/// The process to be killed: says the scope's suffix once all is there, and waits for its end.
+/// The process to kill: prints the scope's suffix once everything exists, then waits forever.
 fn leave_things_behind() -> ExitCode {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
     runtime.block_on(async {
@@ -329,7 +329,7 @@ async fn the_sweep_removes_what_a_killed_process_left() -> Result<()> {
     let mut victim = testkit::AgentProcess::spawn(&std::env::current_exe()?, &env, "/".as_ref())?;
     let line = victim.wait_for_log("suffix=", Duration::from_secs(60)).await?;
     let suffix = line.trim_start_matches("suffix=").to_owned();
-    // A living process's container: this one's.
+    // A container of a living process: this one.
     let bystander = Scope::new(docker()?);
     let kept = bystander.run_workload(&[], &[], None, false).await?;
 
@@ -347,7 +347,7 @@ async fn the_sweep_removes_what_a_killed_process_left() -> Result<()> {
     Ok(())
 }
 
-/// Runs this program again, with more of an environment, to its end; its exit code and its output.
+/// Runs this program again to its end, with additional variables. Returns its exit code and its output.
 async fn run_self(more: &[(&str, &str)]) -> Result<(Option<i32>, String)> {
     let mut env: Vec<_> = std::env::vars().filter(|(name, _)| name != "CI").collect();
     env.extend(more.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));

@@ -1,4 +1,4 @@
-//! The agent as a container, which stops itself when its master has let go of it.
+//! Tests the agent in a container, which stops itself once its master has decommissioned it.
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::MetadataExt;
@@ -17,17 +17,17 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// The label by which an agent knows its own container.
+/// The label by which an agent recognizes its own container.
 pub(crate) const AS_COMPOSE_SERVICE: &[(&str, &str)] = &[("com.docker.compose.service", "dockflare-agent")];
 
-/// An agent in a container of its own, and its master outside.
+/// An agent in a container, with its master outside.
 pub(crate) struct Contained {
     pub(crate) scope: Scope,
     pub(crate) master: DevMaster,
     id: String,
 }
 
-/// The address of this host on a network, which containers there can reach.
+/// Returns this host's address on a network, which containers there can reach.
 async fn host_address(scope: &Scope, network: &str) -> Result<IpAddr> {
     let found = scope.docker().inspect_network(network, None).await?;
     let configs = found.ipam.and_then(|ipam| ipam.config).unwrap_or_default();
@@ -78,7 +78,7 @@ pub(crate) async fn contained(labels: &[(&str, &str)]) -> Result<Contained> {
 }
 
 impl Contained {
-    /// Its tunnel runs, and then it is told to leave.
+    /// Waits until the agent's tunnel runs, then decommissions the agent.
     pub(crate) async fn leaves(&self) -> Result<dockflare_dev_master::Decommission> {
         let master = &self.master;
         let agent = master.wait_for("the agent", SOON, |known| {
@@ -110,7 +110,7 @@ async fn an_agent_that_is_its_compose_service_stops_its_own_container_for_good()
     let found = scope.inspect(id).await?;
     let state = found.state.unwrap_or_default();
     assert_eq!((state.exit_code, found.restart_count), (Some(0), Some(0)), "{log}");
-    // Docker calls a container that it will start again `restarting`, never `exited`.
+    // Docker reports a container that it will start again as `restarting`, never as `exited`.
     assert_eq!(state.status.map(|status| status.to_string()).as_deref(), Some("exited"));
     assert_eq!(master.violations(), Vec::<String>::new());
     Ok(())

@@ -1,4 +1,4 @@
-//! What the agent did not see happen: before its start, while it was down, while Docker could not be asked.
+//! Tests what happens unseen by the agent: before its start, while it is down, and while Docker cannot be reached.
 
 use anyhow::{Context, Result};
 use dockflare_dev_master::{Agent, Fault, Protocol, Route};
@@ -60,7 +60,7 @@ async fn what_ended_while_the_agent_was_down_disappears_with_the_first_complete_
     Ok(())
 }
 
-/// Waits until an agent that does not know its containers has said so once more.
+/// Waits until an agent that cannot list its containers has reported that once more.
 pub(super) async fn says_that_it_does_not_know(stage: &Stage) -> Result<Agent> {
     let said = |agent: &Agent| match agent.protocol {
         1 => agent.heartbeats,
@@ -106,7 +106,7 @@ async fn a_listing_that_fails_is_never_reported_as_complete(protocol: Protocol) 
 
 async fn a_cut_stream_leaves_the_masters_picture_right(protocol: Protocol) -> Result<()> {
     let mut stage = Stage::new(protocol).await?;
-    // A scope of its own: a proxy borrows the one it is in.
+    // Use a separate scope: the proxy borrows the one that it is in.
     let scope = testkit::Scope::new(testkit::docker()?);
     let proxy = scope.socket_proxy(&testkit::PROXY_OPENS).await?;
     stage.set("DOCKER_HOST", proxy.host_url());
@@ -135,7 +135,7 @@ async fn a_cut_stream_leaves_the_masters_picture_right(protocol: Protocol) -> Re
     }
     assert_eq!((known.stops_of(&stays), known.stops_of(&ends)), (0, 1));
     assert_eq!((known.starts_of(&begins), known.stops_of(&begins)), (1, 0));
-    // A restart in the gap is either seen as such or not at all, a short life likewise.
+    // The agent sees a restart in the gap either in full or not at all. The same holds for a short life.
     let restarted = (known.starts_of(&restarts), known.stops_of(&restarts));
     assert!(restarted.0 >= restarted.1, "{restarted:?}");
     assert_eq!(known.starts_of(&passes), known.stops_of(&passes));
@@ -164,7 +164,7 @@ async fn what_happened_while_the_master_was_away_is_right_when_it_is_back(protoc
     };
     let what = "the right picture";
     stage.master.wait_for(what, SOON, |known| known.only_agent().filter(right).cloned()).await?;
-    // What comes first tells everything, so that nothing has to be guessed from the events after it.
+    // The first message is a full report, so that the master need not guess from later events.
     let after = &stage.master.requests()[offline..];
     let first = after.iter().find(|request| request.event().is_some() && request.status.is_some());
     assert_eq!(first.and_then(|request| request.event()), Some("status_report"));
@@ -177,7 +177,7 @@ async fn what_happened_while_the_master_was_away_is_right_when_it_is_back(protoc
 async fn v2_master_an_event_of_an_ended_session_is_sent_again_under_the_next() -> Result<()> {
     let stage = Stage::new(Protocol::V2).await?;
     let (_agent, known): (AgentProcess, Agent) = watched(&stage).await?;
-    // The commands are held, so that it is the event that finds out.
+    // Hold the commands, so that the event is the first request to see the ended session.
     stage.master.fault(Route::Commands, Fault::Hold, dockflare_dev_master::Times::UntilCleared);
     stage.master.end_session(&known.id)?;
     let id = stage.scope.run_workload(ENABLED, &[], None, false).await?;

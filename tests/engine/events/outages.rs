@@ -1,4 +1,4 @@
-//! How soon the master's picture is right again: once a way to Docker is back, and after as much as Docker can do.
+//! Tests how soon the master's picture is right again: after the way to Docker returns, and after a burst of events.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -22,12 +22,13 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// What an outage may cost at most, once it is over.
+/// How long the master's picture may stay wrong after an outage ends.
 const MOMENTS: Duration = Duration::from_secs(2);
-/// As the stage sets it.
+/// The report interval that the stage sets.
 const REPORT_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Waits until the master believes that of the containers `all` just these run, and gives how long that took.
+/// Waits until the master shows exactly the containers `run`, of those in `all`, as running. Returns how long that
+/// took.
 async fn picture(stage: &Stage, all: &[&String], run: &[&String], within: Duration) -> Result<Duration> {
     let began = Instant::now();
     let right = |agent: &Agent| all.iter().all(|id| agent.containers.contains_key(*id) == run.contains(id));
@@ -38,7 +39,7 @@ async fn picture(stage: &Stage, all: &[&String], run: &[&String], within: Durati
 
 async fn a_proxy_that_comes_back_costs_two_seconds_at_most(protocol: Protocol) -> Result<()> {
     let mut stage = Stage::new(protocol).await?;
-    // A scope of its own: a proxy borrows the one it is in.
+    // Use a separate scope: the proxy borrows the one that it is in.
     let scope = testkit::Scope::new(testkit::docker()?);
     let proxy = scope.socket_proxy(&testkit::PROXY_OPENS).await?;
     stage.set("DOCKER_HOST", proxy.host_url());
@@ -49,12 +50,12 @@ async fn a_proxy_that_comes_back_costs_two_seconds_at_most(protocol: Protocol) -
     proxy.kill().await?;
     stage.scope.stop(&ends, 5).await?;
     let begins = run().await?;
-    // Long enough for pauses that grow to have grown.
+    // Long enough for the back-off to grow.
     says_that_it_does_not_know(&stage).await?;
     proxy.restart().await?;
     let took = picture(&stage, &[&always, &ends, &begins], &[&always, &begins], MOMENTS).await?;
 
-    // Again, as it is done to a proxy that runs.
+    // Restart once more, this time a running proxy.
     proxy.restart().await?;
     stage.scope.stop(&begins, 5).await?;
     picture(&stage, &[&always, &ends, &begins], &[&always], MOMENTS).await?;
@@ -71,7 +72,7 @@ async fn a_stream_that_was_cut_without_a_word_is_found_out_within_one_report_int
     let run = async || stage.scope.run_workload(ENABLED, &[], None, false).await;
     let (always, ends) = (run().await?, run().await?);
     let (agent, _) = watched(&stage).await?;
-    // The looks of the beginning are over, which would find whatever happens now.
+    // Wait until the initial listings are over: they would find whatever happens now.
     super::another_report(&stage).await?;
 
     relay.freeze();
@@ -82,7 +83,7 @@ async fn a_stream_that_was_cut_without_a_word_is_found_out_within_one_report_int
     let took = picture(&stage, &all, &[&always, &begins], REPORT_INTERVAL + MOMENTS).await?;
     agent.wait_for_log_after(mark, "cut without a word; opening it again", 2 * MOMENTS).await?;
     agent.wait_for_log_after(mark, "listening to Docker's events again", MOMENTS).await?;
-    // From now on it hears.
+    // From now on the agent receives events.
     stage.scope.stop(&begins, 5).await?;
     let heard = picture(&stage, &all, &[&always], MOMENTS).await?;
     eprintln!("{protocol}: known after {took:.1?}, and events again in {heard:.1?}");
@@ -106,10 +107,11 @@ async fn ten_seconds_of_as_many_short_lives_as_docker_manages_leave_the_right_pi
     });
     let ids: BTreeSet<String> = try_join_all(lives).await?.into_iter().flatten().collect();
     let stays = stage.scope.run_workload(ENABLED, &[], None, false).await?;
-    // Each that was listed as running at a look has its end told; those of 50 ms may still be ending.
+    // The agent reports the end of each container that a listing showed as running. Those that live 50 ms may still be
+    // ending.
     let all: Vec<&String> = ids.iter().chain([&always, &stays]).collect();
     let took = picture(&stage, &all, &[&always, &stays], 2 * MOMENTS).await?;
-    // The picture may be right by a report that went before what is still on its way.
+    // An earlier report may have made the picture right while events are still on their way.
     for id in &ids {
         heard_of(&stage, id, 1, 1).await?;
     }

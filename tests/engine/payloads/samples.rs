@@ -1,4 +1,4 @@
-//! The samples: taken from what a master was sent, made the same for every run, and compared with the files.
+//! Takes samples from the messages to a master, normalizes what differs between runs, and compares them with the files.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -11,13 +11,13 @@ use serde_json::{Value, json};
 
 use crate::support::{SOON, Stage};
 
-/// Writes the files instead of comparing them.
+/// If set, the test writes the files instead of comparing them.
 const UPDATE: &str = "UPDATE_PAYLOADS";
 /// The tunnel's id in all samples.
 pub(super) const TUNNEL: &str = "7d3f1a52-0c8e-4b6d-9a71-5e2c40f8b913";
 const TIME: &str = "2026-01-02T03:04:05.678901234Z";
 
-/// What stands for an id, by the member it is in. It takes the place of what has the same form and of nothing else.
+/// The placeholder for an id, by its member. It replaces only a text of the same form.
 const IDS: [(&str, &str); 7] = [
     ("agent_id", "3f2504e0-4f89-41d3-9a0c-0305e82c3301"),
     ("agent_session_id", "9b2d7c66-1e0f-4a53-8d24-6c1b0a97e5f4"),
@@ -28,12 +28,12 @@ const IDS: [(&str, &str); 7] = [
     ("tunnel_id", TUNNEL),
 ];
 
-/// What was taken so far.
+/// The samples taken so far.
 pub(super) struct Samples {
     version: &'static str,
-    /// By file name.
+    /// Samples by file name.
     taken: BTreeMap<String, Sample>,
-    /// The type of each message that was sent.
+    /// The type of each message sent.
     sent: BTreeSet<String>,
     /// The names of all headers that came with the samples.
     headers: BTreeSet<String>,
@@ -42,7 +42,7 @@ pub(super) struct Samples {
 struct Sample {
     kind: String,
     text: String,
-    /// Method and path, with names for the ids.
+    /// Method and path, with names instead of ids.
     line: String,
 }
 
@@ -52,12 +52,12 @@ impl Samples {
         Self { version, taken: BTreeMap::new(), sent: BTreeSet::new(), headers: BTreeSet::new() }
     }
 
-    /// Waits until the stage's master is sent what `is_it` takes for the message `name`.
+    /// Waits until the stage's master receives a message that `is_it` accepts, and keeps it as the sample `name`.
     pub(super) async fn take(&mut self, name: &str, stage: &Stage, is_it: impl Fn(&str, &Value) -> bool) -> Result<()> {
         self.take_from(name, &stage.master, stage.scope.suffix(), is_it).await
     }
 
-    /// As [`Samples::take`], of any master; names end in `suffix` there.
+    /// Like [`Samples::take`], from any master, where names end in `suffix`.
     pub(super) async fn take_from(
         &mut self,
         name: &str,
@@ -79,7 +79,7 @@ impl Samples {
         Ok(())
     }
 
-    /// Notes the type of all that this master was sent.
+    /// Records the type of each message that this master received.
     pub(super) fn all_sent_to(&mut self, master: &DevMaster) -> Result<()> {
         for request in master.requests().iter().filter(|request| !request.body.is_null()) {
             self.sent.insert(kind(request).with_context(|| format!("what is this: {request}"))?);
@@ -87,7 +87,7 @@ impl Samples {
         Ok(())
     }
 
-    /// Compares the files with what was taken, or writes them.
+    /// Compares the files with the samples, or writes them.
     pub(super) fn check(&self) -> Result<()> {
         let payloads = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/payloads");
         let folder = payloads.join(self.version);
@@ -140,7 +140,7 @@ impl Samples {
     }
 }
 
-/// The type of a message, as its sample's name begins; none where nothing is said, or nothing that is known.
+/// Returns the type of a message, which begins its sample's name; `None` for an empty or unknown message.
 fn kind(request: &Request) -> Option<String> {
     let word = |member: &str| request.body[member].as_str();
     match request.route {
@@ -152,7 +152,7 @@ fn kind(request: &Request) -> Option<String> {
     }
 }
 
-/// The request line, with names for the ids in its path.
+/// Returns the request line, with names instead of the ids in its path.
 fn line(request: &Request) -> String {
     let mut before = "";
     let path = request.path.split('/').map(|part| {
@@ -169,8 +169,8 @@ fn line(request: &Request) -> String {
     format!("{} {}", request.method, path.collect::<Vec<_>>().join("/"))
 }
 
-/// Puts something of the same form in the place of all that differs from run to run, and leaves out the containers
-/// of others. `member` is the name under which `value` stands.
+/// Replaces everything that differs between runs by a placeholder of the same form, and leaves out the containers of
+/// other tests. `member` is the name of the member that holds `value`.
 fn normalise(value: &mut Value, member: &str, suffix: &str) {
     match value {
         Value::Object(members) => members.iter_mut().for_each(|(member, value)| normalise(value, member, suffix)),
@@ -184,7 +184,7 @@ fn normalise(value: &mut Value, member: &str, suffix: &str) {
                 *text = other;
             }
         }
-        // How many messages came before.
+        // Counts of earlier messages.
         Value::Number(_) => match member {
             "event_sequence" => *value = json!(7),
             "report_sequence" => *value = json!(3),
@@ -194,7 +194,7 @@ fn normalise(value: &mut Value, member: &str, suffix: &str) {
     }
 }
 
-/// What to put in the place of a text, if it is one of those that differ.
+/// Returns the placeholder for a text, if that text differs between runs.
 fn stand_in(member: &str, text: &str, suffix: &str) -> Option<String> {
     let other = match member {
         "timestamp" | "since" if text.parse::<jiff::Timestamp>().is_ok() && text.ends_with('Z') => TIME,
@@ -207,27 +207,27 @@ fn stand_in(member: &str, text: &str, suffix: &str) -> Option<String> {
     Some(other.to_owned())
 }
 
-/// Whether two texts differ in nothing but hexadecimal digits.
+/// Whether two texts differ only in hexadecimal digits.
 fn have_same_form(one: &str, other: &str) -> bool {
     let is_hex = |c: u8| matches!(c, b'0'..=b'9' | b'a'..=b'f');
     let alike = |(a, b): (u8, u8)| a == b || is_hex(a) && is_hex(b);
     one.len() == other.len() && one.bytes().zip(other.bytes()).all(alike)
 }
 
-/// The names of the files in a folder, which need not be there.
+/// Returns the names of the files in a folder; none if the folder does not exist.
 fn files(folder: &Path) -> Result<BTreeSet<String>> {
     let Ok(entries) = fs::read_dir(folder) else { return Ok(BTreeSet::new()) };
     entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
 }
 
-/// The names of the headers in the page's example of a request.
+/// Returns the names of the headers in the page's example of a request.
 fn headers_in(readme: &str) -> BTreeSet<String> {
     let example = readme.split("```http\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap_or_default();
     example.lines().filter_map(|line| line.split_once(": ")).map(|(name, _)| name.to_lowercase()).collect()
 }
 
-/// The lines in which two texts differ: what both have at their beginning and end is left out, but for the lines next
-/// to the difference.
+/// Returns the lines in which two texts differ. Leaves out their common beginning and end, except for the lines next to
+/// the difference.
 fn difference(old: &str, new: &str) -> String {
     let (old, new): (Vec<_>, Vec<_>) = (old.lines().collect(), new.lines().collect());
     let begin = old.iter().zip(&new).take_while(|(a, b)| a == b).count();

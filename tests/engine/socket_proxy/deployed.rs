@@ -1,4 +1,4 @@
-//! The socket proxy in a container, as the compose file and the documentation run it.
+//! Tests the socket proxy in a container, as the compose file and the documentation run it.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -26,7 +26,7 @@ pub(super) fn cases() -> Vec<Case> {
 
 const CHECK: [&str; 4] = ["CMD", "/dockflare-agent", "socket-proxy", "--check"];
 
-/// As few rights as the compose file gives.
+/// Returns the restrictions that the compose file sets.
 fn confined(binds: Vec<String>) -> HostConfig {
     HostConfig {
         binds: Some(binds),
@@ -37,7 +37,7 @@ fn confined(binds: Vec<String>) -> HostConfig {
     }
 }
 
-/// Creates and starts a container of the agent's image as this user with this command.
+/// Creates and starts a container of the agent's image, as this user and with this command.
 async fn run_as(scope: &Scope, user: &str, args: &[&str], env: &[(&str, &str)], host: HostConfig) -> Result<String> {
     use testkit::bollard::query_parameters::CreateContainerOptions;
     use testkit::models::ContainerCreateBody;
@@ -66,7 +66,8 @@ async fn from_enrolment_to_decommission(protocol: Protocol) -> Result<()> {
     let (tunnel, network, api) = (scope.name("tunnel"), scope.name("net"), scope.name("docker-api"));
     scope.create_network(&network).await?;
     scope.create_volume(&api).await?;
-    // Before a container names it: one that Docker makes by itself has no label by which it is removed.
+    // Make the volume before a container names it: the scope does not remove a volume that Docker makes, without a
+    // label.
     scope.create_volume(&scope.name("data")).await?;
     scope.owns_container(&tunnel);
     scope.owns_container(&format!("{tunnel}-next"));
@@ -188,7 +189,7 @@ async fn a_socket_that_cannot_be_opened_is_said_with_the_remedy() -> Result<()> 
     .await
 }
 
-/// As docs/security.md has it: an ordinary user with the socket's group, and a volume that is that user's.
+/// The variant in docs/security.md: an ordinary user with the socket's group, and a volume that belongs to that user.
 async fn the_stricter_variant_of_the_documentation_reaches_docker() -> Result<()> {
     use std::os::unix::fs::MetadataExt;
     use testkit::models::{Mount, MountType, MountVolumeOptions, VolumeCreateRequest};
@@ -221,14 +222,14 @@ async fn the_stricter_variant_of_the_documentation_reaches_docker() -> Result<()
     .await
 }
 
-/// Docker's socket as a daemon makes it, which leads to the real one.
+/// A socket made as a Docker daemon makes its own. It forwards to the real one.
 struct Socket {
     path: std::path::PathBuf,
     relay: tokio::task::JoinHandle<()>,
 }
 
 impl Socket {
-    /// Makes it, in the place of one that was there.
+    /// Makes the socket, and replaces any earlier one.
     fn make(path: &std::path::Path) -> Result<Self> {
         use std::os::unix::fs::PermissionsExt;
         use tokio::net::{UnixListener, UnixStream};
@@ -248,7 +249,7 @@ impl Socket {
         Ok(Self { path: path.to_owned(), relay })
     }
 
-    /// The daemon ends: nobody listens, and the file stays until the next one.
+    /// Ends the daemon: nobody listens any more, and the socket file stays until the next start.
     async fn end(self) -> std::path::PathBuf {
         self.relay.abort();
         drop(self.relay.await);
@@ -277,7 +278,7 @@ async fn a_mounted_socket_that_docker_made_anew_ends_the_proxy_and_its_restart_p
     healthy("Docker to call the socket proxy healthy").await?;
     let restarts = async || scope.inspect(&proxy).await.ok()?.restart_count;
 
-    // The daemon is away for a while, and comes back with a socket of its own.
+    // The daemon is down for a while, and comes back with a new socket.
     let path = socket.end().await;
     let _new = Socket::make(&path)?;
     wait_until("the socket proxy to be started again", 3 * SOON, async || (restarts().await? == 1).then_some(()))

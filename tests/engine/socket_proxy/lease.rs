@@ -1,5 +1,5 @@
-//! What becomes of the tunnel after its agent: an agent that comes back takes it over, and if none does, the socket
-//! proxy removes it, whatever happens to that in between.
+//! Tests the lease on a tunnel after its agent stops: an agent that comes back takes the tunnel over. If none does, the
+//! socket proxy removes it, whatever happens to the proxy in between.
 
 use std::time::Duration;
 
@@ -25,10 +25,10 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// What an agent may take to stop, of which it stays connected for a second.
+/// How long an agent may take to stop. For one second of that it stays connected.
 const STOPS: Duration = Duration::from_secs(10);
 
-/// A stage whose agents come through this proxy, and whose tunnel is held for so long.
+/// Makes a stage with a lease of this many seconds, and a socket proxy for its agents.
 async fn held(seconds: u64, words: &str) -> Result<(Stage, SocketProxy, Tunnel)> {
     let mut stage = Stage::new(Protocol::V2).await?;
     stage.set("TUNNEL_LEASE_SECONDS", seconds.to_string());
@@ -38,7 +38,7 @@ async fn held(seconds: u64, words: &str) -> Result<(Stage, SocketProxy, Tunnel)>
     Ok((stage, proxy, tunnel))
 }
 
-/// Asks it to stop, and waits until it has.
+/// Stops the agent with SIGTERM and waits for its end.
 async fn stop(agent: &mut AgentProcess) -> Result<()> {
     agent.sigterm()?;
     ensure!(agent.wait_exit(STOPS).await?.code() == Some(0), "{}", agent.log());
@@ -64,7 +64,7 @@ async fn an_agent_that_comes_back_takes_the_tunnel_over_and_no_visitor_notices()
         stop(&mut agent).await?;
         ensure!(agent.log().contains("leaving the tunnel to the socket proxy"), "{}", agent.log());
         ensure!(proxy.path().with_extension("sock.lease").exists(), "it is on disk");
-        // The checks of Docker and of people are no agent.
+        // Requests by health checks and by people do not count as an agent.
         ensure!(line(&proxy.path(), "GET /_ping").await?.0 == 200);
         ensure!(line(&proxy.path(), "GET /containers/json").await?.0 == 200);
         ensure!(proxy.path().with_extension("sock.lease").exists(), "it lasts");
@@ -97,7 +97,7 @@ async fn a_tunnel_that_no_agent_comes_back_for_goes_with_its_drain_when_the_leas
     proxy.process().wait_for_log("no agent came back within the lease", SOON).await?;
     proxy.process().wait_for_log("tunnel stopped and removed", SOON).await?;
 
-    // And the next agent has it all anew.
+    // The next agent makes everything anew.
     let agent = tunnel.agent(&stage)?;
     agent.wait_for_log("tunnel ready", SOON).await?;
     tunnel.container(&stage).await.map(drop)
@@ -114,7 +114,7 @@ async fn an_agent_that_is_killed_has_said_nothing_and_nothing_is_removed() -> Re
     ensure!(proxy.process_mut().wait_exit(SOON).await?.code() == Some(0));
     assert_eq!(tunnel.container(&stage).await?, before);
 
-    // Killed after its goodbye, it has said it.
+    // A goodbye counts even if the agent is killed after it.
     proxy.restart()?;
     let agent = tunnel.agent(&stage)?;
     agent.wait_for_log("tunnel ready", SOON).await?;
@@ -133,7 +133,7 @@ async fn a_proxy_that_is_killed_during_the_lease_is_followed_by_one_that_goes_on
     proxy.process_mut().wait_exit(SOON).await?;
     proxy.restart()?;
     proxy.process().wait_for_log("an agent said goodbye before this start", SOON).await?;
-    // Killed once more, in the drain.
+    // Kill the proxy once more, during the drain.
     story.until("kill").await?;
     proxy.process().sigkill()?;
     proxy.process_mut().wait_exit(SOON).await?;
@@ -150,7 +150,7 @@ async fn a_proxy_that_is_asked_to_stop_after_the_agent_takes_the_tunnel_with_it(
     let (stage, mut proxy, tunnel) = held(600, "drain=2000").await?;
     let mut agent = tunnel.agent_with_ready_tunnel(&stage).await?;
     let before = tunnel.container(&stage).await?;
-    // At the same moment, in both orders: that is no end.
+    // Agent and proxy stop at the same moment, in both orders: the tunnel must survive.
     for agent_first in [true, false] {
         if agent_first {
             agent.sigterm()?;
@@ -168,13 +168,13 @@ async fn a_proxy_that_is_asked_to_stop_after_the_agent_takes_the_tunnel_with_it(
         agent.wait_for_log("tunnel ready", SOON).await?;
         assert_eq!(tunnel.container(&stage).await?, before, "agent first: {agent_first}");
     }
-    // The agent stays: a proxy that is recreated alone.
+    // Only the proxy is recreated and the agent stays: the tunnel must survive.
     proxy.process().sigterm()?;
     ensure!(proxy.process_mut().wait_exit(SOON).await?.code() == Some(0));
     assert_eq!(tunnel.container(&stage).await?, before);
     proxy.restart()?;
     told(&stage, "running", None).await?;
-    // One after the other: that is the end.
+    // The proxy stops after the agent has ended: the tunnel must end.
     let story = Story::follow(&stage);
     stop(&mut agent).await?;
     assert_eq!(tunnel.container(&stage).await?, before);
@@ -209,7 +209,7 @@ async fn a_lease_is_for_what_the_agent_made_and_nothing_else() -> Result<()> {
     for name in [&stage.tunnel, &next] {
         stage.scope.run(testkit::Spec { image: &workload, name, ..Default::default() }).await?;
     }
-    // Whoever reaches the socket may say it; it has an end of its own, and strictly one form.
+    // Any client of the socket may say goodbye. The goodbye has its own endpoint and exactly one valid form.
     for (asked, status) in [
         ("POST /dockflare/goodbye", 403),
         ("POST /dockflare/goodbye?lease=0", 403),

@@ -1,5 +1,5 @@
-//! The tunnel's network and the repository's compose file: whatever becomes of the network, the agent starts, joins it
-//! by itself, and leaves it.
+//! Tests the tunnel's network with the repository's compose file: whatever happens to the network, the agent starts,
+//! joins it by itself, and leaves it.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -16,7 +16,7 @@ use super::{line, post};
 use crate::containers_scene::{Tunnel, registered, told};
 use crate::support::{SOON, Stage, agent_binary};
 
-/// Noted with each connection that the agent makes.
+/// The alias that marks each connection made by the agent.
 const JOINED: &str = "dockflare-agent-joined";
 const OWNER: &str = "com.dockflare.agent.owner";
 
@@ -56,13 +56,13 @@ pub(super) fn cases() -> Vec<Case> {
     cases
 }
 
-/// How the tunnel's network is before the first `up`.
+/// The tunnel's network before the first `up`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Begins {
     Absent,
     MadeByHand,
     OfAnotherProject,
-    /// Declared by the compose file of an earlier version, in this very project.
+    /// Declared by an earlier version's compose file, in the same project.
     OfFormerFile,
     Internal,
     InUse,
@@ -104,7 +104,7 @@ impl Begins {
     }
 }
 
-/// A deployment whose master is at an address of the host that each network of this Docker leads to.
+/// Makes a deployment whose master is at an address of the host that each of this Docker's networks can reach.
 async fn deployment(program: PathBuf) -> Result<Deployment> {
     let stage = Stage::new(Protocol::V2).await?;
     let home = stage.scope.name("home");
@@ -119,19 +119,19 @@ async fn gateway(stage: &Stage, network: &str) -> Result<IpAddr> {
     Ok(ranges.find_map(|range| range.gateway).context("the network has no gateway")?.parse()?)
 }
 
-/// The networks of a container, with its names there.
+/// Returns a container's networks, with its names in each.
 async fn networks(stage: &Stage, container: &str) -> Result<HashMap<String, Vec<String>>> {
     let found = stage.scope.inspect(container).await?.network_settings.and_then(|settings| settings.networks);
     let names = |place: EndpointSettings| place.aliases.unwrap_or_default();
     Ok(found.unwrap_or_default().into_iter().map(|(name, place)| (name, names(place))).collect())
 }
 
-/// Whether the agent has joined the tunnel's network by itself.
+/// Whether the agent itself joined the tunnel's network.
 async fn has_joined(stage: &Stage, agent: &str) -> Result<bool> {
     Ok(networks(stage, agent).await?.get(&stage.network).is_some_and(|names| names.iter().any(|name| name == JOINED)))
 }
 
-/// `up`, enrolment, a tunnel that runs.
+/// Runs `up`, enrolls the agent, and waits until the tunnel runs.
 async fn up(deployed: &mut Deployment) -> Result<Tunnel> {
     deployed.compose(&["up", "-d", "--no-build"]).await?;
     let tunnel = Tunnel::new(&deployed.stage, "");
@@ -156,7 +156,7 @@ async fn starts(program: PathBuf, begins: Begins) -> Result<()> {
     let made = stage.scope.docker().inspect_network(&stage.network, None).await?;
     let is_agents = made.labels.unwrap_or_default().contains_key(OWNER);
     ensure!(is_agents == (begins == Begins::Absent), "made by the agent: {is_agents}");
-    // The master knows it a moment before the log says it.
+    // The master knows of the tunnel a moment before the log line appears.
     let log = wait_until("the line", SOON, async || {
         stage.scope.logs(&deployed.agent()).await.ok().filter(|log| log.contains("tunnel ready"))
     })
@@ -165,7 +165,7 @@ async fn starts(program: PathBuf, begins: Begins) -> Result<()> {
     let at: Vec<_> = lines.iter().map(|words| log.find(words)).collect();
     ensure!(at.iter().all(Option::is_some) && at.is_sorted(), "{at:?}\n{log}");
     ensure!(!log.contains("WARN"), "{log}");
-    // It is asked for itself, over the network that both are on.
+    // The agent asks the connector itself, over the network that they share.
     told(stage, "running", None).await?;
     let status = registered(stage).await?.tunnel_status.context("a status")?;
     ensure!(status.event["ready_connections"].is_number(), "{:#}", status.event);
@@ -178,7 +178,7 @@ async fn starts(program: PathBuf, begins: Begins) -> Result<()> {
     Ok(())
 }
 
-/// Removes the network with all that the test left on it, and makes another one of that name.
+/// Waits until Docker can remove the network, removes it, and makes another one of the same name.
 async fn make_anew(stage: &Stage) -> Result<()> {
     wait_until("the network to be let go", SOON, async || {
         stage.scope.docker().remove_network(&stage.network).await.ok()
@@ -211,7 +211,7 @@ async fn starts_after_a_kill(program: PathBuf) -> Result<()> {
     ensure!(has_joined(&deployed.stage, &deployed.agent()).await?, "nobody was left to leave");
     deployed.stage.scope.rm(&deployed.stage.tunnel).await?;
     make_anew(&deployed.stage).await?;
-    // What Docker refuses to start, as docs/operate.md says.
+    // Docker refuses to start it, as docs/operate.md says.
     let refused = deployed.compose(&["up", "-d", "--no-build"]).await;
     ensure!(refused.is_err(), "Docker starts it all the same: docs/operate.md need not name --force-recreate");
     deployed.compose(&["up", "-d", "--no-build", "--force-recreate"]).await?;
@@ -220,7 +220,7 @@ async fn starts_after_a_kill(program: PathBuf) -> Result<()> {
     deployed.compose(&["down"]).await
 }
 
-/// A container of the agent's image, called as Compose calls it, with the Docker socket itself.
+/// Runs a container of the agent's image with direct access to Docker's socket.
 async fn contained(stage: &mut Stage, host: testkit::models::HostConfig, network: Option<&str>) -> Result<String> {
     use std::os::unix::fs::MetadataExt;
     stage.set("DOCKFLARE_DATA_DIR", "");
@@ -239,7 +239,7 @@ async fn contained(stage: &mut Stage, host: testkit::models::HostConfig, network
 
 async fn a_master_that_only_the_tunnels_network_knows_is_found_with_the_first_request() -> Result<()> {
     let mut stage = Stage::new(Protocol::V2).await?;
-    // Nothing leads from there to anywhere, nor to there from elsewhere; nobody but Docker's DNS knows the master's name.
+    // The internal network has no route in or out, and only Docker's DNS knows the master's name.
     Begins::Internal.make(&stage).await?;
     let (master, apart) = (stage.scope.name("master"), stage.scope.name("apart"));
     stage.scope.create_network(&apart).await?;
@@ -300,7 +300,7 @@ async fn the_agents_own_container_and_no_other_joins_and_leaves_the_tunnels_netw
         let (status, said) = ask("connect", network, &own).await?;
         ensure!(status == 200, "{status} {said}");
         ensure!(networks(&stage, &own).await?[network].iter().any(|name| name == JOINED));
-        // It sees so much of itself, and not where else it is.
+        // The agent sees this connection of its container, but not the container's other networks.
         let (_, seen) = line(&path, &format!("GET /containers/{own}/json")).await?;
         ensure!(seen.contains(network) && seen.contains(JOINED) && !seen.contains(&format!("\"{other}\":")), "{seen}");
         let (status, said) = ask("disconnect", network, &own).await?;
@@ -309,7 +309,7 @@ async fn the_agents_own_container_and_no_other_joins_and_leaves_the_tunnels_netw
     }
     refused("connect", &metrics, &ours, "endpoint_aliases").await?;
     refused("connect", &other, &own, "network_name").await?;
-    // Connected by hand, it stays.
+    // A connection made by hand stays.
     let by_hand = testkit::models::NetworkConnectRequest { container: own.clone(), ..Default::default() };
     scope.docker().connect_network(&stage.network, by_hand).await?;
     refused("disconnect", &stage.network, &own, "network_not_joined").await
@@ -324,7 +324,7 @@ async fn an_agent_in_the_network_of_another_container_connects_nobody_and_says_w
     stage.key = stage.master.generate_key("lent");
     stage.set("DOCKFLARE_MASTER_URL", stage.master.url());
     stage.set("DOCKFLARE_API_KEY", stage.key.clone());
-    // It has that one's host name, and the files by which a container is known.
+    // The agent gets the other container's host name, and the files by which it would recognize its own container.
     let lender = stage.scope.run_workload(&[], &["sleep", "3600000"], Some(&home), false).await?;
     let mode = Some(format!("container:{lender}"));
     let host = testkit::models::HostConfig { network_mode: mode, ..Default::default() };

@@ -1,5 +1,5 @@
-//! Upgrades and the end, as people do them: the repository's compose file, the two generations of Docker Compose, and
-//! visitors all along.
+//! Tests upgrades and removal as people do them: with the repository's compose file, both generations of Docker
+//! Compose, and visitors all along.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -33,13 +33,13 @@ pub(super) fn cases() -> Vec<Case> {
     })
 }
 
-/// The cases of both generations: given the version and the program.
+/// Makes the cases for both generations. `cases` gets the version and the program.
 pub(super) fn with_each_generation(cases: impl Fn(&'static str, PathBuf) -> Vec<Case>) -> Vec<Case> {
     let generations = [("1.29", Compose::V1), ("2.26", Compose::V2)];
     let cases = generations.into_iter().flat_map(|(version, compose)| {
         let program = compose.program();
         let missing = program.as_ref().err().map(|error| format!("{error:#}"));
-        // The first generation is a package of Debian 12 only; the second is fetched.
+        // Only Debian 12 has a package of the first generation; the kit fetches the second.
         let here = move |case: Case| match compose {
             Compose::V1 => case.where_there_is(missing.clone()),
             Compose::V2 => case.without(missing.clone()),
@@ -49,19 +49,19 @@ pub(super) fn with_each_generation(cases: impl Fn(&'static str, PathBuf) -> Vec<
     cases.map(|case| case.limit(Duration::from_secs(400) * rounds())).collect()
 }
 
-/// How often what Compose tells only by order is told: a restart and a recreation from the end. By hand, with
-/// `COMPOSE_ROUNDS=30`.
+/// How often to repeat the cases that depend on Compose's order of steps, which alone tells a restart and a recreation
+/// from a removal. For a manual run, set `COMPOSE_ROUNDS=30`.
 fn rounds() -> u32 {
     std::env::var("COMPOSE_ROUNDS").ok().and_then(|count| count.parse().ok()).unwrap_or(1)
 }
 
-/// What one command of Compose may take.
+/// How long one command of Compose may take.
 const COMMAND_LIMIT: Duration = Duration::from_secs(120);
-/// What the stand-in's drain, and Compose itself, take on `down`; the lease is longer.
+/// How long `down` may take, with the stand-in's drain and Compose itself. The lease is longer.
 const DOWN_LIMIT: Duration = Duration::from_secs(40);
 const LEASE: &str = "90";
 
-/// The compose file, deployed under names of its own.
+/// A deployment of the compose file under unique names.
 pub(super) struct Deployment {
     pub(super) stage: Stage,
     program: PathBuf,
@@ -69,14 +69,14 @@ pub(super) struct Deployment {
     image: String,
     settings: HashMap<&'static str, String>,
     proxy_settings: HashMap<&'static str, String>,
-    /// The vault's image, where there is one.
+    /// The vault's image, if the deployment has a vault.
     vault: Option<String>,
-    /// By now.
+    /// The agent's registrations so far.
     registrations: u64,
 }
 
 impl Deployment {
-    /// On a network that is there, with an edge that is reached from it, and the master on it.
+    /// Makes a deployment on an existing network, with an edge and a master that it can reach.
     async fn new(program: PathBuf) -> Result<(Self, Arc<Edge>)> {
         let stage = Stage::new(Protocol::V2).await?;
         let edge = visitors::edge(&stage).await?;
@@ -84,7 +84,7 @@ impl Deployment {
         Ok((Self::with_master_at(stage, program, listen).await?, edge))
     }
 
-    /// The master is at this address of the host, and nothing else is there yet.
+    /// Makes a deployment with a master at this address of the host, and nothing else yet.
     pub(super) async fn with_master_at(mut stage: Stage, program: PathBuf, listen: IpAddr) -> Result<Self> {
         let listen = SocketAddr::new(listen, 0);
         stage.master = DevMaster::builder().protocol(Protocol::V2).listen(listen).start().await?;
@@ -109,8 +109,8 @@ impl Deployment {
         self.stage.scope.name("agent")
     }
 
-    /// Writes the settings, and what differs from the repository's compose file: names, labels, and an image that is
-    /// there in place of a build.
+    /// Writes the settings and the differences from the repository's compose file: names, labels, and an existing image
+    /// instead of a build.
     fn write(&self) -> Result<()> {
         let mut env = String::new();
         for (name, value) in &self.settings {
@@ -127,7 +127,7 @@ impl Deployment {
                 },
                 "dockflare-agent": { "image": image, "container_name": self.agent(), "labels": labels },
             },
-            // The one that Compose makes without being told to.
+            // The network that Compose makes by default.
             "networks": { "default": { "name": scope.name("default"), "labels": labels } },
             "volumes": {
                 "data": { "name": scope.name("data"), "labels": labels },
@@ -142,7 +142,7 @@ impl Deployment {
             for volume in ["vault-data", "vault-state", "vault-docker", "launcher", "agent-secrets"] {
                 file["volumes"][volume] = serde_json::json!({ "name": scope.name(volume), "labels": labels });
             }
-            // 1.29 takes a volume from the last file that names it, whole.
+            // Compose 1.29 takes the whole volume from the last file that names it.
             file["volumes"]["agent-secrets"]["driver"] = "local".into();
             file["volumes"]["agent-secrets"]["driver_opts"] = serde_json::json!({
                 "type": "tmpfs", "device": "tmpfs", "o": "size=1m,mode=2750,uid=65431,gid=65532",
@@ -160,7 +160,7 @@ impl Deployment {
             command.arg("-f").arg(workspace_root().join("deploy/compose-vault.yml"));
         }
         command.arg("-f").arg(self.folder.path().join("override.yml")).args(args);
-        // The settings are those of the file, whatever is set here.
+        // Only the file's settings apply, whatever this process's environment holds.
         command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
         command.env("HOME", self.folder.path()).env("DOCKER_HOST", format!("unix://{}", testkit::socket_path()));
         command.current_dir(self.folder.path()).stdin(Stdio::null());
@@ -171,7 +171,7 @@ impl Deployment {
         Ok(())
     }
 
-    /// Waits until an agent that was started since the last time has the tunnel, and its master knows that.
+    /// Waits until an agent that started since the last call has the tunnel and its master knows it.
     pub(super) async fn is_back(&mut self) -> Result<()> {
         let before = self.registrations;
         let what = "the agent to be back with its tunnel";
@@ -183,7 +183,7 @@ impl Deployment {
         Ok(())
     }
 
-    /// The first `up`, with a tunnel that visitors come through.
+    /// Runs the first `up`, with visitors coming through the tunnel.
     async fn up(&mut self, edge: &Arc<Edge>, tunnel: &Tunnel) -> Result<Visitors> {
         self.compose(&["up", "-d", "--no-build"]).await?;
         let known = registered(&self.stage).await?;
@@ -193,7 +193,7 @@ impl Deployment {
         Visitors::come(edge, tunnel).await
     }
 
-    /// The end: nothing is left, within the drain.
+    /// Runs `down`, which must leave nothing and end in time.
     async fn down(&self) -> Result<()> {
         let asked = Instant::now();
         self.compose(&["down"]).await?;
@@ -204,7 +204,7 @@ impl Deployment {
         Ok(())
     }
 
-    /// What there is of the deployment and of its tunnel.
+    /// Returns what exists of the deployment and its tunnel.
     pub(super) async fn left(&self) -> Result<Vec<String>> {
         let mut left = Vec::new();
         for name in [self.stage.tunnel.clone(), format!("{}-next", self.stage.tunnel)] {
@@ -279,11 +279,11 @@ async fn down(program: PathBuf) -> Result<()> {
     let (mut deployed, edge) = Deployment::new(program.clone()).await?;
     let tunnel = visitors::tunnel(&deployed.stage, &edge, "");
     let mut visitors = deployed.up(&edge, &tunnel).await?;
-    // Shorter than the lease from now on, and an upgrade itself.
+    // A shorter lease from now on; setting it is an upgrade itself.
     deployed.settings.insert("TUNNEL_LEASE_SECONDS", "2".to_owned());
     deployed.compose(&["up", "-d", "--no-build"]).await?;
     deployed.is_back().await?;
-    // `docker rm -f` of the agent, which says nothing.
+    // `docker rm -f` of the agent, which then says no goodbye.
     let before = Life::now(&deployed.stage).await?;
     deployed.stage.scope.rm(&deployed.agent()).await?;
     let gone = Instant::now();
@@ -296,7 +296,7 @@ async fn down(program: PathBuf) -> Result<()> {
     visitors.all_were_served().await?;
     drop(visitors);
 
-    // And of one that had said goodbye.
+    // The same with an agent that has said goodbye.
     deployed.stage.scope.stop(&deployed.agent(), 10).await?;
     deployed.stage.scope.rm(&deployed.agent()).await?;
     wait_until("the tunnel to be gone", SOON, async || {
@@ -310,7 +310,7 @@ async fn down(program: PathBuf) -> Result<()> {
     let visitors = Visitors::come(&edge, &tunnel).await?;
     deployed.down().await?;
     drop(visitors);
-    // Whoever else is on it, and was not asked.
+    // The network stays: others may use it.
     deployed.stage.scope.docker().inspect_network(&deployed.stage.network, None).await?;
     for _ in 1..rounds() {
         let (mut deployed, edge) = Deployment::new(program.clone()).await?;
@@ -321,7 +321,7 @@ async fn down(program: PathBuf) -> Result<()> {
     Ok(())
 }
 
-/// The vault's folder of configuration: that of the repository, and a new key.
+/// Writes the vault's configuration folder: the repository's configuration and a new key.
 fn vault_config(folder: &std::path::Path) -> Result<()> {
     use std::os::unix::fs::{PermissionsExt, chown};
     std::fs::create_dir(folder)?;
@@ -333,7 +333,7 @@ fn vault_config(folder: &std::path::Path) -> Result<()> {
     for path in [folder.to_owned(), folder.join("master.key"), folder.join("config.yaml")] {
         chown(path, Some(65431), Some(65431))?;
     }
-    // Whoever may enter it reads nothing.
+    // Others may enter the parent folder, but cannot read the key.
     std::fs::set_permissions(folder.parent().context("no folder")?, std::fs::Permissions::from_mode(0o755))?;
     Ok(())
 }
@@ -350,7 +350,7 @@ async fn key_from_the_vault(program: PathBuf) -> Result<()> {
     deployed.settings.insert("RELOAD_CONTAINERS", agent.clone());
     deployed.vault = Some(images().vault(&testkit::binary("dockflare-vault")?).await?);
 
-    // All at once, the worst order of a first `up`: there is no key yet, and the agent ends and is started again.
+    // All at once is the worst order of a first `up`: without a key the agent ends, and Docker restarts it.
     deployed.compose(&["up", "-d", "--no-build"]).await?;
     let scope = &deployed.stage.scope;
     let says = async |name: &str, text: &str| scope.logs(name).await.ok()?.contains(text).then_some(());
@@ -379,7 +379,7 @@ async fn key_from_the_vault(program: PathBuf) -> Result<()> {
     wait_until("the new key", 2 * SOON, async || says(&agent, "the key file holds a new agent key").await).await?;
     ensure!(started().await? == before, "the agent was restarted");
 
-    // The host goes down and up: what is in memory is gone, and who needs it begins before who has it.
+    // The host reboots: memory is lost, and the agent, which needs the key, starts before the vault, which has it.
     let registrations = registered(&deployed.stage).await?.registrations;
     for name in [&agent, &vault, &vault_proxy, &proxy] {
         scope.stop(name, 40).await?;
