@@ -1,4 +1,4 @@
-//! Each way to lose sight of Docker by itself, and the master's picture within two seconds of the way's return.
+//! Each way to lose sight of Docker, one at a time. Within two seconds of its return, the master must know what runs.
 
 use std::time::Duration;
 
@@ -8,18 +8,18 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::scene::{SOON, Scene, with_both};
 
-/// What an outage may cost at most, once it is over.
+/// How long the master may still be wrong after an outage ends.
 const MOMENTS: Duration = Duration::from_secs(2);
-/// Between two reports and looks.
+/// Interval of the agent's reports and of its looks at Docker.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// A scene whose agent has reported a container that will run all the time.
+/// A scene whose agent has reported a container that runs throughout the test.
 async fn scene(protocol: Protocol) -> Result<(Scene, [String; 1])> {
     let mut scene = Scene::new(protocol, INTERVAL).await?;
     let always = [scene.docker.run("always")];
     scene.start()?;
     scene.agreed(SOON).await?;
-    // The looks at the beginning would find whatever is changed now.
+    // Wait until the looks at startup are over, because they would find any change made now.
     scene.more_reports(2).await?;
     Ok((scene, always))
 }
@@ -34,7 +34,7 @@ async fn a_stream_that_was_cut_without_a_word_is_found_out_within_one_report_int
         let _begins = scene.docker.run("begins");
         scene.docker.stop(&ends);
         let took = scene.agreed(INTERVAL + MOMENTS).await?;
-        // It listens again, and needs no look to hear.
+        // The agent listens again, and hears of a change without a look.
         scene.listens().await?;
         let _heard = scene.docker.run("heard");
         let heard = scene.agreed(MOMENTS).await?;
@@ -68,7 +68,7 @@ async fn events_that_got_lost_on_a_stream_that_lives_are_made_up_for_by_the_next
 async fn what_came_and_went_while_the_stream_was_cut_is_told() {
     with_both(async |protocol| {
         let (scene, always) = scene(protocol).await?;
-        // So that the agent knows from when on it must ask.
+        // This event tells the agent from what time on to ask for events.
         let before = scene.docker.run("before");
         scene.agreed(SOON).await?;
         scene.docker.cut();
@@ -92,7 +92,7 @@ async fn while_docker_is_away_nothing_is_reported_as_complete() {
         let (scene, always) = scene(protocol).await?;
         scene.docker.down();
         let says = |agent: &Agent| agent.heartbeats + agent.incomplete_reports;
-        // A report may be under way at this moment.
+        // A report may be in flight at this moment.
         let before = scene
             .master
             .wait_for("a word that it does not know", SOON, |_| scene.known().filter(|agent| says(agent) > 0));
@@ -119,7 +119,7 @@ async fn a_docker_that_comes_later_or_comes_back_is_known_in_moments() {
         scene.docker.down();
         let always = [scene.docker.run("always")];
         scene.start()?;
-        // Long enough for waits that grow to have grown.
+        // Long enough for the back-off to grow.
         let outage = Duration::from_secs(6);
         sleep_until(Instant::now() + outage).await;
         anyhow::ensure!(scene.known().is_some_and(|agent| agent.complete_reports == 0), "it cannot know that");
@@ -146,14 +146,14 @@ async fn a_burst_of_two_thousand_starts_and_stops_leaves_the_right_picture() {
         let (began, every) = (Instant::now(), Duration::from_millis(5));
         for count in 0..2000_u32 {
             let id = scene.docker.run(&format!("burst-{count}"));
-            // One in a hundred stays.
+            // One container in a hundred keeps running.
             if count % 100 != 0 {
                 scene.docker.stop(&id);
             }
             sleep_until(began + every * count).await;
         }
         let within = began.elapsed();
-        // Sent one by one, up to 1024 of them are still on their way where the machine is busy.
+        // The agent sends events one by one. On a busy machine, up to 1024 of them are still queued.
         let took = scene.agreed(5 * MOMENTS).await?;
         let known = scene.known().unwrap_or_default();
         let told: u64 = known.starts.values().sum();
@@ -186,13 +186,13 @@ async fn a_slow_docker_makes_no_event_late_and_undoes_none() {
         let ends = scene.docker.run("ends");
         scene.agreed(SOON).await?;
         scene.docker.slow_down(Duration::from_secs(4));
-        // By now a look is under way, or comes in a moment.
+        // A look is in progress by now, or begins in a moment.
         scene.more_reports(2).await?;
         let began = Instant::now();
         let _begins = scene.docker.run("begins");
         scene.docker.stop(&ends);
         let took = scene.agreed(MOMENTS).await?;
-        // The listing that was asked for before comes, and changes nothing.
+        // The listing that the agent asked for earlier arrives, and must change nothing.
         while began.elapsed() < Duration::from_secs(5) {
             scene.more_reports(1).await?;
             scene.agreed(Duration::ZERO).await?;

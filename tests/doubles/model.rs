@@ -1,7 +1,8 @@
-//! Schedules of changes, faults and kills that nobody has thought of. After each, with all faults taken back, the
-//! master believes what Docker runs; and at no time was it told that something stopped which did not.
+//! Plays random schedules of changes, faults and kills. After each, with all faults cleared, the master must believe
+//! what Docker runs. At no time may the agent report that a container stopped if it did not.
 //!
-//! A schedule that failed is kept as a seed in `model.regressions` beside this file and tried first from then on.
+//! The test keeps the seed of a failed schedule in `model.regressions` beside this file, and tries it first in later
+//! runs.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -16,12 +17,12 @@ use tokio::time::sleep;
 
 use crate::scene::Scene;
 
-/// Schedules of each test, unless `PROPTEST_CASES` says otherwise; the tests run side by side.
+/// Schedules per test, unless `PROPTEST_CASES` says otherwise. The tests run side by side.
 const SCHEDULES: u32 = 10;
 const STEPS: std::ops::Range<usize> = 10..20;
-/// Between two reports and looks.
+/// Interval of the agent's reports and of its looks at Docker.
 const INTERVAL: Duration = Duration::from_millis(500);
-/// The longest pause of the reporter after a few failures, and a look.
+/// Covers the reporter's longest pause after a few failures, plus a look.
 const AGREED_WITHIN: Duration = Duration::from_secs(20);
 
 #[derive(Clone, Debug)]
@@ -100,7 +101,7 @@ async fn carry_out(scene: &mut Scene, protocol: Protocol, always: &[String], ste
     match step {
         Step::Start => drop(docker.run("web")),
         Step::Stop(at) => other(at).into_iter().for_each(|id| docker.stop(id)),
-        // Those that run all the time have names as well.
+        // A rename may also hit a container that runs all the time.
         Step::Rename(at) => docker.rename(other(at).unwrap_or(&always[0]), &format!("renamed-{}", at % 5)),
         Step::Restart(at) => other(at).into_iter().for_each(|id| {
             docker.stop(id);
@@ -124,7 +125,7 @@ async fn carry_out(scene: &mut Scene, protocol: Protocol, always: &[String], ste
         Step::DockerUp => docker.up()?,
         Step::Faults(route, fault, times) => scene.master.fault(route, fault, times),
         Step::EndSession => scene.known().into_iter().try_for_each(|agent| scene.master.end_session(&agent.id))?,
-        // For a master of v2 that is the end of the key, which no agent can do anything about.
+        // A v2 master then refuses the key for good, and no agent can change that.
         Step::Forget if protocol == Protocol::V1 => {
             scene.known().into_iter().try_for_each(|agent| scene.master.forget(&agent.id))?;
         }
@@ -140,7 +141,7 @@ async fn carry_out(scene: &mut Scene, protocol: Protocol, always: &[String], ste
     Ok(())
 }
 
-/// How long the longest agreement took, for the log.
+/// The longest time until the master agreed with Docker, for the log.
 static LONGEST: Mutex<Duration> = Mutex::new(Duration::ZERO);
 
 async fn play(protocol: Protocol, steps: Vec<Step>) -> Result<()> {
@@ -150,20 +151,20 @@ async fn play(protocol: Protocol, steps: Vec<Step>) -> Result<()> {
     scene.agreed(AGREED_WITHIN).await?;
     for step in steps {
         carry_out(&mut scene, protocol, &always, step).await?;
-        // Longer than a message takes, shorter than most of what goes wrong.
+        // Longer than a message takes, and shorter than most faults last.
         sleep(Duration::from_millis(fastrand::u64(0..30))).await;
     }
     scene.docker.heal();
     scene.docker.up()?;
     scene.master.resume().await?;
     scene.master.clear_faults();
-    // Whether it still listens shows only when something happens.
+    // Only a new event shows whether the agent still listens.
     let _last = scene.docker.run("last");
     let began = Instant::now();
     loop {
         scene.agreed(AGREED_WITHIN).await?;
         let took = began.elapsed();
-        // It may be a coincidence, on the way through the changes that were not told yet: then it does not stay so.
+        // The agreement may be a coincidence while the agent works through unreported changes. Then it does not last.
         scene.more_reports(2).await?;
         match scene.agreed(Duration::ZERO).await {
             Ok(_) => {
@@ -184,7 +185,7 @@ fn schedules_end_in_agreement(protocol: Protocol) {
     let config = Config {
         cases: if std::env::var_os("PROPTEST_CASES").is_some() { usual.cases } else { SCHEDULES },
         failure_persistence: Some(Box::new(regressions)),
-        // Each try takes seconds.
+        // Limit the shrinking, because each try takes seconds.
         max_shrink_iters: 30,
         ..usual
     };

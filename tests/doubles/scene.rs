@@ -1,4 +1,4 @@
-//! A double of Docker, one of a master, and an agent between them that can be killed and started again.
+//! A double of Docker, a double of a master, and an agent between them that tests can kill and start again.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -12,7 +12,7 @@ use dockflare_dev_master::{Agent, DevMaster, Protocol, Request};
 use testkit::FakeDocker;
 use tokio_util::sync::CancellationToken;
 
-/// Longest wait for anything that should take moments; the machine may be busy.
+/// Longest wait for anything that should take moments. A busy machine may need it.
 pub(crate) const SOON: Duration = Duration::from_secs(30);
 
 pub(crate) struct Scene {
@@ -23,15 +23,16 @@ pub(crate) struct Scene {
     life: Option<Life>,
 }
 
-/// One life of the agent, on a thread and a runtime of its own as in the program: when the runtime is dropped all of
-/// the agent's tasks end wherever they are, as at a SIGKILL.
+/// One run of the agent, on its own thread and runtime as in the program. Dropping the runtime ends all of the agent's
+/// tasks wherever they are, as a SIGKILL would.
 struct Life {
     killed: CancellationToken,
     thread: JoinHandle<Option<Result<(), RunError>>>,
 }
 
 impl Scene {
-    /// No agent runs yet. It will report, and look, as often as `interval` says: less than an operator may set.
+    /// Sets the scene without starting an agent. The agent will report and look every `interval`, which may be shorter
+    /// than an operator may set.
     pub(crate) async fn new(protocol: Protocol, interval: Duration) -> Result<Self> {
         let master = DevMaster::builder().protocol(protocol).start().await?;
         let (docker, data) = (FakeDocker::start()?, tempfile::tempdir()?);
@@ -64,11 +65,11 @@ impl Scene {
         Ok(())
     }
 
-    /// Ends the agent without its having a say.
+    /// Ends the agent without warning.
     pub(crate) async fn kill(&mut self) -> Result<()> {
         let life = self.life.take().context("no agent runs")?;
         life.killed.cancel();
-        // It may be in the middle of a step that ends without waiting; nobody here may be blocked for that.
+        // The agent may be in the middle of a blocking step. Join on another thread, so that this runtime goes on.
         let ended = tokio::task::spawn_blocking(move || life.thread.join()).await?;
         match ended {
             Ok(None) => Ok(()),
@@ -77,20 +78,20 @@ impl Scene {
         }
     }
 
-    /// What the master believes of the agent that runs here. A master of v1 may know others, which were registered
-    /// by requests whose answers got lost.
+    /// What the master believes about the agent that runs here. A v1 master may know other agents too: it makes one
+    /// for each registration whose answer got lost.
     pub(crate) fn known(&self) -> Option<Agent> {
         let id = std::fs::read_to_string(self.data.path().join("agent_id.txt")).ok()?;
         self.master.snapshot().agent(id.trim()).cloned()
     }
 
-    /// What the master believes to run: id and name.
+    /// The containers that the master believes run, as id and name.
     fn believed(&self) -> BTreeMap<String, String> {
         let containers = self.known().map(|agent| agent.containers).unwrap_or_default();
         containers.into_iter().map(|(id, container)| (id, container.name)).collect()
     }
 
-    /// Waits until the master believes what is so, and gives how long that took.
+    /// Waits until the master believes what Docker runs, and returns how long that took.
     pub(crate) async fn agreed(&self, within: Duration) -> Result<Duration> {
         let began = Instant::now();
         let agree = |()| (self.believed() == self.docker.running()).then_some(());
@@ -101,20 +102,20 @@ impl Scene {
         Ok(began.elapsed())
     }
 
-    /// Waits until the agent listens to the events, and for as long that the moments after a subscription are over.
+    /// Waits until the agent listens to Docker's events.
     pub(crate) async fn listens(&self) -> Result<()> {
         testkit::wait_until("the agent to listen", SOON, async || (self.docker.listeners() > 0).then_some(())).await
     }
 
-    /// Waits for so many complete reports more.
+    /// Waits for this many more complete reports.
     pub(crate) async fn more_reports(&self, more: u64) -> Result<()> {
         let count = || self.known().map_or(0, |agent| agent.complete_reports);
         let enough = count() + more;
         self.master.wait_for("complete reports", SOON, |_| (count() >= enough).then_some(())).await
     }
 
-    /// A container that ran all the time is in each complete report, and nobody said that it stopped; and nothing was
-    /// said that no agent should say.
+    /// Asserts that every complete report has the containers that ran all the time, and that no event said they
+    /// stopped. Asserts also that the master recorded no violation, and that the agent did not end by itself.
     pub(crate) fn assert_never_missed(&self, always: &[String]) -> Result<()> {
         for request in self.master.requests() {
             let names = |id: &String| request.body.to_string().contains(id.as_str());
@@ -146,7 +147,7 @@ fn is_complete(request: &Request) -> bool {
     request.body["inventory_complete"] == true || request.body.get("inventory_complete").is_none()
 }
 
-/// Runs a test of a scene with either kind of master, both at once.
+/// Runs a test with each kind of master, both at once.
 pub(crate) async fn with_both<F: Future<Output = Result<()>>>(test: impl Fn(Protocol) -> F) {
     let run = async |protocol| test(protocol).await.unwrap_or_else(|error| panic!("{protocol}: {error:#}"));
     futures_util::future::join(run(Protocol::V1), run(Protocol::V2)).await;

@@ -1,4 +1,4 @@
-//! `dockflare-agent support-bundle`: what is in it, and what must never be.
+//! `dockflare-agent support-bundle`: what it contains, and what it must never contain.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD, URL_SAFE_NO_PAD};
@@ -17,7 +17,7 @@ async fn bundle(desk: &Desk) -> (String, Value) {
     (text, document)
 }
 
-/// In plain and in the ways in which it could be wrapped.
+/// The secret in plain text, and in each form that could wrap it.
 fn wrapped(secret: &str) -> Vec<String> {
     let mut all = vec![secret.to_owned(), STANDARD.encode(secret), URL_SAFE_NO_PAD.encode(secret)];
     all.push(STANDARD_NO_PAD.encode(secret));

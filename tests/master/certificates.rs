@@ -1,4 +1,4 @@
-//! A master whose certificate is not to be trusted: the agent says why and what to do, once, and goes on trying.
+//! A master with an untrusted certificate: the agent logs the reason and the remedy once, and keeps retrying.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -16,17 +16,17 @@ use tokio_rustls::TlsAcceptor;
 use crate::desk::{Desk, stop};
 use crate::support::SOON;
 
-/// An authority, and the end of TLS before a master, which shows a certificate that can be changed.
+/// A certificate authority and a TLS front for a master. The test can change the certificate that the front shows.
 pub(crate) struct Front {
     pub(crate) authority: CertifiedIssuer<'static, KeyPair>,
     pub(crate) port: u16,
     shown: watch::Sender<Arc<ServerConfig>>,
-    /// How many connections came.
+    /// How many connections arrived.
     knocks: watch::Receiver<u32>,
     server: JoinHandle<()>,
 }
 
-/// For whom and when a certificate is good.
+/// The name and the time for which a certificate is valid.
 #[derive(Clone, Copy)]
 pub(crate) struct Good {
     pub(crate) name: &'static str,
@@ -39,7 +39,7 @@ pub(crate) const NOW: Good = Good { name: "localhost", from: 2000, until: 4000 }
 impl Front {
     pub(crate) async fn start(master: &DevMaster, shows: Good) -> Self {
         let mut params = CertificateParams::new(Vec::new()).unwrap();
-        // Two authorities of one name are taken for one whose signatures are wrong.
+        // The client would take two authorities with one name for one authority with wrong signatures.
         params.distinguished_name.push(DnType::CommonName, format!("authority {}", master.address()));
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
@@ -63,7 +63,7 @@ impl Front {
         self.shown.send_replace(config(&self.authority, good));
     }
 
-    /// Shows a certificate that is good until the beginning of this day.
+    /// Shows a certificate that is valid until the beginning of this day.
     pub(crate) fn show_until(&self, day: (i32, u8, u8)) {
         self.shown.send_replace(config_until(&self.authority, NOW, day));
     }
@@ -107,7 +107,7 @@ fn config_until(
 
 #[tokio::test]
 async fn a_certificate_that_is_no_good_is_named_once_with_the_remedy_and_a_new_one_needs_no_restart() {
-    // What is shown, whether its authority is known, and what the line says of it.
+    // The certificate shown, whether the agent knows its authority, and the words in the log line.
     let table: [(Good, bool, [&str; 2]); 4] = [
         (Good { until: 2001, ..NOW }, true, ["expired at 2001-01-01", "renew the certificate"]),
         (Good { from: 3999, ..NOW }, true, ["not valid before 3999-01-01", "set the clock"]),
@@ -133,7 +133,7 @@ async fn a_certificate_that_is_no_good_is_named_once_with_the_remedy_and_a_new_o
         for part in ["WARN", "the tunnel is not touched", parts[0], parts[1]] {
             assert!(line.contains(part), "{part} is not in: {line}");
         }
-        // Each try happens at another second, which is no news.
+        // Each try happens at another second. The agent must not log it as a new problem.
         let tries = async || (front.knocks() >= 5).then_some(());
         testkit::wait_until("five tries", SOON, tries).await.unwrap();
         let log = agent.log();
@@ -161,7 +161,7 @@ async fn a_certificate_that_expires_while_the_agent_runs_is_named_and_a_new_one_
     let mut agent = desk.agent().unwrap();
     desk.registered(1).await.unwrap();
     front.show(Good { until: 2001, ..NOW });
-    // Cut: the next connection sees the certificate.
+    // Cut the connections, so that the agent reconnects and sees the certificate.
     desk.master.pause().await.unwrap();
     desk.master.resume().await.unwrap();
     agent.wait_for_log("expired at 2001-01-01", SOON).await.unwrap();

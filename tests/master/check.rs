@@ -1,5 +1,5 @@
-//! `dockflare-agent check` and the master: each thing that can be wrong on the way to it is named, and nothing is
-//! taken, left or changed there.
+//! `dockflare-agent check` and the master: the check names each thing that can go wrong on the way to the master. It
+//! takes, leaves and changes nothing there.
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, TcpListener};
@@ -20,7 +20,7 @@ impl Desk {
     }
 }
 
-/// Names, contents and times of change of all files.
+/// The name, content and modification time of each file.
 fn content(dir: &Path) -> BTreeMap<String, (Vec<u8>, std::time::SystemTime)> {
     let entries = std::fs::read_dir(dir).unwrap().map(Result::unwrap);
     let read = |entry: std::fs::DirEntry| {
@@ -34,7 +34,7 @@ fn content(dir: &Path) -> BTreeMap<String, (Vec<u8>, std::time::SystemTime)> {
 async fn a_check_takes_no_command_registers_nobody_and_changes_nothing() {
     for protocol in BOTH {
         let desk = Desk::new(protocol).await.unwrap();
-        // Before the first start: nobody is registered, nothing is written.
+        // Before the first start, the check registers nothing and writes nothing.
         let first = desk.check().await;
         first.is("master.key", "pass").unwrap();
         assert_eq!(first.ids("fail"), ["docker.answer"], "{first:?}");
@@ -43,7 +43,7 @@ async fn a_check_takes_no_command_registers_nobody_and_changes_nothing() {
 
         let mut agent = desk.agent().unwrap();
         let known = desk.registered(1).await.unwrap();
-        // The master knows it a moment before the agent has read the answer and stored its id.
+        // The master knows the agent a moment before the agent has read the answer and stored its id.
         agent.wait_for_log("registered at the master", SOON).await.unwrap();
         stop(&mut agent).await.unwrap();
         desk.master.enroll(&known.id, "edge").unwrap();
@@ -153,14 +153,14 @@ async fn what_cannot_be_reached_is_named_and_what_rests_on_it_is_not_tried() {
         checked.is(id, "skip").unwrap();
     }
 
-    // The way is by a proxy then, and that is the one to be looked for.
+    // With a proxy set, the check must look for the proxy instead.
     desk.set("HTTP_PROXY", format!("http://me:pr0xy-word@localhost:{closed}"));
     let checked = Checked::new(&desk.env, desk.data.path(), &["pr0xy-word"]).await.unwrap();
     assert!(checked.is("master.dns", "pass").unwrap().contains("HTTP proxy"));
     checked.is("master.tcp", "fail").unwrap();
     desk.set("HTTP_PROXY", "");
 
-    // Plain HTTP where https is asked for, and a port that takes connections and says nothing.
+    // A plain HTTP port behind an https URL, and a port that accepts connections but never answers.
     desk.set("DOCKFLARE_MASTER_URL", format!("https://{}", desk.master.address()));
     assert!(desk.check().await.is("master.tls", "fail").unwrap().contains("https"));
     let silent = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();

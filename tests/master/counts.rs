@@ -1,5 +1,5 @@
-//! How often a master in trouble is asked: never more than the back-off promises, and one request of a stream at a
-//! time.
+//! How often the agent asks a master in trouble: never more often than the back-off promises, and one request of a
+//! stream at a time.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -14,14 +14,15 @@ use tokio::time::{Instant, sleep, sleep_until};
 use crate::desk::{BOTH, Desk, stop};
 use crate::support::{SOON, agent_binary};
 
-/// How long requests are counted.
+/// How long a test counts requests.
 const WINDOW: Duration = Duration::from_secs(15);
-/// Waits are drawn evenly below bounds that double. The reporter's begin at 0.5 s and the poller's at 1 s: five or
-/// six requests of each are likely in the window. This many of one are less than one in a million, and far from what
-/// comes without growing waits: the commands alone are asked for each second, and 0.1 s is the shortest wait.
+/// The back-off draws waits evenly below bounds that double. The bounds begin at 0.5 s for the reporter and at 1 s for
+/// the poller, so five or six requests of each are likely in the window. The chance of this many requests of one stream
+/// is less than one in a million. Without growing waits there would be far more: the agent asks for commands each
+/// second, and the shortest wait is 0.1 s.
 const MOST_OF_A_STREAM: usize = 13;
 
-/// Waits for the window's end: there is nothing to see but that little happens.
+/// Waits for the end of the window. There is no event to wait for: the test shows that little happens.
 async fn window() {
     sleep_until(Instant::now() + WINDOW).await;
 }
@@ -66,7 +67,7 @@ async fn a_master_in_trouble_is_asked_ever_less_often() {
 
 #[tokio::test]
 async fn a_master_that_refuses_for_good_is_asked_ever_less_often() {
-    // What happens to the key or the messages, and the most requests in the window.
+    // What happens to the key or the messages, and the most requests allowed in the window.
     let cases: [(&str, usize); 3] =
         [("the key is revoked", MOST_OF_A_STREAM), ("the agent is forgotten", 2 * MOST_OF_A_STREAM), ("413", 10)];
     let rows = cases.map(async |(case, most)| {
@@ -82,7 +83,7 @@ async fn a_master_that_refuses_for_good_is_asked_ever_less_often() {
         }
         window().await;
         let asked = desk.master.requests()[before..].to_vec();
-        // Of the forgotten one each try is two: with its id and without.
+        // A forgotten agent sends two requests per try: one with its id and one without.
         for route in [Route::Register, Route::Events] {
             let count = of(&asked, route).len();
             println!("{case}: {count} requests of {route}");
@@ -120,9 +121,9 @@ async fn a_master_that_hangs_up_at_once_is_knocked_at_ever_less_often() {
     window().await;
     let count = *knocks.borrow();
     println!("{count} connections");
-    // Only who registers asks: the others wait for that.
+    // Only the task that registers connects. The others wait for it.
     assert!((2..=MOST_OF_A_STREAM).contains(&count), "{count} connections");
-    // The end of a connection shows in one of some ways, each of which is told once.
+    // The agent may see a connection end in several ways. It logs each way once.
     let log = agent.log();
     assert!(log.lines().filter(|line| line.contains("WARN the master ")).count() <= 3, "{log}");
     stop(&mut agent).await.unwrap();
@@ -144,7 +145,7 @@ async fn a_name_that_does_not_resolve_is_said_once_and_waited_for() {
     stop(&mut agent).await.unwrap();
 }
 
-/// As on a host that was cloned: each ends the session of the other, and no lock can see that.
+/// As on a cloned host: each agent ends the other's session, and no lock can see that.
 #[tokio::test]
 async fn two_agents_with_one_key_do_not_chase_each_other_without_a_pause() {
     let desk = Desk::new(Protocol::V2).await.unwrap();
@@ -179,12 +180,12 @@ async fn a_master_that_needs_half_a_minute_is_waited_for_and_not_asked_meanwhile
         desk.master.enroll(&id, "edge").unwrap();
         let before = desk.master.requests().len();
         agent.wait_for_log("command start_tunnel", slow + SOON).await.unwrap();
-        // They are noted when they are answered: whatever was asked meanwhile stands before the slow one.
+        // The double records requests when it answers them. Requests sent meanwhile come before the slow one.
         let asked = desk.master.requests()[before..].to_vec();
         for route in [Route::Commands, Route::Events] {
             let of_route = of(&asked, route);
             let slow_at = of_route.iter().position(|request| matches!(request.fault, Some(Fault::Delay { .. })));
-            // One may have been answered between the look and the fault.
+            // The double may have answered one between the look and the fault.
             assert!(slow_at.is_none_or(|at| at <= 1), "{protocol} {route}: {slow_at:?} before the slow one");
         }
         let delivered = of(&asked, Route::Commands).iter().any(|request| request.fault.is_some());
@@ -216,7 +217,7 @@ async fn a_master_that_flaps_is_not_asked_more_often_than_one_that_is_there() {
         assert!(commands <= took + 8, "{protocol}: {commands} polls in {took} s");
         let events = of(&asked, Route::Events).len();
         assert!(events <= 2 * 8 + took / 5 + 2, "{protocol}: {events} events in {took} s");
-        // Three lines for each time at most: that a request was cut, that nobody listens, and that it is back.
+        // At most three lines per outage: a request was cut, nothing listens, and the master is back.
         let log = agent.log();
         let is_said = |line: &&str| line.contains("WARN the master ") || line.contains("the master works again");
         let said = log.lines().filter(is_said).count();
@@ -237,7 +238,7 @@ async fn retry_after_is_honoured_with_each_status_as_seconds_and_as_a_date() {
         let desk = Desk::new(Protocol::V2).await.unwrap();
         let mut agent = desk.agent().unwrap();
         desk.answered(Route::Commands, 200).await.unwrap();
-        // A date has no fractions: of the five seconds at least four are left.
+        // An HTTP date has no fractions of a second, so at least four of the five seconds are left.
         let date = httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(5));
         let value = if as_date { date.as_str() } else { "4" };
         desk.master.fault(Route::Commands, Fault::status(status).retry_after(value), 1);
@@ -248,7 +249,7 @@ async fn retry_after_is_honoured_with_each_status_as_seconds_and_as_a_date() {
             Some(next.at.duration_since(refused.at).as_millis())
         });
         let waited = again.await.unwrap();
-        // The date was written up to a second and a half before it was read.
+        // The agent may read the date up to 1.5 s after the test wrote it.
         let least = if as_date { 2_400 } else { 4_000 };
         assert!((least..10_500).contains(&waited), "{status} {value}: {waited} ms");
         stop(&mut agent).await.unwrap();
@@ -282,7 +283,7 @@ async fn agents_whose_master_returns_do_not_all_come_at_once() {
     });
     all.await.unwrap();
     master.fault(Route::Any, Fault::status(503), Times::UntilCleared);
-    // Long enough for bounds of four seconds and more.
+    // Long enough for bounds of 4 s and more.
     sleep(Duration::from_secs(8)).await;
     master.clear_faults();
     let back = jiff::Timestamp::now();
@@ -298,8 +299,8 @@ async fn agents_whose_master_returns_do_not_all_come_at_once() {
     let first = master.wait_for("all to poll again", 2 * SOON, |_| first_polls()).await.unwrap();
     let mut waits: Vec<_> = first.into_values().collect();
     waits.sort_by(f64::total_cmp);
-    // They poll each second, and so would all come within one if their waits were the same. How evenly the waits are
-    // drawn is seen with a thousand of them, where they are drawn.
+    // The agents poll each second, so with equal waits they would all return within one second. The tests beside the
+    // code that draws the waits check with a thousand of them how evenly it does so.
     let busiest = waits.iter().map(|from| waits.iter().filter(|at| (*from..from + 1.0).contains(*at)).count()).max();
     assert!(busiest.is_some_and(|busiest| busiest <= MANY * 3 / 4), "{waits:?}");
     let most = waits[MANY - 3] - waits[2];

@@ -1,4 +1,4 @@
-//! A master, a data folder and the settings of an agent between them; no Docker.
+//! A master, a data folder and the settings for an agent between them, without Docker.
 
 use std::path::PathBuf;
 
@@ -35,34 +35,34 @@ impl Desk {
             ("REPORT_INTERVAL_SECONDS", "5".to_owned()),
             ("HEALTH_CHECK_PORT", "0".to_owned()),
             ("LOG_LEVEL", "DEBUG".to_owned()),
-            // As on any host, whatever it is called.
+            // A fixed name, whatever the host is called.
             ("AGENT_DISPLAY_NAME", "kitchen".to_owned()),
         ];
         let env = env.map(|(name, value)| (name.to_owned(), value)).to_vec();
         Ok(Self { master, data, key, env })
     }
 
-    /// Sets a variable of the agents started from now on; an empty value unsets it.
+    /// Sets a variable for agents started from now on. An empty value unsets it.
     pub(crate) fn set(&mut self, name: &str, value: impl Into<String>) {
         self.env.retain(|(known, _)| known != name);
         self.env.push((name.to_owned(), value.into()));
     }
 
-    /// Starts an agent, in the data folder. Its log must not show its key.
+    /// Starts an agent on the data folder. Its log must not show its key.
     pub(crate) fn agent(&self) -> Result<AgentProcess> {
         let mut agent = AgentProcess::spawn(&agent_binary(), &self.env, self.data.path())?;
         agent.plant(&self.key);
         Ok(agent)
     }
 
-    /// Waits for this many registrations that the master took, of the one agent there is.
+    /// Waits until the master has accepted this many registrations of its only agent.
     pub(crate) async fn registered(&self, times: u64) -> Result<Agent> {
         let what = format!("registration {times}");
         let enough = |agent: &&Agent| agent.registrations >= times;
         self.master.wait_for(&what, SOON, |known| known.only_agent().filter(enough).cloned()).await
     }
 
-    /// Waits for a request of this route with this status.
+    /// Waits for a request on this route that the master answered with this status.
     pub(crate) async fn answered(&self, route: Route, status: u16) -> Result<Request> {
         let what = format!("{route} answered {status}");
         let is_it = |request: &Request| request.route == route && request.status == Some(status);
@@ -83,7 +83,7 @@ impl Desk {
     }
 }
 
-/// Asks an agent to stop, which it does with 0.
+/// Sends SIGTERM to an agent, which must exit with 0.
 pub(crate) async fn stop(agent: &mut AgentProcess) -> Result<()> {
     agent.sigterm()?;
     let code = agent.wait_exit(SOON).await?.code();

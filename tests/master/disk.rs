@@ -1,5 +1,5 @@
-//! A disk that refuses, at each call that writes into the data folder, for a while or until somebody sees to it: the
-//! calls of the real agent are refused by `strace`, with the errors that disks have.
+//! A disk that refuses writes, at each call that writes into the data folder, for a while or until somebody repairs it.
+//! `strace` makes the calls of the real agent fail, with the errors that disks report.
 
 use std::process::{Child, Command, Stdio};
 
@@ -11,9 +11,9 @@ use crate::desk::{BOTH, Desk, stop};
 use crate::folder::skipped;
 use crate::support::SOON;
 
-/// The calls of which each write consists, in their order. With those that are given the
-/// folder only those are meant that name it: making the hidden file, renaming it, and the last `fsync`, after which
-/// the new text is there though the write counts as refused.
+/// The calls that make up a write, in order. A point with `folder` applies only to calls that name the folder: creating
+/// the hidden file, renaming it, and the last `fsync`. If that `fsync` fails, the new text is there although the write
+/// counts as refused.
 const POINTS: [Point; 4] = [
     Point { call: "openat", folder: true },
     Point { call: "fsync", folder: false },
@@ -37,7 +37,7 @@ struct Point {
 struct Refusing(Child);
 
 impl Refusing {
-    /// None where this machine lets nobody look into another process.
+    /// `None` if this machine does not let `strace` attach to another process.
     async fn begin(agent: &AgentProcess, desk: &Desk, point: Point, error: &str) -> Option<Self> {
         let mut strace = Command::new("strace");
         strace.args(["-f", "-p", &agent.pid().to_string(), "-e", &format!("trace={}", point.call)]);
@@ -65,15 +65,14 @@ impl Refusing {
 
 impl Drop for Refusing {
     fn drop(&mut self) {
-        // Asked to end, it lets go of the process; killed, it may leave a thread standing.
+        // On SIGTERM, strace detaches from the process. A SIGKILL may leave a thread stopped.
         let pid = nix::unistd::Pid::from_raw(i32::try_from(self.0.id()).unwrap());
         let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
         let _ = self.0.wait();
     }
 }
 
-/// What the state and the tombstone say, as far as the orders here are concerned. A file that is not whole JSON is the
-/// end of the test.
+/// The parts of the state and the tombstone that the orders here change. Fails the test if a file is not complete JSON.
 fn told(desk: &Desk) -> (String, String, u64, String) {
     let parsed = |name: &str| -> Value {
         let Ok(text) = std::fs::read(desk.path(name)) else { return json!({}) };
@@ -85,7 +84,7 @@ fn told(desk: &Desk) -> (String, String, u64, String) {
     (text(&state["name"]), text(&state["desired_state"]), redeploys, text(&tombstone["operation_id"]))
 }
 
-/// The seed of what is tried, or how much of it.
+/// Reads a number, such as the seed or the count of rounds, from a variable.
 fn number(variable: &str, otherwise: u64) -> u64 {
     let given = std::env::var(variable).ok();
     given.map_or(otherwise, |text| text.parse().unwrap_or_else(|error| panic!("{variable}={text}: {error}")))
@@ -110,7 +109,7 @@ async fn what_the_disk_refuses_at_any_call_is_kept_said_once_and_stored_when_the
         desk.master.enroll(&id, "edge-0").unwrap();
         let first = async || (told(&desk).0 == "edge-0").then_some(());
         testkit::wait_until("the first tunnel on disk", SOON, first).await.unwrap();
-        // Each call with one of the errors, as often as is asked for, and last a tombstone.
+        // Each call with one of the errors, for the rounds asked for, and a tombstone last.
         let mut plan = Vec::new();
         for _ in 0..number("TEST_ROUNDS", 1) {
             let (mut points, mut errors) = (POINTS, ERRORS);
@@ -143,7 +142,7 @@ async fn what_the_disk_refuses_at_any_call_is_kept_said_once_and_stored_when_the
                     (after.1, after.2) = ("running".to_owned(), before.2 + 1);
                 }
                 _ => {
-                    // Something to stop: a second stop in a row has nothing to store.
+                    // Start a tunnel first, because a second stop in a row stores nothing.
                     after.0 = format!("edge-{}", round + 1);
                     after.1 = "stopped".to_owned();
                     desk.master.enroll(&id, &after.0).unwrap();
@@ -160,7 +159,7 @@ async fn what_the_disk_refuses_at_any_call_is_kept_said_once_and_stored_when_the
                 assert!(now == before || renamed, "{what}: {before:?} became {now:?}");
                 let polls = desk.master.snapshot().agents[&id].polls;
                 let mark = agent.mark();
-                // Longer than between two polls: the agent says something every five seconds.
+                // Longer than the time between two polls: the agent sends a message every five seconds.
                 let spoken = |route: Route| desk.master.requests().iter().filter(|seen| seen.route == route).count();
                 let events = spoken(Route::Events);
                 let more = async || (spoken(Route::Events) >= events + 2).then_some(());

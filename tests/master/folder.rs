@@ -1,4 +1,4 @@
-//! One data folder: one agent at a time, on a disk that fills up or cannot be written.
+//! A data folder: one agent at a time, and a disk that fills up or is read-only.
 
 use std::path::Path;
 use std::process::Command;
@@ -28,7 +28,7 @@ async fn a_second_agent_on_the_folder_of_another_ends_with_73_and_names_it() {
     assert_eq!(desk.master.snapshot().registrations, 1, "it has said nothing to the master");
     assert!(first.is_running().unwrap());
     stop(&mut first).await.unwrap();
-    // An end in order frees the folder as well.
+    // A clean exit frees the folder as well.
     let mut third = desk.agent().unwrap();
     desk.registered(2).await.unwrap();
     stop(&mut third).await.unwrap();
@@ -67,7 +67,7 @@ fn is_hidden(path: &Path) -> bool {
     path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."))
 }
 
-/// A mount that is taken away again. None where this process may not mount.
+/// A mount that is unmounted when dropped. `None` if this process may not mount.
 struct Mount<'a>(&'a Path);
 
 impl<'a> Mount<'a> {
@@ -76,7 +76,7 @@ impl<'a> Mount<'a> {
         mount(&["-t", "tmpfs", "-o", &options, "dockflare-test", &at.display().to_string()]).then_some(Self(at))
     }
 
-    /// The folder as it is, read-only, over itself.
+    /// Mounts the folder read-only over itself.
     fn read_only_over(at: &'a Path) -> Option<Self> {
         let path = at.display().to_string();
         let covered = mount(&["--bind", &path, &path]).then_some(Self(at))?;
@@ -86,7 +86,7 @@ impl<'a> Mount<'a> {
 
 impl Drop for Mount<'_> {
     fn drop(&mut self) {
-        // Lazily: what still has a file open there must not keep it.
+        // Unmount lazily, because a process may still have a file open there.
         let unmounted = Command::new("umount").arg("-l").arg(self.0).status();
         assert!(std::thread::panicking() || unmounted.is_ok_and(|status| status.success()), "umount");
     }
@@ -97,7 +97,7 @@ fn mount(args: &[&str]) -> bool {
     output.is_ok_and(|output| output.status.success())
 }
 
-/// What libtest has no word for: said on standard error, and a failure where everything must run.
+/// Reports a skipped test on standard error, because libtest has no word for it. Fails in CI, where all must run.
 pub(crate) fn skipped(why: &str) {
     assert!(!testkit::in_ci(), "{why}");
     eprintln!("skipped: {why}");
@@ -116,7 +116,7 @@ async fn a_command_that_a_full_disk_refuses_is_kept_told_and_stored_when_there_i
     let before = testkit::wait_until("the first tunnel on disk", SOON, first).await.unwrap();
 
     let filler = desk.path("filler");
-    // Until nothing fits any more; the error is the point.
+    // Write until nothing more fits; the error is expected.
     let full = std::fs::write(&filler, vec![0; 1 << 20]);
     assert_eq!(full.unwrap_err().kind(), std::io::ErrorKind::StorageFull);
     desk.master.enroll(&id, "second").unwrap();
@@ -126,7 +126,7 @@ async fn a_command_that_a_full_disk_refuses_is_kept_told_and_stored_when_there_i
     let (polls, reports) = (known().polls, known().incomplete_reports);
     desk.master.push_commands(&id, vec![json!({"action": "stop_tunnel"})]).unwrap();
     let again = agent.mark();
-    // The interval of the reports is that of five polls.
+    // The agent reports once per five polls.
     let report = desk
         .master
         .wait_for("two reports", SOON, |now| (now.agents[&id].incomplete_reports >= reports + 2).then_some(()));
@@ -149,7 +149,7 @@ async fn a_command_that_a_full_disk_refuses_is_kept_told_and_stored_when_there_i
 #[tokio::test]
 async fn a_start_on_a_full_disk_says_what_to_do() {
     let desk = Desk::new(Protocol::V2).await.unwrap();
-    // One page for the folder, none for a file: not even a name fits.
+    // One page for the folder and none for a file, so not even a name fits.
     let Some(_mount) = Mount::tmpfs(desk.data.path(), "8k,nr_inodes=2") else {
         return skipped("this process may not mount a tmpfs");
     };
@@ -174,7 +174,7 @@ async fn a_folder_that_becomes_read_only_keeps_the_command_in_memory_and_one_tha
     let said = agent.wait_for_log("refuses a command that the master has sent", SOON).await.unwrap();
     assert!(said.contains("Read-only file system"), "{said}");
     assert_eq!(desk.file("tunnel_state.json").unwrap(), before);
-    // The same folder at a start.
+    // Start an agent on the same folder.
     let mut other = desk.agent().unwrap();
     assert_eq!(other.wait_exit(SOON).await.unwrap().code(), Some(73));
     assert!(other.log().contains("mount a volume or a folder that can be written"), "{}", other.log());

@@ -1,5 +1,5 @@
-//! A disk that hangs, for real: a FUSE file system whose server never answers, mounted for the agent alone. What asks
-//! it waits for ever.
+//! A disk that really hangs: a FUSE file system whose server never answers, mounted for the agent alone. Every call
+//! to it waits forever.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -12,8 +12,8 @@ use crate::desk::Desk;
 use crate::program::free_port;
 use crate::support::{SOON, agent_binary};
 
-/// Mounts, in a name space of its own, a file system that hangs at `$HANGS` once `$HANGS.now` is there, and runs the
-/// program. It holds the only end of the file system's server, so that all is gone with it.
+/// Runs the program in its own mount namespace, and mounts a file system that hangs at `$HANGS` once `$HANGS.now`
+/// exists. The program inherits the only server end of the file system, so everything goes away when it ends.
 const SCRIPT: &str = r#"
 mount --make-rprivate / || exit 99
 exec 9<>/dev/fuse || exit 99
@@ -23,7 +23,7 @@ else (until [ -e "$HANGS.now" ]; do sleep 0.05; done; hang; : > "$HANGS.done") 9
 exec "$@"
 "#;
 
-/// Whether this machine lets the test mount.
+/// Whether this test may mount on this machine.
 fn is_possible() -> bool {
     let is_root = std::fs::metadata("/proc/self").is_ok_and(|own| own.uid() == 0);
     is_root && Path::new("/dev/fuse").exists()
@@ -82,7 +82,7 @@ async fn a_key_file_whose_disk_hangs_stops_neither_the_pages_nor_the_end() {
     let line = agent.wait_for_log("the key file did not answer within", SOON).await.unwrap();
     assert!(line.contains("WARN") && line.contains("network file system"), "{line}");
     assert_eq!(status(port, "/live").await, 200);
-    // However often it was asked for, one thread waits.
+    // However many calls the agent wants to make, only one thread waits.
     desk.answered(Route::Register, 401).await.unwrap();
     let threads = std::fs::read_dir(format!("/proc/{}/task", agent.pid())).unwrap().count();
     assert!(threads <= 4, "{threads} threads");

@@ -17,7 +17,7 @@ async fn a_key_rolled_in_its_file_needs_no_restart() {
         let id = desk.registered(1).await.unwrap().id;
         let new = desk.master.roll_key(&id).unwrap();
         agent.plant(&new);
-        // The operator is slower than the agent.
+        // The agent meets the revoked key before the operator replaces it.
         desk.answered(Route::Commands, 401).await.unwrap();
         std::fs::write(&file, format!("{new}\n")).unwrap();
         agent.wait_for_log("the key file holds a new agent key", SOON).await.unwrap();

@@ -1,6 +1,6 @@
-//! SIGKILL at hundreds of random moments around the delivery of commands: what is on disk afterwards is what was there
-//! before or what the whole reply makes of it, and nothing else. The state that must result is worked out here, apart
-//! from the agent's own code.
+//! Sends SIGKILL at hundreds of random moments around the delivery of commands. Afterwards the disk must hold either
+//! the state from before or the state after the whole reply, and nothing else. The test computes the expected state
+//! itself, without the agent's code.
 
 use std::time::{Duration, Instant};
 
@@ -12,22 +12,22 @@ use testkit::AgentProcess;
 use crate::desk::{BOTH, Desk, stop};
 use crate::support::SOON;
 
-/// Kills of one desk with tunnel commands, of which there are two for each protocol: 200, or `TEST_KILLS`.
+/// Kills per desk with tunnel commands: 200, or `TEST_KILLS`. There are two such desks per protocol.
 fn kills() -> usize {
     let given = std::env::var("TEST_KILLS").ok();
     given.map_or(200, |text| text.parse().unwrap_or_else(|error| panic!("TEST_KILLS={text}: {error}")))
 }
 
-/// Kills of one desk with decommissions, of which there is one for each protocol.
+/// Kills per desk with decommissions. There is one such desk per protocol.
 fn kills_leaving() -> usize {
     kills() / 2
 }
 
-/// One command, as the test has it.
+/// A command, as the test models it.
 #[derive(Debug, Clone)]
 enum Order {
     Start(Tunnel),
-    /// Of the tunnel that the master has assigned when it is queued.
+    /// Restarts the tunnel that the master has assigned when it queues the command.
     Restart(Option<Tunnel>),
     Stop,
     /// Ingress rules for this host name.
@@ -40,7 +40,7 @@ enum Order {
 struct Tunnel {
     id: String,
     name: String,
-    /// Empty in files once it was stopped.
+    /// Empty in the files once the tunnel is stopped.
     token: String,
 }
 
@@ -51,19 +51,19 @@ impl Tunnel {
     }
 }
 
-/// What both files say, as far as commands are concerned.
+/// The parts of both files that commands change.
 #[derive(Debug, Clone, Default, PartialEq)]
 struct Files {
     tunnel: Option<Tunnel>,
     desired: String,
     redeploys: u64,
     rules: Option<String>,
-    /// Phase and operation.
+    /// The phase and the operation.
     tombstone: Option<(String, String)>,
 }
 
 impl Files {
-    /// Reads them; a file that is there and is not whole JSON is the end of the test.
+    /// Reads both files. Fails the test if a file exists and is not complete JSON.
     fn read(desk: &Desk) -> Self {
         let parsed = |name: &str| -> Option<Map<String, Value>> {
             let text = std::fs::read(desk.path(name)).ok()?;
@@ -93,7 +93,7 @@ impl Files {
         self.desired = "running".to_owned();
     }
 
-    /// What a whole reply makes of them.
+    /// The files after the agent has carried out a whole reply.
     fn after(&self, orders: &[Order]) -> Self {
         let mut files = self.clone();
         for order in orders {
@@ -125,7 +125,7 @@ impl Files {
         files
     }
 
-    /// What a registration at a v1 master makes of them: the way back to a start that was lost.
+    /// The files after a registration with a v1 master, which recovers a lost start command.
     fn recovered(&self, assigned: Option<&Tunnel>) -> Self {
         let mut files = self.clone();
         let is_known = |tunnel: &&Tunnel| {
@@ -147,21 +147,21 @@ impl Files {
     }
 }
 
-/// Whether the files are where a command was to bring them.
+/// Whether the files show the result of a command.
 type Reached = fn(&Files) -> bool;
 
-/// What the kills met.
+/// Counts what the kills hit.
 #[derive(Debug, Default)]
 struct Tally {
     kills: usize,
-    /// The agent was gone before the master handed them out: it still has them.
+    /// The agent was gone before the master delivered the commands, so the master still has them.
     not_fetched: usize,
-    /// Handed out and not on disk: lost, as far as the protocol has no way back.
+    /// Delivered but not on disk. The commands are lost unless the protocol can recover them.
     before_the_write: usize,
-    /// The tombstone was on disk and the state not yet.
+    /// The tombstone was on disk, and the state was not yet.
     between_the_writes: usize,
     after_the_write: usize,
-    /// Lost starts that a registration brought back.
+    /// Lost starts that a registration recovered.
     recovered: usize,
     leftovers: usize,
 }
@@ -179,15 +179,15 @@ impl Tally {
     }
 }
 
-/// One folder, the agents on it one after the other, and what is known for certain.
+/// One data folder, the agents that run on it one after the other, and what is certain about it.
 struct Round {
     desk: Desk,
     protocol: Protocol,
     id: Option<String>,
-    /// As they were found after the last kill.
+    /// The files as found after the last kill.
     files: Files,
     assigned: Option<Tunnel>,
-    /// Queued at the master and not handed out.
+    /// Queued at the master and not delivered.
     queued: Vec<Order>,
     tally: Tally,
     /// Restarts that reached the disk.
@@ -202,8 +202,8 @@ impl Round {
         Self { desk, protocol, id: None, files, assigned: None, queued, tally, restarts: 0 }
     }
 
-    /// Starts an agent and waits until its first request for commands is held at the master: by then it has done what
-    /// was left to do. Checks that this is what it had to do.
+    /// Starts an agent and waits until the master holds its first request for commands. By then the agent has finished
+    /// what the last one left, and this checks that it did.
     async fn agent(&mut self) -> AgentProcess {
         self.desk.master.fault(Route::Commands, Fault::Hold, 1);
         let agent = self.desk.agent().unwrap();
@@ -215,7 +215,7 @@ impl Round {
             self.tally.recovered += usize::from(expected != self.files);
         }
         if let Some(host) = expected.rules.take_if(|_| self.files.tombstone.is_none()) {
-            // A start that was lost leaves no tunnel that they could be for.
+            // After a lost start there is no tunnel that the rules could be for.
             let is_pushed = expected.tunnel.is_none() || self.is_pushed(&host);
             assert!(is_pushed, "rules that were on disk are still to be pushed");
         }
@@ -259,18 +259,18 @@ impl Round {
         self.queued.push(order.clone());
     }
 
-    /// Lets the master hand the orders out, kills the agent at a random moment, and looks at what it left.
+    /// Lets the master deliver the orders, kills the agent at a random moment, and checks what it left.
     async fn kill_around(&mut self, orders: &[Order]) {
         let mut agent = self.agent().await;
         let polls = self.held_polls().len();
         orders.iter().for_each(|order| self.queue(order));
-        // Most of it happens within the first milliseconds.
+        // Most of the work happens within the first milliseconds.
         let micros = if fastrand::bool() { fastrand::u64(0..6_000) } else { fastrand::u64(0..40_000) };
         let too_early = fastrand::u8(0..10) == 0;
         if !too_early {
             let handed_out = Instant::now();
             self.desk.master.clear_faults();
-            // Not a wait for anything: the moment is the point.
+            // This waits for no event: the test needs this exact moment.
             at(handed_out + Duration::from_micros(micros)).await;
         }
         agent.sigkill().unwrap();
@@ -303,7 +303,7 @@ impl Round {
         } else {
             panic!("{:?}: from {before:#?} {orders:#?} made {found:#?}\n{}", self.protocol, agent.log());
         }
-        // Nobody is told of what is not on disk.
+        // The agent must not report a tunnel that is not on disk.
         let told = self.desk.master.snapshot();
         let told = self.id.as_ref().and_then(|id| told.agents.get(id)?.tunnel_status.clone()?.name);
         let on_disk = found.tunnel.as_ref().map(|tunnel| &tunnel.name);
@@ -312,7 +312,7 @@ impl Round {
         self.files = found;
     }
 
-    /// Requests for commands that were held and are over: whether each was answered.
+    /// For each held request for commands that has ended, whether the master answered it.
     fn held_polls(&self) -> Vec<bool> {
         let asked = self.desk.master.requests();
         let held =
@@ -320,15 +320,15 @@ impl Round {
         held.map(|request| request.status == Some(200)).collect()
     }
 
-    /// One agent more, which nobody kills: it ends with what is on disk, and leaves the folder clean.
+    /// Runs one more agent, which nobody kills. It must end with the expected state on disk and leave the folder clean.
     async fn settle(mut self) -> Tally {
         let mut agent = self.agent().await;
         let orders = std::mem::take(&mut self.queued);
         self.desk.master.clear_faults();
         let expected = self.files.after(&orders).without_rules();
         self.restarts += orders.iter().filter(|order| matches!(order, Order::Restart(_))).count() as u64;
-        // Two polls later the first reply is on disk and its rules are pushed: without them the files may look as they
-        // will before it has come.
+        // Wait for two more polls: by then the first reply is on disk and its rules are pushed. Without rules, the
+        // files may look finished before the reply arrives.
         let id = self.id.clone().unwrap();
         let polls = |known: &dockflare_dev_master::Snapshot| known.agents[&id].polls;
         let enough = polls(&self.desk.master.snapshot()) + 2;
@@ -348,7 +348,7 @@ impl Round {
     }
 }
 
-/// Ends at this moment, closer than a timer would; others go on meanwhile.
+/// Returns at this moment, more precisely than a timer, while other tasks go on.
 async fn at(moment: Instant) {
     if let Some(long) = moment.checked_duration_since(Instant::now()).filter(|left| left.as_millis() > 3) {
         tokio::time::sleep(long - Duration::from_millis(2)).await;
@@ -382,7 +382,7 @@ async fn tunnel_commands(protocol: Protocol) -> Tally {
     round.settle().await
 }
 
-/// Each life of an agent ends with its decommission; the master repeats both commands until they are acknowledged.
+/// Ends each agent with its decommission. The master repeats both commands until the agent acknowledges them.
 async fn decommissions(protocol: Protocol) -> Tally {
     let mut tally = Tally::default();
     while tally.kills < kills_leaving() {
@@ -419,15 +419,15 @@ async fn what_was_on_disk_when_the_agent_was_killed_is_what_was_delivered_and_no
     assert!(tunnels.kills + leaving.kills >= 5 * kills() / 2);
 }
 
-/// v2 has no way back to a command that was handed out and lost: the operator sees an agent that is enrolled and
-/// without a tunnel, and uses Redeploy.
+/// v2 cannot recover a command that was delivered and lost. The operator sees an enrolled agent without a tunnel, and
+/// uses Redeploy.
 #[tokio::test]
 async fn on_v2_an_enrolment_that_was_lost_with_its_reply_stays_lost_until_redeploy() {
     for fault in [Fault::LostReply, Fault::CutHalfway, Fault::Truncated] {
         let desk = Desk::new(Protocol::V2).await.unwrap();
         let mut agent = desk.agent().unwrap();
         let id = desk.registered(1).await.unwrap().id;
-        // Both at one instant: the poll that is damaged is the one with the command.
+        // Set both at one instant, so that the damaged poll is the one with the command.
         desk.master.fault(Route::Commands, fault.clone(), 1);
         desk.master.enroll(&id, "edge").unwrap();
         let again = desk.master.wait_for("a poll after the damaged one", SOON, |known| {

@@ -1,4 +1,5 @@
-//! Labels that are too long, too many, or both, on a Docker that shows them as they are; and a workload that crashes.
+//! Labels that are too long, too many, or both, on a Docker that passes them on unchanged. Also a workload that
+//! crashes.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -16,7 +17,7 @@ use crate::program::free_port;
 use crate::support::SOON;
 use crate::support::checked::Checked;
 
-/// Most memory that the agent may ever have had.
+/// The agent's highest permitted peak memory.
 const MOST_MEMORY: u64 = 32 << 20;
 
 struct Host {
@@ -45,7 +46,7 @@ impl Host {
         testkit::wait_until(&format!("{id} of {about}"), SOON, found).await.unwrap()
     }
 
-    /// Waits until the master believes these to run.
+    /// Waits until the master believes that exactly these run.
     async fn known(&self, names: &[&str]) {
         let mut expected = names.to_vec();
         expected.sort_unstable();
@@ -60,7 +61,7 @@ impl Host {
     }
 }
 
-/// What the kernel says of a process, such as `VmHWM`, in bytes.
+/// A memory figure of a process from the kernel, such as `VmHWM`, in bytes.
 fn memory(agent: &AgentProcess, what: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", agent.pid())).unwrap();
     let line = status.lines().find(|line| line.starts_with(what)).unwrap();
@@ -75,12 +76,12 @@ fn processor_time(agent: &AgentProcess) -> f64 {
     (ticks[0] + ticks[1]) as f64 / 100.0
 }
 
-/// A Docker that has nothing but one container with a large label and the start of another, made once and sent as often
-/// as somebody asks, from threads of its own.
+/// A Docker that serves only a container with a large label and the start of a second one. It makes the answers once,
+/// and sends them on every request from its own threads.
 struct Huge {
     socket: std::path::PathBuf,
     _folder: tempfile::TempDir,
-    /// Whether the second one has started.
+    /// Whether the second container has started.
     tells: Arc<AtomicBool>,
 }
 
@@ -105,7 +106,7 @@ impl Huge {
         std::thread::spawn(move || {
             for stream in listener.incoming().map_while(Result::ok) {
                 let (before, after, event, tells) = (before.clone(), after.clone(), event.clone(), flag.clone());
-                // Whoever hangs up is its own problem.
+                // Ignore clients that hang up.
                 std::thread::spawn(move || drop(serve(stream, &before, &after, &event, &tells)));
             }
         });
@@ -142,7 +143,7 @@ async fn a_label_of_100_mb_is_left_out_said_and_kept_in_nobodys_memory() {
     let mut host = Host::new(Protocol::V2).await.unwrap();
     let docker = Huge::start(&"x".repeat(100_000_000)).unwrap();
     host.desk.set("DOCKER_HOST", format!("unix://{}", docker.socket.display()));
-    // One that is there at the start, and one that comes later: a listing and an event.
+    // One container is there at the start and one comes later, to cover a listing and an event.
     let mut agent = host.desk.agent().unwrap();
     host.known(&["there"]).await;
     docker.tells.store(true, Ordering::Relaxed);
@@ -183,7 +184,7 @@ async fn twenty_thousand_labels_cost_little() {
     host.known(&["web"]).await;
     let before = processor_time(&agent);
     let _many = host.docker.run_with("many", &labels);
-    // Of so many this master does not take it, and all others are told.
+    // The master refuses a container with this many labels. The agent still reports all others.
     host.concern("container_refused", "many").await;
     let _later = host.docker.run("later");
     host.known(&["web", "later"]).await;
@@ -214,7 +215,7 @@ async fn a_container_that_is_refused_keeps_no_removed_one_published_after_a_rest
     let told = checked.is("agent.container_refused", "warn").unwrap();
     assert!(told.contains("bad") && told.contains("its longest label is dockflare."), "{told}");
 
-    // One is removed while the agent is down, at once after a kill.
+    // Remove a container while the agent is down, right after a kill.
     agent.sigkill().unwrap();
     agent.wait_exit(SOON).await.unwrap();
     host.docker.stop(&first);
@@ -222,7 +223,7 @@ async fn a_container_that_is_refused_keeps_no_removed_one_published_after_a_rest
     host.known(&["second"]).await;
     host.concern("container_refused", "bad").await;
 
-    // The master has forgotten its sessions, and one is removed meanwhile.
+    // End the session at the master, and remove a container meanwhile.
     let id = host.desk.master.snapshot().only_agent().unwrap().id.clone();
     host.desk.master.pause().await.unwrap();
     agent.wait_for_log("the master cannot be reached", SOON).await.unwrap();
@@ -263,7 +264,7 @@ async fn a_workload_that_crashes_again_and_again_is_said_once_and_told_every_fiv
         let told = asked.iter().filter(changes).count();
         println!("{protocol}: 40 changes in {took} s, {told} told");
         assert!((5..=5 + took / 5 + 2).contains(&told), "{told} in {took} s");
-        // It runs at last, and the master knows.
+        // The container runs at last, and the master knows.
         host.known(&["web"]).await;
         let log = agent.log();
         assert_eq!(log.matches("the container ends again and again").count(), 1, "{log}");

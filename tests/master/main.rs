@@ -1,4 +1,4 @@
-//! The agent and its master, as two programs on one host without Docker: what each row of the protocol says.
+//! Runs the agent and its master as two programs on one host without Docker, and tests each row of the protocol.
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::disallowed_macros, reason = "tests may block")]
 #![allow(clippy::unwrap_used, reason = "what a test shares with another is test as well")]

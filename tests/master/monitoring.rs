@@ -1,4 +1,4 @@
-//! Alert rules and dashboard, held against the metrics that there are.
+//! Compares the alert rules and the dashboard with the metrics that exist.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -14,14 +14,14 @@ fn text(name: &str) -> String {
     std::fs::read_to_string(docs(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
 }
 
-/// Every name of a metric in a text, without what Prometheus adds to the name of a histogram.
+/// Every metric name in a text, without the suffix that Prometheus adds to a histogram.
 fn metrics_in(text: &str) -> BTreeSet<String> {
     let words = text.split(|c: char| !(c.is_ascii_lowercase() || c == '_'));
     let names = words.filter(|word| word.starts_with("dockflare_agent_") && *word != "dockflare_agent_");
     names.map(|name| name.trim_end_matches("_bucket").to_owned()).collect()
 }
 
-/// The page's own test holds the table against what the agent says.
+/// The metrics in the documented table. The page's own test compares that table with the agent's output.
 fn documented() -> BTreeSet<String> {
     let text = text("monitoring.md");
     let rows = text.lines().filter(|line| line.starts_with("| `dockflare_agent_"));
@@ -37,7 +37,7 @@ fn alerts_and_dashboard_ask_for_metrics_that_there_are() {
         let unknown: Vec<_> = asked.difference(&known).collect();
         assert!(!asked.is_empty() && unknown.is_empty(), "{name} asks for {unknown:?}");
     }
-    // A dashboard that does not show what is documented has forgotten it.
+    // The dashboard must show these documented metrics.
     let shown = metrics_in(&text("monitoring/grafana.json"));
     for metric in ["tunnel_ready", "tunnel_reason", "master_contact_age_seconds", "task_up", "queue_depth"] {
         assert!(shown.contains(&format!("dockflare_agent_{metric}")), "{metric}");

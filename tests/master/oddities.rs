@@ -1,4 +1,4 @@
-//! A master that answers in good order what nobody can use, another agent with the same key, and a request that was
+//! A master with well-formed answers that no agent can use, a second agent with the same key, and a request that gets
 //! lost on the way.
 
 use std::time::Duration;
@@ -14,7 +14,7 @@ use crate::program::free_port;
 use crate::support::checked::Checked;
 use crate::support::{SOON, agent_binary};
 
-/// A desk whose agent has its pages on this port.
+/// A desk whose agent serves its pages on the returned port.
 async fn desk_with_pages(protocol: Protocol) -> (Desk, u16) {
     let mut desk = Desk::new(protocol).await.unwrap();
     let port = free_port();
@@ -22,14 +22,14 @@ async fn desk_with_pages(protocol: Protocol) -> (Desk, u16) {
     (desk, port)
 }
 
-/// What `/health` lists as wrong.
+/// The concerns that `/health` lists.
 async fn concerns(port: u16) -> Vec<Value> {
     let Ok(answer) = http::get(&format!("127.0.0.1:{port}"), "/health").await else { return Vec::new() };
     let page: Value = serde_json::from_str(&answer.body).unwrap();
     page["concerns"].as_array().cloned().unwrap_or_default()
 }
 
-/// Waits for one that is listed under this id.
+/// Waits for a concern with this id.
 async fn concern(port: u16, id: &str) -> Value {
     let found = async || concerns(port).await.into_iter().find(|concern| concern["id"] == id);
     testkit::wait_until(id, 2 * SOON, found).await.unwrap()
@@ -51,7 +51,7 @@ async fn a_registration_that_cannot_be_used_is_said_once_listed_and_tried_again(
         assert!(line.contains("WARN registration: the master agreed") && line.contains("update the older"), "{line}");
         let listed = concern(port, "registration").await;
         assert!(listed["problem"].as_str().unwrap().contains(words), "{listed}");
-        // It is tried again, and not said again.
+        // The agent tries again, and does not log it again.
         let tries = async || {
             let asked = desk.master.requests();
             (asked.iter().filter(|request| request.route == Route::Register).count() > 3).then_some(())
@@ -94,7 +94,7 @@ async fn rules_for_which_the_master_names_no_account_are_kept_said_and_handed_on
     }
 }
 
-/// As on a host that was cloned with its `.env`.
+/// As on a host cloned with its `.env`.
 #[tokio::test]
 async fn another_agent_with_the_same_key_is_told_once_on_both_hosts() {
     let (desk, port) = desk_with_pages(Protocol::V2).await;
@@ -140,8 +140,8 @@ async fn a_master_that_is_restarted_and_forgets_its_sessions_is_no_other_agent()
     stop(&mut agent).await.unwrap();
 }
 
-/// The connection is open and dead, as after a way that went dark for a moment: what was sent on it is never answered,
-/// and a later request is.
+/// The connection is open but dead, as after a short network outage: a request sent on it never gets an answer, but a
+/// later request does.
 #[tokio::test]
 async fn a_request_that_is_never_answered_is_given_up_once_a_later_one_is() {
     let rows = BOTH.iter().flat_map(|&protocol| [(protocol, Route::Commands), (protocol, Route::Events)]);
@@ -153,7 +153,7 @@ async fn a_request_that_is_never_answered_is_given_up_once_a_later_one_is() {
         desk.master.fault(route, Fault::Hold, 1);
         desk.master.wait_for("the request", SOON, |known| (known.faults == 0).then_some(())).await.unwrap();
         let began = Instant::now();
-        // The first one is noted when its client has hung up.
+        // The double records the first request when its client hangs up.
         let given_up = desk.master.wait_for_request("the request to be given up", 3 * SOON, |request| {
             (request.route == route && matches!(request.fault, Some(Fault::Hold))).then(|| request.clone())
         });

@@ -6,7 +6,7 @@ use futures_util::future::join_all;
 use crate::desk::{BOTH, Desk, stop};
 use crate::support::SOON;
 
-/// The agent gets through `fault`, at its start and later, and a command sent after it arrives.
+/// Checks that the agent survives `fault`, at its start and later, and that a command sent after the fault arrives.
 async fn gets_through(protocol: Protocol, fault: Fault) {
     let desk = Desk::new(protocol).await.unwrap();
     desk.master.fault(Route::Any, fault.clone(), 2);
@@ -14,11 +14,11 @@ async fn gets_through(protocol: Protocol, fault: Fault) {
     agent.wait_for_log("registered at the master", SOON).await.unwrap();
     desk.master.fault(Route::Any, fault.clone(), 3);
     desk.master.wait_for("the faults to be over", SOON, |known| (known.faults == 0).then_some(())).await.unwrap();
-    // Not the only agent there is: v1 masters make another one for each registration whose answer was lost.
+    // There may be other agents: a v1 master makes another one for each registration whose answer was lost.
     let id = desk.file("agent_id.txt").unwrap();
     desk.master.enroll(&id, "edge").unwrap();
     agent.wait_for_log("command start_tunnel", SOON).await.unwrap();
-    // Logged as what lasts: when it begins, when it changes, when it ends; never at each try.
+    // The agent logs an outage when it begins, when it changes and when it ends, never at each try.
     let log = agent.log();
     let warned = log.lines().filter(|line| line.contains("WARN the master ")).count();
     assert!(
@@ -129,7 +129,7 @@ async fn on_v1_an_enrolment_that_was_lost_with_its_reply_is_found_again() {
         let desk = Desk::new(Protocol::V1).await.unwrap();
         let agent = desk.agent().unwrap();
         let id = desk.registered(1).await.unwrap().id;
-        // Both at one instant: the poll that is damaged is the one with the command.
+        // Set both at one instant, so that the damaged poll is the one with the command.
         desk.master.fault(Route::Commands, fault.clone(), 1);
         desk.master.enroll(&id, "edge").unwrap();
         let line = agent.wait_for_log("the master has a tunnel for this agent", SOON).await.unwrap();

@@ -1,4 +1,4 @@
-//! The agent's own pages, and `healthcheck`, which asks them.
+//! The agent's own pages, and `healthcheck`, which reads them.
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream, UdpSocket};
@@ -12,10 +12,10 @@ use crate::desk::{Desk, stop};
 use crate::program::{free_port, run};
 use crate::support::SOON;
 
-/// Most connections that are served at once from elsewhere, and from this machine.
+/// How many connections the agent serves at once from elsewhere, and as many again from this machine.
 const PLACES: usize = 8;
 
-/// A desk whose agent has its pages on this port.
+/// A desk whose agent serves its pages on the returned port.
 async fn desk_with_pages() -> (Desk, u16) {
     let mut desk = Desk::new(Protocol::V2).await.unwrap();
     let port = free_port();
@@ -23,7 +23,7 @@ async fn desk_with_pages() -> (Desk, u16) {
     (desk, port)
 }
 
-/// A request without the kit's client, to see what is wrong with answers as well.
+/// Sends a request without the test kit's client, so that the test also sees malformed answers.
 fn raw(at: (IpAddr, u16), request: &[u8]) -> std::io::Result<String> {
     let mut stream = TcpStream::connect(at)?;
     stream.set_read_timeout(Some(SOON))?;
@@ -33,13 +33,14 @@ fn raw(at: (IpAddr, u16), request: &[u8]) -> std::io::Result<String> {
     Ok(String::from_utf8_lossy(&answer).into_owned())
 }
 
-/// An address of this machine that others could use as well. Nothing is sent to find it.
+/// An address of this machine that others could reach too. Finding it sends nothing.
 fn own_address() -> IpAddr {
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
     if socket.connect(("192.0.2.1", 9)).is_ok() {
         return socket.local_addr().unwrap().ip();
     }
-    // Without a way out, as on a train, there still is that of a bridge: each address of its own stands before its line.
+    // Without a route out, a bridge still has an address. The table lists each local address on the line before its
+    // kind.
     let table = std::fs::read_to_string("/proc/net/fib_trie").unwrap();
     let mut before = "";
     let own = table.lines().find_map(|line| {
@@ -70,7 +71,7 @@ async fn the_health_page_tells_what_is_and_the_check_asks_it() {
     let known = desk.registered(1).await.unwrap();
     desk.master.enroll(&known.id, "edge").unwrap();
     agent.wait_for_log("command start_tunnel", SOON).await.unwrap();
-    // The state is on disk and published by the time of the second look, if not of the first.
+    // The state is on disk and published by the second look at the latest.
     let seen = testkit::wait_until("the wish for a tunnel", SOON, async || {
         let (code, page) = json_of(port, "/health").await;
         assert_eq!(code, 200);
@@ -230,14 +231,14 @@ async fn those_who_dawdle_or_ask_too_much_keep_nobody_else_from_an_answer() {
     let far = (own_address(), port);
     let mut dawdlers: Vec<_> = (0..3 * PLACES).map(|_| TcpStream::connect(far).unwrap()).collect();
     for dawdler in &mut dawdlers {
-        // Those without a place find it closed.
+        // The agent closes connections beyond its limit, so this write may fail.
         let _ = dawdler.write_all(b"GET /health HTTP/1.1\r\nHost: ");
         dawdler.set_read_timeout(Some(SOON)).unwrap();
     }
     assert_eq!(check(&port.to_string()).await.0, Some(0), "one from this machine has a place");
     let closed = |dawdler: &mut TcpStream| matches!(dawdler.read(&mut [0; 64]), Ok(0) | Err(_));
     assert!(dawdlers[PLACES..].iter_mut().all(closed), "who finds no place is closed");
-    // Then the others' time is over as well, and there are places again.
+    // By then the other connections time out too, and there are free places again.
     let answer = testkit::wait_until("a place", SOON, async || {
         raw(far, b"GET /live HTTP/1.1\r\nHost: agent\r\n\r\n").ok().filter(|answer| answer.contains("200 OK"))
     });

@@ -1,4 +1,4 @@
-//! The program as such: arguments, exit codes, `.env`.
+//! The program itself: arguments, exit codes, `.env`.
 
 use std::net::{Ipv4Addr, TcpListener};
 use std::process::ExitStatus;
@@ -10,7 +10,7 @@ use testkit::AgentProcess;
 use crate::desk::Desk;
 use crate::support::{SOON, agent_binary};
 
-/// Runs the program to its end; gives its code and what it wrote.
+/// Runs the program to its end, and returns its exit code and its output.
 pub(crate) async fn run(args: &[&str], env: &[(&str, &str)]) -> (Option<i32>, String) {
     let folder = tempfile::tempdir().unwrap();
     let env: Vec<_> = env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
@@ -42,15 +42,15 @@ async fn help_and_version_end_with_0_and_a_bad_argument_with_64() {
     }
 }
 
-/// Where the limit on processes is so low that the program starts no thread, or one. It counts for users other than
-/// root only.
+/// With a process limit so low that the program can start no thread, or only one. The kernel applies the limit only to
+/// users other than root.
 #[tokio::test]
 async fn a_limit_on_processes_is_named_whatever_the_program_was_about_to_say() {
     if !nix::unistd::getuid().is_root() {
         eprintln!("skipped: takes root");
         return;
     }
-    // Where that user may run it.
+    // A folder from which that user may run the program.
     let folder = tempfile::Builder::new().permissions(std::os::unix::fs::PermissionsExt::from_mode(0o755)).tempdir();
     let folder = folder.unwrap();
     let program = folder.path().join("agent");
@@ -58,7 +58,7 @@ async fn a_limit_on_processes_is_named_whatever_the_program_was_about_to_say() {
     let data = folder.path().join("data");
     std::fs::create_dir(&data).unwrap();
     std::fs::set_permissions(&data, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
-    // Nobody else runs anything as this user.
+    // Pick a user id under which nothing else runs.
     let user = fastrand::u32(200_000..4_000_000).to_string();
     for (limit, args) in [("1", vec![]), ("1", vec!["check"]), ("2", vec![])] {
         let mut command = std::process::Command::new("setpriv");
@@ -127,7 +127,7 @@ async fn a_dotenv_in_the_working_folder_fills_what_is_unset_or_empty_and_nothing
     desk.assert_no_violations();
 }
 
-/// Names on which people's collectors rely.
+/// Operators' log collectors rely on these names.
 #[tokio::test]
 async fn the_log_as_json_has_the_fields_that_the_documentation_names() {
     let mut desk = Desk::new(Protocol::V2).await.unwrap();

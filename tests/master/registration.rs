@@ -1,4 +1,4 @@
-//! Each row of the table of registrations.
+//! Tests each row of the registration table.
 
 use std::os::unix::fs::PermissionsExt;
 
@@ -74,7 +74,7 @@ async fn on_v1_an_id_of_another_key_is_said_with_both_ways_out_and_kept() {
     desk.answered(Route::Register, 403).await.unwrap();
     assert!(agent.is_running().unwrap());
     assert_eq!(desk.file(ID).unwrap(), id);
-    // The operator takes the second way out.
+    // The operator applies the second remedy.
     std::fs::remove_file(desk.path(ID)).unwrap();
     stop(&mut agent).await.unwrap();
     let _agent = desk.agent().unwrap();

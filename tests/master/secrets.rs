@@ -1,4 +1,4 @@
-//! What must never be read in a log or on the health page, at whatever level and in whatever format.
+//! What must never appear in a log or on the health page, at any level and in any format.
 
 use std::net::{Ipv4Addr, TcpListener};
 
@@ -28,7 +28,7 @@ async fn no_secret_is_in_the_log_or_on_the_health_page() {
         let known = desk.registered(1).await.unwrap();
         let good = desk.master.enroll(&known.id, "edge").unwrap();
         agent.wait_for_log("command start_tunnel", SOON).await.unwrap();
-        // Trouble is where secrets slip out: a token that is none, a broken reply, a key that is refused.
+        // Secrets slip out when something goes wrong: an invalid token, a broken reply, a refused key.
         let bad = "n0t-a-token-but-secret-all-the-same";
         desk.master.enroll_with(&known.id, "bad", "some-tunnel", bad).unwrap();
         agent.wait_for_log("refusing a tunnel command", SOON).await.unwrap();

@@ -1,4 +1,4 @@
-//! A session that the master no longer knows, and what it refuses of a session that it does.
+//! A session that the master no longer knows, and what the master refuses in a session that it knows.
 
 use dockflare_dev_master::{Fault, Protocol, Route};
 
@@ -33,7 +33,7 @@ async fn an_ended_v2_session_is_followed_by_another_with_numbers_of_its_own_and_
     assert_eq!(first.id, second.id);
     assert_ne!(first.session, second.session);
     let session = second.session.unwrap();
-    // Docker is not there, so the report that follows says that nothing is known.
+    // There is no Docker, so the next report is incomplete.
     let what = "the first report and the first event of the session";
     let said = async |member: &'static str| {
         desk.master
@@ -56,7 +56,7 @@ async fn an_ended_v2_session_is_followed_by_another_with_numbers_of_its_own_and_
 
 #[tokio::test]
 async fn what_a_v2_master_refuses_of_an_event_is_handled_as_its_table_says() {
-    // The reply, and the registrations that it leads to.
+    // The reply, and how many registrations must have happened in the end.
     let table = [
         (409, "stale_sequence", 2),
         (409, "registration_required", 2),
@@ -68,7 +68,7 @@ async fn what_a_v2_master_refuses_of_an_event_is_handled_as_its_table_says() {
         desk.master.fault(Route::Events, Fault::code(status, code), 1);
         let mut agent = desk.agent().unwrap();
         desk.registered(registrations).await.unwrap();
-        // Goes on either way, and never repeats the bytes that were refused.
+        // The agent goes on either way, and never resends the bytes that the master refused.
         desk.answered(Route::Events, 202).await.unwrap();
         stop(&mut agent).await.unwrap();
         assert_eq!(desk.master.snapshot().registrations, registrations, "{code}");

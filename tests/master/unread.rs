@@ -1,4 +1,4 @@
-//! Output that nobody reads: a pipe whose reader stands still, as a log collector does that hangs.
+//! Output that nobody reads: a pipe whose reader hangs, as a stuck log collector's does.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, PipeReader, Write};
@@ -18,7 +18,7 @@ use crate::desk::Desk;
 use crate::program::free_port;
 use crate::support::{SOON, agent_binary};
 
-/// A pipe without room for one more byte.
+/// A pipe with no room for another byte.
 fn full_pipe() -> (PipeReader, File) {
     let (reader, writer) = std::io::pipe().unwrap();
     let room = fcntl(&writer, FcntlArg::F_SETPIPE_SZ(4096)).unwrap();
@@ -27,7 +27,7 @@ fn full_pipe() -> (PipeReader, File) {
     (reader, writer)
 }
 
-/// A program whose standard output and error nobody reads; killed when dropped.
+/// A program whose standard output and error nobody reads. Dropping this kills it.
 struct Unread(Child);
 
 impl Unread {
@@ -38,7 +38,7 @@ impl Unread {
         Self(program.stdout(output()).stderr(output()).spawn().unwrap())
     }
 
-    /// Asks it to stop, and gives how it ended and after what time.
+    /// Sends SIGTERM, and returns the exit status and how long the program took to end.
     async fn stop(&mut self) -> (ExitStatus, Duration) {
         let began = Instant::now();
         kill(Pid::from_raw(self.0.id().try_into().unwrap()), Signal::SIGTERM).unwrap();
@@ -77,7 +77,7 @@ async fn an_agent_whose_log_nobody_reads_does_its_work_and_says_later_how_many_l
         let mut agent = Unread::spawn(&[], &desk.env, &output);
         drop(output);
         let id = desk.registered(1).await.unwrap().id;
-        // Each makes a line, all of them more than can wait.
+        // Each command makes a log line; together they exceed what can be queued.
         let unknown = |number: usize| json!({ "id": format!("{number}"), "action": format!("{number:0150}") });
         for part in 0..6 {
             let commands = (0..500).map(|number| unknown(part * 500 + number)).collect();
@@ -141,7 +141,7 @@ async fn a_check_whose_output_nobody_reads_ends_when_asked_and_an_error_does_not
     for args in [&["check"][..], &["check", "--json"], &["support-bundle"], &["--help"]] {
         let (reader, output) = full_pipe();
         let mut check = Unread::spawn(args, &env, &output);
-        // It has all it wants to say once it waits for the reader, and then it has asked to be told of signals.
+        // When the program waits for the reader, it has produced all its output and has installed its signal handlers.
         let status = format!("/proc/{}/status", check.0.id());
         let asked = || {
             std::fs::read_to_string(&status).unwrap().lines().any(|line| {

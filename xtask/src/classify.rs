@@ -1,9 +1,9 @@
-//! `cargo xtask classify DIR`: what the agent makes of a recording of the real cloudflared, second by second.
+//! `cargo xtask classify DIR`: the agent's verdict on a recording of the real cloudflared, second by second.
 //!
-//! A recording is a folder with `log.txt`, as `docker logs --timestamps` prints it, and `samples.jsonl`: one JSON
-//! object a line with `t`, seconds since the recording began, and what has changed of the container (as Docker
-//! inspects it), of `/ready` and of `/metrics`. `metrics` is merged, and `null` while the page does not answer. A second
-//! connector has `log-b.txt`, and `"box":"-b"` in its samples. The rules are the agent's own.
+//! A recording is a folder with `log.txt`, as `docker logs --timestamps` prints it, and `samples.jsonl`. Each line of
+//! `samples.jsonl` is a JSON object with `t`, the seconds since the recording began, and what has changed in the
+//! container (as Docker inspects it), in `/ready` and in `/metrics`. `metrics` is merged, and is `null` while the page
+//! does not answer. A second connector has `log-b.txt`, and `"box":"-b"` in its samples. The rules are the agent's own.
 
 use std::collections::HashMap;
 use std::fs;
@@ -18,9 +18,9 @@ use dockflare_agent::health::classify::{Memory, Page, Seen, Tries, Verdict, seco
 use dockflare_agent::health::log::{Line, Said};
 use serde_json::{Map, Value};
 
-/// Docker may note a line just before it notes the start of who wrote it.
+/// Docker may timestamp a log line up to this many seconds before the start of the process that wrote it.
 const EARLY: f64 = 0.05;
-/// A recording says nothing while nothing changes, at most for a day.
+/// The longest recording, in seconds: one day. `classify` refuses a longer one.
 const MOST_SECONDS: f64 = 86_400.0;
 
 #[derive(Args)]
@@ -42,7 +42,7 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
     for connector in &connectors {
         for (second, verdict) in connector.verdicts().into_iter().enumerate() {
             let name = connector.name.map(|name| format!(" {name}")).unwrap_or_default();
-            // Whoever reads may have seen enough.
+            // A reader such as `head` may close the pipe early.
             if writeln!(out, "{second} {}{name}", verdict.as_str()).is_err() {
                 return ExitCode::SUCCESS;
             }
@@ -51,11 +51,11 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// What was recorded of one connector. Times are seconds since 1970, except where they are since the beginning.
+/// The recording of one connector. Times are in seconds since 1970, unless they are since the recording began.
 struct Connector {
     name: Option<&'static str>,
     began: f64,
-    /// Seconds from the beginning to the last sample of the recording.
+    /// Seconds from the beginning of the recording to its last sample.
     length: f64,
     samples: Vec<Sample>,
     log: Vec<(f64, Line)>,
@@ -63,7 +63,7 @@ struct Connector {
 
 #[derive(Clone)]
 struct Sample {
-    /// Since the beginning.
+    /// Seconds since the recording began.
     at: f64,
     state: Option<RunState>,
     exit_code: Option<i64>,
@@ -73,7 +73,7 @@ struct Sample {
     tries: Option<Tries>,
 }
 
-/// Reads a folder: the connector, and the second one where there is one.
+/// Reads a folder: the connector, and the second one if there is one.
 fn read(dir: &Path) -> Result<Vec<Connector>> {
     let path = dir.join("samples.jsonl");
     let samples = fs::read_to_string(&path).with_context(|| format!("{}", path.display()))?;
@@ -102,7 +102,7 @@ fn read(dir: &Path) -> Result<Vec<Connector>> {
     Ok(connectors)
 }
 
-/// When the recording began: the first sample was taken as soon as the first container had been started.
+/// When the recording began. The recorder took the first sample as soon as the first container had started.
 fn beginning(connectors: &[Connector]) -> f64 {
     let mut samples = connectors.iter().flat_map(|connector| &connector.samples);
     let started = samples.find(|sample| sample.started_at > 0.0).map(|sample| sample.started_at - sample.at);
@@ -123,12 +123,12 @@ fn log(path: &Path) -> Result<Vec<(f64, Line)>> {
         Some((at, Line { at: Some(at), ..Line::parse(text) }))
     };
     let mut lines: Vec<_> = text.lines().filter_map(line).collect();
-    // Standard output and standard error are two streams.
+    // Standard output and standard error are separate streams, so their lines may be out of order.
     lines.sort_by(|(one, _), (other, _)| one.total_cmp(other));
     Ok(lines)
 }
 
-/// From changes to what was there at each sample.
+/// Turns the recorded changes into the full state at each sample.
 fn follow<'a>(rows: impl Iterator<Item = &'a Map<String, Value>>) -> Vec<Sample> {
     let (mut known, mut metrics) = (Map::new(), None::<HashMap<String, f64>>);
     let mut samples = Vec::new();
@@ -183,7 +183,7 @@ fn state(word: &str) -> Option<RunState> {
 }
 
 impl Connector {
-    /// One for each second, from 0 to the end.
+    /// The verdict at each second, from 0 to the end.
     fn verdicts(&self) -> Vec<Verdict> {
         let only_quic = self.only_quic();
         let mut memory = Memory::default();
@@ -208,12 +208,12 @@ impl Connector {
         verdicts
     }
 
-    /// Whether it was set up to use nothing else, which it logs when it starts.
+    /// Whether cloudflared was configured to use only QUIC, which it logs when it starts.
     fn only_quic(&self) -> bool {
         self.log.iter().any(|(_, line)| line.said == Said::Options { only_quic: true })
     }
 
-    /// Nothing is known of how a start ended that was over between two samples, but what was logged.
+    /// Classifies a run that ended between two samples. Only the log tells how such a run ended.
     fn end_between(&self, before: &Sample, after: &Sample, only_quic: bool, memory: &mut Memory) {
         if before.state == Some(RunState::Running) && before.started_at > 0.0 {
             let ended = Sample {
@@ -228,7 +228,7 @@ impl Connector {
         }
     }
 
-    /// What a sample means at a time since the beginning, with what was logged until then.
+    /// Classifies a sample at a time since the recording began, with the log up to that time.
     fn classify(&self, sample: &Sample, at: f64, only_quic: bool, memory: &mut Memory) -> Verdict {
         let now = self.began + at;
         let started_at = if sample.started_at > 0.0 { sample.started_at } else { self.began };

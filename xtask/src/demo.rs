@@ -1,9 +1,10 @@
-//! `cargo xtask demo`: the agent's main job on this machine, for people without a DockFlare master.
+//! `cargo xtask demo`: shows the agent's main job on this machine, for people without a DockFlare master.
 //!
-//! Real are the agent, its image, the Docker Engine and all that happens on it. Not real are the master, which is
-//! the development master of this workspace, and cloudflared, whose stand-in connects to nobody. All images are
-//! made from local files. [`scene`] puts everything in its place, [`story`] tells what happens as the agent's log
-//! and the [`master`] show it, [`down`] removes everything; [`vault`] is the same for the vault; there is one demo at a time, and a new one replaces it.
+//! The agent, its image, the Docker Engine and everything that happens on it are real. The master is the development
+//! master of this workspace, and a stand-in that connects to nothing replaces cloudflared. All images are made from
+//! local files. [`scene`] sets everything up, [`story`] prints what happens as the agent's log and the [`master`] show
+//! it, and [`down`] removes everything. [`vault`] does the same for the vault. There is one demo at a time, and a new
+//! one replaces it.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -23,11 +24,11 @@ use master::Master;
 use scene::{AGENT, Scene, TUNNEL, WEB};
 use story::Story;
 
-/// `sysexits.h`: a service is not there.
+/// `EX_UNAVAILABLE` of `sysexits.h`: a service is unavailable.
 pub(crate) const UNAVAILABLE: u8 = 69;
 /// How long an engine may take to answer.
 const PING_LIMIT: Duration = Duration::from_secs(10);
-/// What the agent's tunnel is called at the master.
+/// The name of the agent's tunnel at the master.
 const TUNNEL_NAME: &str = "demo";
 
 #[derive(clap::Args)]
@@ -97,7 +98,7 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
     })
 }
 
-/// The engine behind a socket of this machine, if it answers.
+/// Connects to the engine behind a socket of this machine, if it answers.
 pub(crate) async fn engine() -> Result<Docker> {
     if let Ok(host) = std::env::var("DOCKER_HOST") {
         let usable = host.is_empty() || host.starts_with("unix://");
@@ -137,7 +138,7 @@ async fn play(docker: &Docker, arguments: &Arguments) -> Result<()> {
     told
 }
 
-/// From the images to the end, each step as it is seen.
+/// Plays the demo from the images to the end, and prints each step as it happens.
 async fn tell(docker: &Docker, story: &mut Story, arguments: &Arguments) -> Result<()> {
     let scene = Scene::prepare(docker, story, arguments.socket).await?;
     let master = scene.start_master(arguments.protocol, arguments.port).await?;
@@ -191,12 +192,12 @@ async fn tell(docker: &Docker, story: &mut Story, arguments: &Arguments) -> Resu
     Ok(())
 }
 
-/// One container's life, as the master hears of it.
+/// Follows one container's life as the master hears of it.
 struct Seen<'a> {
     docker: &'a Docker,
     story: &'a mut Story,
     master: &'a Master,
-    /// Its id.
+    /// The container's id.
     container: String,
 }
 
@@ -209,7 +210,7 @@ impl Seen<'_> {
         self.arrives("container_stop", nth, "ended").await
     }
 
-    /// Waits for the event at the master, and says how much later than at the engine it was.
+    /// Waits for the event at the master, and prints how long after the engine's event it arrived.
     async fn arrives(&mut self, event: &str, nth: usize, what: &str) -> Result<()> {
         let Self { master, container, .. } = self;
         let what_for = format!("{event} at the master");
@@ -223,13 +224,13 @@ impl Seen<'_> {
     }
 }
 
-/// Id of the container that is the tunnel now.
+/// The id of the current tunnel container.
 async fn connector(docker: &Docker) -> Option<String> {
     docker.inspect_container(TUNNEL, None).await.ok()?.id
 }
 
-/// What Docker thinks of the agent's health, once it has an opinion that is not older than the tunnel, and what
-/// the health check said last.
+/// Docker's health status of the agent and the last output of the health check, once Docker has a status that is not
+/// older than the tunnel.
 async fn checked(docker: &Docker) -> Option<(String, String)> {
     let health = docker.inspect_container(AGENT, None).await.ok()?.state?.health?;
     let said = health.log.unwrap_or_default().pop()?.output.unwrap_or_default();
@@ -257,7 +258,7 @@ Remove all of it:
     );
 }
 
-/// The end of each container's log, for a demo that failed.
+/// Prints the end of each container's log after a failed demo.
 async fn print_logs(docker: &Docker) {
     let filters = std::collections::HashMap::from([("label".to_owned(), vec![scene::label()])]);
     let options = ListContainersOptions { all: true, filters: Some(filters), ..Default::default() };

@@ -1,9 +1,9 @@
 //! The project's own commands.
 //!
-//! - [`mod@test`]: `cargo xtask test`, every check there is, with one line of sums at the end.
+//! - [`mod@test`]: `cargo xtask test`, every check, with one line of totals at the end.
 //! - [`mod@classify`]: `cargo xtask classify`, the agent's verdicts on a recording of the real cloudflared.
-//! - [`demo`]: `cargo xtask demo`, the main job on this machine without a master or a Cloudflare account.
-//! - [`soak`]: `cargo xtask soak`, the agent under one fault after the other, for as long as one likes.
+//! - [`demo`]: `cargo xtask demo`, the agent's main job on this machine, without a master or a Cloudflare account.
+//! - [`soak`]: `cargo xtask soak`, the agent under one fault after another, for as many minutes as you like.
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::disallowed_macros, reason = "for development")]
 

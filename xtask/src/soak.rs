@@ -1,10 +1,10 @@
-//! `cargo xtask soak`: the agent for minutes or hours, with a fault every few seconds; nothing may be lost.
+//! `cargo xtask soak`: runs the agent for minutes or hours with a fault every few seconds. Nothing may be lost.
 //!
-//! Real are the agent's process, its socket proxy, the Docker Engine, and all containers. The development master runs
-//! in this process, and the tunnel is the stand-in for cloudflared. [`scene`] holds all of it, [`fault`] deals the
-//! faults, [`relay`] is the door to Docker and [`proxy`] what is behind it, [`disk`] the data folder, and [`measure`]
-//! looks at the processes. Each minute ends with a calm in which all must come right again. Everything has
-//! the test kit's labels and is removed at the end, also on Ctrl-C.
+//! The agent's process, its socket proxy, the Docker Engine and all containers are real. The development master runs
+//! in this process, and the tunnel is the stand-in for cloudflared. [`scene`] holds everything, and [`fault`] deals the
+//! faults. [`relay`] is the door to Docker, and [`proxy`] is what stands behind it. [`disk`] is the data folder, and
+//! [`measure`] looks at the processes. Each minute ends with a calm in which everything must recover. Everything has
+//! the test kit's labels, and the soak removes it at the end, also on Ctrl-C.
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -28,18 +28,19 @@ use fault::{Faults, Kind};
 use measure::Watched;
 use scene::Scene;
 
-/// Between two looks at the invariants.
+/// Interval between two checks of the invariants.
 const TICK: Duration = Duration::from_secs(1);
-/// Of each minute, what has no faults.
+/// The part of each minute without faults.
 const CALM: Duration = Duration::from_secs(10);
-/// How long all may take to come right: the longest wait between two tries is a minute, and a new connector that
-/// was disturbed is tried again after one more.
+/// How long full recovery may take. The longest wait between two tries is a minute, and the agent retries a disturbed
+/// new connector after one more.
 const SETTLE_LIMIT: Duration = Duration::from_secs(180);
-/// How long all must have been right.
+/// How long everything must stay right before it counts as settled.
 const SETTLED: Duration = Duration::from_secs(5);
-/// The agent's lines in a minute, with a fault every three seconds.
+/// The most log lines that the agent may write per minute, with a fault every three seconds.
 const MOST_LINES_A_MINUTE: usize = 400;
-/// In a soak this long, the middle third sees no end of the agent, so that one process lives long.
+/// In a soak of at least this many minutes, no fault ends the agent in the middle third, so that one process lives
+/// long.
 const LONG_SOAK: u64 = 9;
 
 #[derive(clap::Args)]
@@ -58,7 +59,7 @@ pub(crate) struct Arguments {
     docker_proxy: Between,
 }
 
-/// Soaks, and removes all it made.
+/// Runs the soak, and removes everything it made.
 pub(crate) fn run(arguments: &Arguments) -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -79,7 +80,7 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
         if let Err(error) = testkit::sweep(&docker).await {
             eprintln!("what a killed process left cannot be removed: {error:#}");
         }
-        // Dropped half-way, the soak removes what it made as well.
+        // A soak that is dropped half-way also removes what it made.
         Some(tokio::select! {
             ended = soak(arguments, seed) => ended,
             asked = asked_to_stop() => asked,
@@ -101,7 +102,7 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
     }
 }
 
-/// Ctrl-C, or what a shell's end sends.
+/// Waits for SIGINT (Ctrl-C) or SIGTERM.
 async fn asked_to_stop() -> Result<String> {
     let mut terminate = signal(SignalKind::terminate())?;
     tokio::select! {
@@ -134,17 +135,17 @@ async fn soak(arguments: &Arguments, seed: u64) -> Result<String> {
     ended
 }
 
-/// A soak under way, and what was seen of it.
+/// A soak in progress, with what it has measured so far.
 struct Soak<'a> {
     scene: Scene<'a>,
     faults: Faults,
-    /// For what is no fault.
+    /// Random numbers for everything except faults.
     rng: Rng,
     began: Instant,
     agent: Watched,
     /// The agent's own socket proxy, if there is one.
     proxy: Watched,
-    /// Until all was right again.
+    /// The longest time until everything was right again.
     slowest: Duration,
     most_lines: usize,
     calms: u32,
@@ -157,7 +158,7 @@ impl Soak<'_> {
         for minute in 0..minutes {
             let lines = self.scene.lines();
             let since = Instant::now();
-            // Calms that take longer are at the cost of the next minute, not of the whole soak's length.
+            // A longer calm shortens the next minute, and does not lengthen the whole soak.
             let until = (began + Duration::from_secs(60 * (minute + 1))).max(since + 3 * CALM) - CALM;
             let third = minute * 3 / minutes;
             self.trouble(until, minutes < LONG_SOAK || third != 1).await?;
@@ -200,7 +201,7 @@ impl Soak<'_> {
         ))
     }
 
-    /// One fault after the other, and containers that come and go.
+    /// Begins one fault after another, and makes containers come and go.
     async fn trouble(&mut self, until: Instant, may_end_the_agent: bool) -> Result<()> {
         let mut next_fault = Instant::now();
         while Instant::now() < until {
@@ -219,7 +220,8 @@ impl Soak<'_> {
         Ok(())
     }
 
-    /// Waits until all is right, and not just because the last order has not been heard yet.
+    /// Waits until everything has been right for [`SETTLED`]. A shorter time would miss an order that is still on its
+    /// way.
     async fn settle(&mut self) -> Result<()> {
         let began = Instant::now();
         let mut right_since = None;
@@ -249,7 +251,7 @@ impl Soak<'_> {
         Ok(())
     }
 
-    /// Nothing happens, and all stays right.
+    /// Checks that everything stays right while nothing happens.
     async fn stay_calm(&mut self) -> Result<()> {
         let until = Instant::now() + CALM;
         while Instant::now() < until {
@@ -260,7 +262,7 @@ impl Soak<'_> {
         Ok(())
     }
 
-    /// What holds at any time.
+    /// Checks what must hold at any time.
     async fn look(&mut self, calm: bool) -> Result<()> {
         self.scene.agent_runs()?;
         self.scene.at_most_two_connectors().await?;

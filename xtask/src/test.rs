@@ -1,8 +1,8 @@
-//! `cargo xtask test`: every check, one after the other; a failure does not keep the later ones from running.
+//! `cargo xtask test`: runs every check, one after the other. A failure does not stop the later ones.
 //!
-//! The last line is `N passed, N failed, N skipped`. These are tests; a step that fails without a failed test
-//! to show for it (formatting, lints, a test program that crashed, something left behind) counts as one failed,
-//! so that the line tells a bad run from a good one.
+//! The last line is `N passed, N failed, N skipped`. It counts tests. A step that fails without a failed test
+//! (formatting, lints, a test program that crashed, something left behind) counts as one failure, so that the
+//! line tells a bad run from a good one.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Command, ExitCode, Stdio};
@@ -17,17 +17,17 @@ use tally::Tally;
 /// Longest wait for the engine's answer.
 const PING_LIMIT: Duration = Duration::from_secs(10);
 
-/// What has been found so far.
+/// The results so far.
 #[derive(Default)]
 struct Report {
     tally: Tally,
     /// One sentence for each step that failed.
     problems: Vec<String>,
-    /// The steps' names and how long they took.
+    /// The steps' names and durations.
     times: Vec<(&'static str, Duration)>,
 }
 
-/// Runs all, and prints what came of it.
+/// Runs all checks, and prints the results.
 pub(crate) fn run() -> ExitCode {
     let mut report = Report::default();
     report.step("Format", || done(testkit::cargo().args(["fmt", "--all", "--check"])));
@@ -39,7 +39,7 @@ pub(crate) fn run() -> ExitCode {
     let mut left = Vec::new();
     report.step("Tests", || {
         let run = tests(&mut tally, &mut left);
-        // The sum tells it already.
+        // The totals already show failed tests.
         if tally.failed > 0 { Ok(()) } else { run }
     });
     report.tally = tally;
@@ -66,8 +66,8 @@ impl Report {
         self.times.push((name, began.elapsed()));
     }
 
-    /// Whether there is a Docker Engine. What a killed run left is removed, so that it does not count
-    /// against this one.
+    /// Whether a Docker Engine answers. Removes what a killed run left, so that it does not count against
+    /// this one.
     fn engine(&mut self) -> bool {
         let mut answers = true;
         self.step("Docker Engine", || {
@@ -89,7 +89,7 @@ impl Report {
         answers
     }
 
-    /// Ends with the line of sums.
+    /// Prints the summary, which ends with the line of totals.
     fn print(&mut self, engine: bool) -> ExitCode {
         println!("\n=== Summary ===");
         for (name, time) in &self.times {
@@ -113,8 +113,8 @@ fn done(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Unit tests, integration tests on the engine, documentation tests. Adds up what they print while it is
-/// printed; `left` is what one test program found that another had left.
+/// Runs unit tests, integration tests on the engine and documentation tests. Adds up their output while passing
+/// it on. `left` collects what one test program found that another had left.
 fn tests(tally: &mut Tally, left: &mut Vec<String>) -> Result<()> {
     let mut command = testkit::cargo();
     command.args(["test", "--workspace", "--no-fail-fast"]).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -129,14 +129,14 @@ fn tests(tally: &mut Tally, left: &mut Vec<String>) -> Result<()> {
     Ok(())
 }
 
-/// Copies line by line, and shows each to `look`.
+/// Copies line by line, and passes each line to `look`.
 fn pass_on(from: Option<impl Read>, mut to: impl Write, mut look: impl FnMut(&str)) {
     let Some(from) = from else { return };
     let mut from = BufReader::new(from);
     let mut line = Vec::new();
-    // Not `lines()`: what is no UTF-8 would end it, and then block cargo.
+    // Not `lines()`: invalid UTF-8 would end it, and then block cargo.
     while from.read_until(b'\n', &mut line).is_ok_and(|length| length > 0) {
-        // Nobody may be listening any more; the tests run on all the same.
+        // The reader may be gone. The tests go on anyway.
         drop(to.write_all(&line).and_then(|()| to.flush()));
         look(String::from_utf8_lossy(&line).trim_end());
         line.clear();
@@ -147,7 +147,7 @@ fn swept(line: &str) -> Option<String> {
     Some(line.strip_prefix(SWEPT)?.to_owned())
 }
 
-/// All the test programs have ended: what is there with their labels should not be. `left` was found earlier.
+/// Fails if something with the tests' labels is left, because all test programs have ended. `left` was found earlier.
 fn leftovers(mut left: Vec<String>) -> Result<()> {
     left.extend(on_engine(async |docker| testkit::sweep(&docker).await)?);
     ensure!(left.is_empty(), "the tests did not remove (it is removed now): {}", left.join(", "));
@@ -155,7 +155,7 @@ fn leftovers(mut left: Vec<String>) -> Result<()> {
     Ok(())
 }
 
-/// Runs something on the engine, if it answers.
+/// Runs `work` on the engine, if the engine answers.
 fn on_engine<T>(work: impl AsyncFnOnce(testkit::Docker) -> Result<T>) -> Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {

@@ -1,5 +1,5 @@
-//! The Cloudflare calls that go through the master. Released masters have neither route, and the
-//! double has them only when switched on.
+//! Cloudflare API calls that go through the master. Released masters have neither route; the double
+//! serves them only when switched on.
 
 use hyper::StatusCode;
 use serde_json::{Value, json};
@@ -17,7 +17,7 @@ pub(crate) fn accounts(state: &State, call: &Call) -> Reply {
     }
 }
 
-/// `PUT /accounts/{account}/cfd_tunnel/{tunnel}/configurations`: keeps the configuration as pushed.
+/// `PUT /accounts/{account}/cfd_tunnel/{tunnel}/configurations`: stores the configuration as pushed.
 pub(crate) fn configurations(state: &mut State, call: &Call, account: &str, tunnel: &str) -> Reply {
     match permitted(state, call) {
         Ok(known) if known == account => {}
@@ -35,7 +35,7 @@ pub(crate) fn configurations(state: &mut State, call: &Call, account: &str, tunn
     Reply::json(StatusCode::OK, &json!({ "success": true, "result": { "tunnel_id": tunnel } }))
 }
 
-/// The account, when the routes are there and the key is good.
+/// Returns the account if the routes are switched on and the key is active.
 fn permitted(state: &State, call: &Call) -> Result<String, Reply> {
     let account = state.rules.account.clone().ok_or_else(|| Reply::html(StatusCode::NOT_FOUND))?;
     match state.active_key(call) {
@@ -44,7 +44,7 @@ fn permitted(state: &State, call: &Call) -> Result<String, Reply> {
     }
 }
 
-/// Why Cloudflare would refuse this configuration.
+/// Returns why Cloudflare would refuse this configuration.
 fn flaw(config: &Value) -> Option<&'static str> {
     let Some((last, rules)) = config["ingress"].as_array().and_then(|ingress| ingress.split_last()) else {
         return Some("config.ingress is not a list of rules");

@@ -1,5 +1,5 @@
-//! The operator's routes: those a real master has, under `/api/v2/agents` and `/api/v2/overview`, and the double's own, under
-//! `/_dev`. All want the master key, except the page.
+//! The operator's routes: a real master's, under `/api/v2/agents` and `/api/v2/overview`, and the double's
+//! own, under `/_dev`. All but the page require the master key.
 
 use hyper::{Method, StatusCode};
 use serde::Deserialize;
@@ -48,8 +48,8 @@ fn list(state: &State) -> Reply {
     Reply::json(StatusCode::OK, &json!({ "agents": state.snapshot().agents, "agent_keys": keys }))
 }
 
-/// `GET /api/v2/overview`: what the Agents page reads. Of a tunnel status it has the status, the name and the version,
-/// and Cloudflare's status in the place of the agent's once that is known.
+/// `GET /api/v2/overview`: what the Agents page reads. A tunnel status carries the status, the name and the version.
+/// Cloudflare's status replaces the agent's once the master knows it.
 fn overview(state: &State) -> Reply {
     let agents = state.snapshot().agents.into_iter().map(|(id, agent)| {
         let own = agent.tunnel_status.as_ref();
@@ -128,15 +128,15 @@ fn on_agent(state: &mut State, call: &Call, agent: &str, act: &str) -> Result<Re
     }
 }
 
-/// `/_dev/…`: what no master has.
+/// `/_dev/…`: routes that no real master has.
 fn development(state: &mut State, call: &Call, rest: &[&str]) -> Result<Reply, Reply> {
     #[derive(Deserialize)]
     struct NewFault {
         route: Route,
         fault: Fault,
-        /// Only on bodies with this text.
+        /// Acts only on bodies that contain this text.
         containing: Option<String>,
-        /// How often; without it until the faults are cleared.
+        /// How many requests the fault acts on; if absent, every request until the faults are cleared.
         times: Option<u32>,
     }
     #[derive(Deserialize)]
@@ -151,7 +151,7 @@ fn development(state: &mut State, call: &Call, rest: &[&str]) -> Result<Reply, R
     #[derive(Deserialize)]
     struct Listed {
         tunnel: String,
-        /// None: it is not in the list.
+        /// `None` takes the tunnel off the list.
         status: Option<String>,
     }
     #[derive(Deserialize)]
@@ -193,7 +193,7 @@ fn development(state: &mut State, call: &Call, rest: &[&str]) -> Result<Reply, R
     Ok(done(json!({})))
 }
 
-/// A 200 with `status` and these members.
+/// A 200 with `status: success` and these members.
 fn done(mut members: Value) -> Reply {
     members["status"] = json!("success");
     Reply::json(StatusCode::OK, &members)
@@ -208,7 +208,7 @@ fn refused(refusal: Refusal) -> Reply {
     Reply::message(status, &refusal.to_string())
 }
 
-/// The body as what the route wants; nothing sent counts as an empty object.
+/// Parses the body as the type the route expects; an empty body counts as an empty object.
 fn body<T: DeserializeOwned>(call: &Call) -> Result<T, Reply> {
     let body = match &call.payload {
         Payload::Empty => json!({}),

@@ -1,4 +1,4 @@
-//! What a double is like when it starts.
+//! Configures a double before it starts.
 
 use std::net::{Ipv4Addr, SocketAddr};
 
@@ -6,7 +6,7 @@ use crate::master::DevMaster;
 use crate::operate;
 use crate::state::{Limits, Protocol, Rules, Settings, State};
 
-/// How the double shall be: a version 2 master on a free port of 127.0.0.1, unless told otherwise.
+/// Configures a double. The default is a version 2 master on a free port of 127.0.0.1.
 pub struct Builder {
     listen: SocketAddr,
     prefix: String,
@@ -37,43 +37,43 @@ impl Default for Builder {
 }
 
 impl Builder {
-    /// Which protocol it speaks at first.
+    /// Sets the protocol the double speaks at first.
     #[must_use]
     pub fn protocol(mut self, protocol: Protocol) -> Self {
         self.rules.protocol = protocol;
         self
     }
 
-    /// Makes a version 2 double agree to this version at most: 1 to try an agent's way back. Other
-    /// values count as 2.
+    /// Sets the highest version a version 2 double agrees to: 1, to test an agent's fallback, or 2. Values are
+    /// clamped to that range.
     #[must_use]
     pub fn highest_version(mut self, version: u8) -> Self {
         self.rules.at_most = version.clamp(1, 2);
         self
     }
 
-    /// Where it listens; port 0 finds a free one.
+    /// Sets the listen address; port 0 picks a free port.
     #[must_use]
     pub fn listen(mut self, address: SocketAddr) -> Self {
         self.listen = address;
         self
     }
 
-    /// The key of the operator's routes; `dev-master-key` unless set.
+    /// Sets the key of the operator's routes. The default is `dev-master-key`.
     #[must_use]
     pub fn master_key(mut self, key: impl Into<String>) -> Self {
         self.master_key = key.into();
         self
     }
 
-    /// What a version 2 double takes at most.
+    /// Sets the limits of a version 2 double.
     #[must_use]
     pub fn limits(mut self, limits: Limits) -> Self {
         self.rules.limits = limits;
         self
     }
 
-    /// A path under which all routes lie, as behind a proxy; what is outside is 404.
+    /// Serves all routes under this path, as behind a proxy. Requests outside it get 404.
     #[must_use]
     pub fn prefix(mut self, prefix: &str) -> Self {
         let inner = prefix.trim_matches('/');
@@ -81,39 +81,39 @@ impl Builder {
         self
     }
 
-    /// Makes an agent key known from the start.
+    /// Adds an agent key from the start.
     #[must_use]
     pub fn key(mut self, key: impl Into<String>, owner: impl Into<String>) -> Self {
         self.keys.push((key.into(), owner.into()));
         self
     }
 
-    /// Gives each new agent the tunnel of this name at once.
+    /// Enrolls each new agent with the tunnel of this name as soon as it registers.
     #[must_use]
     pub fn enroll_new(mut self, tunnel_name: impl Into<String>) -> Self {
         self.rules.enroll_new = Some(tunnel_name.into());
         self
     }
 
-    /// Puts the double behind an imaginary Cloudflare Access: a request of an agent without this
-    /// service token is sent to a login page.
+    /// Puts the double behind an imaginary Cloudflare Access, which redirects an agent's request without this
+    /// service token to a login page.
     #[must_use]
     pub fn access(mut self, client_id: impl Into<String>, client_secret: impl Into<String>) -> Self {
         self.access = Some((client_id.into(), client_secret.into()));
         self
     }
 
-    /// Gives the double the `/accounts` routes, for this account.
+    /// Serves the `/accounts` routes, for this account.
     #[must_use]
     pub fn account(mut self, account: impl Into<String>) -> Self {
         self.rules.account = Some(account.into());
         self
     }
 
-    /// Starts to serve, on the current runtime.
+    /// Starts the double on the current runtime.
     ///
     /// # Errors
-    /// The address cannot be listened on.
+    /// Fails if the double cannot listen on the address.
     pub async fn start(self) -> anyhow::Result<DevMaster> {
         let mut state = State::new(self.rules);
         for (key, owner) in &self.keys {

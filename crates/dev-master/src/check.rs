@@ -1,18 +1,18 @@
-//! What an agent should not send, whether or not a master minds.
+//! Finds what an agent should not send, whether or not a master would refuse it.
 //!
-//! Each check returns sentences, one for each thing found; none means the message keeps the contract.
+//! Each check returns one sentence per problem. None means that the message keeps the contract.
 
 use serde_json::{Map, Value};
 
-/// The members of a registration; only `agent_id` may be missing.
+/// The members of a registration. Only `agent_id` is optional.
 const REGISTRATION: [&str; 6] =
     ["agent_id", "agent_version", "capabilities", "display_name", "supported_protocol_versions", "version"];
 
-/// The event types both protocols take.
+/// The event types that both protocols accept.
 pub(crate) const EVENTS: [&str; 6] =
     ["container_start", "container_stop", "status_report", "heartbeat", "hello", "tunnel_status"];
 
-/// Members of an event that only version 2 has.
+/// The event members that only version 2 has.
 const SECOND: [&str; 6] = [
     "protocol_version",
     "agent_session_id",
@@ -22,15 +22,15 @@ const SECOND: [&str; 6] = [
     "inventory_scope",
 ];
 
-/// The one scope of an inventory.
+/// The only valid scope of an inventory.
 pub(crate) const SCOPE: &str = "dockflare_enabled_running";
 
-/// Whether a label is the master's business.
+/// Whether an agent may report this label to a master.
 pub(crate) fn reportable(label: &str) -> bool {
     label.starts_with("dockflare.") || label.starts_with("cloudflare.tunnel.")
 }
 
-/// Whether labels switch a container on.
+/// Whether the labels enable a container.
 fn enabled(labels: &Map<String, Value>) -> bool {
     ["dockflare.enable", "cloudflare.tunnel.enable"].iter().any(|&label| {
         let value = labels.get(label).and_then(Value::as_str).unwrap_or_default();
@@ -38,7 +38,7 @@ fn enabled(labels: &Map<String, Value>) -> bool {
     })
 }
 
-/// What is wrong with a registration.
+/// Lists what is wrong with a registration.
 pub(crate) fn registration(body: &Map<String, Value>) -> Vec<String> {
     let mut found = Vec::new();
     for member in ["display_name", "version", "agent_version"] {
@@ -66,7 +66,7 @@ pub(crate) fn registration(body: &Map<String, Value>) -> Vec<String> {
     found
 }
 
-/// What is wrong with an event of an agent that speaks version `speaks`.
+/// Lists what is wrong with an event from an agent that speaks version `speaks`.
 pub(crate) fn event(body: &Map<String, Value>, speaks: u8) -> Vec<String> {
     let mut found = Vec::new();
     let kind = body.get("type").and_then(Value::as_str).unwrap_or_default();
@@ -95,7 +95,7 @@ pub(crate) fn event(body: &Map<String, Value>, speaks: u8) -> Vec<String> {
     found
 }
 
-/// The members each version 2 event has.
+/// Checks the members that every version 2 event has.
 fn numbered(body: &Map<String, Value>, kind: &str, found: &mut Vec<String>) {
     if body.get("protocol_version").and_then(Value::as_u64) != Some(2) {
         found.push(format!("{kind}: protocol_version is not 2"));
@@ -150,7 +150,7 @@ fn report(body: &Map<String, Value>, speaks: u8, found: &mut Vec<String>) {
     }
 }
 
-/// A container of a start, a stop or a report.
+/// Checks a container in a start, a stop or a report.
 fn container(value: &Value, kind: &str, found: &mut Vec<String>) {
     let Value::Object(members) = value else {
         found.push(format!("{kind}: no container"));

@@ -1,4 +1,4 @@
-//! The table of things an agent should not send.
+//! A table of things an agent should not send.
 
 use serde_json::json;
 

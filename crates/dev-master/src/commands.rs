@@ -1,4 +1,4 @@
-//! `GET /{agent_id}/commands`: delivery empties the queue; only a decommission is repeated.
+//! `GET /{agent_id}/commands`: delivery empties the queue. Only a decommission command is sent again.
 
 use hyper::StatusCode;
 use serde_json::json;
@@ -9,7 +9,7 @@ use crate::reply::Reply;
 use crate::request::Call;
 use crate::state::State;
 
-/// Delivers and forgets the queue of `agent`. Both versions refuse here with a message and no code.
+/// Delivers the queue of `agent` and empties it. Both versions refuse here with a message and no code.
 pub(crate) fn commands(state: &mut State, call: &Call, agent: &str) -> Reply {
     let Some(key) = state.active_key(call) else { return unauthorized_first() };
     if !state.records.contains_key(agent) {

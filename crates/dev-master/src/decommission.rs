@@ -1,8 +1,8 @@
-//! Decommissioning in two phases: the operator removes an agent, the agent prepares and says so, the
-//! master finalizes, the agent says so too, and the master forgets it.
+//! Decommissioning in two phases. The operator removes an agent; the agent prepares and acknowledges. The
+//! master then sends the finalize command; the agent acknowledges that too, and the master forgets the agent.
 //!
-//! Only a version 2 master does this. Its two commands are repeated until acknowledged, and an
-//! acknowledgement may be repeated as often as its reply is lost, even after the key was revoked.
+//! Only a version 2 master does this. It sends each command with every poll until the agent acknowledges it.
+//! The agent may repeat an acknowledgement whenever the reply is lost, even after its key is revoked.
 
 use std::fmt;
 
@@ -15,20 +15,20 @@ use crate::reply::Reply;
 use crate::request::{Call, Route};
 use crate::state::{Protocol, State};
 
-/// A decommission, begun or done.
+/// A decommission, in progress or completed.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Decommission {
     /// Its id.
     pub operation_id: String,
-    /// The agent it ends.
+    /// The agent being decommissioned.
     pub agent_id: String,
-    /// How far it is.
+    /// Its current phase.
     pub phase: Phase,
     /// The acknowledgement that ended the first phase.
     pub prepare_ack: Option<Value>,
-    /// The acknowledgement that ended the second.
+    /// The acknowledgement that ended the second phase.
     pub finalize_ack: Option<Value>,
-    /// The `error_code` of the last acknowledgement that told of a failure.
+    /// The `error_code` of the last acknowledgement that reported a failure.
     pub failure: Option<String>,
 }
 
@@ -36,11 +36,11 @@ pub struct Decommission {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
-    /// `prepare_decommission` is sent with each poll.
+    /// The master sends `prepare_decommission` with each poll.
     WaitingForPrepare,
-    /// The agent said it cannot prepare; the command is sent on, in case it can later.
+    /// The agent reported that it cannot prepare. The master keeps sending the command, in case it can later.
     PrepareFailed,
-    /// `finalize_decommission` is sent with each poll.
+    /// The master sends `finalize_decommission` with each poll.
     WaitingForFinalize,
     /// The key is revoked and the agent forgotten.
     Completed,
@@ -54,18 +54,18 @@ impl fmt::Display for Decommission {
     }
 }
 
-/// A decommission with what only the master needs to know.
+/// A decommission, with the details that only the master needs.
 pub(crate) struct Operation {
     pub(crate) shown: Decommission,
     prepare_id: String,
     finalize_id: String,
     expected_tunnel_id: Option<String>,
-    /// The last key of the agent, which may repeat its acknowledgement although revoked.
+    /// The agent's last key, which may repeat the acknowledgement even after it is revoked.
     key: Option<String>,
 }
 
-/// Begins to decommission `agent`, or finds the operation that does so already. `None` without such an
-/// agent.
+/// Begins to decommission `agent`, or returns the operation already in progress. `None` if the agent is
+/// unknown.
 pub(crate) fn begin(state: &mut State, agent: &str) -> Option<String> {
     let record = state.records.get_mut(agent)?;
     if let Some(begun) = &record.shown.decommission {
@@ -91,14 +91,14 @@ pub(crate) fn begin(state: &mut State, agent: &str) -> Option<String> {
     Some(operation_id)
 }
 
-/// The command of `agent`'s decommission that is still to be acknowledged.
+/// The command of `agent`'s decommission that the agent has not acknowledged yet.
 pub(crate) fn pending_command(state: &State, agent: &str) -> Option<Value> {
     let begun = state.records.get(agent)?.shown.decommission.as_ref()?;
     let operation = state.operations.iter().find(|operation| operation.shown.operation_id == *begun)?;
     let mut command = json!({
         "operation_id": operation.shown.operation_id,
         "requested_self_action": "stop",
-        // Masters number this command's own form; no agent needs the number.
+        // Masters number the format of this command itself. No agent needs the number.
         "protocol_version": 1,
     });
     match operation.shown.phase {
@@ -127,7 +127,7 @@ fn judge(state: &mut State, call: &Call, agent: &str, operation_id: &str) -> Res
         return Err(Reply::html(StatusCode::NOT_FOUND));
     }
     let refuse = |status, code: &str| Err(Reply::code(status, code));
-    // The one route on which a revoked key is still known.
+    // This is the only route that still recognizes a revoked key.
     let Some(key) = call.key.clone().filter(|key| state.keys.contains_key(key)) else {
         return refuse(StatusCode::UNAUTHORIZED, "unauthorized");
     };
@@ -192,7 +192,7 @@ fn judge(state: &mut State, call: &Call, agent: &str, operation_id: &str) -> Res
 }
 
 impl Operation {
-    /// What was acknowledged for this command.
+    /// The acknowledgement of this command, if there is one.
     fn acknowledged(&self, command: &str) -> Option<&Value> {
         let prepare = self.shown.prepare_ack.as_ref().filter(|_| command == self.prepare_id);
         prepare.or_else(|| self.shown.finalize_ack.as_ref().filter(|_| command == self.finalize_id))
@@ -213,8 +213,7 @@ impl Operation {
     }
 }
 
-/// The reply to an acknowledgement that was given before. It may come in another session, but should
-/// say the same.
+/// Replies to a repeated acknowledgement. It may come in another session, but its content should be the same.
 fn repeated(state: &mut State, at: usize, agent: &str, body: &Map<String, Value>) -> Reply {
     let operation = &state.operations[at];
     let command = body.get("command_id").and_then(Value::as_str).unwrap_or_default();
@@ -231,7 +230,7 @@ fn repeated(state: &mut State, at: usize, agent: &str, body: &Map<String, Value>
     reply
 }
 
-/// The first phase: only a tombstone on disk and a tunnel that no longer runs let it pass.
+/// Ends the first phase. That takes a tombstone on disk and a tunnel that no longer runs.
 fn prepared(state: &mut State, at: usize, agent: &str, body: &Map<String, Value>) -> Result<Reply, Reply> {
     let shown = &mut state.operations[at].shown;
     let tunnel = body.get("tunnel_container").and_then(Value::as_str);
@@ -254,7 +253,7 @@ fn prepared(state: &mut State, at: usize, agent: &str, body: &Map<String, Value>
     Ok(state.operations[at].acknowledgement())
 }
 
-/// The second phase: the key is revoked and the agent forgotten.
+/// Ends the second phase: revokes the key and forgets the agent.
 fn finalized(state: &mut State, at: usize, agent: &str, body: &Map<String, Value>) -> Reply {
     let key = state.records.remove(agent).and_then(|record| record.key);
     if let Some(known) = key.as_ref().and_then(|key| state.keys.get_mut(key)) {
@@ -268,7 +267,7 @@ fn finalized(state: &mut State, at: usize, agent: &str, body: &Map<String, Value
     operation.acknowledgement()
 }
 
-/// What is wrong with an acknowledgement, of an agent that speaks version `speaks`.
+/// Lists what is wrong with an acknowledgement from an agent that speaks version `speaks`.
 fn check(body: &Map<String, Value>, speaks: u8) -> Vec<String> {
     let mut found = Vec::new();
     let mut expect = |fine: bool, what: &str| {
@@ -305,7 +304,7 @@ fn check(body: &Map<String, Value>, speaks: u8) -> Vec<String> {
     found
 }
 
-/// Whether this is an image reference a master takes: `^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}$`.
+/// Whether a master accepts this image reference: `^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}$`.
 fn image(value: Option<&Value>) -> bool {
     let Some(text) = value.and_then(Value::as_str) else { return false };
     let rest = |byte: u8| byte.is_ascii_alphanumeric() || b"._:/@-".contains(&byte);

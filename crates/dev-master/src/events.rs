@@ -12,7 +12,7 @@ use crate::request::{Call, Route};
 use crate::snapshot::{Container, TunnelStatus};
 use crate::state::{Limits, Protocol, Record, State};
 
-/// Takes or refuses one event.
+/// Accepts or refuses one event.
 pub(crate) fn events(state: &mut State, call: &Call, agent: &str) -> Reply {
     let reply = match state.rules.protocol {
         Protocol::V1 => first(state, call, agent),
@@ -21,7 +21,7 @@ pub(crate) fn events(state: &mut State, call: &Call, agent: &str) -> Reply {
     reply.unwrap_or_else(|refusal| refusal)
 }
 
-/// Version 1 takes whatever comes from a known agent, and ignores the types it does not know.
+/// Version 1 accepts anything from a known agent, and ignores types it does not know.
 fn first(state: &mut State, call: &Call, agent: &str) -> Result<Reply, Reply> {
     let key = state.active_key(call).ok_or_else(unauthorized_first)?;
     let body = json_object(state, call)?;
@@ -40,7 +40,7 @@ fn first(state: &mut State, call: &Call, agent: &str) -> Result<Reply, Reply> {
     };
     record.touch();
     let kind = body.get("type").and_then(Value::as_str).unwrap_or_default();
-    // Where version 1 finds nothing it reads an empty list, and so it does here.
+    // Version 1 reads a missing list as an empty one, and so does the double.
     let (containers, _) = read_all(listed(&body, kind, 1).unwrap_or_default(), None).unwrap_or_default();
     take(record, kind, &body, containers, true);
     let reply = json!({ "status": "success", "message": "Event received and processed." });
@@ -62,7 +62,7 @@ fn second(state: &mut State, call: &Call, agent: &str) -> Result<Reply, Reply> {
     };
     let kind = body.get("type").and_then(Value::as_str).unwrap_or_default();
     if !check::EVENTS.contains(&kind) {
-        // The empty body is the probe that both protocols refuse after they have checked the key.
+        // An empty body is the probe that both protocols refuse after they check the key.
         if !body.is_empty() {
             note(state, agent, body);
         }
@@ -140,8 +140,8 @@ fn second(state: &mut State, call: &Call, agent: &str) -> Result<Reply, Reply> {
     })
 }
 
-/// Refuses events of an agent that is being decommissioned; after it acknowledged that, it should not
-/// have sent any.
+/// Refuses events of an agent that is being decommissioned. Once the agent has acknowledged the
+/// decommission, an event is also a violation.
 fn decommissioning(state: &mut State, agent: &str) -> Result<(), Reply> {
     let Some(id) = state.records.get(agent).and_then(|record| record.shown.decommission.clone()) else { return Ok(()) };
     let acknowledged = state
@@ -154,7 +154,7 @@ fn decommissioning(state: &mut State, agent: &str) -> Result<(), Reply> {
     Err(Reply::code(StatusCode::CONFLICT, "agent_decommissioning"))
 }
 
-/// Notes what no agent should send.
+/// Records the violations in an event.
 fn note(state: &mut State, agent: &str, body: &Map<String, Value>) {
     let speaks = state.records.get(agent).map_or(1, |record| record.shown.protocol);
     let mut found = check::event(body, speaks);
@@ -164,7 +164,7 @@ fn note(state: &mut State, agent: &str, body: &Map<String, Value>) {
     state.violations(Route::Events, agent, found);
 }
 
-/// The containers an event speaks of; `None` when a report has no list where a master looks for it.
+/// The containers in an event; `None` if a report has no list where a master looks for it.
 fn listed<'a>(body: &'a Map<String, Value>, kind: &str, speaks: u8) -> Option<Vec<&'a Value>> {
     match kind {
         "container_start" | "container_stop" => Some(vec![body.get("container").unwrap_or(&Value::Null)]),
@@ -178,8 +178,8 @@ fn listed<'a>(body: &'a Map<String, Value>, kind: &str, speaks: u8) -> Option<Ve
     }
 }
 
-/// Reads containers, with `limits` as version 2 does, and says whether any was malformed and left out.
-/// `None` when a limit is exceeded.
+/// Reads containers and says whether it left out any malformed one. With `limits`, reads them as version 2
+/// does. `None` if a limit is exceeded.
 fn read_all(values: Vec<&Value>, limits: Option<&Limits>) -> Option<(Vec<(String, Container)>, bool)> {
     if limits.is_some_and(|limits| values.len() > limits.containers) {
         return None;
@@ -198,7 +198,7 @@ fn read_all(values: Vec<&Value>, limits: Option<&Limits>) -> Option<(Vec<(String
     Some((containers, malformed))
 }
 
-/// Whether a container's labels are more than a version 2 master takes.
+/// Whether a container's labels exceed the limits of a version 2 master.
 fn exceeds(value: &Value, limits: &Limits) -> bool {
     value["labels"].as_object().is_some_and(|labels| {
         let long = |(key, value): (&String, &Value)| {
@@ -208,7 +208,7 @@ fn exceeds(value: &Value, limits: &Limits) -> bool {
     })
 }
 
-/// Reads one container; `None` without an id or, when `strict`, with anything of a wrong type.
+/// Reads one container. `None` if it has no id or, when `strict`, if its name or a label has the wrong type.
 fn read(value: &Value, strict: bool) -> Option<(String, Container)> {
     let members = value.as_object()?;
     let id = members.get("id")?.as_str().filter(|id| !id.is_empty())?;
@@ -236,7 +236,7 @@ fn read(value: &Value, strict: bool) -> Option<(String, Container)> {
     Some((id.to_owned(), Container { name: name.to_owned(), labels, status: status.to_owned() }))
 }
 
-/// Gives an accepted event its effect.
+/// Applies an accepted event.
 fn take(
     record: &mut Record,
     kind: &str,
@@ -298,7 +298,7 @@ fn take(
     }
 }
 
-/// A tunnel status as masters read it: under `tunnel` or else at the top, never under `container`.
+/// Reads a tunnel status as masters do: under `tunnel` or else at the top level, never under `container`.
 fn tunnel_status(body: &Map<String, Value>) -> TunnelStatus {
     let read = match body.get("tunnel") {
         Some(Value::Object(tunnel)) => tunnel,

@@ -7,43 +7,42 @@ use serde_json::Value;
 
 use crate::request::Route;
 
-/// One way to fail a request. The comment of each says whether the request still has its effect.
+/// One way to fail a request. Each variant says whether the double still handles the request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Fault {
-    /// Answers a status instead of handling the request. No effect.
+    /// Answers with a status instead of handling the request. No effect.
     Status {
         /// The HTTP status.
         status: u16,
-        /// The `code` of a JSON body; without it the body is the HTML of some proxy.
+        /// The `code` of a JSON body; if absent, the body is a proxy's HTML.
         #[serde(default)]
         code: Option<String>,
         /// The `Retry-After` header as sent: seconds or an HTTP date.
         #[serde(default)]
         retry_after: Option<String>,
     },
-    /// Answers this JSON instead of handling the request. No effect.
+    /// Answers with this JSON instead of handling the request. No effect.
     Reply {
         /// The HTTP status.
         status: u16,
         /// The body.
         body: Value,
     },
-    /// Waits, then handles the request as usual, unless the client has hung up by then.
+    /// Waits, then handles the request as usual unless the client has hung up.
     Delay {
         /// How long to wait, in milliseconds.
         millis: u64,
     },
-    /// Waits until the faults are cleared, then handles the request as usual, unless the client has
-    /// hung up by then.
+    /// Waits until the faults are cleared, then handles the request as usual unless the client has hung up.
     Hold,
     /// Cuts the connection instead of handling the request. No effect.
     CutBefore,
-    /// Handles the request, announces the whole reply, sends half of it and cuts the connection.
+    /// Handles the request, announces the reply's full length, sends half of it and cuts the connection.
     CutHalfway,
     /// Handles the request and cuts the connection without any reply.
     LostReply,
-    /// Handles the request and sends half of the reply as if it were the whole: broken JSON.
+    /// Handles the request and sends half of the reply as if that were all: broken JSON.
     Truncated,
     /// Answers 200 with HTML instead of handling the request. No effect.
     NotJson,
@@ -52,7 +51,7 @@ pub enum Fault {
 }
 
 impl Fault {
-    /// Answers `status` with the HTML of some proxy.
+    /// Answers `status` with a proxy's HTML.
     pub fn status(status: u16) -> Self {
         Self::Status { status, code: None, retry_after: None }
     }
@@ -67,8 +66,7 @@ impl Fault {
         Self::Reply { status, body }
     }
 
-    /// Adds `Retry-After`, in seconds or as an HTTP date, to a [`Fault::Status`]; other faults stay
-    /// as they are.
+    /// Adds `Retry-After`, in seconds or as an HTTP date, to a [`Fault::Status`]. Leaves other faults unchanged.
     #[must_use]
     pub fn retry_after(mut self, value: &str) -> Self {
         if let Self::Status { retry_after, .. } = &mut self {
@@ -77,18 +75,18 @@ impl Fault {
         self
     }
 
-    /// Waits `delay`, rounded down to milliseconds, before handling.
+    /// Waits `delay`, rounded down to milliseconds, before handling the request.
     pub fn delay(delay: Duration) -> Self {
         Self::Delay { millis: u64::try_from(delay.as_millis()).unwrap_or(u64::MAX) }
     }
 }
 
-/// How often a fault acts.
+/// How many requests a fault acts on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Times {
-    /// On this many requests.
+    /// This many requests.
     Count(u32),
-    /// On every request, until the faults are cleared.
+    /// Every request, until the faults are cleared.
     UntilCleared,
 }
 
@@ -102,14 +100,14 @@ impl From<u32> for Times {
 #[derive(Debug, Default)]
 pub(crate) struct Faults {
     set: Vec<Set>,
-    /// How often the faults were cleared: what a held request waits for.
+    /// How often the faults were cleared; a held request waits for this to change.
     pub(crate) clearings: u64,
 }
 
 #[derive(Debug)]
 struct Set {
     route: Route,
-    /// Only on bodies with this text.
+    /// Acts only on bodies that contain this text.
     containing: Option<String>,
     fault: Fault,
     times: Times,
@@ -131,7 +129,7 @@ impl Faults {
         self.set.len()
     }
 
-    /// Takes the fault that acts on a request on `route` with this body, if one does.
+    /// Returns the fault that acts on a request on `route` with this body, if any, and counts it as used.
     pub(crate) fn take(&mut self, route: Route, body: impl Fn() -> String) -> Option<Fault> {
         let text = self.set.iter().any(|set| set.containing.is_some()).then(body).unwrap_or_default();
         let acts = |set: &Set| {

@@ -1,4 +1,4 @@
-//! The journal: what was asked and answered, and what of it no agent should have sent.
+//! The journal: requests with their replies, and the protocol violations among them.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -11,16 +11,17 @@ use serde_json::Value;
 use crate::fault::Fault;
 use crate::request::{Call, Route};
 
-/// Requests kept, oldest dropped first: days of an idle agent, minutes of a storm.
+/// How many requests the journal keeps; it drops the oldest first. Enough for days of an idle agent, or
+/// minutes of a request storm.
 const REQUESTS: usize = 10_000;
 
-/// Violations kept: whoever has this many needs no more to see what is wrong.
+/// How many violations the journal keeps; it ignores later ones. This many show well enough what is wrong.
 const VIOLATIONS: usize = 1_000;
 
-/// One request of an agent and what became of it.
+/// One request of an agent, and how the double answered it.
 #[derive(Clone, Debug, Serialize)]
 pub struct Request {
-    /// When it had been read.
+    /// When the double recorded it: as it made the reply, or when the client hung up.
     pub at: Timestamp,
     /// Its HTTP method.
     pub method: String,
@@ -30,13 +31,13 @@ pub struct Request {
     pub route: Route,
     /// The agent its path names.
     pub agent: Option<String>,
-    /// The status answered; `None` when the connection was cut, or the client hung up, before one was.
+    /// The status answered; `None` if the connection was cut or the client hung up first.
     pub status: Option<u16>,
-    /// The `code` answered, on replies that have one.
+    /// The `code` of the reply, if it has one.
     pub code: Option<String>,
-    /// Its body; null when there was none or it was not JSON.
+    /// Its body; null if it was empty or not JSON.
     pub body: Value,
-    /// The names of the headers it carried, in lower case; their values are not kept.
+    /// The names of its headers, in lower case. The journal does not keep their values.
     pub headers: Vec<String>,
     /// The fault that acted on it.
     pub fault: Option<Fault>,
@@ -64,7 +65,7 @@ impl Request {
         }
     }
 
-    /// The `type` of an event.
+    /// The event's `type`, if this is an event.
     pub fn event(&self) -> Option<&str> {
         (self.route == Route::Events).then(|| self.body["type"].as_str()).flatten()
     }
@@ -105,7 +106,7 @@ impl Journal {
         self.requests.push_back(Arc::new(request));
     }
 
-    /// Notes that `agent` sent something on `route` that no agent should.
+    /// Records that `agent` sent something on `route` that no agent should send.
     pub(crate) fn violation(&mut self, route: Route, agent: &str, what: &str) {
         tracing::warn!(%route, agent, "protocol violation: {what}");
         if self.violations.len() < VIOLATIONS {

@@ -1,9 +1,8 @@
-//! A development double of a DockFlare master: what an agent can be tried against without a
-//! Cloudflare account.
+//! A development double of a DockFlare master, for trying an agent without a Cloudflare account.
 //!
-//! It refuses what a real master refuses, notes as a *protocol violation* what a real one lets pass
-//! although it should not be sent, shows what a master would believe of each agent, and breaks its
-//! side of the connection when asked to. Nothing here is fit to run as a master: there is no storage,
+//! The double refuses what a real master refuses. It records a *protocol violation* for a message that no
+//! agent should send, even where a real master accepts it. It shows what a master would believe about each
+//! agent, and breaks its side of the connection on request. Do not run it as a master: it has no storage,
 //! no TLS and no Cloudflare behind it.
 //!
 //! ```no_run
@@ -25,7 +24,7 @@
 //! # }
 //! ```
 //!
-//! # The way of a request
+//! # How a request travels
 //!
 //! ```text
 //! server ── reads, consults faults ──> agent routes: register, commands, events, decommission, accounts
@@ -36,8 +35,8 @@
 //!                                       snapshot <── DevMaster::wait_for ────┘
 //! ```
 //!
-//! All state is in one place behind one lock and no wait happens under it, so each request is handled
-//! at one instant: the order of the journal is the order of the effects.
+//! One lock guards all state, and nothing waits while holding it. Each request therefore takes effect at
+//! one instant, and the order of the journal is the order of the effects.
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::disallowed_macros, reason = "for development")]
 

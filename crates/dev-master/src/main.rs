@@ -1,4 +1,4 @@
-//! The double as a program, for demonstrations: see the library for what it does.
+//! Runs the double as a program, for demonstrations. The library documents what it does.
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::disallowed_macros, reason = "for development")]
 
@@ -49,8 +49,8 @@ struct Arguments {
 async fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     tracing_subscriber::fmt().with_target(false).with_ansi(false).init();
-    // As the first process of a container we get no default action for these, so they are asked for
-    // before anything else.
+    // The kernel gives the first process of a container no default action for these signals, so install the
+    // handlers before anything else.
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
 

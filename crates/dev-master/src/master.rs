@@ -1,4 +1,4 @@
-//! The library's handle: plays the double's operator, and waits for what it sees.
+//! The library's handle: acts as the double's operator, and waits for what the double sees.
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -26,10 +26,10 @@ fn serve(runtime: &Handle, listener: TcpListener, shared: &Arc<Shared>) -> JoinH
     runtime.spawn(async move { match server::run(listener, shared).await {} })
 }
 
-/// A running double. Dropped, it closes its listener and all connections.
+/// A running double. Dropping it closes its listener and all connections.
 ///
-/// Its methods take any agent id and any key as text; those that speak of an agent fail when the
-/// double does not know it.
+/// Its methods take any agent id and any key as text. A method that names an agent fails if the double
+/// does not know that agent.
 pub struct DevMaster {
     shared: Arc<Shared>,
     address: SocketAddr,
@@ -39,14 +39,14 @@ pub struct DevMaster {
 
 enum Server {
     Up(JoinHandle<()>),
-    /// The port is kept, but nothing listens: connections are refused and nobody else gets it.
+    /// The socket holds the port without listening: connections are refused, and no other process gets the port.
     Paused(TcpSocket),
-    /// On the way from one to the other, or failed there.
+    /// In transition between the two, or failed in transition.
     Neither,
 }
 
 impl DevMaster {
-    /// Where every double begins.
+    /// Starts building a double.
     pub fn builder() -> Builder {
         Builder::default()
     }
@@ -66,7 +66,7 @@ impl DevMaster {
         format!("http://{}{}", self.address, self.shared.settings.prefix)
     }
 
-    /// The address listened on.
+    /// The address the double listens on.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
@@ -76,18 +76,18 @@ impl DevMaster {
         self.shared.change(|state| operate::generate_key(state, owner))
     }
 
-    /// Makes an agent key known; one that is known already becomes as new.
+    /// Adds an agent key. A key that is already known is reset to a new one.
     pub fn add_key(&self, key: &str, owner: &str) {
         self.shared.change(|state| operate::add_key(state, key, owner));
     }
 
-    /// Assigns the tunnel of this name, which is made up on first use and the same ever after, and
-    /// queues `start_tunnel`.
+    /// Assigns the tunnel of this name and queues `start_tunnel`. The double makes the tunnel up on first use
+    /// and keeps it from then on.
     pub fn enroll(&self, agent: &str, tunnel_name: &str) -> anyhow::Result<Command> {
         Ok(self.shared.change(|state| operate::enroll(state, agent, tunnel_name))?)
     }
 
-    /// Assigns a tunnel that is given in full, right or wrong, and queues `start_tunnel`.
+    /// Assigns the tunnel exactly as given, valid or not, and queues `start_tunnel`.
     pub fn enroll_with(&self, agent: &str, name: &str, id: &str, token: &str) -> anyhow::Result<Command> {
         Ok(self.shared.change(|state| operate::enroll_with(state, agent, name, id, token))?)
     }
@@ -97,35 +97,35 @@ impl DevMaster {
         Ok(self.shared.change(|state| operate::redeploy(state, agent))?)
     }
 
-    /// Gives the agent a new key, which is returned; the old one is revoked at once.
+    /// Gives the agent a new key and returns it. The old key is revoked at once.
     pub fn roll_key(&self, agent: &str) -> anyhow::Result<String> {
         Ok(self.shared.change(|state| operate::roll_key(state, agent))?)
     }
 
-    /// Revokes a key and returns the agents that had it.
+    /// Revokes a key and returns the agents that were bound to it.
     pub fn revoke_key(&self, key: &str) -> anyhow::Result<Vec<String>> {
         Ok(self.shared.change(|state| operate::revoke_key(state, key))?)
     }
 
-    /// Says what Cloudflare reports of a tunnel (`healthy`, `degraded`, `down`, `inactive`): masters of version 1 show
-    /// that over the agent's own status. None takes it out of the master's list.
+    /// Sets the status that Cloudflare reports for a tunnel (`healthy`, `degraded`, `down`, `inactive`). Version 1
+    /// masters show it instead of the agent's own status. `None` takes the tunnel off the master's list.
     pub fn cloudflare_says(&self, tunnel: &str, status: Option<&str>) {
         self.shared.change(|state| operate::list(state, tunnel, status));
     }
 
-    /// Names the agent; its own name no longer counts.
+    /// Names the agent. The name it registers with no longer counts.
     pub fn rename(&self, agent: &str, name: &str) -> anyhow::Result<()> {
         Ok(self.shared.change(|state| operate::rename(state, agent, name))?)
     }
 
-    /// Removes the agent as the present protocol does it: version 2 begins its decommission and
-    /// returns the id of the operation; version 1 forgets it, and its key stays good.
+    /// Removes the agent the way the current protocol does. Version 2 begins its decommission and returns the
+    /// operation id. Version 1 forgets it, and its key stays active.
     pub fn remove(&self, agent: &str) -> anyhow::Result<Option<String>> {
         Ok(self.shared.change(|state| operate::remove(state, agent))?)
     }
 
-    /// Loses the agent without revoking its key: version 1 takes it as new when it registers again,
-    /// version 2 refuses the key for good, which is bound to an agent that is no more.
+    /// Forgets the agent without revoking its key. When the agent registers again, version 1 takes it as new.
+    /// Version 2 refuses the key for good, because the key stays bound to the forgotten agent.
     pub fn forget(&self, agent: &str) -> anyhow::Result<()> {
         Ok(self.shared.change(|state| operate::forget(state, agent))?)
     }
@@ -135,80 +135,79 @@ impl DevMaster {
         Ok(self.shared.change(|state| operate::end_session(state, agent))?)
     }
 
-    /// Queues commands as they are.
+    /// Queues commands exactly as given.
     pub fn push_commands(&self, agent: &str, commands: Vec<Value>) -> anyhow::Result<()> {
         Ok(self.shared.change(|state| operate::push_commands(state, agent, commands))?)
     }
 
-    /// Speaks another protocol from now on, as after an upgrade or its reversal. Agents, keys and
-    /// sessions stay.
+    /// Switches the protocol, as an upgrade or a downgrade would. Agents, keys and sessions stay.
     pub fn set_protocol(&self, protocol: Protocol) {
         self.shared.change(|state| state.rules.protocol = protocol);
     }
 
-    /// See [`Builder::highest_version`]; holds from the next registration on.
+    /// Works as [`Builder::highest_version`], from the next registration on.
     pub fn set_highest_version(&self, version: u8) {
         self.shared.change(|state| state.rules.at_most = version.clamp(1, 2));
     }
 
-    /// Changes what a version 2 double takes at most.
+    /// Changes the limits of a version 2 double.
     pub fn set_limits(&self, limits: Limits) {
         self.shared.change(|state| state.rules.limits = limits);
     }
 
-    /// Switches the `/accounts` routes on, for this account, or off.
+    /// Switches the `/accounts` routes on for this account, or off.
     pub fn set_account(&self, account: Option<&str>) {
         self.shared.change(|state| state.rules.account = account.map(str::to_owned));
     }
 
-    /// Sets a fault: `times` is a number or [`Times::UntilCleared`]. On each request the oldest fault
-    /// that concerns its route acts, and no other.
+    /// Sets a fault. `times` is a number or [`Times::UntilCleared`]. Only the oldest fault that matches a
+    /// request acts on it.
     pub fn fault(&self, route: Route, fault: Fault, times: impl Into<Times>) {
         self.shared.change(|state| state.faults.add(route, None, fault, times.into()));
     }
 
-    /// As [`DevMaster::fault`], on the requests whose body has this text.
+    /// Works as [`DevMaster::fault`], on requests whose body contains this text.
     pub fn fault_on(&self, route: Route, containing: &str, fault: Fault, times: impl Into<Times>) {
         self.shared.change(|state| state.faults.add(route, Some(containing.to_owned()), fault, times.into()));
     }
 
-    /// What stands before the master takes bodies of so many bytes, and answers 413 to larger ones without the master
-    /// having seen them, as nginx does beyond 1 MiB.
+    /// Limits request bodies to this many bytes, as a proxy in front of the master would. Larger ones get 413 and never
+    /// reach the master. nginx does this beyond 1 MiB.
     pub fn front_takes(&self, bytes: usize) {
         self.shared.change(|state| state.rules.front_bytes = bytes);
     }
 
-    /// Takes all faults back and lets the requests go that are held.
+    /// Removes all faults and releases held requests.
     pub fn clear_faults(&self) {
         self.shared.change(|state| state.faults.clear());
     }
 
-    /// Requests of agents so far, oldest first; the operator's own are not among them.
+    /// The agents' requests so far, oldest first. The operator's requests are not included.
     pub fn requests(&self) -> Vec<Arc<Request>> {
         self.shared.look().journal.requests()
     }
 
-    /// What agents sent that they should not have, whether or not it was refused.
+    /// The protocol violations so far, whether or not the double refused the requests.
     pub fn violations(&self) -> Vec<String> {
         self.shared.look().journal.violations()
     }
 
-    /// The picture now.
+    /// The current snapshot.
     pub fn snapshot(&self) -> Snapshot {
         self.shared.look().snapshot()
     }
 
-    /// The picture and the last requests as text, with keys and tokens hidden.
+    /// The snapshot and the last requests as text, with keys and tokens hidden.
     pub fn report(&self) -> String {
         page::text(&self.shared.look())
     }
 
-    /// Waits until `seen` finds what it looks for in the picture, and returns it. It is asked now and
-    /// after each change, an agent's going offline included.
+    /// Waits until `seen` returns a value for the snapshot, and returns that value. Calls `seen` now and after
+    /// each change, including an agent going offline.
     ///
     /// # Errors
-    /// Nothing was found within `timeout`; the error says `what` was waited for and has the
-    /// [report](Self::report) in it.
+    /// Fails if `seen` returned nothing within `timeout`. The error names `what` and includes the
+    /// [report](Self::report).
     pub async fn wait_for<T>(
         &self,
         what: &str,
@@ -218,8 +217,7 @@ impl DevMaster {
         self.wait(what, timeout, || seen(&self.snapshot())).await
     }
 
-    /// Waits until `seen` finds what it looks for in a request, past or to come; the oldest are asked
-    /// first.
+    /// Waits until `seen` returns a value for a request, past or future, oldest first.
     ///
     /// # Errors
     /// As for [`wait_for`](Self::wait_for).
@@ -253,17 +251,17 @@ impl DevMaster {
         }
     }
 
-    /// Stops to serve, as a master that is restarted: open connections are cut and new ones refused
-    /// until [`resume`](Self::resume). The port stays reserved and nothing is forgotten.
+    /// Stops serving, like a master that is being restarted. Cuts open connections and refuses new ones until
+    /// [`resume`](Self::resume). The port stays reserved and the state is kept.
     ///
     /// # Errors
-    /// The port could not be kept.
+    /// Fails if the double cannot keep the port.
     pub async fn pause(&self) -> anyhow::Result<()> {
         let server = std::mem::replace(&mut *self.server(), Server::Neither);
         match server {
             Server::Up(task) => {
                 task.abort();
-                // The only way for it to end is the abort just made.
+                // The task ends only through this abort.
                 let _ = task.await;
                 let kept = keep(self.address).await.context("cannot keep the port")?;
                 *self.server() = Server::Paused(kept);
@@ -276,7 +274,7 @@ impl DevMaster {
     /// Serves again, on the same port.
     ///
     /// # Errors
-    /// The port cannot be listened on.
+    /// Fails if the double cannot listen on the port.
     pub async fn resume(&self) -> anyhow::Result<()> {
         let server = std::mem::replace(&mut *self.server(), Server::Neither);
         let listener = match server {
@@ -308,7 +306,8 @@ impl DevMaster {
     }
 }
 
-/// Holds a port without listening on it. Somebody's outgoing connection may have it for a moment.
+/// Holds a port without listening on it. Retries, because an outgoing connection of another process may use the port
+/// for a moment.
 async fn keep(address: SocketAddr) -> std::io::Result<TcpSocket> {
     let mut tries = 0;
     loop {
@@ -320,7 +319,7 @@ async fn keep(address: SocketAddr) -> std::io::Result<TcpSocket> {
     }
 }
 
-/// Ten seconds of tries.
+/// With [`KEEP_PAUSE`], ten seconds of retries.
 const KEEP_TRIES: u32 = 200;
 const KEEP_PAUSE: Duration = Duration::from_millis(50);
 

@@ -1,4 +1,4 @@
-//! What an operator does, whether through the library or through the routes in `admin`.
+//! The operator's actions, shared by the library and the routes in `admin`.
 
 use std::fmt;
 
@@ -12,7 +12,7 @@ use crate::decommission;
 use crate::snapshot::{AgentStatus, Tunnel};
 use crate::state::{Key, KnownTunnel, Protocol, State};
 
-/// Why an operator's wish was refused.
+/// Why an operator's action was refused.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Refusal {
     #[error("Agent not found.")]
@@ -25,7 +25,7 @@ pub(crate) enum Refusal {
     Leaving,
 }
 
-/// A tunnel command as it was queued for an agent. `Debug` hides its token.
+/// A tunnel command as queued for an agent. `Debug` hides its token.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Command {
     /// `start_tunnel` or `restart_tunnel`.
@@ -39,7 +39,7 @@ pub struct Command {
 }
 
 impl Command {
-    /// The command as it is sent: `restart_tunnel` has its token under another name.
+    /// The command as sent. `restart_tunnel` carries the token under another name.
     pub fn to_json(&self) -> Value {
         let token = if self.action == "restart_tunnel" { "tunnel_token" } else { "token" };
         json!({
@@ -58,13 +58,13 @@ impl fmt::Debug for Command {
     }
 }
 
-/// A tunnel token in the form Cloudflare gives it: base64 of a JSON object with the account, the
-/// tunnel and the secret.
+/// Makes a tunnel token in Cloudflare's format: base64 of a JSON object with the account, the tunnel and
+/// the secret.
 pub fn tunnel_token(account: &str, tunnel_id: &str, secret: &str) -> String {
     STANDARD.encode(json!({ "a": account, "t": tunnel_id, "s": secret }).to_string())
 }
 
-/// `N` random bytes; none of the double's secrets guards anything.
+/// `N` random bytes. They need not be secure, because the double's secrets protect nothing.
 fn random<const N: usize>() -> [u8; N] {
     std::array::from_fn(|_| fastrand::u8(..))
 }
@@ -75,13 +75,13 @@ pub(crate) fn generate_key(state: &mut State, owner: &str) -> String {
     key
 }
 
-/// Makes a key known; one that is known already becomes as new.
+/// Adds a key. A key that is already known is reset to a new one.
 pub(crate) fn add_key(state: &mut State, key: &str, owner: &str) {
     let fresh = Key { owner: owner.to_owned(), created_at: Timestamp::now(), revoked: false, agent: None };
     state.keys.insert(key.to_owned(), fresh);
 }
 
-/// Notes what Cloudflare says of a tunnel (`healthy`, `degraded`, `down`, `inactive`), or that it is not in the list.
+/// Sets Cloudflare's status of a tunnel (`healthy`, `degraded`, `down`, `inactive`), or takes it off the list.
 pub(crate) fn list(state: &mut State, tunnel: &str, status: Option<&str>) {
     match status {
         Some(status) => drop(state.listed.insert(tunnel.to_owned(), status.to_owned())),
@@ -89,7 +89,7 @@ pub(crate) fn list(state: &mut State, tunnel: &str, status: Option<&str>) {
     }
 }
 
-/// Assigns the tunnel of this name, made up on first use, and queues the command to start it.
+/// Assigns the tunnel of this name, making it up on first use, and queues the command to start it.
 pub(crate) fn enroll(state: &mut State, agent: &str, name: &str) -> Result<Command, Refusal> {
     let tunnel = state.tunnels.entry(name.to_owned()).or_insert_with(|| {
         let id = Uuid::new_v4().to_string();
@@ -100,7 +100,7 @@ pub(crate) fn enroll(state: &mut State, agent: &str, name: &str) -> Result<Comma
     enroll_with(state, agent, name, &tunnel.id, &tunnel.token)
 }
 
-/// Assigns a tunnel that is given in full, right or wrong, and queues the command to start it.
+/// Assigns the tunnel exactly as given, valid or not, and queues the command to start it.
 pub(crate) fn enroll_with(
     state: &mut State,
     agent: &str,
@@ -121,7 +121,7 @@ pub(crate) fn enroll_with(
     Ok(command)
 }
 
-/// Queues the command to start the assigned tunnel's container anew.
+/// Queues the command to restart the container of the assigned tunnel.
 pub(crate) fn redeploy(state: &mut State, agent: &str) -> Result<Command, Refusal> {
     let record = state.records.get_mut(agent).ok_or(Refusal::UnknownAgent)?;
     let tunnel = record.shown.tunnel.as_ref().ok_or(Refusal::NotEnrolled)?;
@@ -141,7 +141,7 @@ fn command(action: &str, name: &str, id: &str, token: &str) -> Command {
     }
 }
 
-/// Gives the agent a new key; the old one is revoked at once.
+/// Gives the agent a new key and revokes the old one at once.
 pub(crate) fn roll_key(state: &mut State, agent: &str) -> Result<String, Refusal> {
     let record = state.records.get(agent).ok_or(Refusal::UnknownAgent)?;
     let old = record.key.clone();
@@ -161,8 +161,8 @@ pub(crate) fn roll_key(state: &mut State, agent: &str) -> Result<String, Refusal
     Ok(new)
 }
 
-/// Revokes a key and names the agents that had it; they are pending again until another key is used
-/// for them.
+/// Revokes a key and returns the agents that were bound to it. They become pending again and lose their
+/// key; the next key used for one is bound to it.
 pub(crate) fn revoke_key(state: &mut State, key: &str) -> Result<Vec<String>, Refusal> {
     state.keys.get_mut(key).ok_or(Refusal::UnknownKey)?.revoked = true;
     let mut affected = Vec::new();
@@ -185,8 +185,8 @@ pub(crate) fn rename(state: &mut State, agent: &str, name: &str) -> Result<(), R
     Ok(())
 }
 
-/// Removes an agent as its master would: version 2 begins to decommission it and returns the id of that
-/// operation, version 1 forgets it, and its key stays good.
+/// Removes an agent as its master would. Version 2 begins to decommission it and returns the operation id.
+/// Version 1 forgets it, and its key stays active.
 pub(crate) fn remove(state: &mut State, agent: &str) -> Result<Option<String>, Refusal> {
     match state.rules.protocol {
         Protocol::V1 => forget(state, agent).map(|()| None),
@@ -194,15 +194,15 @@ pub(crate) fn remove(state: &mut State, agent: &str) -> Result<Option<String>, R
     }
 }
 
-/// Loses an agent without a trace. Its key stays bound to it: version 1 takes the agent as new, version
-/// 2 refuses the key for good.
+/// Forgets an agent without revoking its key. The key stays bound to it: version 1 takes the agent as new,
+/// version 2 refuses the key for good.
 pub(crate) fn forget(state: &mut State, agent: &str) -> Result<(), Refusal> {
     state.records.remove(agent).ok_or(Refusal::UnknownAgent)?;
     tracing::info!(agent, "agent forgotten");
     Ok(())
 }
 
-/// Ends the agent's session: a version 2 master asks it to register again.
+/// Ends the agent's session, so that a version 2 master asks the agent to register again.
 pub(crate) fn end_session(state: &mut State, agent: &str) -> Result<(), Refusal> {
     state.records.get_mut(agent).ok_or(Refusal::UnknownAgent)?.shown.session = None;
     tracing::info!(agent, "session ended");

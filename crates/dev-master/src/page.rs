@@ -1,19 +1,19 @@
-//! `GET /`: what people see who watch a demonstration.
+//! `GET /`: the page for people who watch a demonstration.
 
 use hyper::StatusCode;
 
 use crate::reply::Reply;
 use crate::state::State;
 
-/// Requests shown on the page and in the error of a wait that was in vain.
+/// How many requests the page and the error of a timed-out wait show.
 const LAST: usize = 20;
 
-/// The page: the picture and the last requests, without secrets and without authentication.
+/// The page: the snapshot and the last requests, without secrets. It needs no authentication.
 pub(crate) fn page(state: &State) -> Reply {
     Reply::text(StatusCode::OK, text(state))
 }
 
-/// The picture and the last requests, readable.
+/// Formats the snapshot and the last requests for people, without secrets.
 pub(crate) fn text(state: &State) -> String {
     let requests = state.journal.requests();
     let last = requests.iter().rev().take(LAST).rev();

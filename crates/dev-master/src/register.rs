@@ -1,4 +1,4 @@
-//! `POST /register`: who an agent is, and which version it and the master speak.
+//! `POST /register`: identifies an agent, and agrees with it on a protocol version.
 
 use std::collections::BTreeSet;
 
@@ -22,7 +22,7 @@ pub(crate) fn register(state: &mut State, call: &Call) -> Reply {
     reply.unwrap_or_else(|refusal| refusal)
 }
 
-/// Version 1: an agent chooses its id; a known one must come with the key it is bound to.
+/// Version 1: the agent may choose its id. A known agent must use the key it is bound to.
 fn first(state: &mut State, call: &Call) -> Result<Reply, Reply> {
     let key = state.active_key(call).ok_or_else(unauthorized_first)?;
     let body = json_object(state, call)?;
@@ -91,7 +91,7 @@ fn second(state: &mut State, call: &Call) -> Result<Reply, Reply> {
     Ok(Reply::json(status, &reply))
 }
 
-/// The highest version both sides speak; who offers nothing speaks version 1.
+/// Picks the highest version that both sides speak. An agent that offers none speaks version 1.
 fn agree(body: &Map<String, Value>, at_most: u8) -> Result<u8, Reply> {
     let Some(offer) = body.get("supported_protocol_versions") else { return Ok(1) };
     let invalid = || Reply::code(StatusCode::BAD_REQUEST, "invalid_payload");
@@ -101,7 +101,7 @@ fn agree(body: &Map<String, Value>, at_most: u8) -> Result<u8, Reply> {
     agreed.ok_or_else(|| Reply::code(StatusCode::CONFLICT, "unsupported_protocol"))
 }
 
-/// Takes over what the agent says of itself. A name given by the operator stays.
+/// Stores what the agent says about itself, but keeps a name that the operator chose.
 fn introduce(record: &mut Record, id: &str, body: &Map<String, Value>) {
     id.clone_into(&mut record.shown.id);
     if !record.named {
@@ -115,7 +115,7 @@ fn introduce(record: &mut Record, id: &str, body: &Map<String, Value>) {
     record.touch();
 }
 
-/// What follows from a registration: the key is used, and a new agent may get its tunnel at once.
+/// Completes a registration: binds the key to the agent, and enrolls a new agent if the rules say so.
 fn settle(state: &mut State, id: &str, key: &str, known: bool) {
     state.registrations += 1;
     if let Some(used) = state.keys.get_mut(key) {
@@ -136,7 +136,7 @@ fn settle(state: &mut State, id: &str, key: &str, known: bool) {
     }
 }
 
-/// The agent as version 1 describes it: the way back to a tunnel whose command was lost.
+/// Describes the agent as version 1 does. An agent that lost the command for its tunnel recovers the tunnel from this.
 fn described(record: &Record) -> Value {
     let shown = &record.shown;
     json!({
@@ -161,13 +161,13 @@ fn note(state: &mut State, agent: &str, body: &Map<String, Value>) {
     state.violations(Route::Register, agent, found);
 }
 
-/// The refusal of a key by version 1.
+/// Version 1's refusal of a key.
 pub(crate) fn unauthorized_first() -> Reply {
     Reply::message(StatusCode::UNAUTHORIZED, "Missing or invalid Authorization header.")
 }
 
-/// The body as version 1 reads it: what is not JSON does not reach its own code, and so is answered in
-/// HTML.
+/// Reads the body as version 1 does. A body that is not JSON gets an HTML answer, because it never reaches
+/// the master's own code.
 pub(crate) fn json_object(state: &mut State, call: &Call) -> Result<Map<String, Value>, Reply> {
     if let Some(body) = call.object() {
         return Ok(body.clone());
@@ -180,7 +180,7 @@ pub(crate) fn json_object(state: &mut State, call: &Call) -> Result<Map<String, 
     })
 }
 
-/// A member that is a string with something in it.
+/// Returns a member that is a non-empty string.
 pub(crate) fn text(body: &Map<String, Value>, member: &str) -> Option<String> {
     body.get(member).and_then(Value::as_str).filter(|text| !text.is_empty()).map(str::to_owned)
 }

@@ -1,9 +1,9 @@
-//! Replies, before any fault has been at them.
+//! Replies, before any fault damages them.
 
 use hyper::StatusCode;
 use serde_json::{Value, json};
 
-/// The page a proxy in front of a master answers with: what a client gets instead of JSON.
+/// The page with which a proxy in front of a master answers instead of JSON.
 pub(crate) const HTML: &str = "<!doctype html><html><head><title>Sign in - Cloudflare Access</title></head>\
 <body><h1>This is not the answer of a master</h1></body></html>\n";
 
@@ -19,7 +19,7 @@ pub(crate) struct Reply {
 }
 
 impl Reply {
-    /// A JSON body; its `code`, if it has one, is kept for the journal.
+    /// A JSON body. Its `code`, if any, is kept for the journal.
     pub(crate) fn json(status: StatusCode, body: &Value) -> Self {
         Self {
             status,
@@ -30,7 +30,7 @@ impl Reply {
         }
     }
 
-    /// The HTML of something in between, or of a master that did not get as far as its own code.
+    /// The HTML of a proxy in between, or of a master that failed before it reached its own code.
     pub(crate) fn html(status: StatusCode) -> Self {
         Self { content_type: "text/html; charset=utf-8", body: HTML.to_owned(), ..Self::text(status, String::new()) }
     }
@@ -40,7 +40,7 @@ impl Reply {
         Self { status, headers: Vec::new(), content_type: "text/plain; charset=utf-8", body, code: None }
     }
 
-    /// The redirection of Cloudflare Access to its login page.
+    /// The redirect of Cloudflare Access to its login page.
     pub(crate) fn login() -> Self {
         let mut reply = Self::html(StatusCode::FOUND);
         let login = "https://team.cloudflareaccess.com/cdn-cgi/access/login";
@@ -53,13 +53,13 @@ impl Reply {
         Self::json(status, &json!({ "status": "error", "message": message }))
     }
 
-    /// The version 2 form of a reply, good or bad: the code says all.
+    /// The version 2 form of a success or a refusal: the code says everything.
     pub(crate) fn code(status: StatusCode, code: &str) -> Self {
         Self::json(status, &json!({ "status": outcome(status), "code": code }))
     }
 }
 
-/// The `status` member a version 2 master gives with an HTTP status.
+/// The `status` member that a version 2 master sends with an HTTP status.
 pub(crate) fn outcome(status: StatusCode) -> &'static str {
     if status.as_u16() < 400 { "success" } else { "error" }
 }

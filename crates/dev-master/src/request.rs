@@ -1,4 +1,4 @@
-//! Requests as they arrive: which route, about which agent, with which key and body.
+//! Requests as they arrive: route, agent, key and body.
 
 use std::fmt;
 
@@ -6,7 +6,7 @@ use hyper::Method;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-/// A route of the agent API, as the journal records it and as faults are aimed at it.
+/// A route of the agent API, as the journal records it and as faults select it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Route {
@@ -20,14 +20,14 @@ pub enum Route {
     Ack,
     /// `GET /accounts` and `PUT /accounts/{account}/cfd_tunnel/{tunnel}/configurations`.
     Accounts,
-    /// A path or method no master has.
+    /// A path or method that no master has.
     Other,
-    /// For faults only: each of the above.
+    /// For faults only: any of the above.
     Any,
 }
 
 impl Route {
-    /// Whether something aimed at `self` concerns a request on `route`.
+    /// Whether a fault set on `self` matches a request on `route`.
     pub(crate) fn covers(self, route: Route) -> bool {
         self == Route::Any || self == route
     }
@@ -66,13 +66,13 @@ pub(crate) enum Target {
         account: String,
         tunnel: String,
     },
-    /// Not an agent's business: the segments of the path, for the operator's routes.
+    /// An operator's route, with the segments of its path.
     Operator(Vec<String>),
     Other,
 }
 
 impl Target {
-    /// Reads a path, the prefix already taken off.
+    /// Reads a path whose prefix is already removed.
     pub(crate) fn of(method: &Method, path: &str) -> Self {
         let segments: Vec<&str> = path.trim_matches('/').split('/').collect();
         let operator = || Self::Operator(segments.iter().map(|&s| s.to_owned()).collect());
@@ -118,14 +118,14 @@ impl Target {
     }
 }
 
-/// A body, as far as it could be read.
+/// A body, as far as the double could read it.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Payload {
     /// Nothing was sent.
     Empty,
     /// Sent without `Content-Type: application/json`.
     WrongType,
-    /// Not JSON, although it says so.
+    /// Not JSON, although its `Content-Type` says so.
     Broken,
     Json(Value),
 }

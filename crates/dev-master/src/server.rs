@@ -1,6 +1,6 @@
 //! The HTTP side: reads requests, lets faults act, and sends or damages replies.
 //!
-//! The accept loop is our own, because a fault must be able to end a connection without a reply.
+//! The double has its own accept loop, because a fault must be able to end a connection without a reply.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -26,7 +26,8 @@ use crate::request::{Call, Payload, Route, Target};
 use crate::state::{Settings, Shared, State};
 use crate::{accounts, admin, commands, decommission, events, register};
 
-/// No agent sends more than this in one body; a limit of the double's own, far above a master's.
+/// The double's own limit on a body, far above a master's and above anything an agent sends. It cuts the
+/// connection beyond.
 const BODY: usize = 64 << 20;
 
 /// Ends a connection without a reply.
@@ -34,7 +35,7 @@ const BODY: usize = 64 << 20;
 #[error("the connection is cut")]
 pub(crate) struct Cut;
 
-/// Serves until dropped; then the listener and all connections are closed.
+/// Serves until dropped. Dropping it closes the listener and all connections.
 pub(crate) async fn run(listener: TcpListener, shared: Arc<Shared>) -> Infallible {
     let mut connections = JoinSet::new();
     loop {
@@ -54,7 +55,7 @@ pub(crate) async fn run(listener: TcpListener, shared: Arc<Shared>) -> Infallibl
 
 async fn serve(stream: TcpStream, shared: Arc<Shared>) {
     let service = service_fn(|request| answer(Arc::clone(&shared), request));
-    // An error here is a client that went away, or a cut that was asked for.
+    // An error here means that the client went away, or that a fault cut the connection.
     let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
 }
 
@@ -109,7 +110,7 @@ async fn answer(shared: Arc<Shared>, request: hyper::Request<Incoming>) -> Resul
     }
 }
 
-/// The agent's routes.
+/// Handles a request on the agent's routes.
 fn handle(state: &mut State, call: &Call) -> Reply {
     if call.length > state.rules.front_bytes {
         return Reply::html(StatusCode::PAYLOAD_TOO_LARGE);
@@ -129,7 +130,7 @@ fn handle(state: &mut State, call: &Call) -> Reply {
     }
 }
 
-/// The reply of a [`Fault::Status`]; a status that is none becomes 500.
+/// The reply of a [`Fault::Status`]; an invalid status becomes 500.
 fn refusal(status: u16, code: Option<&str>, retry_after: Option<String>) -> Reply {
     let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let mut reply = code.map_or_else(|| Reply::html(status), |code| Reply::code(status, code));
@@ -137,15 +138,15 @@ fn refusal(status: u16, code: Option<&str>, retry_after: Option<String>) -> Repl
     reply
 }
 
-/// One agent's request between its arrival and its end. Dropped before its end, it tells the journal
+/// An agent's request between its arrival and its end. If dropped before its end, records in the journal
 /// that the client hung up first.
 struct Visit {
     shared: Arc<Shared>,
     call: Call,
     fault: Option<Fault>,
-    /// The number of this events request among those under way.
+    /// The number of this events request among those in flight.
     flight: Option<u64>,
-    /// How often the faults had been cleared on arrival.
+    /// How often the faults had been cleared when the request arrived.
     clearings: u64,
     ended: bool,
 }
@@ -167,7 +168,7 @@ impl Visit {
         Self { shared, call, fault, flight, clearings, ended: false }
     }
 
-    /// Makes the reply and notes the request, at one instant.
+    /// Makes the reply and records the request, at one instant.
     fn end(&mut self, reply: impl FnOnce(&mut State, &Call) -> Reply, sent: bool) -> Reply {
         self.ended = true;
         let Self { shared, call, fault, flight, .. } = self;
@@ -242,12 +243,12 @@ fn text(headers: &HeaderMap, name: HeaderName) -> Option<String> {
     headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned)
 }
 
-/// A body in steps. Without a cut it is one piece of known length.
+/// A body sent in steps. Without a cut it is one piece of known length.
 pub(crate) struct Outgoing(VecDeque<Step>);
 
 enum Step {
     Data(Bytes),
-    /// Lets what was sent so far leave the process.
+    /// Lets the data so far leave the process before the next step.
     Flush,
     Cut,
 }
@@ -286,7 +287,7 @@ fn whole(reply: Reply) -> Response<Outgoing> {
     response(reply, [Step::Data(body)].into())
 }
 
-/// The whole length announced, the first half sent.
+/// Announces the whole length, sends the first half, then cuts the connection.
 fn cut_halfway(mut reply: Reply) -> Response<Outgoing> {
     let length = reply.body.len();
     reply.body.truncate(middle(&reply.body));
@@ -296,7 +297,7 @@ fn cut_halfway(mut reply: Reply) -> Response<Outgoing> {
     response
 }
 
-/// Where to cut a text in two.
+/// The position at which to cut a text in half, on a character boundary.
 fn middle(text: &str) -> usize {
     (0..=text.len() / 2).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0)
 }

@@ -1,4 +1,4 @@
-//! The picture: what a master would believe at one moment, without secrets.
+//! The snapshot: what a master would believe at one moment, without secrets.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,14 +10,14 @@ use serde_json::Value;
 use crate::decommission::Decommission;
 use crate::state::Protocol;
 
-/// Everything the double knows, at one instant. It has no key and no token in it.
+/// Everything the double knows at one instant, without keys or tokens.
 #[derive(Clone, Debug, Serialize)]
 pub struct Snapshot {
     /// The protocol the double speaks now.
     pub protocol: Protocol,
     /// The agents it knows, by id.
     pub agents: BTreeMap<String, Agent>,
-    /// The decommissions begun, oldest first; the finished ones stay.
+    /// The decommissions begun, oldest first, including the finished ones.
     pub decommissions: Vec<Decommission>,
     /// The tunnel configurations pushed through `/accounts`, oldest first.
     pub pushed: Vec<PushedConfig>,
@@ -34,29 +34,29 @@ pub struct Snapshot {
 pub struct Agent {
     /// Its id.
     pub id: String,
-    /// The name shown: the one given by the operator, else the agent's own.
+    /// The name shown: the operator's choice, or else the agent's own.
     pub display_name: String,
     /// The version it registered with.
     pub version: Option<String>,
     /// The capabilities it registered with.
     pub capabilities: Vec<String>,
-    /// Whether a tunnel was assigned.
+    /// Whether the agent has a tunnel.
     pub status: AgentStatus,
     /// The protocol version agreed at its last registration.
     pub protocol: u8,
-    /// The current session, when that version is 2 and nothing ended it.
+    /// The current session, if `protocol` is 2 and nothing ended the session.
     pub session: Option<String>,
     /// The tunnel assigned to it.
     pub tunnel: Option<Tunnel>,
-    /// Whether its last accepted request is under 60 s old.
+    /// Whether its last accepted request is less than 60 s old.
     pub online: bool,
-    /// When that was.
+    /// When the double accepted its last request.
     pub last_seen: Option<Timestamp>,
     /// The containers believed to run, by id.
     pub containers: BTreeMap<String, Container>,
     /// The last tunnel status, as a master reads it.
     pub tunnel_status: Option<TunnelStatus>,
-    /// What Cloudflare says of its tunnel, where the master shows that instead (version 1).
+    /// Cloudflare's status of its tunnel, which a version 1 master shows instead of the agent's.
     pub cloudflare_status: Option<String>,
     /// Commands waiting to be fetched.
     pub queued: usize,
@@ -68,16 +68,16 @@ pub struct Agent {
     pub starts: BTreeMap<String, u64>,
     /// Accepted `container_stop` events, by container id.
     pub stops: BTreeMap<String, u64>,
-    /// Reports that were taken as complete.
+    /// Reports that the double took as complete.
     pub complete_reports: u64,
-    /// Reports that were taken as incomplete.
+    /// Reports that the double took as incomplete.
     pub incomplete_reports: u64,
     /// Accepted `heartbeat` events.
     pub heartbeats: u64,
-    /// The containers whose rules a complete report put up for removal, in order; one may appear
-    /// more than once.
+    /// The containers missing from a complete report, whose rules the master would therefore remove. In order;
+    /// a container may appear more than once.
     pub removals: Vec<String>,
-    /// The operation by which it is being decommissioned.
+    /// The id of the operation that decommissions it.
     pub decommission: Option<String>,
 }
 
@@ -106,7 +106,7 @@ pub struct Tunnel {
 pub struct Container {
     /// Its name; `unknown` when the agent gave none.
     pub name: String,
-    /// Its labels. A version 2 master keeps only those of DockFlare's namespaces.
+    /// Its labels. A version 2 master keeps only those in DockFlare's namespaces.
     pub labels: BTreeMap<String, String>,
     /// Its status; `unknown` when the agent gave none.
     pub status: String,
@@ -115,13 +115,13 @@ pub struct Container {
 /// A tunnel status.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct TunnelStatus {
-    /// `unknown` when it was not where a master reads it.
+    /// `unknown` if the event has no status where a master reads it.
     pub status: String,
     /// The tunnel's name, if given.
     pub name: Option<String>,
     /// The version of cloudflared, if given.
     pub version: Option<String>,
-    /// The event as it was sent.
+    /// The event as sent.
     pub event: Value,
 }
 
@@ -147,17 +147,17 @@ impl Agent {
         self.stops.get(container).copied().unwrap_or(0)
     }
 
-    /// The id of a container with this name, if one is believed to run.
+    /// The id of a container with this name, if the double believes one runs.
     pub fn container_named(&self, name: &str) -> Option<&str> {
         self.containers.iter().find(|(_, container)| container.name == name).map(|(id, _)| id.as_str())
     }
 
-    /// The `status` of the last tunnel status.
+    /// The status in the last `tunnel_status` event.
     pub fn tunnel_state(&self) -> Option<&str> {
         self.tunnel_status.as_ref().map(|seen| seen.status.as_str())
     }
 
-    /// What the Agents page shows of its tunnel.
+    /// The status that the Agents page shows for its tunnel.
     pub fn page_state(&self) -> Option<&str> {
         self.cloudflare_status.as_deref().or_else(|| self.tunnel_state())
     }
@@ -169,13 +169,13 @@ impl Snapshot {
         self.agents.get(id)
     }
 
-    /// The one agent there is; `None` when there are none or several.
+    /// The only agent; `None` if there are none or several.
     pub fn only_agent(&self) -> Option<&Agent> {
         if self.agents.len() == 1 { self.agents.values().next() } else { None }
     }
 }
 
-/// A table of the agents, then what they run; for people.
+/// Formats a table of the agents, then what they run, for people.
 impl fmt::Display for Snapshot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { protocol, registrations, faults, .. } = self;

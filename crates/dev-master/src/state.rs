@@ -1,4 +1,4 @@
-//! The state of the double: one value behind one lock, changed by one request at a time.
+//! The state of the double: one value behind one lock. One request changes it at a time.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -18,16 +18,16 @@ use crate::journal::Journal;
 use crate::request::{Call, Route};
 use crate::snapshot::{Agent, PushedConfig, Snapshot};
 
-/// A master counts an agent online this long after its last request.
+/// A master counts an agent as online for this long after its last request.
 pub(crate) const ONLINE_FOR: Duration = Duration::from_secs(60);
 
 /// Which kind of master the double is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
-    /// The masters 3.0 to 3.1.2.
+    /// Masters 3.0 to 3.1.2.
     V1,
-    /// The masters with sessions, sequences and decommissioning.
+    /// Masters with sessions, sequences and decommissioning.
     #[default]
     V2,
 }
@@ -53,7 +53,7 @@ impl FromStr for Protocol {
     }
 }
 
-/// What a version 2 master takes at most; beyond it answers 413.
+/// The limits of a version 2 master. It answers 413 beyond them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Bytes of a request body.
@@ -74,55 +74,55 @@ impl Default for Limits {
     }
 }
 
-/// How the double behaves; the operator may change it at any time.
+/// How the double behaves. The operator may change these rules at any time.
 #[derive(Debug, Clone)]
 pub(crate) struct Rules {
     pub(crate) protocol: Protocol,
-    /// The highest version a version 2 double agrees to: 2, or 1 to try an agent's way back.
+    /// The highest version a version 2 double agrees to: 2, or 1 to test an agent's fallback.
     pub(crate) at_most: u8,
     pub(crate) limits: Limits,
-    /// What stands before the master answers 413 to larger bodies, in either version.
+    /// The proxy in front of the master answers 413 to larger bodies, in either version.
     pub(crate) front_bytes: usize,
-    /// The name of the tunnel each new agent gets at once.
+    /// The name of the tunnel that each new agent gets as soon as it registers.
     pub(crate) enroll_new: Option<String>,
-    /// The account behind `/accounts`; without it those routes are 404.
+    /// The account behind `/accounts`; without one, those routes answer 404.
     pub(crate) account: Option<String>,
 }
 
-/// An agent key. Its bearer form is the map key it is stored under.
+/// An agent key. The bearer text is the key of the map that holds it.
 #[derive(Clone, Debug)]
 pub(crate) struct Key {
     pub(crate) owner: String,
     pub(crate) created_at: Timestamp,
     pub(crate) revoked: bool,
-    /// The agent it was first used by, which a version 2 master holds it to.
+    /// The agent it is bound to. A version 2 master refuses it for any other agent.
     pub(crate) agent: Option<String>,
 }
 
-/// An agent: what is shown of it, and what is not.
+/// An agent: what the snapshot shows, and what it does not.
 #[derive(Default)]
 pub(crate) struct Record {
     pub(crate) shown: Agent,
-    /// The key it is bound to; none after that one was revoked, until the next one is used.
+    /// The key it is bound to; none from the time that key is revoked until another key is used.
     pub(crate) key: Option<String>,
-    /// Whether the operator named it.
+    /// Whether the operator chose its name.
     pub(crate) named: bool,
     pub(crate) tunnel_token: Option<String>,
     pub(crate) commands: Vec<Value>,
-    /// The last accepted event and report of this session: number and content.
+    /// The last accepted event and report of this session, each as its number and content.
     pub(crate) last_event: Option<(u64, Value)>,
     pub(crate) last_report: Option<(u64, Value)>,
     seen: Option<Instant>,
 }
 
 impl Record {
-    /// Notes that the agent is there.
+    /// Records that the agent was just seen.
     pub(crate) fn touch(&mut self) {
         self.seen = Some(Instant::now());
         self.shown.last_seen = Some(Timestamp::now());
     }
 
-    /// When the agent will count as offline unless it is heard of again.
+    /// When the agent counts as offline unless it sends another request.
     fn offline_at(&self) -> Option<Instant> {
         self.seen.map(|seen| seen + ONLINE_FOR)
     }
@@ -136,19 +136,19 @@ impl Record {
     }
 }
 
-/// A tunnel of the imaginary account: a name stands for the same tunnel each time, as at Cloudflare.
+/// A tunnel of the imaginary account. The same name always means the same tunnel, as at Cloudflare.
 #[derive(Clone)]
 pub(crate) struct KnownTunnel {
     pub(crate) id: String,
     pub(crate) token: String,
 }
 
-/// An events request under way.
+/// An events request in flight.
 struct Flight {
     id: u64,
     agent: String,
     stream: &'static str,
-    /// Another of the same stream arrived meanwhile.
+    /// Another request of the same stream arrived meanwhile.
     overlapped: bool,
 }
 
@@ -161,7 +161,7 @@ pub(crate) struct State {
     pub(crate) operations: Vec<Operation>,
     /// Tunnels by name.
     pub(crate) tunnels: BTreeMap<String, KnownTunnel>,
-    /// The list that the master has of the account's tunnels, by id: what Cloudflare itself says of each.
+    /// The master's list of the account's tunnels: Cloudflare's status by tunnel id.
     pub(crate) listed: BTreeMap<String, String>,
     pub(crate) pushed: Vec<PushedConfig>,
     pub(crate) registrations: u64,
@@ -189,14 +189,14 @@ impl State {
         }
     }
 
-    /// The request's key, if it is known and not revoked.
+    /// Returns the request's key if it is known and not revoked.
     pub(crate) fn active_key(&self, call: &Call) -> Option<String> {
         let key = call.key.as_ref()?;
         self.keys.get(key).is_some_and(|known| !known.revoked).then(|| key.clone())
     }
 
-    /// Whether `key` may act for this agent. A known agent whose key was revoked is bound to the next
-    /// key that asks, as a master does it.
+    /// Whether `key` may act for this agent. As a real master does, binds a known agent whose key was revoked
+    /// to the next key that asks.
     pub(crate) fn may_act(&mut self, agent: &str, key: &str) -> bool {
         let Some(record) = self.records.get_mut(agent) else { return false };
         if record.key.is_none() {
@@ -208,15 +208,15 @@ impl State {
         record.key.as_deref() == Some(key)
     }
 
-    /// Notes violations of one request.
+    /// Records the violations of one request.
     pub(crate) fn violations(&mut self, route: Route, agent: &str, found: Vec<String>) {
         for what in found {
             self.journal.violation(route, agent, &what);
         }
     }
 
-    /// Notes that an events request begins, and with it that the ones of its stream that are still
-    /// under way are overlapped.
+    /// Records that an events request begins, and marks the requests of its stream that are still in flight as
+    /// overlapped.
     pub(crate) fn take_off(&mut self, agent: &str, event: &str) -> u64 {
         let numbered = self.rules.protocol == Protocol::V2
             && self.records.get(agent).is_some_and(|record| record.shown.protocol == 2);
@@ -232,8 +232,8 @@ impl State {
         self.next_flight
     }
 
-    /// Notes that an events request ends. Only one that was answered can have been overlapped: after
-    /// a client has hung up, its next request may well be read before the loss of the first is noticed.
+    /// Records that an events request ends. Only an answered request counts as overlapped: after a client hangs
+    /// up, the double may read its next request before it notices the loss of the first.
     pub(crate) fn land(&mut self, id: u64, answered: bool) {
         let Some(at) = self.flights.iter().position(|flight| flight.id == id) else { return };
         let flight = self.flights.remove(at);
@@ -244,7 +244,7 @@ impl State {
         }
     }
 
-    /// The picture now.
+    /// Takes a snapshot.
     pub(crate) fn snapshot(&self) -> Snapshot {
         let now = Instant::now();
         Snapshot {
@@ -258,8 +258,8 @@ impl State {
         }
     }
 
-    /// The agent as it is shown. Masters of version 1 put Cloudflare's status of its tunnel over the agent's own on
-    /// their page, once they have it; what a version 2 master does is not known, and here it does not.
+    /// The agent as shown. Once a version 1 master has Cloudflare's status of the tunnel, its page shows that instead
+    /// of the agent's own. What a version 2 master does is not known; a version 2 double shows the agent's own.
     fn view(&self, record: &Record, now: Instant) -> Agent {
         let mut shown = record.view(now);
         let listed = shown.tunnel.as_ref().and_then(|tunnel| self.listed.get(&tunnel.id));
@@ -267,13 +267,13 @@ impl State {
         shown
     }
 
-    /// When the next agent will go offline by itself.
+    /// When the next agent goes offline if no agent sends anything.
     pub(crate) fn next_offline(&self) -> Option<Instant> {
         let now = Instant::now();
         self.records.values().filter_map(Record::offline_at).filter(|&at| at > now).min()
     }
 
-    /// `text` without any key, token or tunnel secret.
+    /// Hides every key and tunnel token in `text`.
     pub(crate) fn redact(&self, mut text: String) -> String {
         for secret in self.secrets() {
             if text.contains(secret) {
@@ -283,7 +283,7 @@ impl State {
         text
     }
 
-    /// Whether one of the double's secrets appears in `text`.
+    /// Whether `text` contains one of the double's secrets.
     pub(crate) fn has_secret(&self, text: &str) -> bool {
         self.secrets().any(|secret| text.contains(secret))
     }
@@ -291,12 +291,12 @@ impl State {
     fn secrets(&self) -> impl Iterator<Item = &str> {
         let tokens = self.records.values().filter_map(|record| record.tunnel_token.as_deref());
         let known = self.tunnels.values().map(|tunnel| tunnel.token.as_str());
-        // Shorter ones are somebody's placeholder and would be found in any text.
+        // Shorter ones are placeholders that would match in any text.
         self.keys.keys().map(String::as_str).chain(tokens).chain(known).filter(|secret| secret.len() >= 8)
     }
 }
 
-/// The state, its lock, and the news of its changes.
+/// The state, its lock, and the channel that announces changes.
 pub(crate) struct Shared {
     state: Mutex<State>,
     changes: watch::Sender<u64>,
@@ -308,7 +308,7 @@ pub(crate) struct Settings {
     /// Either empty or a path that begins with a slash and does not end with one.
     pub(crate) prefix: String,
     pub(crate) master_key: String,
-    /// The service token without which every request is sent to the login page.
+    /// The service token. Agent requests without it are redirected to the login page.
     pub(crate) access: Option<(String, String)>,
 }
 
@@ -317,19 +317,19 @@ impl Shared {
         Self { state: Mutex::new(state), changes: watch::Sender::new(0), settings }
     }
 
-    /// Looks at the state. A std mutex, because no wait ever happens under it.
+    /// Locks the state. A std mutex will do, because nothing awaits while holding it.
     pub(crate) fn look(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes the state and tells those who wait.
+    /// Changes the state and wakes the waiters.
     pub(crate) fn change<T>(&self, act: impl FnOnce(&mut State) -> T) -> T {
         let result = act(&mut self.look());
         self.changes.send_modify(|version| *version = version.wrapping_add(1));
         result
     }
 
-    /// News of each change from now on.
+    /// Announces each change from now on.
     pub(crate) fn subscribe(&self) -> watch::Receiver<u64> {
         self.changes.subscribe()
     }

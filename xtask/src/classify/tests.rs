@@ -1,4 +1,4 @@
-//! The agent's verdicts held to recordings of the real cloudflared: `tests/captures`.
+//! Compares the agent's verdicts with recordings of the real cloudflared in `tests/captures`.
 
 use std::collections::BTreeMap;
 
@@ -7,12 +7,13 @@ use serde::Deserialize;
 
 use super::*;
 
-/// After a change of the truth any verdict will do for so long: a process must notice first, and say it.
+/// Any verdict is accepted for this many seconds after the truth changes: cloudflared must first notice the change, and
+/// report it.
 const GRACE: f64 = 12.0;
-/// By then a cause that can be seen is named.
+/// The agent must name a visible cause within this many seconds.
 const NAMED_WITHIN: f64 = 30.0;
 
-/// What was the matter, from when on and until when, in seconds since the beginning of the recording.
+/// What was wrong, and from when until when, in seconds since the recording began.
 #[derive(Deserialize)]
 struct Period {
     from: f64,
@@ -36,16 +37,16 @@ enum Truth {
     Stopped,
     /// The edge is back and cloudflared waits before its next try.
     Recovering,
-    /// Ended from outside or for want of memory: what is to be seen of it depends on the moment.
+    /// Ended from outside or for lack of memory. What is visible depends on the moment.
     Any,
 }
 
-/// Why a recording may be misjudged. `docs/reliability.md` lists these.
+/// Why the agent may misjudge a recording. `docs/reliability.md` lists these reasons.
 #[derive(PartialEq, Eq, Clone, Copy, Debug)]
 enum Known {
-    /// Over HTTP/2 `/ready` is 200 for minutes while nothing gets through, and the log is silent.
+    /// Over HTTP/2, `/ready` answers 200 for minutes while nothing gets through, and the log is silent.
     SwallowedOverHttp2,
-    /// Nothing names an outage that ends before the next try.
+    /// Nothing reveals an outage that ends before cloudflared's next try.
     TooShort,
 }
 
@@ -99,7 +100,7 @@ fn recordings() -> Vec<PathBuf> {
 fn no_second_of_any_recording_names_a_wrong_cause_and_each_cause_is_named_in_time() {
     let mut problems = Vec::new();
     let (mut count, mut seconds, mut excepted) = (0, 0, 0);
-    // The slowest of each kind.
+    // The slowest naming of each kind.
     let mut slowest: BTreeMap<(Truth, String), f64> = BTreeMap::new();
     for dir in recordings() {
         count += 1;
@@ -128,13 +129,13 @@ fn no_second_of_any_recording_names_a_wrong_cause_and_each_cause_is_named_in_tim
                     if second - period.from <= GRACE || is_right(period.truth, verdict, &protocol) {
                         continue;
                     }
-                    // Not to know is no mistake, until it lasts.
+                    // An open verdict is no mistake unless it lasts.
                     let is_open = matches!(verdict, Verdict::Starting | Verdict::Unknown);
                     if is_open && second - period.from <= NAMED_WITHIN {
                         continue;
                     }
                     match known {
-                        // A cause is never wrong, not even there.
+                        // Even in a known case, the agent must not name a wrong cause.
                         Some(_) if matches!(verdict, Verdict::Ready) || is_open => excepted += 1,
                         _ => problems.push(format!("{path} at {second}: {verdict:?} is said of {:?}", period.truth)),
                     }
@@ -150,7 +151,7 @@ fn no_second_of_any_recording_names_a_wrong_cause_and_each_cause_is_named_in_tim
     assert!(count >= 240, "{count} recordings: where are the others?");
 }
 
-/// It has seen nothing of what was before, and reads no more than the last lines.
+/// Such an agent saw nothing of what happened before, and reads only the last lines of the log.
 #[test]
 fn an_agent_that_begins_at_any_second_names_no_wrong_cause() {
     let mut problems = Vec::new();
@@ -203,7 +204,7 @@ fn a_refused_token_is_named_within_a_second_of_the_words() {
     assert!(seen >= 20, "{seen} recordings with the words");
 }
 
-/// What a folder says, with nothing but these files in it.
+/// The output for a folder that contains only these files.
 fn said(samples: &str, log: Option<&str>) -> Vec<String> {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("samples.jsonl"), samples).unwrap();

@@ -1,4 +1,4 @@
-//! Removes the demo: what has its label, and the network, should the agent have had to make it anew.
+//! Removes the demo: everything with its label, and the network in case the agent had to create it again.
 
 use std::time::Duration;
 
@@ -7,12 +7,12 @@ use testkit::Docker;
 
 use super::scene::{self, NETWORK};
 
-/// The agent is ended without its having a say. What it had asked the engine for may still come about after that,
-/// so it is looked again until nothing is found.
+/// The removal kills the agent without warning. The engine may still carry out what the agent had asked for, so the
+/// removal looks again until it finds nothing, at most this many times.
 const PASSES: usize = 5;
 const BETWEEN: Duration = Duration::from_millis(300);
 
-/// Removes everything there is of the demo, and gives what that was. Nothing is fine, too.
+/// Removes everything of the demo, and returns what it removed. Finding nothing is fine.
 pub(crate) async fn down(docker: &Docker) -> Result<Vec<String>> {
     let mut removed = Vec::new();
     for pass in 1.. {
@@ -20,7 +20,7 @@ pub(crate) async fn down(docker: &Docker) -> Result<Vec<String>> {
             Ok(found) if found.is_empty() => break,
             Ok(found) => removed.extend(found),
             Err(error) if pass == PASSES => return Err(error),
-            // Something came while its network or its image was being removed.
+            // Something appeared while its network or its image was being removed.
             Err(_) => tokio::time::sleep(BETWEEN).await,
         }
     }
@@ -28,9 +28,9 @@ pub(crate) async fn down(docker: &Docker) -> Result<Vec<String>> {
 }
 
 async fn once(docker: &Docker) -> Result<Vec<String>> {
-    // First, for it would make its tunnel container again.
+    // Remove the agent first, because it would recreate its tunnel container.
     let mut removed = testkit::remove_labelled(docker, scene::AGENT_LABEL).await?;
-    // The tunnel container has the label from its image.
+    // The tunnel container inherits the label from its image.
     removed.extend(testkit::remove_labelled(docker, &scene::label()).await?);
     if let Ok(network) = docker.inspect_network(NETWORK, None).await
         && network.labels.is_some_and(|labels| labels.contains_key(scene::AGENTS_OWN))

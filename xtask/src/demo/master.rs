@@ -1,13 +1,13 @@
-//! The development master, as its operator uses it: over HTTP.
+//! The development master, used over HTTP as its operator would.
 
 use anyhow::{Context, Result, bail, ensure};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-/// The operator's key. No secret: the master is a double that only this machine can reach.
+/// The operator's key. It is no secret, because only this machine can reach the development master.
 pub(crate) const KEY: &str = "dockflare-demo";
 
-/// Seconds that an answer may take.
+/// How many seconds an answer may take.
 const LIMIT: u64 = 5;
 
 /// The master of the demo.
@@ -21,38 +21,38 @@ impl Master {
         Self { url: format!("http://127.0.0.1:{port}") }
     }
 
-    /// Where its page is.
+    /// The URL of the master's page.
     pub(crate) fn url(&self) -> &str {
         &self.url
     }
 
-    /// All it knows.
+    /// Everything the master knows.
     pub(crate) fn snapshot(&self) -> Result<Value> {
         self.get("/_dev/snapshot")
     }
 
-    /// A new key for an agent.
+    /// Generates a key for an agent.
     pub(crate) fn generate_key(&self) -> Result<String> {
         let reply = self.post("/api/v2/agents/generate-key", &json!({ "owner": "demo" }))?;
         Ok(reply["key"].as_str().context("no key in the reply")?.to_owned())
     }
 
-    /// The id of the agent that registered, if one has.
+    /// The id of the registered agent, if there is one.
     pub(crate) fn only_agent(&self) -> Result<Option<String>> {
         Ok(self.snapshot()?["agents"].as_object().and_then(|agents| agents.keys().next().cloned()))
     }
 
-    /// Gives an agent a tunnel of this name.
+    /// Enrolls an agent with a tunnel of this name.
     pub(crate) fn enroll(&self, agent: &str, tunnel: &str) -> Result<()> {
         self.post(&format!("/api/v2/agents/{agent}/enroll"), &json!({ "tunnel_name": tunnel })).map(drop)
     }
 
-    /// Asks an agent for a new connector.
+    /// Tells an agent to replace its connector.
     pub(crate) fn redeploy(&self, agent: &str) -> Result<()> {
         self.post(&format!("/api/v2/agents/{agent}/redeploy-tunnel"), &json!({})).map(drop)
     }
 
-    /// What it was told of the agent's tunnel, once that runs.
+    /// Describes the agent's tunnel as reported to the master, once it runs.
     pub(crate) fn tunnel_runs(&self, agent: &str) -> Result<Option<String>> {
         let status = self.snapshot()?["agents"][agent]["tunnel_status"].take();
         let word = |key: &str| status[key].as_str().unwrap_or("unknown").to_owned();
@@ -60,12 +60,12 @@ impl Master {
         Ok((word("status") == "running").then_some(sentence))
     }
 
-    /// When it took the `nth` event of this type for a container.
+    /// When the master accepted the `nth` event of this type for a container.
     pub(crate) fn arrival(&self, event: &str, container: &str, nth: usize) -> Result<Option<Timestamp>> {
         arrival(&self.get("/_dev/requests")?["requests"], event, container, nth)
     }
 
-    /// What the agent sent that no agent should.
+    /// The protocol violations that the master recorded.
     pub(crate) fn violations(&self) -> Result<Vec<String>> {
         let reply = self.get("/_dev/violations")?;
         let violations = reply["violations"].as_array().context("no violations in the reply")?;

@@ -21,7 +21,7 @@ pub(crate) const TUNNEL: &str = "dockflare-demo-tunnel";
 pub(crate) const WEB: &str = "dockflare-demo-web";
 const MASTER: &str = "dockflare-demo-master";
 const PROXY: &str = "dockflare-demo-socket-proxy";
-/// Shared by the tunnel and what it serves, and the agent's way to the master.
+/// Connects the tunnel with what it serves, and the agent with the master.
 pub(crate) const NETWORK: &str = "dockflare-demo-net";
 const VOLUME: &str = "dockflare-demo-data";
 /// Holds the socket between the agent and the socket proxy, as in the compose file.
@@ -29,11 +29,11 @@ const SOCKET_VOLUME: &str = "dockflare-demo-docker-api";
 /// Images are called `dockflare-demo/<what>:local`.
 pub(super) const REPOSITORY: &str = "dockflare-demo";
 
-/// On everything, images included, and so on the containers that the agent makes of them.
+/// On everything, including the images, and therefore on the containers that the agent creates from them.
 pub(super) const LABEL: (&str, &str) = ("dockflare-demo", "1");
-/// On the agent's container besides.
+/// Also on the agent's container.
 pub(crate) const AGENT_LABEL: &str = "dockflare-demo.agent";
-/// What the agent puts on what it makes itself.
+/// The label that the agent puts on what it creates itself.
 pub(crate) const AGENTS_OWN: &str = "com.dockflare.agent.owner";
 
 /// Where the master listens in its container.
@@ -44,12 +44,12 @@ const WEB_LABELS: [(&str, &str); 3] = [
     ("dockflare.service", "http://dockflare-demo-web:8080"),
 ];
 
-/// The label as a filter wants it.
+/// The label in the form of a Docker filter.
 pub(crate) fn label() -> String {
     format!("{}={}", LABEL.0, LABEL.1)
 }
 
-/// The workload's labels, readable.
+/// The workload's labels, formatted for people.
 pub(crate) fn web_labels() -> String {
     WEB_LABELS.map(|(key, value)| format!("{key}={value}")).join(" ")
 }
@@ -59,7 +59,7 @@ pub(super) fn labels<'a>(more: impl IntoIterator<Item = (&'a str, &'a str)>) -> 
     Some(all.map(|(key, value)| (key.to_owned(), value.to_owned())).collect())
 }
 
-/// Builds the programs, with Cargo's progress to watch.
+/// Builds the programs, and shows Cargo's progress.
 pub(crate) fn build() -> Result<()> {
     let programs =
         [("dockflare-agent", true), ("dockflare-dev-master", false), ("cloudflared", false), ("workload", false)];
@@ -82,11 +82,11 @@ pub(crate) struct Scene {
 }
 
 impl Scene {
-    /// Makes images, networks and the volume.
+    /// Creates the images, networks and volumes.
     pub(crate) async fn prepare(docker: &Docker, story: &Story, socket: bool) -> Result<Self> {
         let images = Images::named(REPOSITORY, LABEL);
         let agent = images.agent(&testkit::release_binary("dockflare-agent")?).await?;
-        // A drain as long as the real one's 30 s would only make `docker stop` of the agent slow.
+        // The real cloudflared drains for 30 s, which would only make `docker stop` of the agent slow.
         let cloudflared = images.stand_in_with(&[("STAND_IN_DRAIN", "1000")]).await?;
         let (master, web) = (images.dev_master().await?, images.workload().await?);
         let size = docker.inspect_image(&agent).await?.size.unwrap_or_default();
@@ -107,7 +107,7 @@ impl Scene {
         self.proxy
     }
 
-    /// Starts the master, its port published on 127.0.0.1; 0 is any free one.
+    /// Starts the master and publishes its port on 127.0.0.1; 0 picks a free one.
     pub(crate) async fn start_master(&self, protocol: Protocol, port: u16) -> Result<Master> {
         let binding = PortBinding { host_ip: Some("127.0.0.1".into()), host_port: Some(port.to_string()) };
         let host = HostConfig {
@@ -132,7 +132,7 @@ impl Scene {
         Ok(Master::new(port.parse().context("the master's port")?))
     }
 
-    /// Starts the agent as its compose file does, the socket proxy before it.
+    /// Starts the socket proxy and then the agent, as the compose file does.
     pub(crate) async fn start_agent(&self, key: &str) -> Result<()> {
         let master = format!("http://{MASTER}:5000");
         let mut variables = vec![
@@ -142,7 +142,7 @@ impl Scene {
             ("CLOUDFLARED_NETWORK_NAME", NETWORK),
             ("TUNNEL_CONTAINER_NAME", TUNNEL),
             ("AGENT_DISPLAY_NAME", "dockflare-demo"),
-            // Below the default, since somebody is watching.
+            // Shorter than the default, because someone is watching.
             ("COMMAND_POLL_INTERVAL_SECONDS", "2"),
         ];
         let mut host = HostConfig {
@@ -162,9 +162,9 @@ impl Scene {
             image: Some(self.agent.clone()),
             env: environment(variables),
             host_config: Some(host),
-            // By the second one its socket proxy knows it, as from the compose file.
+            // The socket proxy recognizes the agent by the second label, as with the compose file.
             labels: labels([(AGENT_LABEL, "1"), ("com.docker.compose.service", "dockflare-agent")]),
-            // The image's own check, but more often.
+            // Run the image's own health check, but more often.
             healthcheck: Some(HealthConfig { interval: Some(2_000_000_000), ..HealthConfig::default() }),
             stop_timeout: Some(60),
             ..ContainerCreateBody::default()
@@ -173,7 +173,7 @@ impl Scene {
         self.start(AGENT).await
     }
 
-    /// Starts the labelled container, and gives its id.
+    /// Starts the labelled container, and returns its id.
     pub(crate) async fn start_web(&self) -> Result<String> {
         let body = ContainerCreateBody {
             image: Some(self.web.clone()),
@@ -221,7 +221,7 @@ impl Scene {
     async fn socket_group(&self) -> Result<u32> {
         let options = self.docker.info().await?.security_options.unwrap_or_default();
         if options.iter().any(|option| option == "name=rootless") {
-            // The user who runs the engine is root in its containers, and the socket is theirs.
+            // In a rootless engine, the user who runs it is root in its containers, and owns the socket.
             return Ok(0);
         }
         let socket = testkit::socket_path();
@@ -239,7 +239,7 @@ impl Scene {
     }
 }
 
-/// No rights but to run.
+/// A configuration with no rights except to run.
 pub(super) fn confined() -> HostConfig {
     HostConfig {
         readonly_rootfs: Some(true),

@@ -1,4 +1,4 @@
-//! What happens, one line each, as it is seen: the agent's own log among it, nothing of it prepared.
+//! Prints what happens as it happens, one line each, including the agent's own log. No line is prepared in advance.
 
 use std::fmt::Display;
 use std::time::{Duration, Instant};
@@ -16,9 +16,9 @@ const LIMIT: Duration = Duration::from_secs(90);
 pub(crate) struct Story {
     docker: Docker,
     began: Instant,
-    /// The same moment by the clock of the log.
+    /// The moment of `began`, as a timestamp like those of the log.
     began_at: Timestamp,
-    /// Lines of the agent's log, all of which have been told.
+    /// The lines of the agent's log, all of which are already printed.
     lines: Vec<String>,
 }
 
@@ -27,12 +27,12 @@ impl Story {
         Self { docker, began: Instant::now(), began_at: Timestamp::now(), lines: Vec::new() }
     }
 
-    /// A line of the story.
+    /// Prints a line of the story.
     pub(crate) fn say(&self, who: &str, what: impl Display) {
         print(self.began.elapsed().as_secs_f64(), who, what);
     }
 
-    /// Tells what the agent logs until `look` gives something.
+    /// Prints what the agent logs until `look` returns a value.
     pub(crate) async fn wait<T>(&mut self, what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> Result<T> {
         let found = wait_until(what, LIMIT, async || {
             let runs = self.listen().await;
@@ -47,11 +47,11 @@ impl Story {
         }
     }
 
-    /// Tells what the agent logs until it has said this, now or before.
+    /// Prints what the agent logs until its log contains this text, now or before.
     pub(crate) async fn wait_for_agent(&mut self, text: &str) -> Result<()> {
         let deadline = Instant::now() + LIMIT;
         loop {
-            // Told first, so that the line which is waited for is the last one.
+            // Print first, so that the awaited line is the last one.
             self.wait("the agent", async || Some(())).await?;
             if self.lines.iter().any(|line| line.contains(text)) {
                 return Ok(());
@@ -63,7 +63,7 @@ impl Story {
         }
     }
 
-    /// Tells what is new in the agent's log. Whether it runs; none if it has not been made.
+    /// Prints what is new in the agent's log. Returns whether the agent runs, or `None` if it does not exist yet.
     async fn listen(&mut self) -> Option<bool> {
         let state = self.docker.inspect_container(AGENT, None).await.ok()?.state?;
         let log = testkit::logs(&self.docker, AGENT, "all").await.ok()?;
@@ -73,7 +73,7 @@ impl Story {
             print(at.as_secs_f64(), "agent", text);
             self.lines.push(line.to_owned());
         }
-        // Not yet started is not ended.
+        // A container that has not started yet has not ended either.
         Some(state.running == Some(true) || state.finished_at.is_none_or(|at| at.starts_with("0001")))
     }
 }
@@ -82,7 +82,7 @@ fn print(seconds: f64, who: &str, what: impl Display) {
     println!("{seconds:7.1} s  {who:<7} {what}");
 }
 
-/// A line of the agent's log: when, and what; the level stays if it is a warning or worse.
+/// Splits a line of the agent's log into time and text. Keeps the level if it is a warning or worse.
 fn split(line: &str) -> (Option<Timestamp>, &str) {
     let Some((at, text)) = line.split_once(' ') else { return (None, line) };
     let text = text.trim_start();

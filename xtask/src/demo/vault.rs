@@ -1,8 +1,10 @@
-//! `cargo xtask demo --vault`: a credential reaches a container that knows nothing of a vault, is rotated while it runs,
-//! stands nowhere else, outlives the vault, and a bad one is taken back.
+//! `cargo xtask demo --vault`: a credential reaches a container that knows nothing of a vault. The demo rotates it
+//! while the container runs, and shows that it is stored nowhere else and survives the vault. It also shows that the
+//! vault takes a bad one back.
 //!
-//! Real are the vault, its image, the Docker Engine and all that happens on it. The program that reads is this
-//! workspace's `credential-reader`, with a made-up database that takes every password but those that begin with `bad`.
+//! The vault, its image, the Docker Engine and everything that happens on it are real. The reading program is this
+//! workspace's `credential-reader`, with a made-up database that accepts every password except those that begin with
+//! `bad`.
 
 use std::collections::HashMap;
 use std::fmt::Display;
@@ -58,7 +60,7 @@ deliveries:
   containers: [dockflare-demo-shop]
 ";
 
-/// As the reader tells one from another.
+/// The hash by which the reader tells one credential from another.
 fn hash(text: &str) -> String {
     let hash = text
         .bytes()
@@ -77,7 +79,7 @@ struct Play {
     reader: String,
 }
 
-/// Plays it.
+/// Plays the vault demo.
 pub(super) async fn play(docker: &Docker) -> Result<()> {
     println!(
         "A real vault and a real Docker Engine; the program that reads is a small one of this workspace, with a\n\
@@ -159,7 +161,7 @@ impl Play {
         Ok(())
     }
 
-    /// Volumes, and a key in the one of the configuration.
+    /// Creates the volumes, and a key in the configuration volume.
     async fn prepare(&self) -> Result<()> {
         for name in VOLUMES {
             let volume = VolumeCreateRequest { name: Some(name.to_owned()), labels: labels([]), ..Default::default() };
@@ -199,7 +201,7 @@ impl Play {
         }
         let to = UploadToContainerOptions { path: "/app/config".to_owned(), ..Default::default() };
         self.docker.upload_to_container(MAKER, Some(to), body_full(archive.into_inner()?.into())).await?;
-        // With its log, in which the key stands.
+        // This also removes the container's log, which contains the key.
         let remove = RemoveContainerOptions { force: true, ..Default::default() };
         self.docker.remove_container(MAKER, Some(remove)).await?;
         self.say("vault", "generated a master key, in a volume of its own");
@@ -277,8 +279,8 @@ impl Play {
         self.start(SHOP, body).await
     }
 
-    /// What the vault's command printed; it must end well. What goes in goes by standard input, and is in no list of
-    /// processes and no event.
+    /// Runs a command of the vault, which must succeed, and returns its output. The input goes through standard input,
+    /// so that no process list and no event shows it.
     async fn vault(&self, arguments: &[&str], input: &str) -> Result<String> {
         let command = ["/dockflare-vault"].iter().chain(arguments).map(|word| (*word).to_owned()).collect();
         let options = CreateExecOptions {
@@ -321,7 +323,7 @@ impl Play {
         Some(self.docker.inspect_container(SHOP, None).await.ok()?.state?.health?.status?.to_string())
     }
 
-    /// Healthy, and begun with this one last.
+    /// Waits until the program is healthy and has last begun with this value.
     async fn well_with(&self, value: &str) -> Result<()> {
         let line = format!("begins with {}", hash(value));
         let is_it = async || {
@@ -341,7 +343,7 @@ impl Play {
         self.wait("the files to be settled", settled).await
     }
 
-    /// Looks for the passwords wherever Docker and a disk could have them.
+    /// Searches for the passwords wherever Docker or a disk could hold them.
     async fn search(&self, passwords: &[&str]) -> Result<()> {
         let needles: Vec<Vec<u8>> = passwords.iter().map(|text| text.as_bytes().to_vec()).collect();
         let clean = |place: &str, found: bool| {
@@ -389,7 +391,7 @@ impl Play {
         Ok(())
     }
 
-    /// The vault is killed, and nobody notices.
+    /// Kills the vault, and shows that nothing else notices.
     async fn outlive(&self, value: &str) -> Result<()> {
         let kill = KillContainerOptions { signal: "SIGKILL".to_owned() };
         self.docker.kill_container(VAULT, Some(kill)).await?;
@@ -409,7 +411,7 @@ impl Play {
         Ok(())
     }
 
-    /// A password that the database does not take.
+    /// Sets a password that the database rejects, and shows that the vault takes it back.
     async fn take_back(&self, good: &str) -> Result<()> {
         let bad = password("bad");
         self.set(&bad).await?;
@@ -440,7 +442,7 @@ fn has(bytes: &[u8], needles: &[Vec<u8>]) -> bool {
     needles.iter().any(|needle| bytes.windows(needle.len()).any(|window| window == needle))
 }
 
-/// Whether a stream holds one of them, also over the border of two pieces.
+/// Whether a stream contains one of the needles, even across the border of two pieces.
 async fn streams<B: AsRef<[u8]>>(stream: impl Stream<Item = Result<B, Error>>, needles: &[Vec<u8>]) -> Result<bool> {
     let mut stream = std::pin::pin!(stream);
     let overlap = needles.iter().map(Vec::len).max().unwrap_or(1) - 1;
@@ -454,8 +456,8 @@ async fn streams<B: AsRef<[u8]>>(stream: impl Stream<Item = Result<B, Error>>, n
     Ok(found)
 }
 
-/// How many files of the demo lie below Docker's folder, none of which has one of them; or the one that has. What lies in
-/// memory is left out.
+/// Searches the demo's files below Docker's folder. Returns how many there are if none contains a needle, or else the
+/// file that does. Skips what is only in memory.
 fn on_disk(root: &Path, needles: &[Vec<u8>]) -> Result<usize, PathBuf> {
     let mut files = 0;
     let mut folders: Vec<PathBuf> = VOLUMES.iter().map(|name| root.join("volumes").join(name)).collect();

@@ -1,6 +1,6 @@
-//! The agent's data folder, whose disk can refuse to be written to.
+//! The agent's data folder, whose disk can refuse writes.
 //!
-//! Root is not stopped by permissions, so for root it is a small file system of its own that can be filled up.
+//! Permissions do not stop root, so for root the folder is its own small file system that can be filled up.
 
 use std::fs::{self, File, Permissions};
 use std::io::Write as _;
@@ -11,21 +11,21 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result};
 use tempfile::TempDir;
 
-/// What fills it up.
+/// The file that fills the disk.
 const FILLER: &str = "soak-filler";
 
-/// How the disk is made to refuse.
+/// How the soak makes the disk refuse writes.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Means {
-    /// A file system of this size is filled.
+    /// Fills the small file system.
     Filling,
-    /// The folder may not be written to.
+    /// Takes away the permission to write to the folder.
     Permissions,
-    /// Not at all: root without the right to mount.
+    /// Cannot refuse: root without the right to mount.
     None,
 }
 
-/// The folder; dropped, it is gone.
+/// The folder. Dropping it removes it.
 pub(crate) struct Disk {
     folder: TempDir,
     means: Means,
@@ -58,12 +58,12 @@ impl Disk {
         self.means != Means::None
     }
 
-    /// From now on nothing can be written.
+    /// Makes the disk refuse writes from now on.
     pub(crate) fn refuse(&self) -> Result<()> {
         match self.means {
             Means::Filling => {
                 let mut file = File::create(self.path().join(FILLER)).context("cannot fill the disk")?;
-                // Until it refuses: page by page, then what is left of the last one.
+                // Write until the disk refuses: page by page, then the rest of the last page.
                 for size in [4096, 1] {
                     while file.write(&[0; 4096][..size]).is_ok() {}
                 }
@@ -74,7 +74,7 @@ impl Disk {
         }
     }
 
-    /// It can be written again.
+    /// Makes the disk accept writes again.
     pub(crate) fn relent(&self) -> Result<()> {
         match self.means {
             Means::Filling => Ok(fs::remove_file(self.path().join(FILLER))?),
@@ -87,7 +87,7 @@ impl Disk {
 impl Drop for Disk {
     fn drop(&mut self) {
         match self.means {
-            // Lazily: a process that is just ending may still have it open.
+            // Unmount lazily, because a process that is just ending may still have a file open there.
             Means::Filling => drop(command("umount", &["--lazy"], self.path())),
             Means::Permissions => drop(self.relent()),
             Means::None => {}

@@ -1,4 +1,4 @@
-//! The faults: what each is called, how it begins, and how it ends.
+//! The faults: their names, how each begins, and how it ends.
 
 use std::time::{Duration, Instant};
 
@@ -11,8 +11,8 @@ use serde_json::{Value, json};
 use super::relay::Door;
 use super::scene::Scene;
 
-/// All kinds of faults, and the orders that may come in the middle of them. They are dealt from a shuffled deck with
-/// each of them once, so that none is left out.
+/// All kinds of faults, and the orders that may arrive in the middle of them. The soak deals them from a shuffled deck
+/// that holds each kind once, so that it leaves none out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Kind {
     MasterStatus,
@@ -52,7 +52,7 @@ pub(crate) enum Kind {
 
 use Kind::*;
 
-/// What one fault at a time can act upon.
+/// What a fault acts on. At most one lasting fault acts on each of these at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Organ {
     Master,
@@ -79,13 +79,13 @@ impl Kind {
     }
 }
 
-/// The faults that last, and the deck that the next one comes from.
+/// The lasting faults in force, and the deck with the next ones.
 pub(crate) struct Faults {
     rng: Rng,
     deck: Vec<Kind>,
     lasting: Vec<(Kind, Instant)>,
     key: Option<String>,
-    /// How many there were of each kind.
+    /// How many faults of each kind there were.
     pub(crate) count: Vec<u32>,
 }
 
@@ -103,7 +103,7 @@ impl Faults {
         self.count[kind as usize]
     }
 
-    /// The kinds that never came.
+    /// The kinds that never occurred.
     pub(crate) fn missing(&self) -> Vec<Kind> {
         Kind::value_variants()
             .iter()
@@ -113,7 +113,7 @@ impl Faults {
             .collect()
     }
 
-    /// Begins one more, if the next in the deck can begin now.
+    /// Begins the next fault in the deck that can begin now, if any.
     pub(crate) async fn strike(&mut self, scene: &mut Scene<'_>, may_end_the_agent: bool) -> Result<()> {
         if self.deck.is_empty() {
             self.deck = Kind::value_variants().to_vec();
@@ -124,7 +124,7 @@ impl Faults {
             let possible = match kind {
                 ProxyKilled => scene.proxy.can_be_killed(),
                 DiskRefuses => scene.disk.can_refuse(),
-                // One that starts on a disk that refuses says so and ends.
+                // An agent that starts on a refusing disk logs that and exits.
                 AgentKilled | AgentStopped => may_end_the_agent && !busy(Organ::Disk),
                 SessionEnded | AgentForgotten | KeyRolled | OrderNewToken => scene.known().is_some(),
                 _ => true,
@@ -144,7 +144,7 @@ impl Faults {
         Ok(())
     }
 
-    /// Ends what has lasted long enough.
+    /// Ends the faults that have lasted long enough.
     pub(crate) async fn relent(&mut self, scene: &mut Scene<'_>) -> Result<()> {
         while let Some(at) = self.lasting.iter().position(|(_, until)| *until <= Instant::now()) {
             let (kind, _) = self.lasting.remove(at);
@@ -153,7 +153,7 @@ impl Faults {
         Ok(())
     }
 
-    /// Ends all.
+    /// Ends all faults.
     pub(crate) async fn end_all(&mut self, scene: &mut Scene<'_>) -> Result<()> {
         self.lasting.iter_mut().for_each(|(_, until)| *until = Instant::now());
         self.relent(scene).await?;
@@ -165,18 +165,18 @@ impl Faults {
         Duration::from_millis(self.rng.u64(least * 1000..=most * 1000))
     }
 
-    /// Sets a fault of the master, on some route, for some requests.
+    /// Sets a fault of the master, on a random route and for a random number of requests.
     fn at_the_master(&mut self, scene: &mut Scene<'_>, kind: Kind, fault: Fault) {
         let route = [Route::Any, Route::Commands, Route::Events, Route::Register][self.rng.usize(..4)];
         let times = self.rng.u32(1..=4);
-        // What was asked for has had its effect, and the answer does not arrive.
+        // The master handles the request, but the reply does not arrive whole.
         let loses = matches!(fault, Fault::LostReply | Fault::CutHalfway | Fault::Truncated);
         scene.may_be_lost |= loses && matches!(route, Route::Any | Route::Commands);
         scene.say("fault", format_args!("{kind:?} on {times} request(s), route {route}: {fault:?}"));
         scene.master.fault(route, fault, times);
     }
 
-    /// Begins; gives how long it lasts, if it is not over at once.
+    /// Begins a fault, and returns how long it lasts unless it is over at once.
     async fn begin(&mut self, kind: Kind, scene: &mut Scene<'_>) -> Result<Option<Duration>> {
         let agent = scene.known().map(|agent| agent.id);
         let tunnel = scene.tunnel.clone();
@@ -213,7 +213,7 @@ impl Faults {
             MasterPaused => {
                 let lasts = self.seconds(2, 10);
                 say(scene, Some(lasts));
-                // A reply may be on its way.
+                // A reply may be in flight.
                 scene.may_be_lost = true;
                 scene.master.pause().await?;
                 return Ok(Some(lasts));
@@ -231,7 +231,7 @@ impl Faults {
                     KeyRolled => self.key = Some(scene.master.roll_key(&agent)?),
                     _ => {
                         scene.master.forget(&agent)?;
-                        // The first protocol takes the agent as new; the second will not have that key again.
+                        // Version 1 takes the agent as new. Version 2 refuses that key for good.
                         if scene.master.snapshot().protocol == Protocol::V1 {
                             return Ok(None);
                         }
@@ -245,12 +245,12 @@ impl Faults {
                 if kind == OrderNewToken {
                     scene.new_token();
                 }
-                // Whom the master does not know gets it all when it enrols.
+                // An agent that the master does not know gets everything when it enrolls.
                 let Some(agent) = agent else { return Ok(None) };
                 match kind {
                     OrderRestart => {
                         scene.note_order();
-                        // It may be pending.
+                        // The agent may be pending, and then this fails.
                         drop(scene.master.redeploy(&agent));
                     }
                     OrderIngress => scene.order(&agent, Scene::ingress(self.rng.u32(..100)))?,
@@ -272,7 +272,7 @@ impl Faults {
                 return Ok(Some(lasts));
             }
             DockerSilent => {
-                // Now and then longer than a call of the agent waits.
+                // Sometimes stay silent for longer than the agent's calls wait.
                 let lasts = if self.rng.u8(..4) == 0 { self.seconds(20, 25) } else { self.seconds(1, 8) };
                 say(scene, Some(lasts));
                 scene.relay.turn(Door::Silent);
@@ -291,11 +291,11 @@ impl Faults {
                     TunnelRemoved => scene.scope.rm(&tunnel).await,
                     _ => scene.scope.tell_stand_in(&tunnel, &json!({ "exit": 1 })).await,
                 };
-                // It may be away at this moment.
+                // The container may be missing at this moment.
                 scene.say("fault", format_args!("{kind:?}{}", if done.is_ok() { "" } else { " (there is none)" }));
             }
             TunnelPaused | TunnelHung | TunnelUnready => {
-                // Now and then long enough for the agent to restart a hung one.
+                // Sometimes last long enough for the agent to restart a hung connector.
                 let lasts = if self.rng.u8(..4) == 0 { self.seconds(20, 40) } else { self.seconds(2, 10) };
                 let done = match kind {
                     TunnelPaused => scene.scope.pause(&tunnel).await,
@@ -314,7 +314,7 @@ impl Faults {
                 say(scene, None);
                 let arrived = scene.has_arrived();
                 scene.kill_agent().await?;
-                // What it was just told may not be on its disk; what it was told before is.
+                // The last order may not be on the agent's disk yet. Every earlier one must be.
                 if arrived {
                     scene.is_kept()?;
                 }
@@ -362,7 +362,7 @@ impl Faults {
             }
             DockerRefused | DockerSilent => scene.relay.turn(Door::Open),
             ProxyKilled => scene.proxy.restart().await?,
-            // It may be another one by now, or none.
+            // The container may be another one by now, or missing.
             TunnelPaused => drop(scene.scope.unpause(&tunnel).await),
             TunnelHung => drop(scene.scope.tell_stand_in(&tunnel, &json!({ "hang": Value::Null })).await),
             TunnelUnready => drop(scene.scope.tell_stand_in(&tunnel, &json!({ "unready": Value::Null })).await),

@@ -1,30 +1,30 @@
-//! What the kernel says of a process, the agent's or its proxy's, and whether it stays the same.
+//! Measures a process, the agent's or its proxy's, through the kernel, and checks that it does not grow.
 
 use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-/// What resident memory may grow by, whichever is more.
+/// How much resident memory may grow: by this share or by this many KiB, whichever is more.
 const MEMORY_SHARE: f64 = 0.25;
 const MEMORY_KIB: f64 = 3.0 * 1024.0;
-/// What open file descriptors may grow by: a connection more to the master and some to Docker.
+/// How many open file descriptors may be added: one more connection to the master, and some to Docker.
 const DESCRIPTORS: f64 = 4.0;
-/// A process this young is not looked at: it has not done anything yet.
+/// A process younger than this is not measured, because it has not done anything yet.
 const GROWN_UP: Duration = Duration::from_secs(5);
-/// A life this long is looked at for itself as well.
+/// A process that lives at least this long is also checked on its own.
 const LONG_LIFE: Duration = Duration::from_secs(300);
 
-/// One look.
+/// One measurement.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sample {
-    /// Since the beginning of the soak.
+    /// Time since the soak began.
     pub(crate) at: Duration,
-    /// The process.
+    /// The process id.
     pub(crate) pid: u32,
     pub(crate) memory_kib: u64,
     pub(crate) descriptors: usize,
-    /// Whether nothing was wrong at that time.
+    /// Whether the soak was calm at that time, with nothing wrong.
     pub(crate) calm: bool,
 }
 
@@ -38,28 +38,28 @@ impl Sample {
     }
 }
 
-/// The children of a process, each with its state: the agent has none, so one would be a zombie, or become one.
+/// The children of a process, each with its state. The agent starts none, so a child would be a zombie or become one.
 pub(crate) fn children(pid: u32) -> Vec<String> {
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
     let stats = processes.filter_map(|entry| fs::read_to_string(entry.path().join("stat")).ok());
     stats.filter(|stat| parent(stat) == Some(pid)).map(|stat| stat.chars().take(60).collect()).collect()
 }
 
-/// The parent in a line of `/proc/<pid>/stat`: the second field is a name in brackets and may hold anything.
+/// The parent in a line of `/proc/<pid>/stat`. The second field is a name in parentheses that may contain anything.
 fn parent(stat: &str) -> Option<u32> {
     stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
 }
 
-/// A process that others may follow in its place, and what was seen of all of them.
+/// A process that others may replace, with the measurements of all of them.
 #[derive(Debug, Default)]
 pub(crate) struct Watched {
-    /// The present one, and when it was first seen.
+    /// The current process, and when it was first seen.
     present: Option<(u32, Duration)>,
     pub(crate) samples: Vec<Sample>,
 }
 
 impl Watched {
-    /// Looks at the process of the moment, unless it is too young to have done anything.
+    /// Measures the current process, unless it is too young to have done anything.
     pub(crate) fn look(&mut self, pid: u32, at: Duration, calm: bool) -> Result<()> {
         let since = match self.present {
             Some((known, since)) if known == pid => since,
@@ -73,7 +73,7 @@ impl Watched {
     }
 }
 
-/// The medians of the first and the last third.
+/// The medians of the first and the last third of some values.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Trend {
     pub(crate) first: f64,
@@ -81,7 +81,7 @@ pub(crate) struct Trend {
 }
 
 impl Trend {
-    /// None of fewer than three values.
+    /// `None` for fewer than three values.
     fn of(mut values: Vec<f64>) -> Option<Self> {
         let third = values.len() / 3;
         let late = values.split_off(values.len() - third);
@@ -99,7 +99,8 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
     values.get(values.len() / 2).copied()
 }
 
-/// Memory and descriptors over the whole soak, if neither grows; of each long life memory as well.
+/// The trends of memory and descriptors over the whole soak. Fails if one of them grows, or if the memory of a
+/// long-lived process does.
 pub(crate) fn flat(samples: &[Sample]) -> Result<(Trend, Trend)> {
     let memory = |samples: &[Sample]| Trend::of(samples.iter().map(|sample| sample.memory_kib as f64).collect());
     let judge = |what: &str, trend: Trend| {

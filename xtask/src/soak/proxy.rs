@@ -1,4 +1,4 @@
-//! What is between the agent and Docker, behind the door: a socket proxy that can be killed, or the Engine itself.
+//! What stands behind the door, between the agent and Docker: a socket proxy that can be killed, or the Engine itself.
 
 use std::path::Path;
 use std::time::Duration;
@@ -11,14 +11,14 @@ use super::relay::Behind;
 const KILLED: Duration = Duration::from_secs(10);
 
 pub(crate) enum Proxy<'a> {
-    /// The agent's own, and whether it runs.
+    /// The agent's own proxy, and whether it runs.
     Own(SocketProxy, bool),
     Haproxy(testkit::Proxy<'a>),
     None,
 }
 
 impl<'a> Proxy<'a> {
-    /// Starts what is asked for, for an agent with these settings.
+    /// Starts the requested proxy, for an agent with these settings.
     pub(crate) async fn start(
         between: Between,
         scope: &'a Scope,
@@ -74,7 +74,7 @@ impl<'a> Proxy<'a> {
         }
     }
 
-    /// The process of the agent's own, while it runs.
+    /// The process id of the agent's own proxy, while it runs.
     pub(crate) fn pid(&self) -> Option<u32> {
         match self {
             Self::Own(proxy, true) => Some(proxy.process().pid()),
@@ -82,7 +82,7 @@ impl<'a> Proxy<'a> {
         }
     }
 
-    /// The agent's own lets through all that the agent asks for, and ends only when it is killed.
+    /// Checks that the agent's own proxy allows everything the agent asks for, and ends only when killed.
     pub(crate) fn refuses_nothing(&mut self) -> Result<()> {
         let Self::Own(proxy, runs) = self else { return Ok(()) };
         let refusals = proxy.refusals();

@@ -1,4 +1,4 @@
-//! The door between the agent and Docker, at one address all the while: open, shut, or open and silent.
+//! The door between the agent and Docker, always at the same address: open, shut, or open and silent.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -12,24 +12,24 @@ use tokio::task::{JoinHandle, JoinSet};
 /// What is behind the door.
 #[derive(Clone, Debug)]
 pub(crate) enum Behind {
-    /// A socket, by its path: the Engine's, or that of the agent's own proxy.
+    /// The path of a socket: the Engine's, or that of the agent's own proxy.
     Unix(PathBuf),
-    /// Another proxy, by its `host:port`.
+    /// The `host:port` of another proxy.
     Tcp(String),
 }
 
-/// What whoever knocks finds.
+/// What a connecting client finds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Door {
-    /// What is behind.
+    /// What stands behind the door.
     Open,
-    /// A port on which nobody listens.
+    /// A port on which nothing listens.
     Refused,
-    /// Somebody who takes what is said and never answers.
+    /// A server that reads everything and never answers.
     Silent,
 }
 
-/// The relay; dropped, it cuts all connections.
+/// The relay. Dropping it cuts all connections.
 pub(crate) struct Relay {
     address: SocketAddr,
     door: watch::Sender<Door>,
@@ -49,12 +49,12 @@ impl Relay {
         Ok(Self { address, door, server })
     }
 
-    /// What the agent has in `DOCKER_HOST`.
+    /// The agent's `DOCKER_HOST`.
     pub(crate) fn host_url(&self) -> String {
         format!("tcp://{}", self.address)
     }
 
-    /// Cuts all connections; new ones find the door like this.
+    /// Cuts all connections. New ones find the door like this.
     pub(crate) fn turn(&self, door: Door) {
         self.door.send_replace(door);
     }
@@ -77,7 +77,7 @@ async fn run(
     loop {
         if *doors.borrow_and_update() == Door::Refused {
             drop(listener);
-            // The port stays ours while nobody listens on it.
+            // Keep the port bound while nothing listens on it.
             let kept = TcpSocket::new_v4()?;
             kept.set_reuseaddr(true)?;
             kept.bind(address).context("cannot keep the port")?;
@@ -101,7 +101,7 @@ async fn run(
 
 async fn serve(mut client: TcpStream, mut doors: watch::Receiver<Door>, behind: Behind) {
     let door = *doors.borrow_and_update();
-    // Both arms may be dropped half-way: that is what a cut is.
+    // Both arms may be dropped half-way, because that is how the door cuts a connection.
     tokio::select! {
         _ = doors.changed() => {}
         _ = forward(&mut client, door, behind) => {}

@@ -1,5 +1,5 @@
-//! Everything there is in a soak: the agent's process, its master and Docker, the tunnel's container and others that
-//! come and go; and the operator, who does what an operator would.
+//! Everything in a soak: the agent's process, its master and Docker, the tunnel's container and others that come and
+//! go. Also the operator, who acts as a real one would.
 
 use std::collections::{BTreeSet, HashMap};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -17,17 +17,17 @@ use super::disk::Disk;
 use super::proxy::Proxy;
 use super::relay::Relay;
 
-/// The label that tells a container of the agent's own.
+/// The label that marks the agent's own containers.
 const SPEC_LABEL: &str = "com.dockflare.agent.spec";
 const WORKLOAD_LABELS: [(&str, &str); 2] =
     [("dockflare.enable", "true"), ("dockflare.service", "http://workload:8080")];
-/// Other containers at a time.
+/// The most other containers at a time.
 const MOST_WORKLOADS: usize = 6;
-/// How long a stop may take: Docker may just be silent.
+/// How long a stop may take; Docker may be silent at the time.
 const STOP_LIMIT: Duration = Duration::from_secs(60);
-/// How long a command may take from the master to the agent's disk, with the faults in between.
+/// How long a command may take from the master to the agent's disk, through the faults in between.
 const ON_ITS_WAY: Duration = Duration::from_secs(15);
-/// How many of the last lines are shown with a failure.
+/// How many of the last log lines a failure shows.
 const LAST_LINES: usize = 100;
 
 pub(crate) struct Scene<'a> {
@@ -37,27 +37,27 @@ pub(crate) struct Scene<'a> {
     pub(crate) proxy: Proxy<'a>,
     pub(crate) relay: Relay,
     pub(crate) disk: Disk,
-    /// The running agent; none only between two of them.
+    /// The running agent; `None` only between two agents.
     agent: Option<AgentProcess>,
-    /// The lines that those before wrote.
+    /// How many lines the earlier agents wrote.
     lines_before: usize,
-    /// The end of the log of the one before.
+    /// The end of the previous agent's log.
     earlier: Vec<String>,
     binary: PathBuf,
     env: Vec<(String, String)>,
-    /// Holds the file with the agent key; not on the disk that refuses.
+    /// Holds the file with the agent key, which is not on the refusing disk.
     desk: tempfile::TempDir,
     keys: Vec<String>,
-    /// The tunnel's container, and the one that follows it.
+    /// The name of the tunnel's container.
     pub(crate) tunnel: String,
     tunnel_id: String,
     token: String,
-    /// A command may have been lost with a reply, which no master notices, only its operator.
+    /// Whether a command may have been lost with a reply. No master notices that; only its operator does.
     pub(crate) may_be_lost: bool,
-    /// When the last command was given, and whether all was right since.
+    /// When the operator gave the last command, and whether everything has been right since.
     ordered: Instant,
     pub(crate) settled: bool,
-    /// Every other container that was ever made, and those that are there now.
+    /// Every other container that the soak ever made, and those that exist now.
     made: BTreeSet<String>,
     present: Vec<String>,
 }
@@ -119,7 +119,7 @@ impl<'a> Scene<'a> {
         Ok(scene)
     }
 
-    /// A line of what happens.
+    /// Prints a line about what happens.
     pub(crate) fn say(&self, who: &str, what: impl std::fmt::Display) {
         println!("{:7.1} s  {who:<8} {what}", self.began.elapsed().as_secs_f64());
     }
@@ -143,14 +143,14 @@ impl<'a> Scene<'a> {
         Ok(self.agent()?.pid())
     }
 
-    /// The agent may end only when it is asked to.
+    /// Checks that the agent still runs, because it may end only on request.
     pub(crate) fn agent_runs(&mut self) -> Result<()> {
         let agent = self.agent.as_mut().context("there is no agent")?;
         ensure!(agent.is_running()?, "the agent has ended by itself");
         Ok(())
     }
 
-    /// Ends it without its having a say.
+    /// Kills the agent without warning.
     pub(crate) async fn kill_agent(&mut self) -> Result<()> {
         let agent = self.agent.as_mut().context("there is no agent")?;
         agent.sigkill()?;
@@ -158,7 +158,7 @@ impl<'a> Scene<'a> {
         self.bury()
     }
 
-    /// Asks it to stop, which it does with 0.
+    /// Sends SIGTERM to the agent, which must exit with 0.
     pub(crate) async fn stop_agent(&mut self) -> Result<Duration> {
         let began = Instant::now();
         let agent = self.agent.as_mut().context("there is no agent")?;
@@ -169,7 +169,7 @@ impl<'a> Scene<'a> {
         Ok(began.elapsed())
     }
 
-    /// The end of a process, which looks for secrets in all that it wrote.
+    /// Drops an ended agent, and checks that it wrote no secret to its log.
     pub(crate) fn bury(&mut self) -> Result<()> {
         let Some(agent) = self.agent.take() else { return Ok(()) };
         let log = agent.log();
@@ -181,7 +181,7 @@ impl<'a> Scene<'a> {
         Ok(())
     }
 
-    /// How many lines the agents have written, but for those about other people's containers.
+    /// How many lines the agents have written, except those about other people's containers.
     pub(crate) fn lines(&self) -> usize {
         self.lines_before + self.agent.as_ref().map_or(0, |agent| self.count(&agent.log()))
     }
@@ -194,7 +194,7 @@ impl<'a> Scene<'a> {
         log.lines().filter(|line| !is_of_others(line)).count()
     }
 
-    /// The last lines of their log.
+    /// The last lines of the agents' logs.
     pub(crate) fn last_lines(&self) -> Vec<String> {
         let mut lines = self.earlier.clone();
         if let Some(agent) = &self.agent {
@@ -206,7 +206,7 @@ impl<'a> Scene<'a> {
 
     // The operator.
 
-    /// Puts a key into the agent's file.
+    /// Writes a key into the agent's key file.
     pub(crate) fn hand_over(&mut self, key: &str) -> Result<()> {
         std::fs::write(self.desk.path().join("key"), format!("{key}\n"))?;
         self.keys.push(key.to_owned());
@@ -216,14 +216,14 @@ impl<'a> Scene<'a> {
         Ok(())
     }
 
-    /// The agent as its master knows it; none while it does not.
+    /// The agent as its master knows it; `None` while the master does not know it.
     pub(crate) fn known(&self) -> Option<Agent> {
         let known = self.master.snapshot();
         let stored = std::fs::read_to_string(self.disk.path().join("agent_id.txt")).unwrap_or_default();
         known.agent(stored.trim()).or_else(|| known.only_agent()).cloned()
     }
 
-    /// Whoever is pending gets the tunnel.
+    /// Enrolls the agent if it is pending.
     pub(crate) fn enrol_pending(&mut self) -> Result<()> {
         if let Some(agent) = self.known().filter(|agent| agent.status == AgentStatus::Pending) {
             self.say("operator", format_args!("enrols the agent {}", agent.id));
@@ -232,7 +232,7 @@ impl<'a> Scene<'a> {
         Ok(())
     }
 
-    /// What an operator does who sees that the tunnel is not as it should be.
+    /// Enrolls again if a command may be lost, as an operator would on seeing that the tunnel is not right.
     pub(crate) fn repeat_what_may_be_lost(&mut self) -> Result<()> {
         if std::mem::take(&mut self.may_be_lost)
             && let Some(agent) = self.known()
@@ -264,7 +264,7 @@ impl<'a> Scene<'a> {
         !self.may_be_lost && (self.settled || self.ordered.elapsed() > ON_ITS_WAY)
     }
 
-    /// What the agent was told last is on its disk.
+    /// Checks that the last token given to the agent is on its disk.
     pub(crate) fn is_kept(&self) -> Result<()> {
         let state = std::fs::read_to_string(self.disk.path().join("tunnel_state.json")).unwrap_or_default();
         ensure!(state.contains(&self.token), "the agent has ended, and the token it was given last is not on its disk");
@@ -283,10 +283,10 @@ impl<'a> Scene<'a> {
 
     // The containers.
 
-    /// One of the others comes, goes, or comes back.
+    /// Adds another container, or makes one go or come back.
     pub(crate) async fn move_workload(&mut self, rng: &mut Rng) -> Result<()> {
         if self.present.is_empty() || (self.present.len() < MOST_WORKLOADS && rng.bool()) {
-            // Some end by themselves. None needs a network to be told of.
+            // Some containers end by themselves. None needs a network for the agent to report it.
             let args: &[&str] = if rng.u8(..4) == 0 { &["sleep", "1500"] } else { &[] };
             let id = self.scope.run_workload(&WORKLOAD_LABELS, args, Some("none"), false).await?;
             self.made.insert(id.clone());
@@ -296,7 +296,7 @@ impl<'a> Scene<'a> {
         let at = rng.usize(..self.present.len());
         let id = self.present[at].clone();
         match rng.u8(..4) {
-            // Docker says no to what is so already.
+            // Docker refuses a change that has already happened.
             0 => drop(self.scope.stop(&id, 1).await),
             1 => drop(self.scope.kill(&id, "SIGKILL").await),
             2 => drop(self.scope.start(&id).await),
@@ -314,16 +314,16 @@ impl<'a> Scene<'a> {
         Ok(self.scope.docker().list_containers(Some(options)).await?)
     }
 
-    /// The containers that the agent has made for the tunnel, whether or not they run.
+    /// The containers that the agent has made for the tunnel, running or not.
     pub(crate) async fn connectors(&self) -> Result<Vec<String>> {
         let found = self.list(true, ("label", SPEC_LABEL.to_owned())).await?;
         let names = found.into_iter().filter_map(|container| container.names?.pop());
         let names = names.map(|name| name.trim_start_matches('/').to_owned());
-        // Those of other agents on this machine are none of ours.
+        // Skip those of other agents on this machine.
         Ok(names.filter(|name| name.contains(self.scope.suffix())).collect())
     }
 
-    /// At most the two of a replacement.
+    /// Checks that there are at most the two connectors of a replacement.
     pub(crate) async fn at_most_two_connectors(&self) -> Result<()> {
         let names = self.connectors().await?;
         let next = format!("{}-next", self.tunnel);
@@ -332,14 +332,14 @@ impl<'a> Scene<'a> {
         Ok(())
     }
 
-    /// Whether all is as it should be, or what is not.
+    /// Checks that everything is right. The error says what is not.
     pub(crate) async fn is_well(&self) -> Result<()> {
         let agent = self.known().context("the master does not know the agent")?;
         ensure!(agent.online, "the master has not heard of the agent for a minute");
         ensure!(agent.queued == 0, "{} command(s) are not fetched", agent.queued);
         let state = agent.tunnel_state().unwrap_or("unknown");
         ensure!(state == "running", "the master has the tunnel as {state}");
-        // With a reason, what runs is not yet what is wanted.
+        // A reason means that the running connector does not match the spec yet.
         let reason = agent.tunnel_status.as_ref().and_then(|status| status.event["reason"].as_str());
         ensure!(reason.is_none(), "the master has the tunnel as running, but {}", reason.unwrap_or_default());
         let connectors = self.connectors().await?;
@@ -350,7 +350,7 @@ impl<'a> Scene<'a> {
         let label = format!("{}={}", "dockflare-test.scope", self.scope.suffix());
         let running = self.list(false, ("label", label)).await?.into_iter().filter_map(|container| container.id);
         let running: BTreeSet<_> = running.filter(|id| self.made.contains(id)).collect();
-        // Containers of other tests on this machine are told as well.
+        // The agent also reports containers of other tests on this machine.
         let told: BTreeSet<_> = agent.containers.keys().filter(|id| self.made.contains(*id)).cloned().collect();
         if running != told {
             let (missing, stale) = (running.difference(&told).count(), told.difference(&running).count());

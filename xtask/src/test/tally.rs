@@ -1,22 +1,22 @@
-//! What the lines of `cargo test` say, added up.
+//! Adds up the results in the output of `cargo test`.
 
 use std::fmt;
 
-/// Tests by how they ended.
+/// Counts of tests by result.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Tally {
-    /// Ended well.
+    /// Passed.
     pub(crate) passed: u64,
     /// Failed.
     pub(crate) failed: u64,
-    /// Not run: `ignored` in the harness's words.
+    /// Not run; the harness calls them `ignored`.
     pub(crate) skipped: u64,
-    /// The names of those.
+    /// The names of the skipped tests.
     pub(crate) skipped_names: Vec<String>,
 }
 
 impl Tally {
-    /// Counts one line of output; other lines than a harness's own count nothing.
+    /// Counts one line of output. Only the harness's own lines count.
     pub(crate) fn read(&mut self, line: &str) {
         let line = without_colours(line);
         if let Some(result) = line.strip_prefix("test result: ") {
@@ -37,7 +37,7 @@ impl fmt::Display for Tally {
     }
 }
 
-/// The number in front of a word, 0 if the word is not there.
+/// The number in front of a word, or 0 if the word is missing.
 fn number_before(text: &str, word: &str) -> u64 {
     let words: Vec<_> = text.split_whitespace().map(|word| word.trim_end_matches([';', '.', ','])).collect();
     let at = words.iter().position(|found| *found == word);

@@ -1,4 +1,4 @@
-//! An agent's side, by hand: what is sent is exactly what the test says.
+//! Plays the agent's side by hand, and sends exactly what the test says.
 
 use std::sync::Once;
 use std::time::Duration;
@@ -7,12 +7,12 @@ use dockflare_dev_master::{Builder, DevMaster, Protocol};
 use reqwest::{Client, Method, Response};
 use serde_json::{Map, Value, json};
 
-/// No wait of these tests should ever take this long.
+/// Longer than any wait of these tests should take.
 pub(crate) const LONG: Duration = Duration::from_secs(20);
 
 pub(crate) const SCOPE: &str = "dockflare_enabled_running";
 
-/// A client that does not follow redirections and needs no certificates.
+/// A client that does not follow redirects and needs no certificates.
 pub(crate) fn client() -> Client {
     static PROVIDER: Once = Once::new();
     PROVIDER.call_once(|| drop(rustls::crypto::ring::default_provider().install_default()));
@@ -32,7 +32,7 @@ pub(crate) async fn start(builder: Builder) -> DevMaster {
     builder.start().await.unwrap()
 }
 
-/// A reply that came whole.
+/// A complete reply.
 #[derive(Debug)]
 pub(crate) struct Answer {
     pub(crate) status: u16,
@@ -48,13 +48,13 @@ impl Answer {
         self.body[member].as_str().unwrap_or_default().to_owned()
     }
 
-    /// Status and code, as the tables have them.
+    /// Asserts the status and the code, as the tables list them.
     pub(crate) fn is(&self, status: u16, code: &str) {
         assert_eq!((self.status, self.code()), (status, code), "{:?}", self.body);
     }
 }
 
-/// Somebody with a key.
+/// A caller with a key.
 #[derive(Clone)]
 pub(crate) struct Caller {
     client: Client,
@@ -67,12 +67,12 @@ impl Caller {
         Self { client: client(), url: master.url(), key: key.to_owned() }
     }
 
-    /// With a key just made.
+    /// A caller with a new agent key.
     pub(crate) fn fresh(master: &DevMaster) -> Self {
         Self::new(master, &master.generate_key("tests"))
     }
 
-    /// With the master key of a double that was given none.
+    /// A caller with the default master key.
     pub(crate) fn operator(master: &DevMaster) -> Self {
         Self::new(master, "dev-master-key")
     }
@@ -149,7 +149,7 @@ impl Session {
         Self { caller, agent, session, events: 0, reports: 0 }
     }
 
-    /// The event with its members and the next number of its stream.
+    /// Makes an event with these members and the next number of its stream.
     pub(crate) fn next(&mut self, kind: &str, more: &Value) -> Value {
         let (member, number) = match kind {
             "status_report" => ("report_sequence", &mut self.reports),
@@ -184,19 +184,19 @@ pub(crate) fn container(id: &str) -> Value {
     json!({ "id": id, "name": format!("name-{id}"), "labels": { "dockflare.enable": "true" }, "status": "running" })
 }
 
-/// `base` with the members of `more` over its own.
+/// Merges `more` into `base`; a member of `more` wins.
 pub(crate) fn merged(base: &Value, more: &Value) -> Value {
     let mut members: Map<String, Value> = base.as_object().cloned().unwrap();
     members.extend(more.as_object().cloned().unwrap());
     Value::Object(members)
 }
 
-/// No violation, or they are shown.
+/// Asserts that the master recorded no violation.
 pub(crate) fn clean(master: &DevMaster) {
     assert_eq!(master.violations(), Vec::<String>::new());
 }
 
-/// One violation that says this.
+/// Asserts that the master recorded a violation that says this.
 pub(crate) fn violated(master: &DevMaster, what: &str) {
     let violations = master.violations();
     assert!(violations.iter().any(|found| found.contains(what)), "{what}: {violations:?}");

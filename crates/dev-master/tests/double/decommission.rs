@@ -1,4 +1,4 @@
-//! Decommissioning, in both phases and with everything that can be wrong about them.
+//! Decommissioning, in both phases, and everything that can go wrong in them.
 
 use dockflare_dev_master::{DevMaster, Phase};
 use serde_json::{Value, json};

@@ -1,4 +1,4 @@
-//! Events as version 1 takes them: nearly everything, with consequences.
+//! Events as version 1 takes them: it accepts nearly everything, and acts on it.
 
 use reqwest::Method;
 use serde_json::json;

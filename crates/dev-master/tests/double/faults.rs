@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use crate::caller::*;
 
-/// A registered agent with a queued tunnel, on a master that has `fault` once on commands.
+/// A registered agent with a queued tunnel command, on a master that has `fault` set for one commands request.
 async fn faulty(fault: Fault) -> (DevMaster, Caller, String) {
     let master = v2().await;
     let caller = Caller::fresh(&master);
@@ -19,7 +19,7 @@ async fn faulty(fault: Fault) -> (DevMaster, Caller, String) {
     (master, caller, id)
 }
 
-/// How many commands the next poll, which has no fault, delivers.
+/// Polls without a fault, and returns how many commands that delivers.
 async fn left(caller: &Caller, id: &str) -> usize {
     caller.commands(id).await.body["commands"].as_array().unwrap().len()
 }
@@ -170,7 +170,7 @@ async fn requests_of_one_stream_that_overlap_are_a_violation() {
         held.push(tokio::spawn(async move { caller.events(&id, &body).await.status }));
     }
     master.wait_for("both to be held", LONG, |seen| (seen.faults == 0).then_some(())).await.unwrap();
-    // Another of one stream, and none of the other, while both are under way.
+    // Send another request of one stream, and none of the other, while both are in flight.
     agent.events = 10;
     agent.send("heartbeat", &json!({})).await.is(202, "accepted_noop");
     clean(&master);

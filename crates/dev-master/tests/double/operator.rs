@@ -1,4 +1,4 @@
-//! The operator's routes, those of a real master and the double's own.
+//! The operator's routes: a real master's and the double's own.
 
 use dockflare_dev_master::{DevMaster, Protocol};
 use reqwest::Method;

@@ -1,4 +1,4 @@
-//! Registration: who gets which id, and which protocol is spoken.
+//! Registration: which id an agent gets, and which protocol version it agrees on.
 
 use dockflare_dev_master::{DevMaster, Limits};
 use reqwest::Method;

@@ -1,4 +1,4 @@
-//! Waiting for what the double sees, and being without it for a while.
+//! Waits for what the double sees, and pauses the double for a while.
 
 use std::time::Duration;
 
@@ -96,7 +96,7 @@ async fn a_dropped_master_is_gone() {
     caller.joined().await;
     let address = master.address();
     drop(master);
-    // The abort takes effect when the runtime next turns; each try lets it.
+    // The abort takes effect when the runtime next runs. Each try yields to let it.
     while tokio::net::TcpStream::connect(address).await.is_ok() {
         tokio::task::yield_now().await;
     }
