@@ -1,4 +1,4 @@
-//! What the Engine says: an event, a line of a listing, an inspection.
+//! Fuzzes what the Engine sends: an event, an entry of a listing, an inspection.
 #![no_main]
 
 use bollard::models;

@@ -1,10 +1,10 @@
-//! The environment, `NAME=value` in each line.
+//! Fuzzes the environment, with `NAME=value` on each line.
 #![no_main]
 
 use dockflare_agent::config::Config;
 
 libfuzzer_sys::fuzz_target!(|text: &str| {
-    // Files named in it are read, which is not what is looked for here.
+    // Skip variables that name a file: reading files is not under test.
     let vars = text
         .lines()
         .filter_map(|line| line.split_once('='))

@@ -1,4 +1,4 @@
-//! References to images: what is taken is shown as it was written.
+//! Fuzzes image references: an accepted one is displayed as it was written.
 #![no_main]
 
 use dockflare_agent::config::ImageRef;

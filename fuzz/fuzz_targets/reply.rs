@@ -1,4 +1,4 @@
-//! What a master answers: a registration, commands, a refusal.
+//! Fuzzes a master's answers: a registration, commands, a refusal.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|body: &[u8]| dockflare_agent::fuzzing::reply(body));

@@ -1,4 +1,4 @@
-//! The files in the data folder: what is taken comes back as it was.
+//! Fuzzes the files in the data folder: an accepted one round-trips unchanged.
 #![no_main]
 
 use dockflare_agent::state::{AgentId, Tombstone, TunnelState};

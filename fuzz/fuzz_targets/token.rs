@@ -1,4 +1,4 @@
-//! Tunnel tokens: none is shown, whatever is wrong with it.
+//! Fuzzes tunnel tokens: none is ever shown, whatever is wrong with it.
 #![no_main]
 
 use dockflare_agent::state::Token;

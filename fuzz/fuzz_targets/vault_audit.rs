@@ -1,4 +1,4 @@
-//! Lines of the vault's audit.
+//! Fuzzes lines of the vault's audit.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| dockflare_vault::fuzzing::audit(bytes));

@@ -1,4 +1,4 @@
-//! The command line and the environment, as far as a supervisor uses them.
+//! The part of the command line and the environment that a supervisor uses.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use serde::Deserialize;
 use crate::log::{Level, Log};
 use crate::transport::Transport;
 
-/// The original refuses a longer drain.
+/// The original refuses a longer grace period.
 const LONGEST_GRACE: Duration = Duration::from_secs(180);
 
 /// `cloudflared …`. The original takes `--no-autoupdate` at every level, and so do we.
@@ -63,7 +63,7 @@ pub enum TunnelCommand {
     Ready,
 }
 
-/// The `TUNNEL_*` variables that have an effect here; others are ignored as by the original.
+/// The `TUNNEL_*` variables that have an effect here. Like the original, the stand-in ignores the others.
 #[derive(Debug, Clone, Default, Deserialize)]
 pub struct TunnelEnv {
     /// `TUNNEL_TOKEN`; wins over the file.
@@ -78,7 +78,7 @@ pub struct TunnelEnv {
     pub loglevel: Option<String>,
     /// `TUNNEL_TRANSPORT_PROTOCOL`: `auto`, `quic` or `http2`.
     pub transport_protocol: Option<String>,
-    /// `TUNNEL_POST_QUANTUM`, a boolean: quic and nothing else.
+    /// `TUNNEL_POST_QUANTUM`, a boolean. It allows QUIC only.
     pub post_quantum: Option<String>,
     /// `TUNNEL_REGION`: only shown in the log.
     pub region: Option<String>,
@@ -96,10 +96,10 @@ impl TunnelEnv {
         Ok(env)
     }
 
-    /// How long a stop may take, 30 s unless said otherwise.
+    /// How long a stop may take; 30 s by default.
     ///
     /// # Errors
-    /// When the text is no duration, or above three minutes.
+    /// When the text is not a duration, or is above three minutes.
     pub fn grace_period(&self) -> Result<Duration> {
         let text = self.grace_period.as_deref().unwrap_or("30s");
         let span: SignedDuration = text.parse().with_context(|| format!("invalid grace period {text:?}"))?;
@@ -108,7 +108,7 @@ impl TunnelEnv {
         Ok(period)
     }
 
-    /// The log as it is wanted.
+    /// A log with the level of `TUNNEL_LOGLEVEL`.
     ///
     /// # Errors
     /// At an unknown level.
@@ -117,7 +117,7 @@ impl TunnelEnv {
         Ok(Log::new(least))
     }
 
-    /// The protocol as it is wanted.
+    /// The protocol that the variables choose.
     ///
     /// # Errors
     /// As [`Transport::choose`].
@@ -125,8 +125,8 @@ impl TunnelEnv {
         Transport::choose(self.transport_protocol.as_deref(), self.post_quantum.as_deref())
     }
 
-    /// The variables as the original shows them: `map[TUNNEL_METRICS:… TUNNEL_TRANSPORT_PROTOCOL:quic]`, without
-    /// the token.
+    /// Formats the variables as the original logs them, without the token: `map[TUNNEL_METRICS:…
+    /// TUNNEL_TRANSPORT_PROTOCOL:quic]`.
     #[must_use]
     pub fn shown(&self) -> String {
         let variables = [

@@ -1,4 +1,4 @@
-//! What is known of the one tunnel this process serves.
+//! The state of the one tunnel that this process serves.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -18,38 +18,38 @@ const MIB: usize = 1024 * 1024;
 pub struct Connector {
     /// The log.
     pub log: Log,
-    /// From the token.
+    /// The tunnel's id, from the token.
     pub tunnel_id: String,
-    /// The token's text: an edge decides by it. Never shown.
+    /// The token's text, which an edge decides by. Never shown.
     pub(crate) token: String,
-    /// A new one at each start.
+    /// The connector's id, new at each start.
     pub id: Uuid,
     /// What the user chose.
     pub chosen: Chosen,
-    /// The behaviours in force; whoever acts on them subscribes.
+    /// The behaviors in force. Tasks that act on them subscribe.
     pub script: watch::Sender<Script>,
-    /// A std mutex: no await happens under it.
+    /// A std mutex: no await while it is held.
     shown: Mutex<Shown>,
-    /// Memory in pieces of a MiB, only to have it.
+    /// The memory that `eat` holds, in pieces of 1 MiB.
     eaten: Mutex<Vec<Vec<u8>>>,
 }
 
-/// What changes as connections come and go.
+/// The state that changes as connections come and go.
 #[derive(Debug, Clone)]
 pub struct Shown {
-    /// The protocol of the connections that are or will be.
+    /// The protocol of the current connections, or of the next ones.
     pub protocol: Protocol,
     /// The indexes that `/ready` counts.
     pub connections: BTreeSet<usize>,
     /// Whether there has ever been a connection.
     pub connected_once: bool,
-    /// The series of `/metrics`, as the recordings have had them so far.
+    /// The series of `/metrics`, as recorded up to this point.
     pub series: BTreeMap<String, f64>,
     /// Whether the remote configuration has arrived.
     pub configured: bool,
-    /// Requests that a double of the edge sent, and those of them that the origin failed.
+    /// Requests from a double of the edge.
     pub served: u64,
-    /// See `served`.
+    /// Those of them that the origin failed.
     pub failed: u64,
     /// Requests that are being answered.
     pub in_flight: u64,
@@ -80,7 +80,7 @@ impl Connector {
         }
     }
 
-    /// The behaviour at this moment.
+    /// The behavior at this moment.
     #[must_use]
     pub fn behaviour(&self) -> Behaviour {
         self.script.borrow().behaviour().clone()
@@ -109,25 +109,25 @@ impl Connector {
         self.lock().connections.len()
     }
 
-    /// The protocol of the connections that are or will be.
+    /// The protocol of the current connections, or of the next ones.
     #[must_use]
     pub fn protocol(&self) -> Protocol {
         self.lock().protocol
     }
 
-    /// Returns once the script does not say `hang`.
+    /// Waits while the script says `hang`.
     pub async fn no_hang(&self) {
         let mut script = self.script.subscribe();
-        // An error would mean that the sender is gone, and it lives here.
+        // Cannot fail: `self` holds the sender.
         drop(script.wait_for(|script| !script.behaviour().hang).await);
     }
 
-    /// Has so much memory from now on. What it has it keeps.
+    /// Holds at least this much memory from now on; never frees any.
     pub fn eat(&self, mib: usize) {
         let mut eaten = lock(&self.eaten);
         if mib > eaten.len() {
-            // Written and not only reserved: a limit counts what is touched. Hidden from the compiler,
-            // which would leave out memory that nobody reads.
+            // Write the memory, not only reserve it: a limit counts touched pages. `black_box` keeps the compiler from
+            // dropping memory that nobody reads.
             eaten.resize_with(mib, || std::hint::black_box(vec![0x5a; MIB]));
         }
     }
@@ -144,7 +144,7 @@ impl Connector {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Nothing panics while holding one; and if it did, what is in it would still be of use.
+    // Nothing panics while holding a lock, and the content would still be usable.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

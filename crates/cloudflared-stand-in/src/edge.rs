@@ -1,19 +1,19 @@
-//! A double of Cloudflare's edge, for tests: connectors dial it, and it sends visitors' requests over
-//! their connections.
+//! A double of Cloudflare's edge, for tests: connectors dial it, and it sends visitors' requests over their
+//! connections.
 //!
-//! As the real one it takes a while to use a new connection, stops using one that unregisters, closes it a second
-//! after its last answer, and does not try a request again that broke. What it can be told to do:
+//! Like the real edge, it needs a while to use a new connection, stops using one that unregisters, closes it a second
+//! after its last answer, and does not retry a request whose connection broke. Tests control it with these calls:
 //!
 //! | call | what connectors meet |
 //! |---|---|
-//! | [`Edge::refuse`], [`Edge::fail`], [`Edge::leave_unanswered`] | each registration of [`Whose`] gets that verdict, and what is connected is dropped |
-//! | [`Edge::accept`] | the same are registered again |
-//! | [`Edge::block`], [`Edge::unblock`] | one protocol finds nobody there; the other is served |
+//! | [`Edge::refuse`], [`Edge::fail`], [`Edge::leave_unanswered`] | each registration of [`Whose`] gets that verdict, and existing connections are dropped |
+//! | [`Edge::accept`] | registers them again |
+//! | [`Edge::block`], [`Edge::unblock`] | one protocol finds nothing listening; the other works |
 //! | [`Edge::leave`], [`Edge::swallow`], [`Edge::come_back`] | the edge is away: nothing listens, or packets get no answer |
 //! | [`Edge::keep_drained`] | drained connections are not closed: a stop takes its whole grace period |
 //!
-//! It speaks JSON lines over TCP. Between the two a verdict also tells what on the real network would show itself by
-//! silence or by a reset, so that a connector need not wait to learn which recording to play:
+//! It speaks JSON lines over TCP. A verdict also reports what a real network would show as silence or as a reset, so
+//! the connector knows at once which recording to play:
 //!
 //! | who | says | when |
 //! |---|---|---|
@@ -41,12 +41,12 @@ use tokio::time::{Instant, sleep};
 use crate::transport::Protocol;
 use crate::wire::{self, FromConnector, FromEdge, Lines, Loss, Registration, Verdict};
 
-/// So many requests wait for a connection that does not take them; then the visitors wait.
+/// Requests that may wait for a slow connection; beyond that, [`Edge::ask`] waits.
 const QUEUE: usize = 64;
-/// How long after its last answer a drained connection is closed, as in the recordings.
+/// How long after its last answer the edge closes a drained connection, as in the recordings.
 const LINGER: Duration = Duration::from_secs(1);
 
-/// The edge. It lives on the runtime it was started on; dropping it closes every connection.
+/// The edge. It runs on the runtime that started it; dropping it closes every connection.
 pub struct Edge {
     address: SocketAddr,
     shared: Arc<Shared>,
@@ -57,9 +57,9 @@ pub struct Edge {
 /// Whom a verdict is for.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Whose {
-    /// Whoever registers.
+    /// All connectors.
     All,
-    /// Connectors of the tunnel of this id.
+    /// Connectors of the tunnel with this id.
     Tunnel(String),
     /// Connectors with this token.
     Token(String),
@@ -78,12 +78,12 @@ impl Whose {
     }
 }
 
-/// What the calls have changed. Std mutexes: no await happens under them.
+/// The state that the calls change. Std mutexes: no await while one is held.
 struct Shared {
     takes: Duration,
     links: Mutex<HashMap<u64, Link>>,
     rules: Mutex<Rules>,
-    /// Every connection that was registered ever, for tests that count tries.
+    /// Every registration so far, for tests that count tries.
     tries: Mutex<Vec<Try>>,
 }
 
@@ -95,20 +95,20 @@ struct Rules {
     keeps_drained: bool,
 }
 
-/// A registration that was asked for, and what became of it.
+/// A registration that a connector asked for, and its verdict.
 #[derive(Debug, Clone)]
 pub struct Try {
     /// The connector's id.
     pub connector: String,
-    /// Over which protocol.
+    /// The protocol.
     pub protocol: Protocol,
-    /// What it was told.
+    /// The edge's answer.
     pub verdict: Verdict,
     /// When.
     pub at: Instant,
 }
 
-/// The connections that may be chosen once their time has come, by a number of their own.
+/// A registered connection, keyed by a number of its own. The edge may use it from `usable_from` on.
 struct Link {
     who: Registration,
     usable_from: Instant,
@@ -123,12 +123,11 @@ struct Request {
     answer: oneshot::Sender<String>,
 }
 
-/// The requests that one connection has taken and not answered. Dropping one breaks it.
+/// Requests that one connection has taken and not answered. Dropping a sender fails its request.
 type Waiting = Mutex<HashMap<u64, oneshot::Sender<String>>>;
 
 impl Edge {
-    /// Listens on `address` (port 0: any) and uses a connection only when it has been registered for
-    /// as long as it `takes`.
+    /// Listens on `address` (port 0: any free port). Uses a connection only once it has been registered for `takes`.
     ///
     /// # Errors
     /// When the address cannot be used.
@@ -147,12 +146,12 @@ impl Edge {
         self.address
     }
 
-    /// One visitor's request, over a usable connection of the tunnel chosen at random; gives the
-    /// answer's body. There is no time limit: wrap it where one is wanted.
+    /// Sends one visitor's request over a random usable connection of the tunnel, and returns the answer's body. It has
+    /// no time limit: wrap it if you need one.
     ///
     /// # Errors
-    /// When there is no usable connection, or it breaks with the request in flight. There is no second
-    /// try: a real visitor sees a 530 or a 502.
+    /// When there is no usable connection, or it breaks with the request in flight. The edge does not retry: a real
+    /// visitor sees a 530 or a 502.
     pub async fn ask(&self, tunnel: &str, path: &str) -> Result<String> {
         let id = self.requests.fetch_add(1, Ordering::Relaxed);
         let line = wire::line(&FromEdge::Request { id, path: path.to_owned() })?;
@@ -164,35 +163,35 @@ impl Edge {
         answered.await.ok().with_context(broke)
     }
 
-    /// The ids of the tunnel's connectors that have a usable connection, each once, in order.
+    /// The ids of the tunnel's connectors with a usable connection, sorted, each once.
     #[must_use]
     pub fn connectors(&self, tunnel: &str) -> Vec<String> {
         let connectors: BTreeSet<_> = self.shared.usable(tunnel).into_iter().map(|(connector, _)| connector).collect();
         connectors.into_iter().collect()
     }
 
-    /// Every registration that was asked for so far, in order.
+    /// Every registration so far, in order.
     #[must_use]
     pub fn tries(&self) -> Vec<Try> {
         lock(&self.shared.tries).clone()
     }
 
-    /// Refuses these from now on: `Unauthorized: Invalid tunnel secret`. What they have is dropped.
+    /// Refuses these connectors from now on with `Unauthorized: Invalid tunnel secret`, and drops their connections.
     pub fn refuse(&self, whose: Whose) {
         self.decide(whose, Some(Verdict::Refused(crate::script::REFUSAL.to_owned())));
     }
 
-    /// Answers these with an error of its own from now on. What they have is dropped.
+    /// Answers these connectors with an internal error from now on, and drops their connections.
     pub fn fail(&self, whose: Whose) {
         self.decide(whose, Some(Verdict::Failed(crate::script::ERROR.to_owned())));
     }
 
-    /// Takes the connections of these from now on and never answers their registration. What they have is dropped.
+    /// Accepts these connectors' dials from now on but never answers a registration, and drops their connections.
     pub fn leave_unanswered(&self, whose: Whose) {
         self.decide(whose, Some(Verdict::Unanswered));
     }
 
-    /// Registers these again, when they ask.
+    /// Registers these connectors again at their next try.
     pub fn accept(&self, whose: Whose) {
         self.decide(whose, None);
     }
@@ -208,28 +207,28 @@ impl Edge {
         }
     }
 
-    /// Closes the connections of these; they may come back at once.
+    /// Closes these connectors' connections; they may come back at once.
     pub fn drop_connections(&self, whose: &Whose) {
         self.close(Loss::Dropped, |who| whose.includes(who));
     }
 
-    /// Over this protocol nobody is there any more, as where a firewall drops UDP.
+    /// Makes this protocol find nothing listening, as where a firewall drops UDP.
     pub fn block(&self, protocol: Protocol) {
         lock(&self.shared.rules).blocked.insert(protocol);
         self.close(Loss::Away, |who| who.protocol == protocol);
     }
 
-    /// The protocol is served again.
+    /// Serves this protocol again.
     pub fn unblock(&self, protocol: Protocol) {
         lock(&self.shared.rules).blocked.remove(&protocol);
     }
 
-    /// Is away: its connections break, and nothing listens, until [`Edge::come_back`].
+    /// Makes the edge go away until [`Edge::come_back`]: its connections break and nothing listens.
     pub fn leave(&self) {
         self.go(Loss::Away);
     }
 
-    /// Is away: packets get no answer, until [`Edge::come_back`].
+    /// Makes the edge go away until [`Edge::come_back`]: packets get no answer.
     pub fn swallow(&self) {
         self.go(Loss::Swallowed);
     }
@@ -239,18 +238,18 @@ impl Edge {
         self.close(how, |_| true);
     }
 
-    /// Is there again.
+    /// Brings the edge back.
     pub fn come_back(&self) {
         lock(&self.shared.rules).away = None;
     }
 
-    /// Does not close drained connections, so that a stop takes the connector's whole grace period.
+    /// Sets whether drained connections stay open, so that a stop takes the connector's whole grace period.
     pub fn keep_drained(&self, keeps: bool) {
         lock(&self.shared.rules).keeps_drained = keeps;
     }
 
     fn close(&self, how: Loss, whose: impl Fn(&Registration) -> bool) {
-        // Out of the choice at once: no visitor is led to a connection that was closed.
+        // Remove the link at once, so that no request goes to a closed connection.
         let mut links = lock(&self.shared.links);
         let chosen: Vec<_> = links.iter().filter(|(_, link)| whose(&link.who)).map(|(number, _)| *number).collect();
         for number in chosen {
@@ -263,13 +262,13 @@ impl Edge {
 
 impl Drop for Edge {
     fn drop(&mut self) {
-        // The connections' tasks belong to this one.
+        // This task owns the connections' tasks.
         self.accepting.abort();
     }
 }
 
 impl Shared {
-    /// Each usable connection: its connector, and where to put a request.
+    /// Each usable connection: its connector's id and its request queue.
     fn usable(&self, tunnel: &str) -> Vec<(String, mpsc::Sender<Request>)> {
         let now = Instant::now();
         let links = lock(&self.links);
@@ -295,7 +294,7 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     let mut count = 0;
     loop {
         tokio::select! {
-            // One that failed is the connector's loss: it dials again.
+            // Ignore a failed accept: the connector dials again.
             accepted = listener.accept() => if let Ok((stream, _)) = accepted {
                 count += 1;
                 connections.spawn(serve(stream, count, shared.clone()));
@@ -305,7 +304,7 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     }
 }
 
-/// One connection, from its registration to its end.
+/// Serves one connection, from registration to end.
 async fn serve(stream: TcpStream, number: u64, shared: Arc<Shared>) -> Result<()> {
     stream.set_nodelay(true)?;
     let (read, mut write) = stream.into_split();
@@ -322,26 +321,26 @@ async fn serve(stream: TcpStream, number: u64, shared: Arc<Shared>) -> Result<()
     let (queue, mut requests) = mpsc::channel(QUEUE);
     let (close, mut closed) = watch::channel(None);
     let waiting = Waiting::default();
-    // Declared last and so dropped first: whoever sees a request break no longer finds the connection.
+    // Declared last, so dropped first: when a request fails, the edge no longer offers its connection.
     let registered = Registered { shared: &shared, number };
     let usable_from = Instant::now() + shared.takes;
     lock(&shared.links).insert(number, Link { who: register, usable_from, queue, close, drained: false });
     let how = {
-        // Apart, so that a connector that is slow to read is still listened to.
+        // Send and receive concurrently, so that the edge still hears a connector that is slow to read.
         tokio::select! {
             sent = send(&mut requests, &mut write, &waiting) => return sent,
             received = receive(&mut lines, &waiting, &registered) => return received,
             how = closed.wait_for(Option::is_some) => how.ok().and_then(|how| *how),
         }
     };
-    // One that vanished says nothing.
+    // An edge that vanishes sends nothing.
     if let Some(how @ (Loss::Dropped | Loss::Swallowed)) = how {
         write.write_all(wire::line(&FromEdge::Closing { closing: how })?.as_bytes()).await?;
     }
     Ok(())
 }
 
-/// Takes its connection out of the choice.
+/// Removes its connection from the usable ones when dropped.
 struct Registered<'a> {
     shared: &'a Shared,
     number: u64,
@@ -354,7 +353,7 @@ impl Drop for Registered<'_> {
 }
 
 impl Registered<'_> {
-    /// No more requests; it may still be closed.
+    /// Sends no more requests; the connection may still be closed.
     fn drain(&self) {
         if let Some(link) = lock(&self.shared.links).get_mut(&self.number) {
             link.drained = true;
@@ -367,7 +366,7 @@ async fn send(requests: &mut mpsc::Receiver<Request>, write: &mut OwnedWriteHalf
         lock(waiting).insert(id, answer);
         write.write_all(line.as_bytes()).await?;
     }
-    // Closed by a call, which the caller of this one hears of as well.
+    // A call closed the link. The caller of `send` waits for that as well.
     std::future::pending().await
 }
 
@@ -383,7 +382,7 @@ async fn receive(lines: &mut Lines<OwnedReadHalf>, waiting: &Waiting, registered
         match message {
             Some(FromConnector::Answer { id, body }) => {
                 let answer = lock(waiting).remove(&id).with_context(|| format!("{id} was not asked"))?;
-                // A visitor may have left before.
+                // The visitor may have left already.
                 drop(answer.send(body));
             }
             Some(FromConnector::Unregister { linger: wanted, .. }) => {
@@ -397,7 +396,7 @@ async fn receive(lines: &mut Lines<OwnedReadHalf>, waiting: &Waiting, registered
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Nothing panics while holding one.
+    // Nothing panics while holding a lock.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

@@ -1,4 +1,4 @@
-//! One HTTP request on a connection of its own: all that `tunnel ready` and the tests need.
+//! Sends one HTTP request on its own connection: all that `tunnel ready` and the tests need.
 
 use anyhow::{Context, Result};
 use http_body_util::{BodyExt, Full};
@@ -7,7 +7,7 @@ use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 
-/// An answer, read to its end.
+/// A complete answer.
 #[derive(Debug)]
 pub struct Answer {
     /// The HTTP status.
@@ -16,10 +16,10 @@ pub struct Answer {
     pub body: String,
 }
 
-/// `GET http://{address}{path}`, without a time limit: wrap it where one is wanted.
+/// `GET http://{address}{path}`, without a time limit: wrap it if you need one.
 ///
 /// # Errors
-/// When there is no connection, or no HTTP answer on it.
+/// When the connection fails, or does not give an HTTP answer.
 pub async fn get(address: &str, path: &str) -> Result<Answer> {
     request("GET", address, path, None).await
 }
@@ -46,8 +46,8 @@ async fn request(method: &str, address: &str, path: &str, body: Option<String>) 
         let body = response.into_body().collect().await?.to_bytes();
         Ok(Answer { status, body: String::from_utf8_lossy(&body).into_owned() })
     };
-    // The connection is driven here and not in a task, so that nothing outlives the request. It may
-    // end first, once the answer is complete: the exchange then still has all of it.
+    // Drive the connection here, not in a task, so that nothing outlives the request. The connection may end first,
+    // once the answer has arrived: the exchange still has all of it then.
     tokio::pin!(connection);
     tokio::pin!(exchange);
     tokio::select! {

@@ -1,12 +1,11 @@
-//! Lines as they were recorded, on standard error, with what is this process's own in the place of what was the
-//! recorded one's.
+//! Writes recorded lines to standard error, with this process's own values in place of the recorded ones.
 
 use std::fmt;
 
 use anyhow::{Result, bail};
 use jiff::Timestamp;
 
-/// How bad it is.
+/// The level of a line.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
     /// `DBG`
@@ -18,15 +17,15 @@ pub enum Level {
     Warn,
     /// `ERR`
     Error,
-    /// `FTL`: never said here, but a log may show nothing less.
+    /// `FTL`: never logged here, but `TUNNEL_LOGLEVEL` may ask for nothing below it.
     Fatal,
 }
 
 impl Level {
-    /// What `TUNNEL_LOGLEVEL` says.
+    /// Parses the value of `TUNNEL_LOGLEVEL`.
     ///
     /// # Errors
-    /// When it is none of the original's levels.
+    /// When it is not one of the original's levels.
     pub fn parse(text: &str) -> Result<Self> {
         Ok(match text {
             "debug" => Self::Debug,
@@ -51,33 +50,33 @@ impl fmt::Display for Level {
     }
 }
 
-/// The log. Never given a token, and so never shows one.
+/// The log. It is never given a token, so it cannot show one.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Log {
     least: Level,
 }
 
 impl Log {
-    /// A log without the lines that are less than `least`.
+    /// A log that drops lines below `least`.
     #[must_use]
     pub fn new(least: Level) -> Self {
         Self { least }
     }
 
-    /// One line.
+    /// Writes one line.
     pub fn say(self, level: Level, message: impl fmt::Display) {
         if level >= self.least {
             eprintln!("{} {level} {message}", Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ"));
         }
     }
 
-    /// A line without time and level, as the original's last words have it.
+    /// Writes a line without time and level, like the original's last words.
     pub fn bare(self, message: impl fmt::Display) {
         eprintln!("{message}");
     }
 }
 
-/// The text with each `{name}` replaced by its value; a brace that begins no known name stays.
+/// Replaces each `{name}` in the text by its value. Braces around other names stay.
 #[must_use]
 pub fn fill(text: &str, values: &[(&str, &str)]) -> String {
     let mut filled = text.to_owned();

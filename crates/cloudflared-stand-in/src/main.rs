@@ -1,4 +1,4 @@
-//! `cloudflared`, or so it says: see the library's page for what it does and how to make it fail.
+//! The stand-in's `cloudflared` program: see the library's page for what it does and how to make it fail.
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::disallowed_macros, reason = "for development")]
 
@@ -12,7 +12,7 @@ use cloudflared_stand_in::{http, run};
 
 fn main() -> ExitCode {
     match execute(Cli::parse()) {
-        // An exit code has eight bits: 255 is 255.
+        // An exit code has eight bits.
         Ok(code) => ExitCode::from(u8::try_from(code & 0xff).unwrap_or(u8::MAX)),
         Err(error) => {
             eprintln!("{error:#}");
@@ -38,7 +38,7 @@ fn execute(cli: Cli) -> Result<i32> {
                 (env.token, env.token_file) = (token, token_file);
             }
             let code = runtime.block_on(run::run(env, script));
-            // Not waiting for an edge's name that is still being looked up.
+            // Do not wait for a lookup of an edge's name that is still running.
             runtime.shutdown_background();
             code?
         }
@@ -46,7 +46,7 @@ fn execute(cli: Cli) -> Result<i32> {
     })
 }
 
-/// When the original that is claimed was built: any time will do.
+/// Build time that the claimed version reports. Any time will do.
 const BUILT: &str = "2025-09-15-1303 UTC";
 
 fn print_version(script: &Script) -> i32 {
@@ -54,7 +54,7 @@ fn print_version(script: &Script) -> i32 {
     0
 }
 
-/// Without a time limit, like the original: Docker puts one on its health checks.
+/// Asks `/ready` without a time limit, like the original. Docker limits its health checks itself.
 async fn ready(env: &TunnelEnv) -> Result<i32> {
     let address = env.metrics.as_deref().context("--metrics has to be provided")?;
     let answer = http::get(address, "/ready").await?;
@@ -65,7 +65,7 @@ async fn ready(env: &TunnelEnv) -> Result<i32> {
     Ok(1)
 }
 
-/// What is not UTF-8 cannot be meant for us.
+/// Skips variables that are not UTF-8: none of ours can be.
 fn utf8_vars() -> impl Iterator<Item = (String, String)> {
     std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
 }

@@ -1,4 +1,4 @@
-//! The metrics server: what the original answers, and `/stand-in` to change the script.
+//! The metrics server: the original's routes, and `/stand-in` to change the script.
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -17,12 +17,12 @@ use crate::connector::Connector;
 use crate::log::{Level, fill};
 use crate::transport::Protocol;
 
-/// The ports the original tries in turn when it was not told one; then any.
+/// Ports that the original tries in turn when none was given. After those it takes any port.
 const DEFAULT_PORTS: std::ops::RangeInclusive<u16> = 20241..=20245;
 
 type Shared = State<Arc<Connector>>;
 
-/// Opens the listener: on `address` alone if one is given.
+/// Opens the listener: only on `address` if there is one.
 ///
 /// # Errors
 /// When the address cannot be used.
@@ -30,7 +30,7 @@ pub async fn listen(address: Option<&str>) -> Result<TcpListener> {
     if let Some(address) = address {
         // Go's `:20241` means every interface.
         let address = if address.starts_with(':') { format!("0.0.0.0{address}") } else { address.to_owned() };
-        // Of a name Go takes one address alone, an IPv4 one if there is one.
+        // Go resolves a name to one address, and prefers IPv4.
         let found: Vec<_> =
             tokio::net::lookup_host(&address).await.with_context(|| format!("cannot listen on {address}"))?.collect();
         let chosen = found.iter().find(|address| address.is_ipv4()).or(found.first());
@@ -48,7 +48,7 @@ pub async fn listen(address: Option<&str>) -> Result<TcpListener> {
 /// Serves until the process ends.
 ///
 /// # Errors
-/// As axum's server: none in practice.
+/// The errors of axum's server: none in practice.
 pub async fn serve(listener: TcpListener, connector: Arc<Connector>) -> std::io::Result<()> {
     let original = Router::new()
         .route("/ready", get(ready))
@@ -84,9 +84,9 @@ async fn config(State(connector): Shared) -> Json<Value> {
 }
 
 async fn diag(State(connector): Shared) -> Json<Value> {
-    // As the original: each read is told in its log.
+    // Like the original, log each read.
     connector.log.say(Level::Info, "Collection started collector=tunnelState");
-    // The original's protocol is a number: 0 for http2, 1 for quic; and it leaves out what is zero.
+    // The original encodes the protocol as a number, 0 for HTTP/2 and 1 for QUIC, and omits fields that are zero.
     let shown = connector.shown();
     let quic = shown.protocol == Protocol::Quic;
     let connections: Vec<Value> = shown
@@ -107,14 +107,14 @@ async fn diag(State(connector): Shared) -> Json<Value> {
     Json(json!({"tunnelID": connector.tunnel_id, "connectorID": connector.id, "connections": connections}))
 }
 
-/// The series as they were recorded so far, with this process's own version, configuration and requests. Nothing but
-/// samples: the original's comments were not recorded.
+/// Answers with the recorded series so far, and this process's own version, configuration and requests. It answers with
+/// samples only: the original's comments were not recorded.
 async fn metrics(State(connector): Shared) -> Response {
     let (shown, behaviour) = (connector.shown(), connector.behaviour());
     let count = |n: u64| n.to_string().parse().unwrap_or(f64::MAX);
     let (requests, errors) = (behaviour.requests.saturating_add(shown.served), behaviour.errors + shown.failed);
     let mut series = shown.series;
-    // Until the first sample of a recording all of these are there already, at nothing.
+    // The original shows these from the start; a recording has them only from its first sample on.
     for (name, value) in FROM_THE_START {
         series.entry((*name).to_owned()).or_insert(*value);
     }
@@ -142,7 +142,7 @@ async fn metrics(State(connector): Shared) -> Response {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], page).into_response()
 }
 
-/// What the page has from its first answer on.
+/// Series that the page has from its first answer on.
 const FROM_THE_START: &[(&str, f64)] = &[
     (r#"build_info{goversion="go1.27.3",revision="2026-01-01-0000_UTC",type="",version="{version}"}"#, 1.0),
     ("cloudflared_tunnel_ha_connections", 0.0),

@@ -1,5 +1,5 @@
-//! Plays the recordings: their lines, counters and readiness at their times, and asks at each recorded try what the
-//! words or the edge make of it. What they say decides which recording goes on.
+//! Plays the recordings: their lines, counters and readiness at their times. At each recorded try it asks the words or
+//! the edge for a verdict, which decides the recording that goes on.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -20,43 +20,44 @@ use crate::transport::Protocol;
 use crate::uplink::{self, Uplink, Uplinks};
 use crate::wire::{Loss, Verdict};
 
-/// Where the edge seems to be.
+/// Edge addresses that the log shows.
 const EDGES: [(&str, &str); 4] =
     [("edge1", "198.41.192.7"), ("edge2", "198.41.200.13"), ("edge3", "198.41.192.27"), ("edge4", "198.41.200.33")];
-/// While a dial is under way the edge may come back, and then answers the next packet.
+/// How often to ask again while a dial is under way: an edge that comes back answers the next packet.
 const PACKETS: Duration = Duration::from_millis(200);
-/// Connections that are lost together are told one by one.
+/// How long to wait for the other ends: connections that are lost together are reported one by one.
 const TOGETHER: Duration = Duration::from_millis(50);
-/// Under `auto` it gives up a QUIC that was never there after 114 to 164 s, and in no recording within 130.
+/// Recorded seconds until `auto` gives up on a QUIC that never connected. The real program takes 114 to 164 s, and no
+/// recording shows it within 130 s.
 const FALLBACK_AFTER: f64 = 135.0;
 
-/// The process's life.
+/// Plays one process from start to exit.
 pub struct Player {
     connector: Arc<Connector>,
     env: TunnelEnv,
     uplinks: Uplinks,
-    /// Registered at a try, for the line that says so.
+    /// The connection that a try registered, for the line that reports it.
     held: Option<Uplink>,
     scene: Scene,
-    /// The recorded time that has been played, and when that was.
+    /// How far the recording has played, in recorded seconds, and when it got there.
     at: f64,
     since: Instant,
     /// Recorded time since the start of the process.
     lived: f64,
-    /// Until this recorded time a dial is under way.
+    /// Recorded time until which a dial is under way.
     dialing: Option<f64>,
-    /// The edge's own words.
+    /// The edge's latest words.
     words: String,
-    /// Whether a first try has been let through.
+    /// Whether the first try has been made.
     begun: bool,
-    /// Nothing is tried before.
+    /// No try before this time.
     held_back: Option<Instant>,
-    /// As `unready` wants it: nothing is tried.
+    /// `unready` is in force: no tries.
     holding: bool,
     serving: Option<JoinHandle<()>>,
 }
 
-/// What a moment brought.
+/// What ended a wait.
 enum Turn {
     Due,
     Ended(usize, Loss),
@@ -65,10 +66,10 @@ enum Turn {
 }
 
 impl Player {
-    /// A process that begins.
+    /// A process at its start.
     ///
     /// # Errors
-    /// When its start was not recorded.
+    /// When no recording shows such a start.
     pub fn new(connector: Arc<Connector>, env: TunnelEnv) -> Result<Self> {
         let behaviour = connector.behaviour();
         let dns = match (behaviour.dns_silent, behaviour.no_dns) {
@@ -95,10 +96,10 @@ impl Player {
         })
     }
 
-    /// A process that fails as in that recording, before it tries anything.
+    /// A process that fails before its first try, as in the recording `name`.
     ///
     /// # Errors
-    /// When that was not recorded.
+    /// When no recording shows it.
     pub fn failing(connector: Arc<Connector>, env: TunnelEnv, name: &str) -> Result<Self> {
         let scene = stand(&connector).failed_start(name)?;
         let mut player = Self::new(connector, env)?;
@@ -106,10 +107,11 @@ impl Player {
         Ok(player)
     }
 
-    /// Plays until the process ends, and gives its exit code. Cancel-safe: whatever was not played comes next.
+    /// Plays until the process ends, and returns its exit code. Cancel-safe: the next call continues where this one
+    /// stopped.
     ///
     /// # Errors
-    /// When something happens that was not recorded.
+    /// When something happens that no recording shows.
     pub async fn play(&mut self) -> Result<i32> {
         let mut script = self.connector.script.subscribe();
         let mut crash = None;
@@ -117,7 +119,7 @@ impl Player {
         loop {
             let behaviour = script.borrow_and_update().behaviour().clone();
             if crash != behaviour.crash() {
-                // Counted from when it was said: another word in between does not postpone it.
+                // Count from when the word was set: another word in between does not postpone the exit.
                 crash = behaviour.crash();
                 crash_at = Instant::now() + crash.map_or(Duration::ZERO, |(after, _)| after);
             }
@@ -152,7 +154,7 @@ impl Player {
         }
     }
 
-    /// When the next entry is due; never at the end, and not while nothing is to be tried.
+    /// When the next entry is due; `None` at the end of the scene and while `unready` holds.
     fn due(&self, behaviour: &Behaviour) -> Option<Instant> {
         if self.holding || self.scene.next > self.scene.end {
             return None;
@@ -168,19 +170,19 @@ impl Player {
         let passed = (now - self.since).as_secs_f64() * speed;
         let next = self.scene.recording.entries.get(self.scene.next).map_or(f64::MAX, |entry| entry.at);
         self.lived += passed;
-        // Being late once does not make everything after it early.
+        // Being late once must not make everything after it early.
         self.at = (self.at + passed).min(next.max(self.at));
         self.since = now;
     }
 
-    /// Plays the next entry. Gives the exit code where the process ends with it.
+    /// Plays the next entry. Returns the exit code if the process ends with it.
     async fn next(&mut self) -> Result<Option<i32>> {
         let behaviour = self.connector.behaviour();
         let next = self.scene.next;
         if next == self.scene.end {
             match (&self.scene.recording.entries[next].what, self.scene.again) {
                 (What::Exit(code), _) => return Ok(Some(*code)),
-                // It is tried here, and it lasts.
+                // The state lasts, and the scene ends at a try: ask again.
                 (What::Try(_), Some(again)) => {
                     let verdict = self.ask().await;
                     if !verdict.is_like(&self.scene.expects) {
@@ -197,7 +199,7 @@ impl Player {
         }
         let entry = &self.scene.recording.entries[next];
         if let Some(line) = self.unwanted(next, &behaviour).await {
-            // What else was counted at that moment counts.
+            // Still count what else happened at that moment.
             for entry in &self.scene.recording.entries[next..line] {
                 let of_it = matches!(&entry.what, What::Add(name, _) if name.contains("register_"));
                 if !of_it {
@@ -238,7 +240,7 @@ impl Player {
         Ok(None)
     }
 
-    /// Takes over a counter, a gauge or the readiness.
+    /// Shows a recorded counter, gauge or readiness.
     fn count(&self, what: &What, behaviour: &Behaviour) {
         self.connector.show(|shown| match what {
             What::Add(name, value) => *shown.series.entry(name.clone()).or_default() += value,
@@ -252,7 +254,7 @@ impl Player {
                     shown.series.insert(name.clone(), value);
                 }
             }
-            // What is new is counted with its line.
+            // A new connection is counted with its log line.
             What::Ready(count) => {
                 while shown.connections.len() > *count {
                     shown.connections.pop_last();
@@ -262,7 +264,7 @@ impl Player {
         });
     }
 
-    /// Where the entries from here on only tell of a connection that is not to be, the line that ends them.
+    /// Finds entries about a connection that this process does not make. Returns the log line that ends them.
     async fn unwanted(&mut self, from: usize, behaviour: &Behaviour) -> Option<usize> {
         let entries = &self.scene.recording.entries;
         let counts = |what: &What| matches!(what, What::Add(..) | What::Set(..) | What::Ready(_));
@@ -282,7 +284,7 @@ impl Player {
         self.held.is_none().then_some(line)
     }
 
-    /// One line, and what it means for the rest of the process.
+    /// Logs one line, and applies what it means for the rest of the process.
     async fn line(&mut self, level: Option<crate::log::Level>, text: &str) -> Result<Option<i32>> {
         if text.starts_with("Starting metrics server on") && self.serving.is_none() {
             match metrics::listen(self.env.metrics.as_deref()).await {
@@ -293,7 +295,7 @@ impl Player {
                     self.serving = Some(tokio::spawn(async move { drop(metrics::serve(listener, connector).await) }));
                 }
                 Err(_) => {
-                    // As recorded, from the line on that says it.
+                    // Play the recording from the line that reports the error.
                     let mut scene = stand(&self.connector).failed_start("15-metrics-port-taken")?;
                     scene.next = scene.recording.line("Error opening metrics server listener").unwrap_or(scene.next);
                     self.go(scene);
@@ -325,12 +327,12 @@ impl Player {
         Ok(None)
     }
 
-    /// Writes a recorded line as this process's own.
+    /// Logs a recorded line as this process's own.
     fn say(&self, level: Option<crate::log::Level>, text: &str) {
         say(&self.connector, &self.env, &self.words, level, text);
     }
 
-    /// What a try comes to now. A connection that is made is held.
+    /// The verdict of a try made now. Holds the connection if one was made.
     async fn ask(&mut self) -> Verdict {
         let behaviour = self.connector.behaviour();
         let protocol = self.connector.protocol();
@@ -351,7 +353,7 @@ impl Player {
     async fn attempt(&mut self) -> Result<()> {
         let mut verdict = self.ask().await;
         if self.falls_back(&verdict) {
-            // The versions' lines are the same, and not each was seen to fall back.
+            // All versions log the same line, and not every one was seen to fall back.
             let like = Stand { version: Version::V2025_9, ..stand(&self.connector) };
             let line = like.line("02-refused-at-start", "Switching to fallback protocol")?;
             if let What::Line(level, text) = line {
@@ -368,7 +370,7 @@ impl Player {
         self.come_to(verdict)
     }
 
-    /// Whether QUIC is given up, which was recorded only for refusals; how long it takes was measured.
+    /// Whether to give up on QUIC. The fallback was recorded only for refusals; how long it takes was measured.
     fn falls_back(&self, verdict: &Verdict) -> bool {
         let stand = stand(&self.connector);
         let lost = matches!(verdict, Verdict::Away | Verdict::Swallowed);
@@ -376,7 +378,7 @@ impl Player {
         lost && may && self.lived >= FALLBACK_AFTER
     }
 
-    /// Goes on where the recordings show what follows a try that came to this.
+    /// Switches to the recording that shows what follows a try with this verdict.
     fn come_to(&mut self, verdict: Verdict) -> Result<()> {
         let scene = match (&verdict, self.scene.back()) {
             (Verdict::Registered, Some(back)) => back,
@@ -395,18 +397,18 @@ impl Player {
         }
     }
 
-    /// While a dial gets no answer, one may come yet.
+    /// Notes how long a dial without an answer stays under way: the answer may still come.
     fn begin_dial(&mut self, verdict: &Verdict) {
         if matches!(verdict, Verdict::Away | Verdict::Swallowed) {
             let given_up = |what: &What| matches!(what, What::Line(_, text) if text.starts_with("Failed to dial") || text.contains("i/o timeout"));
             let entries = &self.scene.recording.entries;
             let end = self.scene.recording.find(self.scene.next, given_up).map(|i| entries[i].at);
-            // A dial that is refused is over at once.
+            // A refused dial is over at once.
             self.dialing = end.filter(|end| *end > self.at + 1.0 && *end < self.at + 20.0);
         }
     }
 
-    /// Something was said at run time.
+    /// Applies a change of the words at run time.
     fn said(&mut self) -> Result<()> {
         let behaviour = self.connector.behaviour();
         if behaviour.unready {
@@ -423,7 +425,7 @@ impl Player {
             self.holding = false;
             self.since = Instant::now();
             if self.begun {
-                // Tried again at once: from the first try after a loss on.
+                // Try again at once: play from the first try after a loss.
                 let mut scene = stand(&self.connector).after_try(&Verdict::Registered)?;
                 scene.next -= 1;
                 self.go(scene);
@@ -434,7 +436,7 @@ impl Player {
         }
         let served = self.connector.connections() > 0 && self.scene.expects == Verdict::Registered;
         match behaviour.verdict(self.connector.protocol()) {
-            // Names are not asked for again while addresses are known.
+            // cloudflared does not resolve names again while it knows addresses.
             Some(verdict) if served && verdict != Verdict::Unresolved => self.fault(&verdict),
             _ => Ok(()),
         }
@@ -446,7 +448,7 @@ impl Player {
         if !self.uplinks.is_empty() {
             return self.lost_one(index).await;
         }
-        // All that ended are gone: the rest of the news is no news.
+        // All connections are gone: drop the remaining reports of their ends.
         self.uplinks.cut();
         let verdict = match loss {
             Loss::Dropped => Verdict::Refused(String::new()),
@@ -456,7 +458,7 @@ impl Player {
         self.fault(&verdict)
     }
 
-    /// One of several: as recorded for one that was lost, up to where it is tried again.
+    /// Handles the loss of one of several connections, as recorded, up to the next try.
     async fn lost_one(&mut self, index: usize) -> Result<()> {
         let behaviour = self.connector.behaviour();
         let recording = stand(&self.connector).lost_one()?;
@@ -481,7 +483,7 @@ impl Player {
         Ok(())
     }
 
-    /// All connections are lost.
+    /// Handles the loss of all connections.
     fn fault(&mut self, verdict: &Verdict) -> Result<()> {
         let scene = stand(&self.connector).fault(verdict)?;
         self.uplinks.cut();
@@ -495,17 +497,17 @@ impl Player {
     fn go(&mut self, scene: Scene) {
         self.at = scene.recording.entries[scene.next].at;
         if scene.next > 0 {
-            // What came before it there was played here already.
+            // The entries before it were already played here.
             self.at = self.at.min(scene.recording.entries[scene.next - 1].at);
         }
         self.since = Instant::now();
         self.scene = scene;
     }
 
-    /// Drains as recorded, for at most `grace`. `hurry` comes when a second signal does: then everything is cut.
+    /// Drains as recorded, for at most `grace`. `hurry` resolves at a second signal, which cuts everything.
     ///
     /// # Errors
-    /// When that was not recorded.
+    /// When no recording shows it.
     pub async fn stop(mut self, signal: &str, grace: Duration, hurry: impl Future<Output = ()>) -> Result<i32> {
         let recording = stand(&self.connector).stop()?;
         let behaviour = self.connector.behaviour();
@@ -533,7 +535,7 @@ impl Player {
         self.connector.show(|shown| shown.connections.clear());
         if !served.is_empty() {
             self.uplinks.unregister(behaviour.drain);
-            // The last lines of these connections, in the order that was recorded.
+            // Log these connections' last lines, in the recorded order.
             let close = |player: &Self, closed: &BTreeSet<usize>| {
                 for entry in &entries[closing..last] {
                     if let What::Line(level, text) = &entry.what
@@ -548,7 +550,7 @@ impl Player {
                 behaviour.drain.map_or(Duration::from_secs_f64(recorded / behaviour.speed), Duration::from_millis);
             let drain = async {
                 if self.uplinks.is_empty() {
-                    // Connections to nobody: the edge closes them.
+                    // No real connections: wait as long as the edge takes to close them.
                     sleep(linger).await;
                     close(&self, &served);
                 }
@@ -574,7 +576,7 @@ impl Player {
     }
 }
 
-/// 128 + SIGTERM, as a shell would say.
+/// Exit code 128 + SIGTERM, as a shell reports it.
 const CUT_SHORT: i32 = 143;
 
 fn stand(connector: &Connector) -> Stand {
@@ -582,7 +584,7 @@ fn stand(connector: &Connector) -> Stand {
     Stand { version: connector.version(), chosen: connector.chosen, protocol, connected_once }
 }
 
-/// The connection that a line is about.
+/// The index of the connection that a line is about.
 fn index_of(text: &str) -> Option<usize> {
     let (_, rest) = text.split_once("connIndex=")?;
     rest.chars().take_while(char::is_ascii_digit).collect::<String>().parse().ok()
@@ -612,7 +614,7 @@ fn say(connector: &Connector, env: &TunnelEnv, words: &str, level: Option<crate:
     }
 }
 
-/// Logs a request that the origin refused as it was recorded, and gives what the visitor sees.
+/// Logs a request that the origin refused, as recorded, and returns what the visitor sees.
 pub(crate) fn origin_refused(connector: &Connector) -> String {
     for words in ["error=\"Unable to reach the origin service", "Request failed"] {
         if let Ok(What::Line(level, text)) = stand(connector).line("14-origin-refuses", words) {

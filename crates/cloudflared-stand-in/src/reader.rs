@@ -1,14 +1,14 @@
-//! The program that reads a credential, for tests and the demo of the vault: it says which one it has by a short hash, and
-//! is well as long as a made-up database takes the one that it has begun with, or has read again on SIGHUP.
+//! A program that reads a credential, for tests and the demo of the vault. It logs a short hash of the credential it
+//! has. It is healthy while a made-up database accepts the credential that it read at start, or again on SIGHUP.
 //!
 //! | variable | |
 //! |---|---|
-//! | `PASSWORD` | the credential itself; without it the file counts |
-//! | `PASSWORD_FILE` | the file, `/run/secrets/db_password` unless set |
-//! | `REFUSES` | beginnings with commas between them, `bad` unless set |
+//! | `PASSWORD` | the credential itself; if unset, the program reads the file |
+//! | `PASSWORD_FILE` | the file; default `/run/secrets/db_password` |
+//! | `REFUSES` | refused prefixes, separated by commas; default `bad` |
 //!
-//! The made-up database takes every credential but those that begin like one of `REFUSES`. `credential-reader check` asks the one
-//! that runs in this container, and is its health check.
+//! The made-up database accepts every credential except those that start with one of `REFUSES`. `credential-reader
+//! check` asks the program in this container, and is its health check.
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::disallowed_macros, reason = "for development")]
 
@@ -41,7 +41,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// FNV-1a: enough to tell two credentials apart, and none can be read from it.
+/// FNV-1a hash: enough to tell two credentials apart, and does not show the credential.
 fn hash(bytes: &[u8]) -> String {
     let hash = bytes
         .iter()
@@ -60,7 +60,7 @@ fn credential() -> Result<Vec<u8>> {
     std::fs::read(file()).with_context(file)
 }
 
-/// Whether the database takes it.
+/// Whether the database accepts it.
 fn is_taken(credential: &[u8]) -> bool {
     let refuses = std::env::var("REFUSES").unwrap_or_else(|_| "bad".to_owned());
     !refuses.split(',').any(|beginning| credential.starts_with(beginning.as_bytes()))

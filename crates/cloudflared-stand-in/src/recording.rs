@@ -1,6 +1,6 @@
-//! The recordings of the real program, and where in them each behaviour begins.
+//! Reads the recordings of the real program, and finds where in them each behavior begins.
 //!
-//! `recordings/` has a file per version and protocol; its README says how they were made and how they are read.
+//! `recordings/` has a file per version and protocol; its README says how to make and read them.
 
 use std::collections::HashMap;
 use std::sync::LazyLock;
@@ -10,84 +10,84 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::log::Level;
 use crate::transport::Protocol;
 
-/// One thing that happened.
+/// One event.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Entry {
     /// Seconds since the beginning of the recording.
     pub at: f64,
-    /// What it was.
+    /// The event.
     pub what: What,
 }
 
-/// What a recording holds.
+/// An event in a recording.
 #[derive(Debug, Clone, PartialEq)]
 pub enum What {
-    /// A line of the log, with placeholders in braces. Without a level it is printed bare.
+    /// A line of the log, with placeholders in braces. Without a level, it is printed bare.
     Line(Option<Level>, String),
-    /// A counter rose by so much.
+    /// A counter rose by this much.
     Add(String, f64),
-    /// A gauge has this value now.
+    /// A gauge changed to this value.
     Set(String, f64),
-    /// `/ready` counts so many connections now.
+    /// `/ready` now counts this many connections.
     Ready(usize),
-    /// A connection of that index is tried.
+    /// The program tries the connection with this index.
     Try(usize),
-    /// Something was done to the program: `fault`, `back`, `stop`, `stop2`.
+    /// The recorder did something to the program: `fault`, `back`, `stop`, `stop2`.
     Mark(String),
     /// The process ended.
     Exit(i32),
-    /// The recording ends, or the part of it that is kept.
+    /// The end of the recording, or of the part that was kept.
     End,
 }
 
-/// A recording: what happened, in order.
+/// A recording: its events, in order.
 #[derive(Debug)]
 pub struct Recording {
-    /// `03-connected-then-refused`
+    /// Its name, such as `03-connected-then-refused`.
     pub name: String,
-    /// What happened, the last is always [`What::End`].
+    /// The events. The last one is always [`What::End`].
     pub entries: Vec<Entry>,
 }
 
 impl Recording {
-    /// The first entry at or after `from` that is so.
+    /// The first entry at or after `from` for which `is` holds.
     #[must_use]
     pub fn find(&self, from: usize, is: impl Fn(&What) -> bool) -> Option<usize> {
         (from..self.entries.len()).find(|i| is(&self.entries[*i].what))
     }
 
-    /// The entry after the first try at or after `from`: there a verdict becomes visible.
+    /// The entry after the first try at or after `from`, where the verdict becomes visible.
     #[must_use]
     pub fn after_try(&self, from: usize) -> usize {
         self.find(from, |what| matches!(what, What::Try(_))).map_or(self.entries.len() - 1, |i| i + 1)
     }
 
-    /// Where this mark stands.
+    /// The position of this mark.
     #[must_use]
     pub fn mark(&self, name: &str) -> Option<usize> {
         self.find(0, |what| matches!(what, What::Mark(mark) if mark == name))
     }
 
-    /// The text of the first line that holds these words.
+    /// The position of the first line that contains these words.
     #[must_use]
     pub fn line(&self, words: &str) -> Option<usize> {
         self.find(0, |what| matches!(what, What::Line(_, text) if text.contains(words)))
     }
 }
 
-/// A version that was recorded.
+/// A recorded version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Version {
-    /// 2025.4.0: ends when it is refused over QUIC.
+    /// 2025.4.0: exits when it is refused over QUIC.
     V2025_4,
-    /// 2025.9.0: keeps trying, and does not say why over QUIC.
+    /// 2025.9.0: keeps trying, and does not log why it is refused over QUIC.
     V2025_9,
-    /// 2026.8.2: checks the ways to the edge at its start.
+    /// 2026.8.2: checks the ways to the edge at start.
     V2026_8,
 }
 
 impl Version {
-    /// The one that behaves as the one that is claimed: QUIC's refusals changed with 2025.8.1.
+    /// The recorded version that behaves like the claimed one. QUIC's refusals changed with 2025.8.1.
     #[must_use]
     pub fn like(claimed: &str) -> Self {
         let mut numbers = claimed.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
@@ -100,18 +100,18 @@ impl Version {
     }
 }
 
-/// What was chosen with `TUNNEL_TRANSPORT_PROTOCOL`.
+/// The choice of `TUNNEL_TRANSPORT_PROTOCOL`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Chosen {
-    /// Nothing: QUIC first.
+    /// No protocol chosen: QUIC first.
     Auto,
-    /// This one.
+    /// This protocol only.
     Only(Protocol),
 }
 
 macro_rules! files {
     ($($version:ident, $chosen:expr, $path:literal;)*) => {
-        /// Each recorded version and protocol with its recordings, as text.
+        /// The text of the recordings of each version and protocol.
         const FILES: &[(Version, Chosen, &str)] =
             &[$((Version::$version, $chosen, include_str!(concat!("../recordings/", $path, ".txt"))),)*];
     };
@@ -131,16 +131,16 @@ files! {
 
 type All = HashMap<(Version, Chosen), HashMap<String, Recording>>;
 
-/// Read once. What does not read is left out, and a test sees that there is no such thing.
+/// Parsed once. A file that does not parse is left out; a test makes sure that all of them do.
 static ALL: LazyLock<All> = LazyLock::new(|| {
     let read = FILES.iter().map(|(version, chosen, text)| ((*version, *chosen), parse(text).unwrap_or_default()));
     read.collect()
 });
 
-/// The recording of that name. What does not depend on the protocol was recorded for `auto` alone.
+/// The recording of that name. A case that does not depend on the protocol was recorded only for `auto`.
 ///
 /// # Errors
-/// When there is none.
+/// When there is no such recording.
 pub fn get(version: Version, chosen: Chosen, name: &str) -> Result<&'static Recording> {
     let found = [chosen, Chosen::Auto].into_iter().find_map(|chosen| ALL.get(&(version, chosen))?.get(name));
     found.with_context(|| format!("stand-in: no recording {name} of {version:?} over {chosen:?}"))

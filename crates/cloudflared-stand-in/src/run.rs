@@ -15,17 +15,16 @@ use crate::script::Script;
 use crate::token::Token;
 use crate::transport::Transport;
 
-/// Runs the tunnel to its end and returns the exit code. `env` has the command line's options merged
-/// in already.
+/// Runs the tunnel to its end and returns the exit code. `env` already includes the command line's options.
 ///
 /// # Errors
-/// When what it is told was not recorded.
+/// When no recording shows the behavior that it was asked for.
 pub async fn run(env: TunnelEnv, script: Script) -> Result<i32> {
     let log = match env.log() {
         Ok(log) => log,
         Err(error) => return Ok(fail(Log::default(), &format!("{error:#}"), 1)),
     };
-    // First of all: as PID 1 a process without handlers ignores SIGTERM.
+    // Before anything else: as PID 1, a process without handlers ignores SIGTERM.
     let signals = Signals::listen()?;
     let fails = |connector: Connector, name: &'static str| {
         let env = env.clone();
@@ -63,8 +62,8 @@ pub async fn run(env: TunnelEnv, script: Script) -> Result<i32> {
     serve(Player::new(connector.clone(), env)?, &connector, signals, grace).await
 }
 
-/// The token's text; none if none was given. A file may end in a newline. As in the original, one that is empty is
-/// none.
+/// The token's text, or `None` if none was given. A file may end in a newline. Like the original, an empty token counts
+/// as none.
 fn token_text(env: &TunnelEnv) -> std::io::Result<Option<String>> {
     let text = match (&env.token, &env.token_file) {
         (Some(text), _) => Some(text.clone()),
@@ -74,7 +73,7 @@ fn token_text(env: &TunnelEnv) -> std::io::Result<Option<String>> {
     Ok(text.filter(|text| !text.is_empty()))
 }
 
-/// Plays until the process ends of itself or a signal comes, and then drains.
+/// Plays until the process exits by itself or a signal comes; then drains.
 async fn serve(mut player: Player, connector: &Connector, mut signals: Signals, grace: Duration) -> Result<i32> {
     let signal = tokio::select! {
         code = player.play() => return code,
@@ -101,7 +100,7 @@ fn fail(log: Log, problem: &str, code: i32) -> i32 {
     code
 }
 
-/// SIGTERM and SIGINT, one like the other.
+/// SIGTERM and SIGINT, handled alike.
 struct Signals {
     terminate: Signal,
     interrupt: Signal,

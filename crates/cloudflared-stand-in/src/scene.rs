@@ -1,4 +1,4 @@
-//! Which recording plays, and from where: a table.
+//! The table of which recording plays, and from where.
 
 use anyhow::{Context, Result};
 
@@ -11,18 +11,18 @@ use crate::wire::Verdict;
 pub struct Scene {
     /// The recording.
     pub recording: &'static Recording,
-    /// The entry that is next.
+    /// The next entry to play.
     pub next: usize,
     /// Where the scene ends.
     pub end: usize,
-    /// What each of its tries comes to. Another verdict is another scene.
+    /// The verdict that each of its tries gets. Another verdict starts another scene.
     pub expects: Verdict,
-    /// Where it goes on after its end, for what lasts longer than it was recorded.
+    /// Where to continue after the end, for a state that lasts longer than it was recorded.
     pub again: Option<usize>,
 }
 
 impl Scene {
-    /// After the try that worked, where the same recording has one.
+    /// The scene after the try that worked, if the same recording has one.
     #[must_use]
     pub fn back(&self) -> Option<Self> {
         let back = self.recording.mark("back")?;
@@ -35,7 +35,7 @@ impl Scene {
 /// What the choice depends on.
 #[derive(Debug, Clone, Copy)]
 pub struct Stand {
-    /// The version that is claimed.
+    /// The claimed version.
     pub version: Version,
     /// The protocol that was chosen.
     pub chosen: Chosen,
@@ -47,17 +47,17 @@ pub struct Stand {
 
 impl Stand {
     fn get(&self, name: &str) -> Result<&'static Recording> {
-        // After the fallback it is as where http2 was chosen.
+        // After the fallback, play what was recorded with HTTP/2 chosen.
         let fell_back = self.chosen == Chosen::Auto && self.protocol == Protocol::Http2;
         let chosen = if fell_back { Chosen::Only(Protocol::Http2) } else { self.chosen };
         recording::get(self.version, chosen, name)
     }
 
-    /// From the beginning of the process. What is known of the edge shows itself at the first try; only where names
-    /// cannot be resolved does it not come to that.
+    /// From the start of the process. The first try shows how the edge behaves; there is no try only when names do not
+    /// resolve.
     ///
     /// # Errors
-    /// When that was not recorded.
+    /// When no recording shows it.
     pub fn start(&self, dns: Option<Dns>) -> Result<Scene> {
         Ok(match dns {
             None => whole(self.get("01-healthy")?, Verdict::Registered),
@@ -66,21 +66,21 @@ impl Stand {
         })
     }
 
-    /// From the moment after a try that came to this.
+    /// From just after a try that got this verdict.
     ///
     /// # Errors
-    /// When that was not recorded.
+    /// When no recording shows it.
     pub fn after_try(&self, verdict: &Verdict) -> Result<Scene> {
         let (name, from) = match (verdict, self.connected_once) {
             (Verdict::Registered, false) => ("01-healthy", None),
             (Verdict::Registered, true) => ("07-connected-edge-away-refused", Some("back")),
-            // At a first start an answered error was recorded only as a refusal; the lines differ in the edge's words.
+            // At a first start, only a refusal was recorded as an answered error. The lines differ in the edge's words.
             (Verdict::Refused(_) | Verdict::Failed(_), false) => ("02-refused-at-start", None),
             (Verdict::Refused(_), true) => ("03-connected-then-refused", None),
             (Verdict::Failed(_), true) => (self.edge_error(), None),
             (Verdict::Unanswered, _) => ("03c-registration-never-answered", None),
             (Verdict::Away, false) => ("05-edge-away-at-start-refused", None),
-            // Names are not asked for again while addresses are known.
+            // cloudflared does not resolve names again while it knows addresses.
             (Verdict::Away | Verdict::Unresolved, _) => ("07-connected-edge-away-refused", None),
             (Verdict::Swallowed, false) => ("06-edge-away-at-start-swallowed", None),
             (Verdict::Swallowed, true) => (self.swallowed(), None),
@@ -94,17 +94,17 @@ impl Stand {
         Ok(cut(recording, recording.after_try(from), verdict))
     }
 
-    /// From the moment when what was connected is lost, and each try from then on comes to this.
+    /// From the moment when all connections are lost. Each try from then on gets this verdict.
     ///
     /// # Errors
-    /// When that was not recorded.
+    /// When no recording shows it.
     pub fn fault(&self, verdict: &Verdict) -> Result<Scene> {
         let name = match verdict {
             Verdict::Failed(_) => self.edge_error(),
             Verdict::Unanswered => "03c-registration-never-answered",
             Verdict::Away | Verdict::Unresolved => "07-connected-edge-away-refused",
             Verdict::Swallowed => self.swallowed(),
-            // The edge closes everything; what comes of the tries they tell themselves.
+            // The edge closes all connections; the tries that follow tell the rest.
             Verdict::Registered | Verdict::Refused(_) | Verdict::Untrusted => {
                 let refused = Verdict::Refused(String::new());
                 return Ok(cut(self.get("03-connected-then-refused")?, 0, &refused));
@@ -113,31 +113,31 @@ impl Stand {
         Ok(cut(self.get(name)?, 0, verdict))
     }
 
-    /// One of several connections is lost; the others serve on.
+    /// The recording in which one of several connections is lost while the others serve on.
     ///
     /// # Errors
-    /// When that was not recorded.
+    /// When no recording shows it.
     pub fn lost_one(&self) -> Result<&'static Recording> {
         self.get("07c-one-connection-lost-and-back")
     }
 
-    /// From SIGTERM on.
+    /// The recording that plays from SIGTERM on.
     ///
     /// # Errors
-    /// When that was not recorded.
+    /// When no recording shows it.
     pub fn stop(&self) -> Result<&'static Recording> {
         self.get("12a-sigterm-idle")
     }
 
-    /// From its first line on, for what ends a process before it has tried anything.
+    /// From its first line, for a process that ends before its first try.
     ///
     /// # Errors
-    /// When that was not recorded.
+    /// When no recording shows it.
     pub fn failed_start(&self, name: &str) -> Result<Scene> {
         Ok(whole(self.get(name)?, Verdict::Unresolved))
     }
 
-    /// A line of that recording that holds these words.
+    /// The first line of that recording that contains these words.
     ///
     /// # Errors
     /// When there is none.
@@ -148,7 +148,7 @@ impl Stand {
     }
 
     fn edge_error(&self) -> &'static str {
-        // Recorded over QUIC alone; http2 has the edge's own words in the place of those of a refusal.
+        // Recorded over QUIC only. Over HTTP/2 the lines are a refusal's, with the edge's own words in it.
         match self.protocol {
             Protocol::Quic => "03b-connected-then-edge-error",
             Protocol::Http2 => "03-connected-then-refused",
@@ -156,7 +156,7 @@ impl Stand {
     }
 
     fn swallowed(&self) -> &'static str {
-        // http2 does not notice an outage of 90 s at all.
+        // Over HTTP/2 an outage of 90 s goes unnoticed.
         match self.protocol {
             Protocol::Quic => "08-connected-edge-away-swallowed",
             Protocol::Http2 => "08b-connected-edge-away-swallowed-long",
@@ -164,12 +164,12 @@ impl Stand {
     }
 }
 
-/// How names are not resolved.
+/// How name resolution fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Dns {
-    /// The server says that it failed.
+    /// The DNS server reports a failure.
     Fails,
-    /// It says nothing.
+    /// The DNS server does not answer.
     Silent,
 }
 
@@ -177,8 +177,8 @@ fn whole(recording: &'static Recording, expects: Verdict) -> Scene {
     Scene { recording, next: 0, end: recording.entries.len() - 1, expects, again: None }
 }
 
-/// The recording from there on. What lasts is asked for again at the first try after what was recorded changed: until
-/// then nobody noticed.
+/// The recording from `next` on. A lasting state ends at the first try after the recorded change (`back`): until then
+/// the program did not notice the change.
 fn cut(recording: &'static Recording, next: usize, verdict: &Verdict) -> Scene {
     let last = recording.entries.len() - 1;
     let changed = recording.find(next, |what| matches!(what, What::Mark(mark) if mark == "back"));
@@ -189,7 +189,7 @@ fn cut(recording: &'static Recording, next: usize, verdict: &Verdict) -> Scene {
     Scene { recording, next, end, expects: verdict.clone(), again: again(recording, end) }
 }
 
-/// The last try that leaves 40 s to play, for what lasts: by then the pauses have grown to their full length.
+/// The last try with 40 s left to play, for a state that lasts: by then the pauses have grown to their full length.
 fn again(recording: &Recording, end: usize) -> Option<usize> {
     let latest = recording.entries[end].at - 40.0;
     let tries = (0..end).filter(|i| matches!(recording.entries[*i].what, What::Try(_)));

@@ -1,4 +1,4 @@
-//! The behaviours: words collected from the environment, the token and the run-time requests.
+//! The behavior words, collected from the environment, the token and the run-time requests.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -10,14 +10,14 @@ use serde::{Deserialize, Deserializer};
 use crate::transport::Protocol;
 use crate::wire::Verdict;
 
-/// What the edge says to a wrong secret.
+/// The edge's answer to a wrong secret.
 pub const REFUSAL: &str = "Unauthorized: Invalid tunnel secret";
-/// What it says when it has an error of its own, as far as that was recorded.
+/// The edge's words for an internal error of its own, as far as they were recorded.
 pub const ERROR: &str = "connection with edge closed: internal error";
-/// The variables' prefix.
+/// Prefix of the environment variables.
 const PREFIX: &str = "STAND_IN_";
 
-/// All words said so far, `snake_case` word to value. Always valid: [`Script::with`] refuses the rest.
+/// All words set so far, from `snake_case` word to value. Always valid: [`Script::with`] refuses the rest.
 #[derive(Debug, Clone, Default)]
 pub struct Script {
     words: BTreeMap<String, String>,
@@ -114,7 +114,7 @@ impl Default for Behaviour {
 }
 
 impl Behaviour {
-    /// What the words say becomes of a try over this protocol; nothing where it is left to the edge.
+    /// The verdict that the words give a try over this protocol; `None` leaves it to the edge.
     #[must_use]
     pub fn verdict(&self, protocol: Protocol) -> Option<Verdict> {
         if self.unauthorized {
@@ -136,7 +136,7 @@ impl Behaviour {
         }
     }
 
-    /// When to crash: how long after it was said, and with which code.
+    /// When to crash: how long after the word was set, and with which code.
     #[must_use]
     pub fn crash(&self) -> Option<(Duration, i32)> {
         self.exit.map(|code| (Duration::from_millis(self.exit_after), code))
@@ -144,7 +144,7 @@ impl Behaviour {
 }
 
 impl Script {
-    /// The words of the environment: `STAND_IN_READY_AFTER=500`.
+    /// Reads the words from the environment: `STAND_IN_READY_AFTER=500`.
     ///
     /// # Errors
     /// As [`Script::with`].
@@ -153,7 +153,7 @@ impl Script {
         Self::default().with(words)
     }
 
-    /// This script with more words, which override what was said before.
+    /// This script with more words, which override the earlier ones.
     ///
     /// # Errors
     /// At an unknown word, or a value that does not parse.
@@ -163,10 +163,10 @@ impl Script {
         Self::checked(all)
     }
 
-    /// This script after a run-time request: a JSON object of words to values; `null` takes one back.
+    /// This script after a run-time request: a JSON object of words to values. `null` removes a word.
     ///
     /// # Errors
-    /// As [`Script::with`], or when it is no object.
+    /// As [`Script::with`], or when it is not an object.
     pub fn with_json(&self, request: &serde_json::Value) -> Result<Self> {
         let Some(request) = request.as_object() else { bail!("not a JSON object") };
         let mut all = self.words.clone();
@@ -186,20 +186,20 @@ impl Script {
         Ok(Self { words, behaviour })
     }
 
-    /// What the words come to.
+    /// The words, parsed.
     #[must_use]
     pub fn behaviour(&self) -> &Behaviour {
         &self.behaviour
     }
 
-    /// The words as they were said.
+    /// The words as they were given.
     #[must_use]
     pub fn words(&self) -> &BTreeMap<String, String> {
         &self.words
     }
 }
 
-/// A flag as people write one in an environment.
+/// Parses a flag as people write it in an environment.
 fn flag<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
     match String::deserialize(deserializer)?.as_str() {
         "1" | "true" => Ok(true),
@@ -208,7 +208,7 @@ fn flag<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
     }
 }
 
-/// So many times as fast as it was recorded.
+/// How many times as fast as recorded to play.
 fn speed<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
     let text = String::deserialize(deserializer)?;
     match text.parse::<f64>() {
@@ -217,7 +217,7 @@ fn speed<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
     }
 }
 
-/// `host:port`; whether there is such a host only dialling tells.
+/// Checks the form `host:port`. Only dialing shows whether the host exists.
 fn address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
     let text = String::deserialize(deserializer)?;
     match text.rsplit_once(':') {

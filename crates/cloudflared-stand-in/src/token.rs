@@ -5,7 +5,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
 
-/// What comes before the behaviour words in a secret.
+/// Prefix of the behavior words in a secret.
 const MARKER: &str = "stand-in:";
 
 /// A token's content. `Debug` hides the secret.
@@ -26,11 +26,11 @@ impl std::fmt::Debug for Token {
 }
 
 impl Token {
-    /// Reads the text that stands in `TUNNEL_TOKEN`.
+    /// Parses the value of `TUNNEL_TOKEN`.
     ///
     /// # Errors
-    /// When it is not base64 of a JSON object with the three texts, none of them empty. The error does
-    /// not repeat the text.
+    /// When it is not base64 of a JSON object with the three texts, none of them empty. The error does not repeat the
+    /// token.
     pub fn parse(text: &str) -> Result<Self> {
         let json = STANDARD.decode(text.trim()).ok().context("not base64")?;
         let token: Self = serde_json::from_slice(&json).ok().context("not the expected JSON")?;
@@ -38,14 +38,14 @@ impl Token {
         Ok(token)
     }
 
-    /// A token, as text, whose bearer behaves as `words` say (see the crate's table): for example
-    /// `unready`, or `ready-after=500 connections=2`. No words: a tunnel in good health.
+    /// Makes the text of a token whose bearer behaves as `words` say (see the crate's table): for example `unready`, or
+    /// `ready-after=500 connections=2`. Without words, the tunnel is healthy.
     #[must_use]
     pub fn scripted(tunnel: &str, words: &str) -> String {
         let token = Self {
             account: format!("{:032x}", fastrand::u128(..)),
             tunnel: tunnel.to_owned(),
-            // The nonce makes two tokens of the same words differ, as two real ones do.
+            // The nonce makes two tokens with the same words differ, as real tokens do.
             secret: STANDARD.encode(format!("{MARKER} {words} nonce={:016x}", fastrand::u64(..))),
         };
         STANDARD.encode(serde_json::json!(token).to_string())
@@ -57,8 +57,8 @@ impl Token {
         &self.tunnel
     }
 
-    /// The behaviour words in the secret, as pairs for [`Script`](crate::script::Script). Empty for a
-    /// token that says nothing to the stand-in.
+    /// The behavior words in the secret, as pairs for [`Script`](crate::script::Script). Empty for a token without
+    /// words for the stand-in.
     #[must_use]
     pub fn words(&self) -> Vec<(String, String)> {
         let secret = STANDARD.decode(&self.secret).ok().and_then(|bytes| String::from_utf8(bytes).ok());

@@ -1,4 +1,4 @@
-//! Which protocol carries the connections, and whether another may take its place.
+//! Chooses the protocol of the connections, and whether they may fall back to the other one.
 
 use std::fmt;
 
@@ -7,10 +7,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::recording::Chosen;
 
-/// Begins as the original's list does.
+/// Starts like the original's list.
 const AVAILABLE: &str = "Available protocols: 'auto', the default; 'quic', over UDP; 'http2', over TCP";
 
-/// A protocol. `Display` gives the name it has in the log.
+/// A protocol. `Display` gives its name in the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
@@ -29,18 +29,18 @@ impl fmt::Display for Protocol {
     }
 }
 
-/// What was chosen at start.
+/// The protocol chosen at start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Transport {
-    /// Where nothing was chosen, http2 may take the place of quic.
+    /// With no choice, HTTP/2 may replace QUIC.
     pub chosen: Chosen,
 }
 
 impl Transport {
-    /// What `TUNNEL_TRANSPORT_PROTOCOL` and `TUNNEL_POST_QUANTUM` come to.
+    /// Combines `TUNNEL_TRANSPORT_PROTOCOL` and `TUNNEL_POST_QUANTUM`.
     ///
     /// # Errors
-    /// As the original's: an unknown protocol, no boolean, or a protocol without post-quantum.
+    /// The original's errors: an unknown protocol, not a boolean, or a protocol without post-quantum.
     pub fn choose(protocol: Option<&str>, post_quantum: Option<&str>) -> Result<Self> {
         let post_quantum = post_quantum.map_or(Ok(false), go_bool).context("TUNNEL_POST_QUANTUM")?;
         let protocol = protocol.unwrap_or("auto");
@@ -66,7 +66,7 @@ impl Transport {
     }
 }
 
-/// What Go's flags take for a boolean.
+/// Parses a boolean as Go's flags do.
 fn go_bool(text: &str) -> Result<bool> {
     match text {
         "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),

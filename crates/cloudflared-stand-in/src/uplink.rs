@@ -1,4 +1,4 @@
-//! The connections to a double of the edge: dial, answer, unregister.
+//! The connections to a double of the edge: dials, answers requests, unregisters.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,67 +15,67 @@ use crate::connector::Connector;
 use crate::log::Level;
 use crate::wire::{self, FromConnector, FromEdge, Lines, Loss, Registration, Verdict};
 
-/// For one attempt: an edge whose process is stopped may not even refuse.
+/// Limit of one attempt: an edge whose process is stopped may not even refuse.
 const DIAL_LIMIT: Duration = Duration::from_secs(2);
-/// More than a connector has connections.
+/// Bound of the reports of ended connections; more than a connector ever has.
 const ENDS: usize = 64;
 
-/// All of a connector's. Dropping it closes them.
+/// All connections of a connector. Dropping this closes them.
 #[derive(Debug)]
 pub struct Uplinks {
     tasks: JoinSet<()>,
     draining: watch::Sender<Option<Option<u64>>>,
     ends: mpsc::Receiver<(usize, Loss)>,
-    /// Each task has one, and so `ends` never ends.
+    /// Each task clones this sender; keeping one here keeps `ends` open.
     tell: mpsc::Sender<(usize, Loss)>,
 }
 
 impl Uplinks {
-    /// None yet.
+    /// No connections yet.
     #[must_use]
     pub fn new() -> Self {
         let (tell, ends) = mpsc::channel(ENDS);
         Self { tasks: JoinSet::new(), draining: watch::Sender::new(None), ends, tell }
     }
 
-    /// How many there are.
+    /// How many connections there are.
     pub fn len(&mut self) -> usize {
         while self.tasks.try_join_next().is_some() {}
         self.tasks.len()
     }
 
-    /// Whether there is none.
+    /// Whether there are no connections.
     pub fn is_empty(&mut self) -> bool {
         self.len() == 0
     }
 
-    /// Serves on this one until it ends.
+    /// Serves requests on this connection until it ends.
     pub fn open(&mut self, connector: &Arc<Connector>, uplink: Uplink, index: usize) {
         let (connector, mut draining, ends) = (connector.clone(), self.draining.subscribe(), self.tell.clone());
         self.tasks.spawn(async move {
-            // What broke in the middle is as far away as what vanished.
+            // Treat a connection that broke midway like an edge that vanished.
             let loss = uplink.serve(&connector, &mut draining).await.unwrap_or(Loss::Away);
             _ = ends.send((index, loss)).await;
         });
     }
 
-    /// The next one that ends. Cancel-safe.
+    /// Waits for the next connection to end. Cancel-safe.
     pub async fn ended(&mut self) -> (usize, Loss) {
         match self.ends.recv().await {
             Some(end) => end,
-            // The sender lives here.
+            // Unreachable: `self` holds a sender.
             None => std::future::pending().await,
         }
     }
 
-    /// Closes all, with whatever is in flight.
+    /// Closes all connections, with the requests in flight.
     pub fn cut(&mut self) {
         self.tasks = JoinSet::new();
         while self.ends.try_recv().is_ok() {}
     }
 
-    /// Tells the edge to send no more requests. What is in flight, and what the edge sent before it
-    /// knew, is still answered. The edge closes `linger` ms after the last answer, or when it likes.
+    /// Tells the edge to send no more requests. Requests in flight, and those that the edge sent before it read this,
+    /// still get an answer. The edge closes each connection `linger` ms after the last answer, or when it chooses.
     pub fn unregister(&self, linger: Option<u64>) {
         self.draining.send_replace(Some(linger));
     }
@@ -94,11 +94,11 @@ pub struct Uplink {
     write: OwnedWriteHalf,
 }
 
-/// Tries to register at the edge at `host:port`.
+/// Tries to register with the edge at `host:port`.
 pub async fn dial(connector: &Connector, edge: &str) -> (Verdict, Option<Uplink>) {
     let attempt = async {
         let stream = TcpStream::connect(edge).await?;
-        // Lines are short and somebody waits for each.
+        // Lines are short, and the other side waits for each.
         stream.set_nodelay(true)?;
         let (read, write) = stream.into_split();
         let mut uplink = Uplink { lines: Lines::new(read), write };
@@ -127,7 +127,7 @@ impl Uplink {
         Ok(self.write.write_all(wire::line(message)?.as_bytes()).await?)
     }
 
-    /// Answers, each request in its time, until the connection ends.
+    /// Answers each request, however long that one takes, until the connection ends.
     async fn serve(
         mut self,
         connector: &Arc<Connector>,
@@ -136,7 +136,7 @@ impl Uplink {
         let mut answers = JoinSet::new();
         let mut unregistered = false;
         loop {
-            // Cancel-safe, all three: a message that is begun is kept, and so is an answer that is ready.
+            // All three are cancel-safe: a message that has begun to arrive is kept, and so is a ready answer.
             tokio::select! {
                 message = self.lines.next() => match message? {
                     Some(FromEdge::Request { id, path }) => drop(answers.spawn(answer(connector.clone(), id, path))),
@@ -154,12 +154,12 @@ impl Uplink {
     }
 }
 
-/// Returns once the drain has begun.
+/// Waits until the drain begins.
 async fn told(draining: &mut watch::Receiver<Option<Option<u64>>>) -> Option<u64> {
     let said = draining.wait_for(Option::is_some).await.ok().map(|linger| linger.flatten());
     match said {
         Some(linger) => linger,
-        // The `Uplinks` are gone, and these tasks with them.
+        // `Uplinks` has been dropped, which also ends this task.
         None => std::future::pending().await,
     }
 }
@@ -168,7 +168,7 @@ async fn answer(connector: Arc<Connector>, id: u64, path: String) -> FromConnect
     connector.log.say(Level::Debug, format_args!("GET {path} HTTP/1.1"));
     connector.show(|shown| shown.in_flight += 1);
     sleep(slowness(&path)).await;
-    // A process that hangs answers nobody.
+    // A hanging process answers nobody.
     connector.no_hang().await;
     let failed = connector.behaviour().origin_refuses;
     connector.show(|shown| {

@@ -7,7 +7,7 @@ use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 
 use crate::transport::Protocol;
 
-/// No line is longer, without its end: whoever reads keeps at most this much.
+/// Most bytes of a line, without its end: a reader buffers at most this much.
 const LONGEST: usize = 64 * 1024;
 
 /// What a connector says.
@@ -16,10 +16,10 @@ const LONGEST: usize = 64 * 1024;
 pub(crate) enum FromConnector {
     /// `{"register":{…}}`: the first line.
     Register { register: Registration },
-    /// `{"id":1,"body":"…"}`: the answer to the request of that number.
+    /// `{"id":1,"body":"…"}`: the answer to the request with that id.
     Answer { id: u64, body: String },
-    /// `{"unregister":true}`: no more requests, please; those that were sent are still answered. `linger`: after the
-    /// last answer, close only so many milliseconds later.
+    /// `{"unregister":true}`: send no more requests; those already sent still get an answer. `linger`: how many
+    /// milliseconds after the last answer to close the connection.
     Unregister {
         unregister: bool,
         #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -27,7 +27,7 @@ pub(crate) enum FromConnector {
     },
 }
 
-/// Who registers.
+/// The connector that registers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Registration {
     pub(crate) tunnel: String,
@@ -49,17 +49,17 @@ pub(crate) enum FromEdge {
     Closing { closing: Loss },
 }
 
-/// What becomes of a try to connect.
+/// The result of a try to connect.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verdict {
     /// The edge has registered the connection.
     Registered,
-    /// The edge refuses it, in these words: `Unauthorized: …`.
+    /// The edge refuses the connection, in these words: `Unauthorized: …`.
     Refused(String),
-    /// The edge has an error of its own, in these words.
+    /// The edge has an internal error, in these words.
     Failed(String),
-    /// The edge takes the connection and never answers the registration.
+    /// The edge accepts the connection and never answers the registration.
     Unanswered,
     /// Nothing listens: TCP is reset, UDP unreachable.
     Away,
@@ -72,14 +72,14 @@ pub enum Verdict {
 }
 
 impl Verdict {
-    /// Whether the two look the same from outside but for the words.
+    /// Whether the two look the same from outside, except for the words.
     #[must_use]
     pub fn is_like(&self, other: &Self) -> bool {
         std::mem::discriminant(self) == std::mem::discriminant(other)
     }
 }
 
-/// How a connection came to its end.
+/// How a connection ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Loss {
@@ -91,7 +91,7 @@ pub enum Loss {
     Swallowed,
 }
 
-/// A message as a line, with its end.
+/// Encodes a message as a line, with its line end.
 ///
 /// # Errors
 /// When it is too long.
@@ -106,7 +106,7 @@ pub(crate) fn line(message: &impl Serialize) -> Result<String> {
 #[derive(Debug)]
 pub(crate) struct Lines<R> {
     stream: BufReader<R>,
-    /// What has come of the next line.
+    /// The part of the next line that has arrived.
     begun: Vec<u8>,
 }
 
@@ -115,10 +115,10 @@ impl<R: AsyncRead + Unpin> Lines<R> {
         Self { stream: BufReader::new(stream), begun: Vec::new() }
     }
 
-    /// The next message; none at the end. Cancel-safe: nothing that was taken from the stream is lost.
+    /// The next message; `None` at the end. Cancel-safe: no byte that was read is lost.
     ///
     /// # Errors
-    /// When the stream breaks, within a line or between two, or a line is too long or no such message.
+    /// When the stream breaks, ends within a line, or a line is too long or not such a message.
     pub(crate) async fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>> {
         loop {
             let chunk = self.stream.fill_buf().await?;

@@ -1,10 +1,10 @@
-//! The container that tests and the demo put a label on: a web server, or something that just ends.
+//! The program of the containers that tests and the demo label: a web server, or a program that just exits.
 //!
 //! | arguments | what happens |
 //! |---|---|
 //! | none | answers `hello from <hostname>` on port 8080 (`PORT`) until SIGTERM or SIGINT, then exits 0 |
 //! | `exit N` | exits N at once |
-//! | `sleep MS` | exits 0 after so long, or on a signal |
+//! | `sleep MS` | exits 0 after that many milliseconds, or on a signal |
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::disallowed_macros, reason = "for development")]
 
@@ -35,7 +35,7 @@ fn execute() -> Result<ExitCode> {
         ["exit", code] => return Ok(ExitCode::from(code.parse::<u8>().context("exit code")?)),
         ["sleep", ms] => {
             let time = Duration::from_millis(ms.parse().context("milliseconds")?);
-            // A signal is as good an end as the time.
+            // Ends at a signal as well.
             runtime.block_on(async { drop(tokio::time::timeout(time, asked_to_stop()).await) });
         }
         [] => runtime.block_on(serve())?,
@@ -60,7 +60,7 @@ async fn serve() -> Result<()> {
     Ok(())
 }
 
-/// As PID 1 a process must handle the signals it wants to end by.
+/// Waits for SIGTERM or SIGINT: PID 1 ends only by a signal that it handles.
 async fn asked_to_stop() -> Result<()> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }

@@ -1,11 +1,11 @@
 #![allow(clippy::disallowed_methods, clippy::disallowed_macros, clippy::disallowed_types, reason = "a bench, alone")]
 #![allow(clippy::expect_used, reason = "a figure that could not be taken is none")]
-//! From a change of a secret to the file that has it, as its reader sees it: `cargo bench -p dockflare-vault --bench
-//! deliver`. With one workload and with a thousand on this machine, the real program on a tmpfs, the time taken from
-//! before the request at the admin socket.
+//! Measures the time from a change of a secret until its reader sees the new file: `cargo bench -p dockflare-vault
+//! --bench deliver`. It runs the real program on this machine with one workload and with a thousand, on a tmpfs. The
+//! clock starts before the request at the admin socket.
 //!
-//! With `BAO=/path/to/bao` the same work is done by an OpenBao server and its agent, whose templates are rendered as
-//! often as it can be told to. Prints figures and asserts none.
+//! With `BAO=/path/to/bao`, an OpenBao server and its agent do the same work, rendering templates as often as the agent
+//! can be set to. Prints figures and asserts nothing.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -19,9 +19,9 @@ use std::time::{Duration, Instant};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 
-/// Changes of one secret that are measured.
+/// How many changes of one secret to measure.
 const CHANGES: usize = 200;
-/// Of the other program, which takes seconds for each.
+/// The same for OpenBao, which takes seconds per change.
 const SLOW_CHANGES: usize = 12;
 
 fn main() {
@@ -42,7 +42,7 @@ fn main() {
     }
 }
 
-/// Ended when it is dropped.
+/// A child process, killed on drop.
 struct Running(Child);
 
 impl Drop for Running {
@@ -53,7 +53,7 @@ impl Drop for Running {
 }
 
 impl Running {
-    /// Kilobytes that are resident.
+    /// Resident memory in kB.
     fn resident(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.0.id())).expect("a status");
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a size");
@@ -61,7 +61,7 @@ impl Running {
     }
 }
 
-/// Waits until the file holds this, looking all the time.
+/// Waits in a busy loop until the file holds this value.
 fn seen(file: &Path, value: &str) {
     let began = Instant::now();
     while fs::read_to_string(file).ok().as_deref() != Some(value) {
@@ -91,7 +91,7 @@ fn memory() -> tempfile::TempDir {
     tempfile::tempdir_in("/dev/shm").expect("memory")
 }
 
-/// Takes the answer.
+/// Reads the answer.
 fn done(mut stream: UnixStream) {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).expect("an answer");
@@ -99,7 +99,7 @@ fn done(mut stream: UnixStream) {
 }
 
 fn ours(workloads: usize) {
-    // The store on a disk, as it is used; the files in memory.
+    // Put the store on a disk, as in production, and the files in memory.
     let (dir, files) = (tempfile::tempdir().expect("a folder"), memory());
     let (dir, files) = (dir.path(), files.path());
     let program = env!("CARGO_BIN_EXE_dockflare-vault");
@@ -137,7 +137,7 @@ fn ours(workloads: usize) {
         let request = format!("{{\"operation\":\"set\",\"name\":\"{name}\",\"value_base64\":\"{value}\"}}\n");
         let mut stream = UnixStream::connect(&socket).expect("the socket");
         stream.write_all(request.as_bytes()).expect("a request");
-        // Whoever waits for the file does so while the answer comes.
+        // Leave the answer unread: the caller waits for the file meanwhile.
         stream
     };
     for number in 0..workloads {
@@ -152,7 +152,7 @@ fn ours(workloads: usize) {
         let number = change * 7919 % workloads;
         let (value, began) = (format!("change {change}"), Instant::now());
         let stream = set(&format!("own/{number}"), &value);
-        // On a thread of its own, so that neither waits for the other.
+        // Read the answer on its own thread, so that neither wait delays the other.
         let answer = std::thread::spawn(move || {
             done(stream);
             began.elapsed()
@@ -173,7 +173,7 @@ fn ours(workloads: usize) {
 
 const PORT: u16 = 18_231;
 
-/// One request to the server; it answers with 200 or 204.
+/// Sends one request to the server, which answers with 200 or 204.
 fn put(path: &str, body: &str) {
     let mut stream = TcpStream::connect(("127.0.0.1", PORT)).expect("the server");
     let request = format!(

@@ -1,10 +1,10 @@
 #![allow(clippy::disallowed_methods, clippy::disallowed_macros, reason = "a bench does one thing, and prints it")]
 #![allow(clippy::expect_used, reason = "a figure that could not be taken is none")]
-//! What the store costs beside its floor, in the same run: `cargo bench -p dockflare-vault`.
+//! Measures the store next to its floor in the same run: `cargo bench -p dockflare-vault`.
 //!
-//! The floor of a set is one transaction of `redb` with one record, flushed to the same disk; that of a get is one read
-//! of `redb` and one opening of a record of the same size. Prints figures and asserts none, since they belong to the
-//! machine they were taken on.
+//! The floor of a set is one `redb` transaction with one record, flushed to the same disk. The floor of a get is one
+//! `redb` read and opening one record of the same size. Prints figures and asserts nothing, since they belong to the
+//! machine that they were taken on.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -23,13 +23,13 @@ use dockflare_vault::vault::{Vault, now};
 use redb::{Database, ReadableDatabase, TableDefinition};
 
 const SIZES: [usize; 3] = [100, 10_000, 100_000];
-/// For each figure.
+/// How long to measure each figure.
 const TIME: Duration = Duration::from_secs(2);
 const VALUE: [u8; 64] = [7; 64];
 const RAW: TableDefinition<&[u8], &[u8]> = TableDefinition::new("raw");
 
 fn main() {
-    // Built for `cargo test --all-targets` as well, which must not take minutes for figures nobody reads.
+    // `cargo test --all-targets` runs this as well, and must not take minutes for figures that nobody reads.
     if !std::env::args().any(|argument| argument == "--bench") {
         return;
     }
@@ -54,7 +54,7 @@ fn name(number: usize) -> SecretName {
     format!("bench/{number}").parse().expect("a name")
 }
 
-/// How often it is done in a second.
+/// How often `work` runs in a second.
 fn rate(mut work: impl FnMut(usize)) -> u64 {
     let began = Instant::now();
     let mut done = 0;
@@ -70,7 +70,7 @@ fn row(folder: &Path, size: usize) {
     let value = Value::new(VALUE.to_vec()).expect("a value");
     let change = Change { now: now(), ..Change::default() };
     let vault = open(folder, &key);
-    // Filled in a store that flushes nothing would be another store: it takes its time.
+    // Fill it through the real store, although that is slow: one that flushes nothing would be another store.
     for number in 0..size {
         vault.set(&who, &name(number), &value, &change).expect("set");
     }
@@ -120,7 +120,7 @@ fn row(folder: &Path, size: usize) {
         start.as_secs_f64() * 1000.0
     );
 
-    // A rotation of all while somebody reads all the time.
+    // Rotate all records while another thread reads without a pause.
     vault.rotate(&who).expect("rotate");
     let is_over = Arc::new(AtomicBool::new(false));
     let reader = {
@@ -148,7 +148,7 @@ fn row(folder: &Path, size: usize) {
     );
 }
 
-/// Memory of this process in MB.
+/// Resident memory of this process in MB.
 fn resident() -> f64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap_or_default();

@@ -1,6 +1,6 @@
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, reason = "tests block as they like")]
-//! Files for containers on a real Docker Engine: the vault in its image, without a right, and a workload in an image
-//! without a shell, on each of the two forms of a directory in memory.
+//! Tests deliveries on a real Docker Engine: the vault in its image without privileges, and a workload in an image
+//! without a shell, on both kinds of directory in memory.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ use testkit::{Scope, Spec, images, wait_until};
 use tokio::io::AsyncWriteExt;
 
 const SOON: Duration = Duration::from_secs(60);
-/// The vault's user in its image, and the workload's group.
+/// The vault's user in its image; below, the workload's group.
 const VAULT: u32 = 65431;
 const GROUP: u32 = 1000;
 
@@ -30,13 +30,13 @@ fn main() -> ExitCode {
     ])
 }
 
-/// A vault in its container, with a delivery into each of these mounts.
+/// A vault in its container, with a delivery into each of its mounts.
 struct Vault<'a> {
     scope: &'a Scope,
     id: String,
 }
 
-/// What one is made of.
+/// The parts of a vault.
 struct Plan<'a> {
     /// Grants and deliveries.
     config: &'a str,
@@ -59,7 +59,7 @@ fn read_only(mount: Mount) -> Mount {
     Mount { read_only: Some(true), ..mount }
 }
 
-/// A named volume in memory with these options.
+/// Makes a named volume in memory with these options.
 async fn memory(scope: &Scope, name: &str, options: &str) -> Result<()> {
     let opts = [("type", "tmpfs"), ("device", "tmpfs"), ("o", options)];
     let request = VolumeCreateRequest {
@@ -72,7 +72,7 @@ async fn memory(scope: &Scope, name: &str, options: &str) -> Result<()> {
     Ok(())
 }
 
-/// As few rights as the documentation gives.
+/// Only the privileges that the documentation gives.
 fn confined(mounts: Vec<Mount>) -> HostConfig {
     HostConfig {
         mounts: Some(mounts),
@@ -121,7 +121,8 @@ impl<'a> Vault<'a> {
         Ok(vault)
     }
 
-    /// Waits until it has started this often. To ask it before would take the store from it.
+    /// Waits until the vault has started this often. It reads the log: a command sent earlier would open the store
+    /// itself.
     async fn serves(&self, starts: usize) -> Result<()> {
         let started = async || {
             let log = self.scope.logs(&self.id).await.ok()?;
@@ -130,7 +131,7 @@ impl<'a> Vault<'a> {
         wait_until("the vault to serve", SOON, started).await
     }
 
-    /// What a command printed, and its code.
+    /// Runs a command in the container. Returns its output and its exit code.
     async fn exec(&self, arguments: &[&str], input: &[u8]) -> Result<(String, i64)> {
         let docker = self.scope.docker();
         let command = ["/dockflare-vault"].iter().chain(arguments).map(|word| (*word).to_owned()).collect();
@@ -144,7 +145,7 @@ impl<'a> Vault<'a> {
         let id = docker.create_exec(&self.id, options).await?.id;
         let mut text = String::new();
         if let StartExecResults::Attached { mut output, input: mut writer } = docker.start_exec(&id, None).await? {
-            // One that reads nothing may be gone.
+            // A command that reads nothing may have ended.
             let _ = writer.write_all(input).await;
             let _ = writer.shutdown().await;
             while let Some(piece) = output.next().await {
@@ -162,7 +163,7 @@ impl<'a> Vault<'a> {
         Ok(())
     }
 
-    /// What `status` says of a workload.
+    /// What `status` reports for a workload.
     async fn state(&self, workload: &str) -> Result<serde_json::Value> {
         let (text, code) = self.exec(&["status"], b"").await?;
         ensure!(code == 0, "{text}");
@@ -178,7 +179,7 @@ impl<'a> Vault<'a> {
     }
 }
 
-/// The content of the file `key` of a version: see the checker.
+/// The content of the file `key` at a version: see the checker.
 fn content(version: u32) -> String {
     format!("{version:08}").repeat(512)
 }
@@ -202,7 +203,7 @@ async fn a_reader_in_a_container_finds_one_version_whole_and_always_while_it_is_
     let checker = scope.run(Spec { image: &image, args: &["/run/secrets", LAST], host, ..Spec::default() }).await?;
     vault.set("app/key", &content(0)).await?;
 
-    // Killed at any instant of whatever follows from a change, and started again, until enough was read.
+    // Kill the vault at random points after a change and start it again, until the checker has read enough.
     let mut version = 0;
     for round in 0_u32.. {
         let log = scope.logs(&checker).await?;
@@ -217,7 +218,7 @@ async fn a_reader_in_a_container_finds_one_version_whole_and_always_while_it_is_
         version += 1;
         let value = content(version);
         let (_, killed) = tokio::join!(
-            // It fails where the vault is gone before it could answer.
+            // Fails if the vault dies before it can answer.
             vault.set("app/key", &value),
             async {
                 tokio::time::sleep(Duration::from_millis(u64::from(round * 7 % 150))).await;
@@ -236,7 +237,7 @@ async fn a_reader_in_a_container_finds_one_version_whole_and_always_while_it_is_
     testkit::note("what the reader found", &summary);
     ensure!(summary.ends_with("missing=0 torn=0 mixed=0 older=0"), "{summary}");
     assert_eq!(scope.inspect(&checker).await?.state.and_then(|state| state.exit_code), Some(0));
-    // No half of a set and no old one is left.
+    // Neither half a set nor an old one is left.
     let state = vault.until("app", "delivered").await?;
     let pid = scope.inspect(&vault.id).await?.state.and_then(|state| state.pid).context("no process")?;
     let only = async || {
@@ -251,7 +252,7 @@ async fn a_reader_in_a_container_finds_one_version_whole_and_always_while_it_is_
     Ok(())
 }
 
-/// A folder in the host's memory that is removed with the test.
+/// A folder in the host's memory, removed when the test ends.
 struct HostFolder(PathBuf);
 
 impl HostFolder {
@@ -312,7 +313,7 @@ async fn a_folder_of_the_host_is_made_with_its_files_and_refuses_a_container_unt
     wait_until("the container to see the change", SOON, ended).await?;
     assert_eq!(scope.inspect(&checker).await?.state.and_then(|state| state.exit_code), Some(0));
 
-    // The group that the vault was not given.
+    // The vault is not in this group.
     let state = vault.until("none", "failed").await?;
     let problem = state["problem"].as_str().unwrap_or_default();
     ensure!(problem.contains("run the vault with group_add: [\"4321\"]"), "{problem}");
@@ -320,7 +321,7 @@ async fn a_folder_of_the_host_is_made_with_its_files_and_refuses_a_container_unt
     Ok(())
 }
 
-/// Each place of this machine where the text stands: files below a folder of one file system, or of `/proc`.
+/// Finds the files that contain the text, below a folder of one file system or of `/proc`.
 fn files_with(folder: &str, needle: &str) -> Vec<String> {
     let output = std::process::Command::new("grep").args(["-rlaF", "--devices=skip", "-e", needle, folder]).output();
     let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
@@ -330,7 +331,7 @@ fn files_with(folder: &str, needle: &str) -> Vec<String> {
 async fn a_secret_that_is_delivered_stands_in_no_inspect_commit_export_volume_log_process_or_disk() -> Result<()> {
     let scope = Scope::new(testkit::docker()?);
     let docker = scope.docker();
-    // In two pieces, so that it is in no file of this program.
+    // Build the needle from two pieces, so that no file of this program contains it.
     let needle = format!("needle-{}-{}", scope.suffix(), scope.suffix().chars().rev().collect::<String>());
     memory(&scope, "files", &format!("size=1m,mode=2750,uid={VAULT},gid={GROUP}")).await?;
     let config = format!(
@@ -382,7 +383,8 @@ async fn a_secret_that_is_delivered_stands_in_no_inspect_commit_export_volume_lo
         ensure!(!bytes.windows(needle.len()).any(|window| window == needle.as_bytes()), "it stands in {place}");
     }
 
-    // The disk below Docker: everything of the two containers and their volumes, the one in memory apart.
+    // Search the disk below Docker: everything of the two containers and their volumes. Only the volume in memory may
+    // hold the needle.
     let root = docker.info().await?.docker_root_dir.context("no folder")?;
     let held = format!("{root}/volumes/{}", scope.name("files"));
     let on_disk = files_with(&format!("{root}/volumes"), &needle);
@@ -391,7 +393,7 @@ async fn a_secret_that_is_delivered_stands_in_no_inspect_commit_export_volume_lo
     assert_eq!(String::from_utf8_lossy(&in_memory.stdout).trim(), "tmpfs");
     for folder in ["containers", "overlay2", "image"] {
         let found = files_with(&format!("{root}/{folder}"), &needle);
-        // What is mounted there is seen through it.
+        // A mount shows the volume in memory through this path.
         let found: Vec<_> = found.iter().filter(|file| !file.contains("/merged/run/secrets/")).collect();
         ensure!(found.is_empty(), "{found:?}");
     }
@@ -402,7 +404,7 @@ async fn a_secret_that_is_delivered_stands_in_no_inspect_commit_export_volume_lo
             ensure!(!stands, "it stands in {}/{file}", entry.path().display());
         }
     }
-    // The search finds what is there to be found.
+    // Make sure that the search finds a needle that is there.
     let control = Spec { image: &image, env: &[("PASSWORD", &needle)], args: &["/none", LAST], ..Spec::default() };
     let control = scope.create(control).await?;
     ensure!(serde_json::to_string(&scope.inspect(&control).await?)?.contains(&needle));
@@ -456,7 +458,7 @@ async fn what_is_wrong_with_a_directory_is_named_with_the_option_and_leaves_the_
         if name == "locked" { read_only(mount) } else { mount }
     });
     let vault = Vault::start(&scope, Plan { config: &config, mounts: mounts.to_vec(), groups: vec![] }).await?;
-    // Two sets of it fit, and one that is larger does not.
+    // Two sets of this value fit; a set with a larger one does not.
     vault.set("app/key", "small").await?;
     vault.until("good", "delivered").await?;
     vault.until("full", "delivered").await?;
@@ -486,7 +488,7 @@ async fn what_is_wrong_with_a_directory_is_named_with_the_option_and_leaves_the_
         checked.contains("✗ workload full: version 1 of its files is in place; /deliver/full is full"),
         "{checked}"
     );
-    // Smaller again: it recovers by itself.
+    // With a smaller value it recovers by itself.
     vault.set("app/key", "small again").await?;
     vault.until("full", "delivered").await?;
     Ok(())

@@ -1,4 +1,5 @@
-//! The vault in the image that people run, with as few rights as the documentation gives it, on a real Docker Engine.
+//! Tests the vault in its release image, with only the privileges that the documentation gives it, on a real Docker
+//! Engine.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -16,7 +17,7 @@ use testkit::{Scope, Spec, images, wait_until};
 mod reload;
 
 const SOON: Duration = Duration::from_secs(30);
-/// What the image may weigh, and what an idle vault may hold in memory.
+/// Limit of the image's size in bytes.
 const MAX_IMAGE_BYTES: i64 = 12 << 20;
 
 fn main() -> ExitCode {
@@ -44,7 +45,7 @@ fn mount(scope: &Scope, name: &str, target: &str) -> Mount {
     }
 }
 
-/// As in docs/credentials.md: three volumes, a private tmpfs for the socket, no network, no right.
+/// The settings of docs/credentials.md: three volumes, a private tmpfs for the socket, no network, no privileges.
 fn host(scope: &Scope) -> HostConfig {
     let tmpfs = HashMap::from([("/run/dockflare-vault".to_owned(), "mode=0700,uid=65431,gid=65431".to_owned())]);
     HostConfig {
@@ -62,7 +63,7 @@ fn host(scope: &Scope) -> HostConfig {
     }
 }
 
-/// What the command printed, and its code.
+/// Runs a command in the container. Returns its output and its exit code.
 async fn exec(scope: &Scope, container: &str, arguments: &[&str]) -> Result<(String, i64)> {
     let command = ["/dockflare-vault"].iter().chain(arguments).map(|word| (*word).to_owned()).collect();
     let options = CreateExecOptions {
@@ -84,7 +85,7 @@ async fn exec(scope: &Scope, container: &str, arguments: &[&str]) -> Result<(Str
     Ok((text, code))
 }
 
-/// The image, with a key in the volume of its configuration.
+/// Builds the image and puts a key into its configuration volume.
 async fn prepared(scope: &Scope, mode: u32) -> Result<String> {
     prepared_as(scope, "storage: {change_counter: /app/state/change}\n", mode).await
 }
@@ -93,7 +94,7 @@ async fn prepared_with(scope: &Scope, config: &str) -> Result<String> {
     prepared_as(scope, config, 0o600).await
 }
 
-/// With this mode of the key's file.
+/// As [`prepared`], with this configuration and this mode of both files.
 async fn prepared_as(scope: &Scope, config: &str, mode: u32) -> Result<String> {
     let image = images().vault(Path::new(env!("CARGO_BIN_EXE_dockflare-vault"))).await?;
     let mounts = Some(vec![mount(scope, "config", "/app/config")]);
@@ -151,7 +152,7 @@ async fn the_image_serves_read_only_without_rights_and_keeps_what_it_has_over_ki
 
     scope.stop(&vault, 10).await?;
     assert_eq!(scope.inspect(&vault).await?.state.and_then(|state| state.exit_code), Some(0));
-    // The release is a fraction of what is tried here.
+    // Check the size in a release build only: a debug build is many times larger.
     if !cfg!(debug_assertions) {
         let bytes = scope.docker().inspect_image(&image).await?.size.context("no size")?;
         assert!(bytes <= MAX_IMAGE_BYTES, "{bytes}");

@@ -1,6 +1,6 @@
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, reason = "tests block as they like")]
 #![allow(clippy::unwrap_used, reason = "a test ends where it cannot go on")]
-//! `exec` and `wait` as people run them: the real binary, real files, exit codes and signals.
+//! Tests `exec` and `wait` as operators run them: the real binary, real files, exit codes and signals.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -30,14 +30,14 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// The code and what was said.
+/// Runs the command, which must not start the program. Returns its exit code and standard error.
 fn fails(arguments: &[&str]) -> (i32, String) {
     let output = run(arguments);
     assert_eq!(text(&output.stdout), "", "the program ran");
     (output.status.code().unwrap(), text(&output.stderr))
 }
 
-/// Delivers as the vault does: a folder for the version, and a link that is replaced.
+/// Delivers like the vault: makes a folder for the version, then replaces the link.
 fn deliver(folder: &Path, version: &str, files: &[(&str, &str)]) {
     let place = folder.join(version);
     fs::create_dir(&place).unwrap();
@@ -56,7 +56,7 @@ fn deliver(folder: &Path, version: &str, files: &[(&str, &str)]) {
     }
 }
 
-/// A child, once it has said that it waits.
+/// Starts a child and waits until it reports that it waits.
 fn waiting(arguments: &[&str]) -> (Child, std::io::BufReader<std::process::ChildStderr>, String) {
     use std::io::BufRead;
     let mut child = command(arguments).spawn().unwrap();
@@ -251,7 +251,7 @@ fn wait_ends_when_the_files_are_there_and_needs_no_configuration_for_a_folder() 
     assert_eq!(child.wait_with_output().unwrap().status.code(), Some(0));
     assert!(began.elapsed() < SOON);
     assert_eq!(run(&["wait", &shown, "--timeout", "0"]).status.code(), Some(0));
-    // By its name, where there is a configuration.
+    // By the workload's name, if there is a configuration.
     let config = dir.path().join("config.yaml");
     let row = format!("deliveries:\n- {{workload: app, directory: {shown}, files: [{{name: a-file, secret: a}}]}}\n");
     fs::write(&config, row).unwrap();
@@ -308,7 +308,7 @@ fn the_vault_puts_the_launcher_into_its_folder_and_replaces_another_version_in_o
     let before = fs::metadata(&program).unwrap().modified().unwrap();
     start();
     assert_eq!(fs::metadata(&program).unwrap().modified().unwrap(), before, "what is right stays");
-    // One of another version, that runs, and half of one that a killed vault left.
+    // Another version that is running, and half a copy that a killed vault left.
     fs::remove_file(&program).unwrap();
     fs::copy("/bin/sleep", &program).unwrap();
     fs::write(path("launcher/.dockflare-vault.new"), "half").unwrap();

@@ -1,4 +1,4 @@
-//! The edge against connectors that are no more than a socket, and so its protocol to the letter.
+//! Tests the edge with connectors that are bare sockets, and so checks its protocol to the letter.
 
 use std::net::Ipv4Addr;
 
@@ -30,7 +30,7 @@ impl Socket {
         self.0.get_mut().write_all(format!("{line}\n").as_bytes()).await.expect("said");
     }
 
-    /// The next line; empty at the end.
+    /// Reads the next line; empty at the end.
     async fn hear(&mut self) -> String {
         let mut line = String::new();
         timeout(SOON, self.0.read_line(&mut line)).await.expect("in time").expect("heard");
@@ -38,7 +38,7 @@ impl Socket {
     }
 }
 
-/// Waits until the tunnel's usable connectors are these.
+/// Waits until exactly these connectors of the tunnel are usable.
 async fn wait_for_connectors(edge: &Edge, tunnel: &str, connectors: &[&str]) {
     let change = wait_until("the connectors", SOON, async || (edge.connectors(tunnel) == connectors).then_some(()));
     change.await.expect("the connectors");

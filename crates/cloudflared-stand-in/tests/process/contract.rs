@@ -1,6 +1,6 @@
-//! The stand-in beside the real program: the same is done to it as was done to the real one, at the same times, and what
-//! it writes, counts and answers is compared with `tests/captures`, which was made of the recordings independently of
-//! the stand-in's own.
+//! Compares the stand-in with the real program. It does to the stand-in what was done to the real one, at the same
+//! times, and compares log, counters and answers with `tests/captures`. The captures were made from the recordings
+//! independently of the stand-in's own files.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -10,19 +10,19 @@ use jiff::Timestamp;
 
 use super::*;
 
-/// So many times as fast as it was recorded: all together, and, alone, what came out differently then. A machine that is
-/// late by a second is late by ten recorded ones; what is really different is so at any pace.
+/// How many times as fast as recorded to play: first all cases together, then the ones that differed, alone. A machine
+/// that is a second late is ten recorded seconds late; a real difference shows at any pace.
 const SPEEDS: [f64; 2] = [10.0, 4.0];
-/// How far apart the two may be, in recorded seconds: the recordings' own second, what their machine was late, and half
-/// a second of this one's.
+/// How far apart the two may be, in recorded seconds: the resolution of the recordings (1 s), the delay of their
+/// machine, and half a second on this one.
 const APART: f64 = 8.0;
-/// So many at once: they do little but wait.
+/// How many cases run at once. They do little but wait.
 const AT_ONCE: usize = 12;
 
 const VERSIONS: [&str; 3] = ["2025.4.0", "2025.9.0", "2026.8.2"];
 const PROTOCOLS: [&str; 3] = ["auto", "quic", "http2"];
 
-/// What was done to the real program: words from the start, or from one second to another.
+/// What was done to the real program: words from the start, or from one second until another.
 struct Done {
     capture: &'static str,
     words: &'static str,
@@ -55,16 +55,16 @@ const ALL: [Done; 14] = [
     later("12a-sigterm-idle", "SIGTERM", 15.0, None),
 ];
 
-/// What was seen of a process, from its start to its end or to that of the recording.
+/// What a process did, from its start to its end or to the end of the recording.
 #[derive(Default)]
 struct Seen {
     lines: Vec<(f64, String)>,
-    /// Readiness and the counters of registrations, by time.
+    /// Readiness and registration counters over time.
     samples: Vec<(f64, Option<bool>, BTreeMap<String, f64>)>,
     exit: Option<i32>,
 }
 
-/// It ended, and nobody saw with which code.
+/// Exit code of a process that ended before anybody saw its code.
 const UNSEEN: i32 = -1;
 
 const COUNTERS: [&str; 2] = [
@@ -76,7 +76,7 @@ fn folder(version: &str, protocol: &str, capture: &str) -> PathBuf {
     testkit::workspace_root().join("tests/captures").join(version).join(protocol).join(capture)
 }
 
-/// A line without what differs between two processes and what the captures leave out; cut where they are.
+/// A line without the parts that differ between two processes or that the captures leave out; cut where they cut it.
 fn shape(line: &str) -> String {
     let body = line.split_once("Z ").filter(|(time, _)| time.starts_with("20")).map_or(line, |(_, body)| body);
     for begin in
@@ -94,7 +94,7 @@ fn shape(line: &str) -> String {
     words.join(" ")
 }
 
-/// What was recorded of the first life of the process.
+/// What the captures hold of the process's first life.
 fn recorded(version: &str, protocol: &str, capture: &str) -> Result<Seen> {
     let folder = folder(version, protocol, capture);
     let samples = std::fs::read_to_string(folder.join("samples.jsonl"))?;
@@ -106,7 +106,7 @@ fn recorded(version: &str, protocol: &str, capture: &str) -> Result<Seen> {
         let Some((time, body)) = line.split_once(' ') else { continue };
         let at = time.parse::<Timestamp>()?.duration_since(started).as_secs_f64();
         let shape = shape(body);
-        // Docker started it again.
+        // Docker started the process again.
         if seen.lines.first().is_some_and(|(_, first)| *first == shape) {
             break;
         }
@@ -130,7 +130,7 @@ fn recorded(version: &str, protocol: &str, capture: &str) -> Result<Seen> {
     }
     let code = samples.iter().find_map(|sample| sample["exit_code"].as_i64().filter(|code| *code != 0));
     let ended = samples.iter().any(|sample| over(sample) || sample["restarts"].as_u64().is_some_and(|n| n > 0));
-    // Between two looks it may have been started again already.
+    // Docker may already have restarted it between two samples.
     let stopped = samples.iter().any(|sample| sample["state"] == "exited");
     let unseen = if stopped { 0 } else { UNSEEN };
     seen.exit = ended.then(|| code.and_then(|code| i32::try_from(code).ok()).unwrap_or(unseen));
@@ -141,14 +141,14 @@ fn flag(words: &str, value: bool) -> Value {
     json!({ words: value })
 }
 
-/// Does to the stand-in what was done to the real program, for so many recorded seconds.
+/// Does to the stand-in what was done to the real program, for `until` recorded seconds.
 async fn played(version: &str, protocol: &str, done: &Done, until: f64, speed: f64) -> Result<Seen> {
     let mut words = format!("speed={speed} version={version}");
     let signal = done.words == "SIGTERM";
     if done.from.is_none() && !done.words.is_empty() {
         words = format!("{words} {}", done.words);
     }
-    // A port of its own from the start: it is asked before it says which.
+    // Pick the port here: the test asks it before the log names it.
     let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
     let address = format!("127.0.0.1:{port}");
     let mut process = run(&words, &[("TUNNEL_TRANSPORT_PROTOCOL", protocol), ("TUNNEL_METRICS", &address)]);
@@ -165,7 +165,7 @@ async fn played(version: &str, protocol: &str, done: &Done, until: f64, speed: f
                 post(&address, "/stand-in", &flag(done.words, true)).await?;
             }
         }
-        // As long after as in the recording, and a little more: what was done first may have come late.
+        // Wait as long as in the recording, plus a second: the first change may have come late.
         let due = said.zip(done.to).zip(done.from).map(|((said, to), from)| said + to - from + 1.0);
         if due.is_some_and(|due| now() >= due) && !taken_back {
             taken_back = true;
@@ -187,7 +187,7 @@ async fn played(version: &str, protocol: &str, done: &Done, until: f64, speed: f
         let page = get(&address, "/metrics").await.ok().map(|answer| answer.body).unwrap_or_default();
         let value = |counter: &str| page.lines().find_map(|line| line.strip_prefix(counter)?.trim().parse().ok());
         let counters = COUNTERS.iter().filter_map(|counter| Some(((*counter).to_owned(), value(counter)?)));
-        // What took long is of no known time.
+        // Drop slow answers: their time is not known.
         if now() - asked < 3.0 {
             seen.samples.push((asked, ready, counters.collect()));
         }
@@ -196,8 +196,8 @@ async fn played(version: &str, protocol: &str, done: &Done, until: f64, speed: f
     Ok(seen)
 }
 
-/// The lines up to where all connections were registered and configured, and those after. `later`: there is such a
-/// point; the order of what comes before it depends on the network.
+/// Splits the lines after the last connection is registered and the configuration has arrived. The order of the earlier
+/// lines depends on the network. `later`: whether there is such a point.
 fn split(lines: &[(f64, String)], later: bool, known: &BTreeSet<String>) -> (BTreeSet<String>, Vec<(f64, String)>) {
     let known: Vec<_> = lines.iter().filter(|(_, line)| known.contains(line)).cloned().collect();
     let registered =
@@ -213,14 +213,15 @@ fn compare(real: &Seen, ours: &Seen, done: &Done, until: f64) -> Result<()> {
     let (real_before, mut real_after) = split(&real.lines, later, &known);
     let (our_before, our_after) = split(&ours.lines, later, &known);
     ensure!(real_before == our_before, "before: {real_before:#?}\n{our_before:#?}");
-    // What was done to the real one is known to a second or so; its first line afterwards to the millisecond.
+    // The time of the change is known to about a second, the real program's first line after it to the millisecond.
     let first = |lines: &[(f64, String)]| lines.first().map(|(at, _)| *at);
     let shift = first(&our_after).zip(first(&real_after)).map_or(0.0, |(ours, real)| ours - real);
-    // Where the real one was not back by the end of its recording, the stand-in comes back at the next try that it has.
+    // If the real program was not back by the end of its recording, stop comparing at `to`: the stand-in comes back at
+    // its next try.
     let back = |(at, line): &(f64, String)| done.to.is_some_and(|to| *at > to) && line.contains("Registered tunnel");
     let until = done.to.filter(|_| !real.lines.iter().any(back)).unwrap_or(until);
     if real.exit.is_none() {
-        // What comes about its end may come after ours.
+        // A line near the end may come after ours end.
         real_after.retain(|(at, _)| *at < until - APART);
     }
     let same = real_after.iter().zip(&our_after).take_while(|(real, ours)| real.1 == ours.1).count();
@@ -235,11 +236,11 @@ fn compare(real: &Seen, ours: &Seen, done: &Done, until: f64) -> Result<()> {
     for (at, ready, counters) in &ours.samples {
         let at = at - shift;
         let around: Vec<_> = real.samples.iter().filter(|(t, ..)| (at - t).abs() <= APART).collect();
-        // A sample holds until the next one.
+        // A sample counts until the next one.
         let before = real.samples.iter().rev().find(|(t, ..)| t + APART < at);
         let around: Vec<_> = before.into_iter().chain(around).collect();
         let is_last = at + APART > until || real.samples.last().is_none_or(|(last, ..)| at + APART > *last);
-        // When exactly it opens its port nobody saw.
+        // No capture shows exactly when the program opens its port.
         if around.is_empty() || is_last || at < APART {
             continue;
         }
@@ -257,7 +258,7 @@ fn compare(real: &Seen, ours: &Seen, done: &Done, until: f64) -> Result<()> {
     Ok(())
 }
 
-/// When the readiness changed, and to what.
+/// The changes of readiness, with their times.
 fn states(seen: &Seen) -> Vec<(f64, Option<bool>)> {
     let mut states: Vec<(f64, Option<bool>)> = Vec::new();
     for (at, ready, _) in &seen.samples {
@@ -268,14 +269,14 @@ fn states(seen: &Seen) -> Vec<(f64, Option<bool>)> {
     states
 }
 
-/// Does the same to the stand-in, and compares.
+/// Runs the stand-in through the same events and compares the two.
 async fn beside(version: &str, protocol: &str, done: &Done, speed: f64) -> Result<()> {
     let real = recorded(version, protocol, done.capture)?;
     let until = real.samples.last().map_or(0.0, |(at, ..)| *at).max(4.0);
-    // Another configuration came then.
+    // Another configuration arrived after that.
     let until = if done.capture.starts_with("01-") { 14.0 } else { until };
     let until = if real.exit.is_some() { real.lines.last().map_or(0.0, |(at, _)| *at) + 60.0 } else { until };
-    // It may begin late.
+    // Play on for 20 s, since ours may start late.
     let ours = played(version, protocol, done, until + 20.0, speed).await?;
     compare(&real, &ours, done, until)
 }
@@ -290,7 +291,8 @@ async fn what_is_done_to_it_looks_as_it_did_in_the_real_program() -> Result<()> 
                 if !folder(version, protocol, done.capture).exists() {
                     continue;
                 }
-                // Over http2 an outage of 90 s that swallows packets goes unnoticed: what follows was seen in the long one.
+                // Over HTTP/2 an outage of 90 s that swallows packets goes unnoticed; the long capture shows what
+                // follows.
                 if done.capture.starts_with("08-") && protocol == "http2" {
                     continue;
                 }
@@ -313,7 +315,7 @@ async fn what_is_done_to_it_looks_as_it_did_in_the_real_program() -> Result<()> 
         if let Err(error) = beside(version, protocol, done, SPEEDS[1]).await {
             failed.push(format!("{version}/{protocol}/{}: {error:#}", done.capture));
         }
-        // One difference is enough, and each takes its time.
+        // Three failures are enough: each takes its time.
         if failed.len() > 2 {
             break;
         }

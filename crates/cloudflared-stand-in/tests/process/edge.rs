@@ -1,4 +1,4 @@
-//! The stand-in with connections to a double of the edge in this process.
+//! Tests the stand-in with connections to a double of the edge in this process.
 
 use std::net::Ipv4Addr;
 
@@ -14,7 +14,7 @@ async fn edge(takes: Duration) -> Edge {
     Edge::start((Ipv4Addr::LOCALHOST, 0).into(), takes).await.expect("edge")
 }
 
-/// A connector of this edge, with more words, and what it logs for each request.
+/// A connector of this edge, with more words, that logs each request.
 fn connector(edge: &Edge, words: &str) -> AgentProcess {
     connector_with(edge, words, &[("TUNNEL_LOGLEVEL", "debug")])
 }
@@ -35,7 +35,7 @@ async fn connector_id(process: &AgentProcess) -> Result<String> {
     Ok(line.rsplit(' ').next().context("id")?.to_owned())
 }
 
-/// Starts so many slow requests and returns once the connector has all of them.
+/// Starts slow requests and returns once the connector has all of them.
 async fn slow_requests(
     edge: &Arc<Edge>,
     process: &AgentProcess,
@@ -219,7 +219,7 @@ async fn an_edge_that_refuses_shows_itself_in_words_over_http2_and_in_counters_o
         wait_for_connections(address, 4).await?;
     }
     wait_for_connectors(&edge, 2).await;
-    // While connected; and taken back.
+    // Refuse it while it is connected, then accept it again.
     edge.refuse(Whose::Tunnel(TUNNEL.into()));
     let words = "ERR Register tunnel error from server side error=\"Unauthorized: Invalid tunnel secret\"";
     http2.wait_for_log(words, SOON).await?;
@@ -263,7 +263,7 @@ async fn where_only_quic_finds_nobody_http2_serves() -> Result<()> {
     wait_for_connections(&metrics_address(&over("auto")).await?, 4).await?;
     quic.wait_for_log("failed to dial to edge with quic", SOON).await?;
     assert_eq!(get(&metrics_address(&quic).await?, "/ready").await?.status, 503);
-    // A connector that was there by QUIC loses it, and has it again.
+    // A connector that was connected over QUIC loses the connections and gets them back.
     edge.unblock(Protocol::Quic);
     wait_for_connections(&metrics_address(&quic).await?, 4).await?;
     edge.block(Protocol::Quic);
@@ -280,7 +280,7 @@ async fn after_an_outage_a_fresh_connector_is_there_long_before_the_old_one() ->
     edge.leave();
     wait_for_connections(&address, 0).await?;
     edge.come_back();
-    // Its next try comes 17 s after the loss.
+    // The old connector's next try comes 17 s after the loss.
     let fresh = connector_with(&edge, "", &[("TUNNEL_TRANSPORT_PROTOCOL", "http2")]);
     let before = Instant::now();
     wait_until("one connection", SOON, async || (edge.connectors(TUNNEL).len() == 1).then_some(())).await?;

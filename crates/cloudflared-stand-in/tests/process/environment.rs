@@ -1,4 +1,4 @@
-//! The `TUNNEL_*` variables: what they change, and which values end the process at once.
+//! Tests what the `TUNNEL_*` variables change, and which values end the process at once.
 
 use super::*;
 
@@ -10,7 +10,7 @@ async fn shows_its_settings_without_the_token() -> Result<()> {
         ("TUNNEL_TRANSPORT_PROTOCOL", "http2"),
         ("TUNNEL_POST_QUANTUM", "false"),
     ];
-    // The token is planted: this process may not write it.
+    // The token is planted: the test fails if the process prints it.
     let process = run("", &env);
     let shown = "INF Environmental variables map[TUNNEL_EDGE_IP_VERSION:6 TUNNEL_METRICS:127.0.0.1:0 \
         TUNNEL_POST_QUANTUM:false TUNNEL_REGION:us TUNNEL_TRANSPORT_PROTOCOL:http2]";

@@ -1,4 +1,4 @@
-//! The stand-in and the workload as processes: exit codes, signals, the log and the metrics server.
+//! Tests the stand-in and the workload as processes: exit codes, signals, log and metrics server.
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::disallowed_macros, reason = "tests may block")]
 #![allow(clippy::expect_used, reason = "tests; clippy spares only the test functions themselves")]
@@ -29,7 +29,7 @@ fn cloudflared(args: &[&str], env: &[(&str, &str)]) -> AgentProcess {
     start(env!("CARGO_BIN_EXE_cloudflared"), args, env)
 }
 
-/// `tunnel run` with a token of these words, on any port, and with more of an environment.
+/// Starts `tunnel run` with a token of these words, on any port, and with extra environment variables.
 fn run(words: &str, env: &[(&str, &str)]) -> AgentProcess {
     let token = token("tunnel-1", words);
     let mut all = vec![("TUNNEL_TOKEN", token.as_str()), ("TUNNEL_METRICS", "127.0.0.1:0")];
@@ -49,7 +49,7 @@ async fn exit_code(mut process: AgentProcess) -> Option<i32> {
     process.wait_exit(SOON).await.expect("it ends").code()
 }
 
-/// The connections that `/ready` counts, once they are as many; and its answer.
+/// Waits until `/ready` counts this many connections, and returns its answer.
 async fn wait_for_connections(address: &str, count: u64) -> Result<Answer> {
     wait_until(&format!("{count} connections"), SOON, async || {
         let answer = get(address, "/ready").await.ok()?;
@@ -115,7 +115,7 @@ async fn hangs_until_told_otherwise() -> Result<()> {
     let address = metrics_address(&process).await?;
     let held = get(&address, "/ready");
     tokio::pin!(held);
-    // As long as a client might well wait; the answer would be there in a millisecond.
+    // As long as a client might well wait; a server that answers does so within a millisecond.
     assert!(tokio::time::timeout(Duration::from_millis(300), &mut held).await.is_err());
     assert_eq!(post(&address, "/stand-in", &json!({"hang": false})).await?.status, 200);
     tokio::time::timeout(SOON, held).await??;
@@ -189,9 +189,9 @@ async fn is_unauthorized_for_ever_and_says_why_over_http2_alone() -> Result<()> 
         assert_eq!(get(&address, "/ready").await?.status, 503);
         assert!(get(&address, "/metrics").await?.body.contains(failed));
     }
-    // Nothing chosen: over QUIC first, and over http2 when that was refused often enough.
+    // No protocol chosen: QUIC first, then HTTP/2 after enough refusals.
     run("unauthorized speed=50", &[]).wait_for_log(refusal, SOON).await?;
-    // An old one ends instead.
+    // An old version exits instead.
     assert_eq!(exit_code(run("unauthorized version=2025.4.0", &[])).await, Some(1));
     Ok(())
 }

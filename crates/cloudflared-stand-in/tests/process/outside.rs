@@ -1,4 +1,4 @@
-//! What goes wrong around the process: no way to the edge, no UDP, little memory.
+//! Tests trouble around the process: no way to the edge, no UDP, little memory.
 
 use super::*;
 

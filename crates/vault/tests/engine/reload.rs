@@ -1,5 +1,5 @@
-//! What happens to real containers when their files change: restarts, signals, what is put back, what a reboot leaves
-//! refused, and SIGKILL of the vault between the steps.
+//! Tests reloads of real containers when their files change: restarts, signals, files that are put back, starts that
+//! Docker refused after a reboot, and a SIGKILL of the vault between the steps.
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, reason = "tests block as they like")]
 
@@ -22,7 +22,7 @@ use testkit::{AgentProcess, Scope, Spec, images, wait_until};
 
 use super::{SOON, exec, prepared_with};
 
-/// Group of the images that read.
+/// Group of the readers' image.
 const GROUP: u32 = 65532;
 const DIRECTORY: &str = "/run/deliver/app";
 
@@ -33,16 +33,16 @@ fn hash(text: &str) -> String {
     format!("{hash:016x}")
 }
 
-/// Where a workload's files are shared.
+/// Where the vault and a workload share files.
 #[derive(Clone)]
 enum Place {
     /// A named volume in memory.
     Volume,
-    /// A directory of the host in memory, below this one.
+    /// A directory in the host's memory, below this one.
     Bound(PathBuf),
 }
 
-/// A vault, its socket proxy, and programs that read.
+/// A vault, its socket proxy, and the programs that read its files.
 struct Stage {
     scope: Scope,
     vault_image: String,
@@ -132,7 +132,7 @@ impl Stage {
         Ok(name)
     }
 
-    /// Waits for its word, and asks nothing before: a command would take the store itself.
+    /// Waits until the vault logs that it started. It sends no command: one sent too early would open the store itself.
     async fn vault_serves(&self) -> Result<()> {
         let vault = self.scope.name("vault");
         let serves = async || {
@@ -169,7 +169,7 @@ impl Stage {
         Ok(name)
     }
 
-    /// A program that reads, by a name of the configuration.
+    /// Starts a program that reads the credential, under a name from the configuration.
     async fn reader(&self, name: &str, launched: bool) -> Result<String> {
         let refuses = format!("REFUSES=bad,refused-by-{name}");
         let name = self.scope.name(name);
@@ -213,7 +213,7 @@ impl Stage {
         Ok(())
     }
 
-    /// Waits until the container is well and has begun with this credential last.
+    /// Waits until the container is healthy and its latest start was with this credential.
     async fn is_well_with(&self, container: &str, value: &str) -> Result<()> {
         let line = format!("begins with {}", hash(value));
         let is_it = async || {
@@ -227,7 +227,7 @@ impl Stage {
             .map_err(|error| error.context("see the logs"))
     }
 
-    /// Waits until the files that are there were dealt with.
+    /// Waits until the vault has settled the current files.
     async fn is_settled(&self) -> Result<()> {
         let vault = self.scope.name("vault");
         let settled = async || {
@@ -239,7 +239,7 @@ impl Stage {
         wait_until("the files to be settled", 2 * SOON, settled).await
     }
 
-    /// Waits until the vault has noted that a container is to run, or is not any more.
+    /// Waits until the vault has noted that a container should run, or no longer should.
     async fn is_remembered(&self, container: &str, is_wanted: bool) -> Result<()> {
         let vault = self.scope.name("vault");
         let noted = async || {
@@ -252,7 +252,7 @@ impl Stage {
         wait_until("the vault to note who runs", 4 * SOON, noted).await
     }
 
-    /// How often it has begun.
+    /// How often the program has started.
     async fn begun(&self, container: &str) -> Result<usize> {
         Ok(self.scope.logs(container).await?.lines().filter(|line| line.contains("begins with")).count())
     }
@@ -295,7 +295,7 @@ pub(super) async fn a_rotated_credential_restarts_one_after_the_other_and_a_bad_
     let log = stage.scope.logs(&vault).await?;
     assert!(log.contains("does not come up well with the new files (its health check fails)"), "{log}");
     assert!(!log.contains("bad-3") && !log.contains("good-2"), "{log}");
-    // The next good one is brought in as ever.
+    // The next good credential is rolled out as usual.
     stage.set("good-4").await?;
     for container in [&one, &two] {
         stage.is_well_with(container, "good-4").await?;
@@ -328,11 +328,11 @@ pub(super) async fn a_vault_that_is_killed_between_the_steps_of_a_restart_goes_o
         stage.is_settled().await?;
         let now = (stage.begun(&one).await?, stage.begun(&two).await?);
         let times = (now.0 - before.0, now.1 - before.1);
-        // The call that was under way may be made again, and no other.
+        // Only the call that the kill interrupted may be repeated.
         assert!(times.0 + times.1 <= 3, "killed after {after} ms: {times:?}");
     }
     stage.is_settled().await?;
-    // In the middle of a set that is put back.
+    // Kill the vault while a bad set is rolled out.
     stage.set("bad").await?;
     let begun = stage.begun(&one).await?;
     wait_until("the first to begin again", SOON, async || (stage.begun(&one).await.ok()? > begun).then_some(()))
@@ -342,7 +342,8 @@ pub(super) async fn a_vault_that_is_killed_between_the_steps_of_a_restart_goes_o
     for container in [&one, &two] {
         stage.is_well_with(container, "good-5").await?;
     }
-    // The first one lives with it, the second does not; killed when it is put back, before the first is restarted.
+    // The first container accepts this set and the second refuses it. Kill the vault after it put the old files back
+    // and before it restarts the first one.
     stage.vault_serves().await?;
     let back = async || stage.scope.logs(&vault).await.ok().map(|log| log.matches("the ones before are back").count());
     let before = back().await;
@@ -374,7 +375,7 @@ pub(super) async fn a_signal_reaches_the_first_process_and_nothing_is_restarted(
     let read = async || stage.scope.logs(&one).await.ok()?.contains(&line).then_some(());
     wait_until("the program to read again", SOON, read).await?;
     assert_eq!(stage.begun(&one).await?, 1);
-    // A proxy that was told of another one, and none at all.
+    // A proxy that allows only another container.
     stage.scope.rm(&stage.scope.name("proxy")).await?;
     stage.proxy(&["other"]).await?;
     let (checked, code) = exec(&stage.scope, &vault, &["check"]).await?;
@@ -386,7 +387,7 @@ pub(super) async fn a_launched_program_has_its_credential_and_nobody_else_sees_i
     let stage = Stage::new("restart", &["one"], Place::Volume, "launcher: {folder: /app/launcher}").await?;
     stage.proxy(&["one"]).await?;
     stage.vault().await?;
-    // It waits for its files, in an image with nothing but its own program.
+    // The launcher waits for the files, in an image with nothing but the program itself.
     let one = stage.reader("one", true).await?;
     let waits = async || stage.scope.logs(&one).await.ok()?.contains("waiting for").then_some(());
     wait_until("the launcher to wait", SOON, waits).await?;
@@ -400,14 +401,14 @@ pub(super) async fn a_launched_program_has_its_credential_and_nobody_else_sees_i
     let image = stage.scope.inspect(&one).await?.image.context("no image")?;
     let history = format!("{:?}", stage.scope.docker().inspect_image(&image).await?);
     assert!(!history.contains("s3cret"));
-    // Its end by a signal, and its code, are its own.
+    // The program itself gets the signal, and the exit code is its own.
     stage.scope.stop(&one, 10).await?;
     assert_eq!(stage.scope.inspect(&one).await?.state.and_then(|state| state.exit_code), Some(0));
     assert!(stage.scope.logs(&one).await?.ends_with("ends\n"));
     Ok(())
 }
 
-/// A directory of the host in memory, that belongs to the vault.
+/// A directory in the host's memory that belongs to the vault.
 struct InMemory(PathBuf);
 
 impl InMemory {
@@ -442,7 +443,7 @@ pub(super) async fn after_a_reboot_in_the_worst_order_what_was_refused_is_starte
     for container in [&one, &two] {
         stage.is_remembered(container, true).await?;
     }
-    // Stopped by hand, long before.
+    // An operator stopped this one long before.
     stage.scope.stop(&two, 5).await?;
     stage.is_remembered(&two, false).await?;
 
@@ -511,7 +512,7 @@ pub(super) async fn the_socket_proxy_does_four_things_for_the_containers_of_its_
     let logs = asked.logs(&app, Some(LogsOptions { stdout: true, ..LogsOptions::default() })).try_collect::<Vec<_>>();
     refused(logs.await.map(drop), "route");
 
-    // Another one takes the name between the look and the call: neither is touched.
+    // Another container takes the name between the look and the call: the proxy touches neither.
     let rename = |to: &str| RenameContainerOptions { name: to.to_owned() };
     scope.docker().rename_container(&app, rename(&scope.name("before"))).await?;
     scope.docker().rename_container(&other, rename(&name)).await?;

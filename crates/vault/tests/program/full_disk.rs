@@ -1,5 +1,4 @@
-//! Disks that are really full: a tmpfs of a few megabytes for store, audit and counter each, in a mount namespace of
-//! the test's own.
+//! Fills real disks: a tmpfs of a few megabytes each for store, audit and counter, in the test's own mount namespace.
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -7,7 +6,7 @@ use std::sync::mpsc::{Receiver, channel};
 
 use crate::scene::{SOON, Scene};
 
-/// A shell in the namespace. What it mounts is gone with it.
+/// A shell in the namespace. Its mounts disappear with it.
 struct Room {
     shell: Child,
     input: ChildStdin,
@@ -15,7 +14,7 @@ struct Room {
 }
 
 impl Room {
-    /// `None` where the system allows no namespace.
+    /// Enters a namespace. `None` where the system allows none.
     fn enter() -> Option<Self> {
         let arguments: &[&str] = if nix::unistd::geteuid().is_root() { &["-m"] } else { &["-rm"] };
         let mut shell = Command::new("unshare")
@@ -35,7 +34,7 @@ impl Room {
         is_there.then_some(Self { shell, input, output })
     }
 
-    /// What it printed; its code.
+    /// Runs a command. Returns its output and its exit code.
     fn run(&mut self, command: &str) -> (String, i32) {
         writeln!(self.input, "{command}").unwrap();
         let mut text = String::new();
@@ -72,7 +71,7 @@ fn lines(output: ChildStdout) -> Receiver<String> {
     lines
 }
 
-/// The store's disk, the audit's and the counter's is full, each alone, while the vault runs; then there is room again.
+/// Fills the disk of the store, of the audit, or of the counter while the vault runs, then makes room again.
 #[test]
 fn a_full_disk_is_said_loses_nothing_and_with_room_again_the_same_vault_serves() {
     #[allow(clippy::disallowed_macros, reason = "a test says what it did not try")]
@@ -108,7 +107,7 @@ fn a_full_disk_is_said_loses_nothing_and_with_room_again_the_same_vault_serves()
         scene.ok(&["set", "kept"], disk.as_bytes());
         let ballast = format!("{}/ballast", at(disk));
         room.run(&format!("dd if=/dev/zero of={ballast} bs=4k 2> /dev/null"));
-        // What is open may have a page with room left.
+        // The file that is open may have a page with room left.
         let (mut refused, mut stored) = (None, vec![]);
         for number in 0..200 {
             let output = scene.run(&["set", &format!("{disk}/{number}")], big.as_bytes());
@@ -124,7 +123,7 @@ fn a_full_disk_is_said_loses_nothing_and_with_room_again_the_same_vault_serves()
             }
         }
         match (disk, refused) {
-            // The counter is behind: said, and nothing stops.
+            // The counter falls behind: the vault logs it and goes on.
             ("other", None) => {
                 let log = std::fs::read_to_string(at("log")).unwrap();
                 assert!(log.contains("the counter of changes") && log.contains("cannot be written"), "{log}");
@@ -152,7 +151,7 @@ fn a_full_disk_is_said_loses_nothing_and_with_room_again_the_same_vault_serves()
         assert!(scene.ok(&["set", "kept"], b"again").starts_with(b"version "));
         assert!(scene.ok(&["audit", "verify"], b"").ends_with(b"an unbroken chain\n"));
     }
-    // A start on a full disk: what is there is looked at without a write.
+    // Start on a full disk: the vault inspects its files without a write.
     room.ok("kill $vault; wait $vault");
     room.run(&format!("dd if=/dev/zero of={}/ballast bs=4k 2> /dev/null", at("data")));
     let (said, code) = room.run(&format!("{vault} get kept"));

@@ -11,7 +11,7 @@ use dockflare_vault::seal::Key;
 
 use crate::scene::{SOON, Scene};
 
-/// Numbers that look random, from a seed that a failure names.
+/// Pseudorandom numbers from a seed that a failure reports.
 struct Dice(u64);
 
 impl Dice {
@@ -30,8 +30,8 @@ fn write_key(scene: &Scene, path: &Path) {
     fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
 }
 
-/// Kills the server when the audit has changed so many times, and somewhat later: that is just before, within or just
-/// after the transaction that the newest line tells of.
+/// Kills the server after `changes` changes of the audit and a little later: just before, within or just after the
+/// transaction that the newest line is about.
 fn kill_after(pid: i32, audit: &Path, changes: u64, later: u64, is_over: &AtomicBool) {
     let look = || fs::metadata(audit).ok().map(|meta| (meta.len(), meta.modified().unwrap()));
     let (mut seen, mut left, until) = (look(), changes, Instant::now() + SOON);
@@ -47,9 +47,9 @@ fn kill_after(pid: i32, audit: &Path, changes: u64, later: u64, is_over: &Atomic
     is_over.store(true, Ordering::SeqCst);
 }
 
-/// Sets, deletions and rotations of both kinds with an audit that begins a new file every twenty lines, killed at random
-/// moments: whatever was acknowledged is there, under exactly one master key, and the audit's chain holds. `VAULT_KILLS`
-/// asks for another number of rounds.
+/// Runs sets, deletions and rotations of both kinds, with an audit that starts a new file every twenty lines, and kills
+/// the vault at random moments. Every acknowledged change must be there, under exactly one master key, and the audit's
+/// chain must hold. `VAULT_KILLS` sets the number of rounds.
 #[test]
 #[allow(clippy::disallowed_macros, reason = "a test says what it did")]
 fn killed_at_random_what_was_acknowledged_is_there_and_the_chain_holds() {
@@ -60,7 +60,7 @@ fn killed_at_random_what_was_acknowledged_is_there_and_the_chain_holds() {
     let (master, next) = (scene.path("master.key"), scene.path("next.key"));
     scene.configure_with("max_bytes: 4096, keep: 2", &format!("next_master_key_file: {}", next.display()), "");
     write_key(&scene, &next);
-    // The last value that was acknowledged, and those that were under way since: 0 is none.
+    // The last acknowledged value, and those under way since; 0 means none.
     let mut said: BTreeMap<String, (u64, Vec<u64>)> = BTreeMap::new();
     let (mut counter, mut masters, mut rotated) = (0, 0, 0);
     for round in 0..rounds {
@@ -69,7 +69,7 @@ fn killed_at_random_what_was_acknowledged_is_there_and_the_chain_holds() {
         let status: serde_json::Value = serde_json::from_slice(&scene.ok(&["status"], b"")).unwrap();
         let id = status["master_key"].as_str().unwrap().to_owned();
         if id == key_id(&next) {
-            // As the operator is told to.
+            // Do what the operator is told to do.
             fs::rename(&next, &master).unwrap();
             write_key(&scene, &next);
             masters += 1;
@@ -92,7 +92,7 @@ fn killed_at_random_what_was_acknowledged_is_there_and_the_chain_holds() {
         let (is_over, pid, audit) = (AtomicBool::new(false), server.pid() as i32, scene.path("data/audit.log"));
         std::thread::scope(|threads| {
             threads.spawn(|| kill_after(pid, &audit, changes, later, &is_over));
-            // Without a server the command opens the store itself, and that is as good a witness.
+            // Without a server, the command opens the store itself, which tests the same thing.
             while !is_over.load(Ordering::SeqCst) {
                 counter += 1;
                 let (name, input) = (format!("s/{}", dice.below(7)), counter.to_string());

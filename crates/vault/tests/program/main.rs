@@ -1,15 +1,16 @@
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, reason = "tests block as they like")]
 #![allow(clippy::unwrap_used, reason = "a test ends where it cannot go on")]
-//! The program as people run it: the real binary, its socket, its files, its exit codes, SIGKILL and full disks.
+//! Tests the program as operators run it: the real binary, its socket, its files, its exit codes, SIGKILL and full
+//! disks.
 //!
-//! What `swarm-vaultctl`, the vault that came before, tests of itself, and where it is tried here:
+//! What `swarm-vaultctl`, the earlier vault, tests of itself, and where this project tests it:
 //!
 //! | there | here |
 //! |---|---|
-//! | encryption: there and back, any bytes, another key, a text that was changed, the key's file | the tests in `seal`, `keyfile` and `store::sealed`, and `from_a_new_key_to_a_value_that_is_read_byte_for_byte` |
+//! | encryption: there and back, any bytes, another key, a changed text, the key's file | the tests in `seal`, `keyfile` and `store::sealed`, and `from_a_new_key_to_a_value_that_is_read_byte_for_byte` |
 //! | rotation of the key | `store::sealed`, `rotations_of_both_kinds_and_restarts_lose_nothing` |
-//! | store: set, get, replace, delete, list, what is missing, after a restart | `store::sealed`, `every_operation_with_and_without_what_it_is_about` |
-//! | operations: each one, one that is unknown, one without its key or value | `every_operation_with_and_without_what_it_is_about`, `bad_input_is_named_and_nothing_is_lost` |
+//! | store: set, get, replace, delete, list, missing entries, after a restart | `store::sealed`, `every_operation_with_and_without_what_it_is_about` |
+//! | operations: each one, an unknown one, one without its key or value | `every_operation_with_and_without_what_it_is_about`, `bad_input_is_named_and_nothing_is_lost` |
 //! | handler and access rows: allowed, denied, unknown subject, none at all | `grant` with its model, `vault`, `config` |
 //! | command line: each command, its output and its code | `every_operation_with_and_without_what_it_is_about`, `bad_input_is_named_and_nothing_is_lost` |
 //! | end to end, over a restart | `rotations_of_both_kinds_and_restarts_lose_nothing`, `tests/engine.rs` in the image |
@@ -28,7 +29,7 @@ use scene::{SOON, Scene};
 fn from_a_new_key_to_a_value_that_is_read_byte_for_byte() {
     let scene = Scene::new();
     let value: Vec<u8> = (0..=255).chain(*b"\n").collect();
-    // Without a server, with one, and again without: the same store and the same answers.
+    // Without a server, with one, and without one again: the same store and the same answers.
     assert_eq!(scene.ok(&["set", "app/db"], &value), b"version 1\n");
     let server = scene.start();
     assert_eq!(scene.ok(&["get", "app/db"], b""), value);
@@ -156,7 +157,7 @@ fn another_table_of_grants_is_taken_whole_or_not_at_all() {
     server.wait_for("took the new table of grants grants=2");
     scene.configure("acl:\n- subject: user.requests\n  operations: [get, frob]\n");
     server.wait_for("\"frob\" is no operation");
-    // What counts from a start takes the rest of the file with it.
+    // A setting that needs a restart holds back the rest of the file.
     scene.configure_with(
         "keep: 7",
         "",
@@ -183,7 +184,7 @@ fn a_next_master_key_that_lies_ready_is_taken_by_name_and_by_the_next_start() {
     fs::set_permissions(&next, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
     scene.ok(&["rotate", "--master"], b"");
     server.kill();
-    // Nobody has put it in the place of the old one yet.
+    // Nobody has replaced the old key with the new one yet.
     let server = scene.start_with(&[]);
     server.wait_for("of encryption.next_master_key_file: put");
     server.wait_for("dockflare-vault started");
@@ -220,13 +221,13 @@ fn a_level_that_is_none_ends_with_64_and_the_nearest_one() {
     assert!(said.contains("do you mean INFO?") && said.contains("dockflare_vault"), "{said}");
 }
 
-/// As in a script: `docker run -d`, and the first command right behind it.
+/// What a script does: `docker run -d`, and the first command right after it.
 #[test]
 fn a_command_right_behind_the_start_waits_for_the_vault_and_keeps_it_from_nothing() {
     let scene = Scene::new();
     for number in 1..20 {
         let server = scene.start_with(&[]);
-        // At once, and with the lock taken and no socket there yet.
+        // Odd rounds send the command at once; even rounds once the lock is taken and the socket may not be there yet.
         let lock = scene.path("data/vault.redb.lock");
         let until = Instant::now() + SOON;
         while number % 2 == 0
@@ -261,12 +262,12 @@ fn a_check_tries_docker_where_containers_are_named_and_the_launcher_where_it_has
     fs::rename(scene.path("launcher/dockflare-vault.new"), scene.path("launcher/dockflare-vault")).unwrap();
     assert!(check().contains("✗ launcher.folder"), "{}", check());
     assert_eq!(server.stop().0, Some(0));
-    // Without a container nobody asks Docker.
+    // Without containers in the configuration, nobody asks Docker.
     scene.configure("");
     assert!(!check().contains("docker"), "{}", check());
 }
 
-/// Also what differs on purpose from `swarm-vaultctl`: what is not there is an error and no empty answer.
+/// Includes a deliberate difference from `swarm-vaultctl`: a missing secret is an error, not an empty answer.
 #[test]
 fn every_operation_with_and_without_what_it_is_about() {
     let scene = Scene::new();

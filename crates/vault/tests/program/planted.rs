@@ -1,4 +1,4 @@
-//! A value is where it was put and nowhere else.
+//! Checks that a value is where it was put and nowhere else.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use crate::scene::{SOON, Scene};
 
-/// A multiple of three letters: in base64 it looks the same each time it is repeated.
+/// Its length is a multiple of three bytes, so its base64 is the same at each repetition.
 const PLANTED: &str = "PLANTED-7f3a9c-a-value-of-some-length-that-is-nowhere-else42";
 
 fn in_base64() -> String {
@@ -34,12 +34,13 @@ fn page(port: u16, path: &str) -> Vec<u8> {
     text
 }
 
-/// What the kernel shows of a process to whoever may look.
+/// What the kernel shows of a process to anyone who may look.
 fn shown(pid: u32) -> Vec<u8> {
     ["cmdline", "environ"].iter().flat_map(|file| fs::read(format!("/proc/{pid}/{file}")).unwrap()).collect()
 }
 
-/// Not in a log at the lowest level, an error, a page, the bundle, a process list, an environment, or a file in plain.
+/// The value is in no log at the lowest level, no error, page or bundle, no process list or environment, and in no file
+/// in plain text.
 #[test]
 fn a_planted_value_is_found_nowhere() {
     let scene = Scene::new();
@@ -51,7 +52,7 @@ fn a_planted_value_is_found_nowhere() {
     server.wait_for("dockflare-vault started");
     let name = "app/db";
 
-    // The command while it reads: on no command line, in no environment.
+    // The command while it reads the value: not on its command line, not in its environment.
     let mut child = scene.command(&["set", name]).spawn().unwrap();
     let mut input = child.stdin.take().unwrap();
     input.write_all(&PLANTED.as_bytes()[..20]).unwrap();
@@ -78,11 +79,11 @@ fn a_planted_value_is_found_nowhere() {
         let output = scene.run(&arguments, input.as_bytes());
         assert_none(arguments[0], &[output.stdout, output.stderr].concat());
     }
-    // Given in the argument list it stands there: said, and it gets no further.
+    // A value in the argument list is visible there. The vault warns of it, and the value gets no further.
     let output = scene.run(&["set", "argument", PLANTED], b"");
     assert!(String::from_utf8_lossy(&output.stderr).contains("stood in the process list"));
     assert_none("set", &[output.stdout, output.stderr].concat());
-    // At the socket itself, with what is no request.
+    // Send the socket lines that are not requests.
     for line in [
         format!("{{\"operation\":\"set\",\"name\":\"a\",\"value\":\"{PLANTED}\"}}\n"),
         format!("{PLANTED}\n"),
@@ -115,7 +116,7 @@ fn a_planted_value_is_found_nowhere() {
     }
 }
 
-/// How often the value is in the memory of a process; `None` where this user may not look.
+/// How often the value is in a process's memory; `None` if this user may not read it.
 fn in_memory(pid: u32) -> Option<usize> {
     let memory = File::open(format!("/proc/{pid}/mem")).ok()?;
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
@@ -131,7 +132,7 @@ fn in_memory(pid: u32) -> Option<usize> {
     Some(found)
 }
 
-/// No core dump, no debugger of the same user; and whoever is root finds no value that was answered and let go of.
+/// There is no core dump and no debugger of the same user. Even root finds no value that was answered and freed.
 #[test]
 fn a_value_that_was_let_go_of_is_in_no_core_dump_and_not_in_memory() {
     let scene = Scene::new();
@@ -140,7 +141,7 @@ fn a_value_that_was_let_go_of_is_in_no_core_dump_and_not_in_memory() {
     let cores = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
     let words: Vec<_> = cores.split_whitespace().collect();
     assert_eq!((words[4], words[5]), ("0", "0"), "{cores}");
-    // Of several sizes: what is let go of in between is used again by other things.
+    // Use several sizes, since other data reuses memory that was freed.
     for number in 0..20 {
         let value = PLANTED.repeat(1 + number * number * 10);
         scene.ok(&["set", &format!("s/{number}")], value.as_bytes());
@@ -148,14 +149,14 @@ fn a_value_that_was_let_go_of_is_in_no_core_dump_and_not_in_memory() {
     }
     scene.ok(&["rotate"], b"");
     server.wait_for("the old one is gone");
-    // What is under way is done when the next one is answered.
+    // Earlier work is done once this is answered.
     scene.ok(&["status"], b"");
     match in_memory(server.pid()) {
         Some(found) => assert_eq!(found, 0, "values stay in memory"),
-        // Not dumpable: its memory is root's.
+        // The process is not dumpable, so only root may read its memory.
         None => assert!(!nix::unistd::geteuid().is_root()),
     }
-    // One that has the value in its hands shows that the search finds what is there.
+    // Make sure that the search finds the value in a process that holds it.
     let mut holder = scene.command(&["set", "held"]).spawn().unwrap();
     let mut input = holder.stdin.take().unwrap();
     input.write_all(PLANTED.as_bytes()).unwrap();
@@ -165,7 +166,7 @@ fn a_value_that_was_let_go_of_is_in_no_core_dump_and_not_in_memory() {
     }
     drop(input);
     assert!(holder.wait().unwrap().success());
-    // A signal that dumps core otherwise: nothing is written beside it.
+    // A signal that would otherwise dump core: no core file.
     server.signal(nix::sys::signal::Signal::SIGABRT);
     let mut server = server;
     let status = server.child.wait().unwrap();

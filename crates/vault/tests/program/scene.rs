@@ -1,4 +1,4 @@
-//! A vault of its own in a folder of its own, and the program that is run in it.
+//! A separate vault in its own folder, and the program that runs in it.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -43,7 +43,7 @@ impl Scene {
         self.configure_with("", "", more);
     }
 
-    /// With more settings of the audit, of the encryption, and behind all.
+    /// Writes the configuration with extra settings for the audit, for the encryption, and at the end.
     pub(crate) fn configure_with(&self, audit: &str, encryption: &str, more: &str) {
         let dir = self.dir.path().display();
         let text = format!(
@@ -65,19 +65,19 @@ impl Scene {
 
     pub(crate) fn run(&self, arguments: &[&str], input: &[u8]) -> Output {
         let mut child = self.command(arguments).spawn().unwrap();
-        // One that does not read it may be gone.
+        // A command that does not read it may have ended.
         let _ = child.stdin.take().unwrap().write_all(input);
         child.wait_with_output().unwrap()
     }
 
-    /// What it prints; it must end well.
+    /// Runs a command that must succeed. Returns its output.
     pub(crate) fn ok(&self, arguments: &[&str], input: &[u8]) -> Vec<u8> {
         let output = self.run(arguments, input);
         assert_eq!(output.status.code(), Some(0), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
         output.stdout
     }
 
-    /// What it says; it must end with this code.
+    /// Runs a command that must exit with this code. Returns its standard error.
     pub(crate) fn fails(&self, arguments: &[&str], input: &[u8], code: i32) -> String {
         let output = self.run(arguments, input);
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -133,7 +133,7 @@ impl Server {
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.pid() as i32), signal).unwrap();
     }
 
-    /// Ends it as asked; its code and all that it logged.
+    /// Stops the vault with SIGTERM. Returns its exit code and its whole log.
     pub(crate) fn stop(mut self) -> (Option<i32>, String) {
         self.signal(nix::sys::signal::Signal::SIGTERM);
         let code = self.child.wait().unwrap().code();
