@@ -145,7 +145,14 @@ fn has_ended(state: RunState) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+    use std::time::Duration;
+
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpListener;
+
     use super::*;
+    use crate::config::{DockerHost, OnExit, Pull};
 
     fn labelled(count: usize) -> BTreeMap<String, Container> {
         let container = |id: String| Container {
@@ -190,5 +197,51 @@ mod tests {
         assert_eq!(turn.next(&few).len(), 3);
         turn.all(0);
         assert!(!turn.goes_on());
+    }
+
+    /// Whatever is inspected runs on `net`.
+    async fn docker() -> Docker {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let host = DockerHost::Http(listener.local_addr().unwrap().to_string());
+        let networks = r#"{"Networks": {"net": {"IPAddress": "10.0.0.2"}}}"#;
+        let body = format!(r#"{{"Name": "/x", "State": {{"Status": "running"}}, "NetworkSettings": {networks}}}"#);
+        let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len());
+        tokio::spawn(async move {
+            loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let _ = stream.read(&mut [0; 4096]).await.unwrap();
+                stream.write_all(answer.as_bytes()).await.unwrap();
+            }
+        });
+        Docker::new(host)
+    }
+
+    #[tokio::test]
+    async fn a_look_inspects_those_whose_turn_it_is_and_the_next_one_the_others() {
+        let config = TunnelConfig {
+            image: "cloudflare/cloudflared:1".parse().unwrap(),
+            pull: Pull::Missing,
+            network: "net".to_owned(),
+            metrics_network: None,
+            container_name: "tunnel".to_owned(),
+            on_exit: OnExit::Remove,
+            lease: Duration::ZERO,
+            options: [].into(),
+            host_gateway: true,
+            auto_connect: true,
+        };
+        let (docker, all, mut turn) = (docker().await, labelled(203), Turn::default());
+        turn.all(all.len());
+        let mut looks = Vec::new();
+        while turn.goes_on() && looks.len() < 3 {
+            let (mut ids, mut failures) = (Vec::new(), Failures::default());
+            let labelled = (&all, &mut turn);
+            let judged = |judged: Judged| ids.push(judged.id);
+            survey(&docker, &config, &mut Some(false), &[], labelled, &mut failures, judged).await.unwrap().unwrap();
+            assert_eq!(failures.first, None);
+            looks.push(ids);
+        }
+        assert_eq!(looks.iter().map(Vec::len).collect::<Vec<_>>(), [200, 3]);
+        assert!(looks.into_iter().flatten().eq(all.into_keys()), "each has had its turn, once");
     }
 }
