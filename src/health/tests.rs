@@ -798,6 +798,21 @@ async fn a_replacement_is_there_before_the_one_before_it_goes() {
     assert_eq!(bench.host.world().containers[MAIN].token, key('b'));
 }
 
+#[tokio::test(start_paused = true)]
+async fn one_that_somebody_starts_while_its_drain_is_waited_for_is_not_removed_while_it_runs() {
+    let bench = running().await;
+    sleep(MINUTE).await;
+    bench.order(&key('b'));
+    while bench.host.world().count("stop") == 0 {
+        sleep(Duration::from_millis(100)).await;
+    }
+    bench.host.starts_again(MAIN);
+    sleep(MINUTE).await;
+    let expected = ["stop tunnel", "stop tunnel", "remove tunnel", "rename tunnel-next"];
+    assert_eq!(bench.calls()[2..], expected, "it is drained once more");
+    assert_eq!(bench.names(), [MAIN]);
+}
+
 /// The most important test: a SIGKILL before and after each call of a replacement. The next agent ends where the first
 /// would have, and visitors do not notice.
 #[tokio::test(start_paused = true)]
