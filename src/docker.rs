@@ -14,6 +14,7 @@ use std::time::Duration;
 use bollard::models;
 use bollard::query_parameters as query;
 use dockflare_engine::{CHANGE_LIMIT, Client, READ_LIMIT, absent_is_none, limited};
+pub use dockflare_engine::{Health, RunState};
 use futures_util::{Stream, StreamExt, TryStreamExt};
 use tokio::time::timeout;
 
@@ -43,7 +44,7 @@ pub(crate) use spec::{
     TUNNEL_LABEL, TUNNEL_NAME_LABEL, label_text, metrics_address, owner_labels,
 };
 pub use spec::{METRICS_PORT, MetricsPlace, SPEC_LABEL, Spec};
-pub use types::{Action, Container, Endpoint, Event, Health, Inspected, LastCheck, RunState, Version};
+pub use types::{Action, Container, Endpoint, Event, Inspected, LastCheck, Version};
 pub(crate) use types::{JOINED, Placed};
 
 /// A Docker Engine, or the part of it that a socket proxy lets through.

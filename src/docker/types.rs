@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use bollard::models;
+use dockflare_engine::{Health, RunState};
 
 use super::dialect;
 use crate::state::{Token, TunnelId};
@@ -238,38 +239,8 @@ impl LastCheck {
     }
 }
 
-/// The state of a container.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RunState {
-    /// Never started.
-    Created,
-    /// Running.
-    Running,
-    /// Frozen.
-    Paused,
-    /// Waiting for Docker's restart policy to start it again.
-    Restarting,
-    /// Ended.
-    Exited,
-    /// Partly removed.
-    Dead,
-}
-
-/// The result of a container's health check.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Health {
-    /// No verdict yet.
-    Starting,
-    /// The last run succeeded.
-    Healthy,
-    /// Several runs in a row failed.
-    Unhealthy,
-}
-
 impl From<models::ContainerInspectResponse> for Inspected {
     fn from(response: models::ContainerInspectResponse) -> Self {
-        use models::ContainerStateStatusEnum as Status;
-        use models::HealthStatusEnum as HealthStatus;
         let state = response.state.unwrap_or_default();
         let config = response.config.unwrap_or_default();
         let networks = response.network_settings.and_then(|settings| settings.networks).unwrap_or_default();
@@ -280,25 +251,13 @@ impl From<models::ContainerInspectResponse> for Inspected {
         Self {
             id: response.id.unwrap_or_default(),
             name: response.name.unwrap_or_default().trim_start_matches('/').to_owned(),
-            state: match state.status {
-                Some(Status::RUNNING | Status::STOPPING) => RunState::Running,
-                Some(Status::PAUSED) => RunState::Paused,
-                Some(Status::RESTARTING) => RunState::Restarting,
-                Some(Status::EXITED) => RunState::Exited,
-                Some(Status::DEAD | Status::REMOVING) => RunState::Dead,
-                Some(Status::CREATED | Status::EMPTY) | None => RunState::Created,
-            },
+            state: state.status.into(),
             started_at: state.started_at.unwrap_or_default(),
             exit_code: state.exit_code.unwrap_or_default(),
             out_of_memory: state.oom_killed.unwrap_or_default(),
             restarts: response.restart_count.and_then(|count| u64::try_from(count).ok()).unwrap_or_default(),
             error: state.error.unwrap_or_default(),
-            health: health.status.and_then(|status| match status {
-                HealthStatus::STARTING => Some(Health::Starting),
-                HealthStatus::HEALTHY => Some(Health::Healthy),
-                HealthStatus::UNHEALTHY => Some(Health::Unhealthy),
-                HealthStatus::EMPTY | HealthStatus::NONE => None,
-            }),
+            health: Health::of(health.status),
             last_check: health.log.and_then(|tries| tries.last().map(LastCheck::of)),
             image: config.image.unwrap_or_default(),
             serves: tunnel_of(&env, &command),

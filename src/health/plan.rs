@@ -355,14 +355,6 @@ mod tests {
     use super::*;
     use crate::health::double::container;
 
-    const ALL: [RunState; 6] = [
-        RunState::Created,
-        RunState::Running,
-        RunState::Paused,
-        RunState::Restarting,
-        RunState::Exited,
-        RunState::Dead,
-    ];
     const ANEW: [Step; 4] = [Prepare, Remove(Main), Create(Main, Wanted), Start(Main)];
 
     fn goal() -> Goal {
@@ -512,7 +504,7 @@ mod tests {
 
     #[test]
     fn a_stop_stops_and_does_not_remove_but_for_a_successor() {
-        for state in ALL {
+        for state in RunState::ALL {
             let main = container(state, Some("right"));
             let alive = matches!(state, RunState::Running | RunState::Restarting | RunState::Paused);
             let stops = if alive { vec![Stop(Main)] } else { vec![] };
@@ -534,7 +526,7 @@ mod tests {
 
     #[test]
     fn nothing_is_touched_before_the_master_has_spoken() {
-        for state in ALL {
+        for state in RunState::ALL {
             assert_eq!(alone(&Goal::Leave, &container(state, None)), []);
         }
     }
@@ -547,7 +539,7 @@ mod tests {
             |c| (c.image, c.command) = ("nginx".into(), vec!["nginx".into(), "tunnel".into()]),
         ];
         for change in changes {
-            for state in ALL {
+            for state in RunState::ALL {
                 let mut foreign = container(state, None);
                 change(&mut foreign);
                 assert_eq!(owner(&foreign, Whose::Any), Owner::Foreign);

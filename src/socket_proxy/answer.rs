@@ -21,7 +21,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::{Map, Value, json};
 
 use super::plan::Policy;
-use crate::docker::{Action, Container, Event, HOST_GATEWAY, Health, Inspected, LastCheck, NAME_LABEL, RunState};
+use crate::docker::{Action, Container, Event, HOST_GATEWAY, Inspected, LastCheck, NAME_LABEL};
 use crate::health::{Owner, Whose, is_own, owner};
 use crate::labels::{COMPOSE_SERVICE, is_enabled, may_leave, nearly};
 use crate::neighbours::{is_connector, named_host, services, tells_connector};
@@ -151,12 +151,12 @@ pub(super) fn inspection(seen: &Inspected) -> Value {
         .collect();
     let ports: Map<_, _> = seen.ports.iter().map(|port| (format!("{port}/tcp"), json!({}))).collect();
     let mut state = json!({
-        "Status": status(seen.state), "StartedAt": seen.started_at, "ExitCode": seen.exit_code,
+        "Status": seen.state.as_str(), "StartedAt": seen.started_at, "ExitCode": seen.exit_code,
         "OOMKilled": seen.out_of_memory, "Error": seen.error,
     });
     if let Some(health) = seen.health {
         let last = seen.last_check.map(last_check).into_iter().collect::<Vec<_>>();
-        state["Health"] = json!({ "Status": health_status(health), "Log": last });
+        state["Health"] = json!({ "Status": health.as_str(), "Log": last });
     }
     json!({
         "Id": seen.id, "Name": format!("/{}", seen.name), "RestartCount": seen.restarts, "State": state,
@@ -170,25 +170,6 @@ pub(super) fn inspection(seen: &Inspected) -> Value {
         },
         "NetworkSettings": { "Networks": networks },
     })
-}
-
-fn status(state: RunState) -> &'static str {
-    match state {
-        RunState::Created => "created",
-        RunState::Running => "running",
-        RunState::Paused => "paused",
-        RunState::Restarting => "restarting",
-        RunState::Exited => "exited",
-        RunState::Dead => "dead",
-    }
-}
-
-fn health_status(health: Health) -> &'static str {
-    match health {
-        Health::Starting => "starting",
-        Health::Healthy => "healthy",
-        Health::Unhealthy => "unhealthy",
-    }
 }
 
 /// Writes the result as Docker records it, so that the agent reads it back unchanged.

@@ -311,8 +311,8 @@ async fn every_attack_is_refused_by_its_rule_and_nothing_is_forwarded() {
 /// `TEST_SEED` repeats a run, and `TEST_MUTATIONS` sets the number of mutations.
 #[tokio::test]
 async fn whatever_becomes_of_a_request_docker_is_asked_for_nothing_that_the_agent_may_not_ask() {
-    let seed = attacks::number("TEST_SEED", fastrand::u64(..));
-    let count = attacks::number("TEST_MUTATIONS", 3000) as usize;
+    let seed = testkit::number("TEST_SEED", fastrand::u64(..));
+    let count = testkit::number("TEST_MUTATIONS", 3000) as usize;
     println!("TEST_SEED={seed} TEST_MUTATIONS={count}");
     let (docker, requests) = recorder().await;
     let service = service(docker);

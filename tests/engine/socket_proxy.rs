@@ -219,24 +219,30 @@ async fn state(scope: &Scope) -> Result<Value> {
     Ok(Value::Array(state))
 }
 
+/// A container of somebody else, and what an attack on it must name.
+struct Victim {
+    name: String,
+    id: String,
+    /// The image that the tunnel may have.
+    image: String,
+}
+
+impl Victim {
+    async fn new(stage: &Stage) -> Result<Self> {
+        let (name, image) = (stage.scope.name("victim"), images().workload().await?);
+        let id = stage.scope.run(Spec { image: &image, name: &name, ..Spec::default() }).await?;
+        Ok(Self { name, id, image: crate::containers_scene::setting(stage, "CLOUDFLARED_IMAGE") })
+    }
+}
+
 async fn no_attack_changes_anything_on_the_engine() -> Result<()> {
     let mut stage = Stage::new(Protocol::V2).await?;
     stage.set("AUTO_CONNECT_NETWORKS", "true");
     let (tunnel, mut proxy) = tunnel_and_proxy(&stage).await?;
     proxy.process_mut().plant(&tunnel.token);
-    let victim = stage.scope.name("victim");
-    let image = images().workload().await?;
-    let id = stage.scope.run(Spec { image: &image, name: &victim, ..Spec::default() }).await?;
-    let setting = |name: &str| stage.env.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone());
-    let own_image = setting("CLOUDFLARED_IMAGE").context("no image")?;
-    let target = attacks::Target {
-        tunnel: &stage.tunnel,
-        network: &stage.network,
-        image: &own_image,
-        victim: &victim,
-        id: &id,
-        body: create_body(&stage).await?,
-    };
+    let Victim { name, id, image } = &Victim::new(&stage).await?;
+    let body = create_body(&stage).await?;
+    let target = attacks::Target { tunnel: &stage.tunnel, network: &stage.network, image, victim: name, id, body };
     let before = state(&stage.scope).await?;
     let attacks = attacks::attacks(&target);
     for attack in &attacks {
@@ -250,30 +256,20 @@ async fn no_attack_changes_anything_on_the_engine() -> Result<()> {
     let lines = proxy.refusals().len();
     let log = proxy.process().log();
     ensure!((20..=60).contains(&lines), "{lines} lines for {} attacks", attacks.len());
-    ensure!(!log.contains(&victim) && !log.contains("Privileged"), "{log}");
+    ensure!(!log.contains(name) && !log.contains("Privileged"), "{log}");
     Ok(())
 }
 
 /// `TEST_SEED` repeats a run or tries other mutations. `TEST_MUTATIONS` sets their number, 600 by default.
 async fn no_mutated_request_changes_anything_but_the_tunnel() -> Result<()> {
-    let seed = attacks::number("TEST_SEED", fastrand::u64(..));
-    let count = usize::try_from(attacks::number("TEST_MUTATIONS", 600))?;
+    let seed = testkit::number("TEST_SEED", fastrand::u64(..));
+    let count = usize::try_from(testkit::number("TEST_MUTATIONS", 600))?;
     eprintln!("TEST_SEED={seed} TEST_MUTATIONS={count}");
     let stage = Stage::new(Protocol::V2).await?;
     let (_tunnel, proxy) = tunnel_and_proxy(&stage).await?;
-    let victim = stage.scope.name("victim");
-    let image = images().workload().await?;
-    let id = stage.scope.run(Spec { image: &image, name: &victim, ..Spec::default() }).await?;
-    let setting = |name: &str| stage.env.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone());
-    let own_image = setting("CLOUDFLARED_IMAGE").context("no image")?;
-    let target = attacks::Target {
-        tunnel: &stage.tunnel,
-        network: &stage.network,
-        image: &own_image,
-        victim: &victim,
-        id: &id,
-        body: create_body(&stage).await?,
-    };
+    let Victim { name, id, image } = &Victim::new(&stage).await?;
+    let body = create_body(&stage).await?;
+    let target = attacks::Target { tunnel: &stage.tunnel, network: &stage.network, image, victim: name, id, body };
     let own = [stage.tunnel.clone(), format!("{}-next", stage.tunnel)];
     let hardened = stage.scope.inspect(&stage.tunnel).await?.host_config;
     let own_id = stage.scope.inspect(&stage.tunnel).await?.id.context("no id")?;
@@ -299,7 +295,7 @@ async fn no_mutated_request_changes_anything_but_the_tunnel() -> Result<()> {
         let made = found.host_config.clone().map(|host| models::HostConfig { network_mode: None, ..host });
         let expected = hardened.clone().map(|host| models::HostConfig { network_mode: None, ..host });
         ensure!(made == expected, "{name}: {made:?} instead of {expected:?}");
-        ensure!(found.config.and_then(|config| config.image).as_ref() == Some(&own_image));
+        ensure!(found.config.and_then(|config| config.image).as_ref() == Some(image));
     }
     let (status, _) = line(&proxy.path(), "GET /_ping").await?;
     ensure!(status == 200, "the proxy serves no more: {status}");

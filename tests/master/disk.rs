@@ -5,10 +5,9 @@ use std::process::{Child, Command, Stdio};
 
 use dockflare_dev_master::{Fault, Protocol, Route, Times};
 use serde_json::{Value, json};
-use testkit::AgentProcess;
+use testkit::{AgentProcess, skipped};
 
 use crate::desk::{BOTH, Desk, stop};
-use crate::folder::skipped;
 use crate::support::SOON;
 
 /// The calls that make up a write, in order. A point with `folder` applies only to calls that name the folder: creating
@@ -84,12 +83,6 @@ fn told(desk: &Desk) -> (String, String, u64, String) {
     (text(&state["name"]), text(&state["desired_state"]), redeploys, text(&tombstone["operation_id"]))
 }
 
-/// Reads a number, such as the seed or the count of rounds, from a variable.
-fn number(variable: &str, otherwise: u64) -> u64 {
-    let given = std::env::var(variable).ok();
-    given.map_or(otherwise, |text| text.parse().unwrap_or_else(|error| panic!("{variable}={text}: {error}")))
-}
-
 const NO_STRACE: &str = "this machine has no strace, or lets nobody look into another process";
 
 fn lines(agent: &AgentProcess, from: usize, text: &str) -> usize {
@@ -98,7 +91,7 @@ fn lines(agent: &AgentProcess, from: usize, text: &str) -> usize {
 
 #[tokio::test]
 async fn what_the_disk_refuses_at_any_call_is_kept_said_once_and_stored_when_the_disk_is_back() {
-    let seed = number("TEST_SEED", fastrand::u64(..));
+    let seed = testkit::number("TEST_SEED", fastrand::u64(..));
     let mut random = fastrand::Rng::with_seed(seed);
     eprintln!("TEST_SEED={seed}");
     let mut rounds = 0;
@@ -111,7 +104,7 @@ async fn what_the_disk_refuses_at_any_call_is_kept_said_once_and_stored_when_the
         testkit::wait_until("the first tunnel on disk", SOON, first).await.unwrap();
         // Each call with one of the errors, for the rounds asked for, and a tombstone last.
         let mut plan = Vec::new();
-        for _ in 0..number("TEST_ROUNDS", 1) {
+        for _ in 0..testkit::number("TEST_ROUNDS", 1) {
             let (mut points, mut errors) = (POINTS, ERRORS);
             random.shuffle(&mut points);
             random.shuffle(&mut errors);

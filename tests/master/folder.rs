@@ -97,17 +97,11 @@ fn mount(args: &[&str]) -> bool {
     output.is_ok_and(|output| output.status.success())
 }
 
-/// Reports a skipped test on standard error, because libtest has no word for it. Fails in CI, where all must run.
-pub(crate) fn skipped(why: &str) {
-    assert!(!testkit::in_ci(), "{why}");
-    eprintln!("skipped: {why}");
-}
-
 #[tokio::test]
 async fn a_command_that_a_full_disk_refuses_is_kept_told_and_stored_when_there_is_room() {
     let desk = Desk::new(Protocol::V2).await.unwrap();
     let Some(_mount) = Mount::tmpfs(desk.data.path(), "64k") else {
-        return skipped("this process may not mount a tmpfs");
+        return testkit::skipped("this process may not mount a tmpfs");
     };
     let mut agent = desk.agent().unwrap();
     let id = desk.registered(1).await.unwrap().id;
@@ -151,7 +145,7 @@ async fn a_start_on_a_full_disk_says_what_to_do() {
     let desk = Desk::new(Protocol::V2).await.unwrap();
     // One page for the folder and none for a file, so not even a name fits.
     let Some(_mount) = Mount::tmpfs(desk.data.path(), "8k,nr_inodes=2") else {
-        return skipped("this process may not mount a tmpfs");
+        return testkit::skipped("this process may not mount a tmpfs");
     };
     let _ = std::fs::write(desk.path("filler"), "");
     let mut agent = desk.agent().unwrap();
@@ -168,7 +162,7 @@ async fn a_folder_that_becomes_read_only_keeps_the_command_in_memory_and_one_tha
     let stored = async || desk.file("tunnel_state.json").ok().filter(|text| text.contains("\"running\""));
     let before = testkit::wait_until("the tunnel on disk", SOON, stored).await.unwrap();
     let Some(covered) = Mount::read_only_over(desk.data.path()) else {
-        return skipped("this process may not mount a folder read-only");
+        return testkit::skipped("this process may not mount a folder read-only");
     };
     desk.master.push_commands(&id, vec![json!({"action": "stop_tunnel"})]).unwrap();
     let said = agent.wait_for_log("refuses a command that the master has sent", SOON).await.unwrap();

@@ -14,8 +14,7 @@ use crate::support::SOON;
 
 /// Kills per desk with tunnel commands: 200, or `TEST_KILLS`. There are two such desks per protocol.
 fn kills() -> usize {
-    let given = std::env::var("TEST_KILLS").ok();
-    given.map_or(200, |text| text.parse().unwrap_or_else(|error| panic!("TEST_KILLS={text}: {error}")))
+    testkit::number("TEST_KILLS", 200) as usize
 }
 
 /// Kills per desk with decommissions. There is one such desk per protocol.

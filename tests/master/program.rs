@@ -47,8 +47,7 @@ async fn help_and_version_end_with_0_and_a_bad_argument_with_64() {
 #[tokio::test]
 async fn a_limit_on_processes_is_named_whatever_the_program_was_about_to_say() {
     if !nix::unistd::getuid().is_root() {
-        eprintln!("skipped: takes root");
-        return;
+        return testkit::skipped("takes root");
     }
     // A folder from which that user may run the program.
     let folder = tempfile::Builder::new().permissions(std::os::unix::fs::PermissionsExt::from_mode(0o755)).tempdir();

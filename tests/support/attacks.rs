@@ -32,14 +32,6 @@ pub(crate) struct Target<'a> {
     pub(crate) body: Value,
 }
 
-/// A number from the environment, or `otherwise`: a number of tries or a random seed.
-pub(crate) fn number(variable: &str, otherwise: u64) -> u64 {
-    match std::env::var(variable) {
-        Ok(text) => text.parse().unwrap_or_else(|error| panic!("{variable}={text}: {error}")),
-        Err(_) => otherwise,
-    }
-}
-
 /// All attacks.
 pub(crate) fn attacks(target: &Target<'_>) -> Vec<Attack> {
     let mut attacks = Attacks::default();

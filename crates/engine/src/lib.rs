@@ -13,6 +13,7 @@
 
 mod address;
 mod client;
+mod container;
 mod error;
 mod orphan;
 pub mod proxy;
@@ -21,6 +22,7 @@ pub mod transport;
 
 pub use address::{DockerHost, DockerTls};
 pub use client::{CHANGE_LIMIT, Client, READ_LIMIT, absent_is_none, limited};
+pub use container::{Health, RunState};
 pub use error::{Call, DockerError, NOT_ATTACHABLE, last_cause, one_line, sort};
 pub use orphan::orphaned;
 

@@ -8,8 +8,8 @@ use anyhow::{Context, Result, ensure};
 use bollard::Docker;
 use bollard::errors::Error;
 use bollard::models::{
-    ContainerCreateBody, ContainerInspectResponse, HealthConfig, HostConfig, NetworkConnectRequest,
-    NetworkCreateRequest, VolumeCreateRequest,
+    ContainerCreateBody, ContainerInspectResponse, HealthConfig, HostConfig, Mount, MountType, MountVolumeOptions,
+    NetworkConnectRequest, NetworkCreateRequest, VolumeCreateRequest,
 };
 use bollard::query_parameters::{
     CreateContainerOptions, KillContainerOptions, LogsOptions, RemoveContainerOptions, RestartContainerOptions,
@@ -268,10 +268,41 @@ impl Scope {
     /// # Errors
     /// When the engine refuses.
     pub async fn create_volume(&self, name: &str) -> Result<()> {
-        let labels: HashMap<_, _> = self.labels();
-        let request = VolumeCreateRequest { name: Some(name.to_owned()), labels: Some(labels), ..Default::default() };
+        self.make_volume(name, &[]).await
+    }
+
+    /// Makes a volume of this name in memory, with these options of its mount, for example `size=1m,mode=2750`.
+    ///
+    /// # Errors
+    /// When the engine refuses.
+    pub async fn create_memory_volume(&self, name: &str, options: &str) -> Result<()> {
+        self.make_volume(name, &[("type", "tmpfs"), ("device", "tmpfs"), ("o", options)]).await
+    }
+
+    async fn make_volume(&self, name: &str, options: &[(&str, &str)]) -> Result<()> {
+        let options: HashMap<_, _> =
+            options.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        let request = VolumeCreateRequest {
+            name: Some(name.to_owned()),
+            driver_opts: (!options.is_empty()).then_some(options),
+            labels: Some(self.labels()),
+            ..VolumeCreateRequest::default()
+        };
         self.docker().create_volume(request).await?;
         Ok(())
+    }
+
+    /// Returns the mount of the scope's volume with this [`name`](Self::name). Docker makes the volume, with the
+    /// scope's labels, when a container needs it and it is not there.
+    #[must_use]
+    pub fn mount(&self, name: &str, target: &str) -> Mount {
+        Mount {
+            typ: Some(MountType::VOLUME),
+            source: Some(self.name(name)),
+            target: Some(target.to_owned()),
+            volume_options: Some(MountVolumeOptions { labels: Some(self.labels()), ..MountVolumeOptions::default() }),
+            ..Mount::default()
+        }
     }
 }
 

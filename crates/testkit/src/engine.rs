@@ -39,6 +39,27 @@ pub fn in_ci() -> bool {
     matches!(std::env::var("CI").as_deref(), Ok("true" | "1"))
 }
 
+/// Says on standard error that the calling test skips, because libtest has no word for it.
+///
+/// # Panics
+/// With `CI=true`, where all must run.
+pub fn skipped(why: &str) {
+    assert!(!in_ci(), "{why}");
+    eprintln!("skipped: {why}");
+}
+
+/// Returns the number in the variable: the seed of a test, or how much of it to run. `otherwise` if it is not set.
+///
+/// # Panics
+/// When the variable holds no number.
+#[must_use]
+pub fn number(variable: &str, otherwise: u64) -> u64 {
+    match std::env::var(variable) {
+        Ok(text) => text.parse().unwrap_or_else(|error| panic!("{variable}={text}: {error}")),
+        Err(_) => otherwise,
+    }
+}
+
 /// Returns the path of the engine's socket on the engine's host, for use as a mount.
 #[must_use]
 pub fn socket_path() -> String {

@@ -73,7 +73,7 @@ pub use cloudflared_stand_in::http;
 pub use cloudflared_stand_in::transport::Protocol as Via;
 pub use compose::Compose;
 pub use containers::{Spec, logs};
-pub use engine::{docker, engine, in_ci, socket_path, wait_until};
+pub use engine::{docker, engine, in_ci, number, skipped, socket_path, wait_until};
 pub use fake_docker::{FakeDocker, Listing};
 pub use files::Files;
 pub use images::{Images, images};

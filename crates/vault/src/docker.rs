@@ -4,10 +4,9 @@
 
 use std::time::Duration;
 
-use bollard::models::{
-    ContainerInspectResponse, ContainerStateStatusEnum as Status, HealthStatusEnum, RestartPolicyNameEnum,
-};
+use bollard::models::{ContainerInspectResponse, RestartPolicyNameEnum};
 use dockflare_engine::{Call, Client, DockerError, DockerHost, absent_is_none};
+pub use dockflare_engine::{Health, RunState};
 use jiff::Timestamp;
 
 use crate::delivery::Signal;
@@ -50,66 +49,15 @@ pub struct Seen {
     pub has_bind: bool,
 }
 
-/// The state of a container.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RunState {
-    /// Never started.
-    Created,
-    /// Running.
-    Running,
-    /// Its processes are frozen.
-    Paused,
-    /// Between two runs of Docker's restart policy.
-    Restarting,
-    /// Ended.
-    Exited,
-    /// Half removed.
-    Dead,
-}
-
-/// The states, as Docker writes them.
-const STATES: [(RunState, &str); 6] = [
-    (RunState::Created, "created"),
-    (RunState::Running, "running"),
-    (RunState::Paused, "paused"),
-    (RunState::Restarting, "restarting"),
-    (RunState::Exited, "exited"),
-    (RunState::Dead, "dead"),
-];
-
-/// The result of a container's health check.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Health {
-    /// Not checked often enough yet.
-    Starting,
-    /// The last check succeeded.
-    Healthy,
-    /// Several checks failed.
-    Unhealthy,
-}
-
-impl RunState {
-    /// As Docker writes it.
-    pub fn as_str(self) -> &'static str {
-        STATES.iter().find(|(state, _)| *state == self).map_or("", |(_, word)| word)
-    }
-}
-
-const HEALTHS: [(Health, &str); 3] =
-    [(Health::Starting, "starting"), (Health::Healthy, "healthy"), (Health::Unhealthy, "unhealthy")];
-
 impl Seen {
     /// The answer as Docker would write it, with these fields and nothing else.
     pub fn answer(&self) -> serde_json::Value {
-        fn word<T: PartialEq>(table: &[(T, &'static str)], wanted: &T) -> &'static str {
-            table.iter().find(|(value, _)| value == wanted).map_or("", |(_, word)| word)
-        }
         let mut state = serde_json::json!({
             "Status": self.state.as_str(),
             "StartedAt": self.started.map_or_else(|| "0001-01-01T00:00:00Z".to_owned(), |at| at.to_string()),
         });
         if let Some(health) = self.health {
-            state["Health"] = serde_json::json!({ "Status": word(&HEALTHS, &health) });
+            state["Health"] = serde_json::json!({ "Status": health.as_str() });
         }
         let policy = if self.is_kept { "always" } else { "no" };
         serde_json::json!({
@@ -130,21 +78,9 @@ impl From<ContainerInspectResponse> for Seen {
         Self {
             id: response.id.unwrap_or_default(),
             name: response.name.unwrap_or_default().trim_start_matches('/').to_owned(),
-            state: match state.status {
-                Some(Status::RUNNING | Status::STOPPING) => RunState::Running,
-                Some(Status::PAUSED) => RunState::Paused,
-                Some(Status::RESTARTING) => RunState::Restarting,
-                Some(Status::EXITED) => RunState::Exited,
-                Some(Status::DEAD | Status::REMOVING) => RunState::Dead,
-                Some(Status::CREATED | Status::EMPTY) | None => RunState::Created,
-            },
+            state: state.status.into(),
             started,
-            health: state.health.and_then(|health| health.status).and_then(|status| match status {
-                HealthStatusEnum::STARTING => Some(Health::Starting),
-                HealthStatusEnum::HEALTHY => Some(Health::Healthy),
-                HealthStatusEnum::UNHEALTHY => Some(Health::Unhealthy),
-                HealthStatusEnum::EMPTY | HealthStatusEnum::NONE => None,
-            }),
+            health: Health::of(state.health.and_then(|health| health.status)),
             restarts: response.restart_count.unwrap_or_default(),
             is_kept: matches!(policy, Some(Policy::ALWAYS | Policy::UNLESS_STOPPED | Policy::ON_FAILURE)),
             has_bind: response.mounts.into_iter().flatten().any(|mount| mount.typ.as_deref() == Some("bind")),

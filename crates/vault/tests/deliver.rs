@@ -12,7 +12,7 @@ use futures_util::StreamExt;
 use testkit::bollard::container::LogOutput;
 use testkit::bollard::exec::{CreateExecOptions, StartExecResults};
 use testkit::bollard::query_parameters::{RemoveImageOptions, UploadToContainerOptions};
-use testkit::models::{HostConfig, Mount, MountBindOptions, MountType, MountVolumeOptions, VolumeCreateRequest};
+use testkit::models::{HostConfig, Mount, MountBindOptions, MountType};
 use testkit::{Scope, Spec, images, wait_until};
 use tokio::io::AsyncWriteExt;
 
@@ -44,32 +44,8 @@ struct Plan<'a> {
     groups: Vec<String>,
 }
 
-fn volume(scope: &Scope, name: &str, target: &str) -> Mount {
-    let options = MountVolumeOptions { labels: Some(scope.labels()), ..MountVolumeOptions::default() };
-    Mount {
-        typ: Some(MountType::VOLUME),
-        source: Some(scope.name(name)),
-        target: Some(target.to_owned()),
-        volume_options: Some(options),
-        ..Mount::default()
-    }
-}
-
 fn read_only(mount: Mount) -> Mount {
     Mount { read_only: Some(true), ..mount }
-}
-
-/// Makes a named volume in memory with these options.
-async fn memory(scope: &Scope, name: &str, options: &str) -> Result<()> {
-    let opts = [("type", "tmpfs"), ("device", "tmpfs"), ("o", options)];
-    let request = VolumeCreateRequest {
-        name: Some(scope.name(name)),
-        driver_opts: Some(opts.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect()),
-        labels: Some(scope.labels()),
-        ..VolumeCreateRequest::default()
-    };
-    scope.docker().create_volume(request).await?;
-    Ok(())
 }
 
 /// Only the privileges that the documentation gives.
@@ -103,7 +79,7 @@ async fn upload(scope: &Scope, container: &str, files: &[(&str, &str)]) -> Resul
 impl<'a> Vault<'a> {
     async fn start(scope: &'a Scope, plan: Plan<'_>) -> Result<Self> {
         let image = images().vault(Path::new(env!("CARGO_BIN_EXE_dockflare-vault"))).await?;
-        let config = volume(scope, "config", "/app/config");
+        let config = scope.mount("config", "/app/config");
         let make =
             Spec { image: &image, args: &["generate-key"], host: confined(vec![config.clone()]), ..Spec::default() };
         let maker = scope.run(make).await?;
@@ -111,7 +87,7 @@ impl<'a> Vault<'a> {
             .await?;
         let key = scope.logs(&maker).await?;
         upload(scope, &maker, &[("master.key", key.trim()), ("config.yaml", plan.config)]).await?;
-        let mut mounts = vec![config, volume(scope, "data", "/app/data")];
+        let mut mounts = vec![config, scope.mount("data", "/app/data")];
         mounts.extend(plan.mounts);
         let tmpfs = HashMap::from([("/run/dockflare-vault".to_owned(), format!("mode=0700,uid={VAULT},gid={VAULT}"))]);
         let host = HostConfig { tmpfs: Some(tmpfs), group_add: Some(plan.groups), ..confined(mounts) };
@@ -191,15 +167,15 @@ const BOTH: &str = "files: [{name: key, secret: app/key}, \
 async fn a_reader_in_a_container_finds_one_version_whole_and_always_while_it_is_rotated_and_the_vault_is_killed()
 -> Result<()> {
     let scope = Scope::new(testkit::docker()?);
-    memory(&scope, "files", &format!("size=1m,mode=2750,uid={VAULT},gid={GROUP}")).await?;
+    scope.create_memory_volume(&scope.name("files"), &format!("size=1m,mode=2750,uid={VAULT},gid={GROUP}")).await?;
     let config = format!(
         "grants: [{{principal: workload:app, operations: [get], names: app}}]\n\
          deliveries: [{{workload: app, directory: /deliver/app, uid: {VAULT}, gid: {GROUP}, {BOTH}}}]\n"
     );
-    let mounts = vec![volume(&scope, "files", "/deliver/app")];
+    let mounts = vec![scope.mount("files", "/deliver/app")];
     let vault = Vault::start(&scope, Plan { config: &config, mounts, groups: vec![] }).await?;
     let image = images().checker().await?;
-    let host = confined(vec![read_only(volume(&scope, "files", "/run/secrets"))]);
+    let host = confined(vec![read_only(scope.mount("files", "/run/secrets"))]);
     let checker = scope.run(Spec { image: &image, args: &["/run/secrets", LAST], host, ..Spec::default() }).await?;
     vault.set("app/key", &content(0)).await?;
 
@@ -333,15 +309,15 @@ async fn a_secret_that_is_delivered_stands_in_no_inspect_commit_export_volume_lo
     let docker = scope.docker();
     // Build the needle from two pieces, so that no file of this program contains it.
     let needle = format!("needle-{}-{}", scope.suffix(), scope.suffix().chars().rev().collect::<String>());
-    memory(&scope, "files", &format!("size=1m,mode=2750,uid={VAULT},gid={GROUP}")).await?;
+    scope.create_memory_volume(&scope.name("files"), &format!("size=1m,mode=2750,uid={VAULT},gid={GROUP}")).await?;
     let config = format!(
         "grants: [{{principal: workload:app, operations: [get], names: app}}]\n\
          deliveries: [{{workload: app, directory: /deliver/app, {BOTH}}}]\n"
     );
-    let mounts = vec![volume(&scope, "files", "/deliver/app")];
+    let mounts = vec![scope.mount("files", "/deliver/app")];
     let vault = Vault::start(&scope, Plan { config: &config, mounts, groups: vec![] }).await?;
     let image = images().checker().await?;
-    let host = confined(vec![read_only(volume(&scope, "files", "/run/secrets"))]);
+    let host = confined(vec![read_only(scope.mount("files", "/run/secrets"))]);
     let app = scope.run(Spec { image: &image, args: &["/run/secrets", LAST], host, ..Spec::default() }).await?;
     for turn in ["first", "second"] {
         vault.set("app/key", &format!("{needle} {turn}")).await?;
@@ -435,7 +411,7 @@ async fn what_is_wrong_with_a_directory_is_named_with_the_option_and_leaves_the_
         ("inherit", format!("size=1m,mode=0750,uid={VAULT},gid={GROUP}")),
         ("locked", format!("size=1m,{right}")),
     ] {
-        memory(&scope, name, &options).await?;
+        scope.create_memory_volume(&scope.name(name), &options).await?;
     }
     let mut config = "grants:\n".to_owned();
     let names = ["good", "full", "owner", "closed", "group", "inherit", "locked", "disk"];
@@ -454,7 +430,7 @@ async fn what_is_wrong_with_a_directory_is_named_with_the_option_and_leaves_the_
         );
     }
     let mounts = names.map(|name| {
-        let mount = volume(&scope, name, &format!("/deliver/{name}"));
+        let mount = scope.mount(name, &format!("/deliver/{name}"));
         if name == "locked" { read_only(mount) } else { mount }
     });
     let vault = Vault::start(&scope, Plan { config: &config, mounts: mounts.to_vec(), groups: vec![] }).await?;

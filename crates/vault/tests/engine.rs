@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use futures_util::StreamExt;
 use testkit::bollard::container::LogOutput;
 use testkit::bollard::exec::{CreateExecOptions, StartExecResults};
-use testkit::models::{HostConfig, Mount, MountType, MountVolumeOptions};
+use testkit::models::HostConfig;
 use testkit::{Scope, Spec, images, wait_until};
 
 #[path = "engine/reload.rs"]
@@ -34,25 +34,14 @@ fn main() -> ExitCode {
     ])
 }
 
-fn mount(scope: &Scope, name: &str, target: &str) -> Mount {
-    let options = MountVolumeOptions { labels: Some(scope.labels()), ..MountVolumeOptions::default() };
-    Mount {
-        typ: Some(MountType::VOLUME),
-        source: Some(scope.name(name)),
-        target: Some(target.to_owned()),
-        volume_options: Some(options),
-        ..Mount::default()
-    }
-}
-
 /// The settings of docs/credentials.md: three volumes, a private tmpfs for the socket, no network, no privileges.
 fn host(scope: &Scope) -> HostConfig {
     let tmpfs = HashMap::from([("/run/dockflare-vault".to_owned(), "mode=0700,uid=65431,gid=65431".to_owned())]);
     HostConfig {
         mounts: Some(vec![
-            mount(scope, "data", "/app/data"),
-            mount(scope, "state", "/app/state"),
-            mount(scope, "config", "/app/config"),
+            scope.mount("data", "/app/data"),
+            scope.mount("state", "/app/state"),
+            scope.mount("config", "/app/config"),
         ]),
         tmpfs: Some(tmpfs),
         network_mode: Some("none".to_owned()),
@@ -97,7 +86,7 @@ async fn prepared_with(scope: &Scope, config: &str) -> Result<String> {
 /// As [`prepared`], with this configuration and this mode of both files.
 async fn prepared_as(scope: &Scope, config: &str, mode: u32) -> Result<String> {
     let image = images().vault(Path::new(env!("CARGO_BIN_EXE_dockflare-vault"))).await?;
-    let mounts = Some(vec![mount(scope, "config", "/app/config")]);
+    let mounts = Some(vec![scope.mount("config", "/app/config")]);
     let make = Spec {
         image: &image,
         args: &["generate-key"],

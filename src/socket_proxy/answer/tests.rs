@@ -3,7 +3,7 @@ use std::collections::HashMap;
 use testkit::bollard::models;
 
 use super::*;
-use crate::docker::{Endpoint, SPEC_LABEL};
+use crate::docker::{Endpoint, Health, RunState, SPEC_LABEL};
 use crate::socket_proxy::tests::{ID, policy};
 use crate::state::TunnelId;
 
@@ -56,15 +56,7 @@ fn of_its_own_container_the_agent_sees_what_it_would_without_a_proxy_but_no_valu
 
 #[test]
 fn every_state_health_and_check_is_read_as_it_was() {
-    let states = [
-        RunState::Created,
-        RunState::Running,
-        RunState::Paused,
-        RunState::Restarting,
-        RunState::Exited,
-        RunState::Dead,
-    ];
-    for state in states {
+    for state in RunState::ALL {
         let seen = Inspected { state, ..full("x", "y", &[]) };
         assert_eq!(read(&seen), seen);
     }

@@ -52,7 +52,7 @@ pub(super) fn with_each_generation(cases: impl Fn(&'static str, PathBuf) -> Vec<
 /// How often to repeat the cases that depend on Compose's order of steps, which alone tells a restart and a recreation
 /// from a removal. For a manual run, set `COMPOSE_ROUNDS=30`.
 fn rounds() -> u32 {
-    std::env::var("COMPOSE_ROUNDS").ok().and_then(|count| count.parse().ok()).unwrap_or(1)
+    testkit::number("COMPOSE_ROUNDS", 1) as u32
 }
 
 /// How long one command of Compose may take.

@@ -15,8 +15,8 @@ use testkit::bollard::query_parameters::{
     RenameContainerOptions, RestartContainerOptions, StartContainerOptions,
 };
 use testkit::models::{
-    ContainerCreateBody, HealthConfig, HostConfig, Mount, MountBindOptions, MountType, MountVolumeOptions,
-    RestartPolicy, RestartPolicyNameEnum, VolumeCreateRequest,
+    ContainerCreateBody, HealthConfig, HostConfig, Mount, MountBindOptions, MountType, RestartPolicy,
+    RestartPolicyNameEnum,
 };
 use testkit::{AgentProcess, Scope, Spec, images, wait_until};
 
@@ -64,29 +64,13 @@ impl Stage {
         let vault_image = prepared_with(&scope, &config).await?;
         let reader_image = images().credential_reader().await?;
         if matches!(place, Place::Volume) {
-            let options = [("type", "tmpfs"), ("device", "tmpfs"), ("o", "size=1m,mode=2750,uid=65431,gid=65532")];
-            let options = options.map(|(key, value)| (key.to_owned(), value.to_owned()));
-            let request = VolumeCreateRequest {
-                name: Some(scope.name("secrets")),
-                driver_opts: Some(HashMap::from(options)),
-                labels: Some(scope.labels()),
-                ..VolumeCreateRequest::default()
-            };
-            scope.docker().create_volume(request).await?;
+            scope.create_memory_volume(&scope.name("secrets"), "size=1m,mode=2750,uid=65431,gid=65532").await?;
         }
         Ok(Self { scope, vault_image, reader_image, place })
     }
 
     fn volume(&self, name: &str, target: &str, read_only: bool) -> Mount {
-        let options = MountVolumeOptions { labels: Some(self.scope.labels()), ..MountVolumeOptions::default() };
-        Mount {
-            typ: Some(MountType::VOLUME),
-            source: Some(self.scope.name(name)),
-            target: Some(target.to_owned()),
-            read_only: Some(read_only),
-            volume_options: Some(options),
-            ..Mount::default()
-        }
+        Mount { read_only: Some(read_only), ..self.scope.mount(name, target) }
     }
 
     fn secrets(&self, target: &str, read_only: bool) -> Mount {

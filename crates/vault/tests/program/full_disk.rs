@@ -74,11 +74,8 @@ fn lines(output: ChildStdout) -> Receiver<String> {
 /// Fills the disk of the store, of the audit, or of the counter while the vault runs, then makes room again.
 #[test]
 fn a_full_disk_is_said_loses_nothing_and_with_room_again_the_same_vault_serves() {
-    #[allow(clippy::disallowed_macros, reason = "a test says what it did not try")]
     let Some(mut room) = Room::enter() else {
-        assert!(std::env::var("CI").as_deref() != Ok("true"), "unshare gives no mount namespace");
-        eprintln!("skipped: unshare gives no mount namespace here");
-        return;
+        return testkit::skipped("unshare gives no mount namespace here");
     };
     let scene = Scene::new();
     let at = |name: &str| scene.path(name).display().to_string();

@@ -53,7 +53,7 @@ fn kill_after(pid: i32, audit: &Path, changes: u64, later: u64, is_over: &Atomic
 #[test]
 #[allow(clippy::disallowed_macros, reason = "a test says what it did")]
 fn killed_at_random_what_was_acknowledged_is_there_and_the_chain_holds() {
-    let rounds: u32 = std::env::var("VAULT_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(40);
+    let rounds = testkit::number("VAULT_KILLS", 40);
     let seed = RandomState::new().hash_one(0);
     let mut dice = Dice(seed);
     let scene = Scene::new();
